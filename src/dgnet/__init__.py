@@ -1,0 +1,16 @@
+"""Dynamic Graph Networks for vision: each stage of a CNN a complete DAG, its edges weighed by routers for every image."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dgnet.cost import Cost as Cost
+from dgnet.cost import cost as cost
+from dgnet.errors import UsageError as UsageError
+from dgnet.graph import record_connectivity as record_connectivity
+from dgnet.graph import use_connectivity as use_connectivity
+from dgnet.models import create_model as create_model
+from dgnet.models import list_models as list_models
+
+try:
+    __version__ = version("dgnet")
+except PackageNotFoundError:  # used from a source tree that was not installed
+    __version__ = "0.0.0"

@@ -1,0 +1,7 @@
+"""`python -m dgnet`."""
+
+import sys
+
+from dgnet.cli import main
+
+sys.exit(main())

@@ -1,0 +1,161 @@
+"""Checkpoints: tensors and plain values only, loaded with `weights_only`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dgnet.data import Preprocessing
+from dgnet.errors import UsageError
+from dgnet.models import create_model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint of `dgnet train` says of its network."""
+
+    path: Path
+    state_dict: dict[str, Tensor]  # the network's own keys
+    model: str
+    model_kwargs: dict[str, Any]
+    class_names: list[str]
+    preprocessing: Preprocessing
+    config: dict[str, Any]  # the run's configuration
+
+    def build_network(self) -> nn.Module:
+        """The trained network, in evaluation mode."""
+        network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
+        try:
+            network.load_state_dict(self.state_dict)
+        except RuntimeError as error:
+            raise _not_this_model(self.path, self.model, error) from None
+        return network.eval()
+
+
+def describe_network(
+    model: str, model_kwargs: dict[str, Any], class_names: list[str], preprocessing: Preprocessing, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The plain values that a checkpoint carries beside its tensors, under the key "dgnet"."""
+    return {
+        "model": model,
+        "model_kwargs": model_kwargs,
+        "class_names": class_names,
+        "preprocessing": preprocessing.to_dict(),
+        "config": config,
+    }
+
+
+def save_network(network: nn.Module, path: Path, carried: dict[str, Any]) -> None:
+    """Write the network's own keys as safetensors, with the carried values as metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, path, metadata={"dgnet": json.dumps(carried)})
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors of `dgnet train`.
+
+    Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of dgnet.
+    """
+    path = find_checkpoint(Path(path))
+    state_dict, carried = read_tensors(path)
+    if carried is None:
+        raise UsageError(f"{path} holds weights only, not the model's name and classes; use it with: dgnet train --weights {path}")
+    try:
+        return Checkpoint(
+            path,
+            state_dict,
+            carried["model"],
+            carried["model_kwargs"],
+            carried["class_names"],
+            Preprocessing.from_dict(carried["preprocessing"]),
+            carried["config"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: its description of the network lacks {error}; use another checkpoint") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that `path`, a file or a run folder, stands for."""
+    if path.is_dir():
+        for candidate in (path / "checkpoints" / "last.ckpt", path / "model.safetensors"):
+            if candidate.is_file():
+                return candidate
+        raise UsageError(f"{path} is no run folder: it holds neither checkpoints/last.ckpt nor model.safetensors")
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} does not exist; give a run folder, a .ckpt file or a model.safetensors")
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A network's state dict from a checkpoint of Lightning, timm or torchvision, and what dgnet's own carry."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UsageError(
+                f"{path} carries pickled code and was not loaded; a checkpoint holds tensors and plain values only:"
+                " save the state dict, or use safetensors"
+            ) from None
+        raise _truncated(path) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise _truncated(path) from None
+    carried = content.get("dgnet") if isinstance(content, dict) else None
+    if carried is not None:
+        prefix = "network."
+        state = content["state_dict"]
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}, carried
+    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
+    return dict(state), None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            carried = (file.metadata() or {}).get("dgnet")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(carried) if carried else None  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError):
+        raise _truncated(path) from None
+
+
+def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
+    """Load trained weights into `network`; returns the names that stayed as initialised: a head of other classes.
+
+    Raises UsageError for weights of another model.
+    """
+    path = find_checkpoint(Path(path))
+    state_dict, carried = read_tensors(path)
+    own = network.state_dict()
+    classifier = network.get_classifier(name_only=True)  # type: ignore[operator]
+    reset = [
+        name
+        for name in state_dict
+        if name.startswith(f"{classifier}.") and name in own and state_dict[name].shape != own[name].shape
+    ]
+    try:
+        network.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
+    except RuntimeError as error:
+        raise _not_this_model(path, model, error, carried["model"] if carried else None) from None
+    return reset
+
+
+def _truncated(path: Path) -> UsageError:
+    return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
+
+
+def _not_this_model(path: Path, model: str, error: RuntimeError, other: str | None = None) -> UsageError:
+    lines = [line.strip() for line in str(error).splitlines()[1:]]
+    detail = lines[0][:200] if lines else str(error)[:200]
+    of = f"of {other}, " if other and other != model else ""
+    return UsageError(f"{path} is a checkpoint {of}not of {model} as asked for ({detail}); name its own model with --model")

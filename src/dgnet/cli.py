@@ -1,0 +1,213 @@
+"""The `dgnet` command: parses, calls, prints.
+
+Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any, NoReturn, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+import dgnet
+from dgnet.errors import UsageError
+from dgnet.graph.names import did_you_mean
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser whose errors are one line with a hint."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        raise UsageError(" ".join(str(message).split()))
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `dgnet`, and those of its commands by name."""
+    parser = Parser(prog="dgnet", description="Dynamic Graph Networks for vision.", exit_on_error=False)
+    parser.add_argument("--version", action="version", version=f"dgnet {dgnet.__version__}")
+    commands = {
+        "models": _models_parser(),
+        "train": _train_parser(),
+        "evaluate": _evaluate_parser(),
+        "predict": _predict_parser(),
+        "cost": _cost_parser(),
+    }
+    subcommands = parser.add_subcommands(dest="command", required=False, metavar="COMMAND")
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command, help=command.description)
+    return parser, commands
+
+
+def _models_parser() -> Parser:
+    return Parser(description="Print the names of the models, one a line.")
+
+
+def _train_parser() -> Parser:
+    from dgnet.training.config import TrainConfig
+
+    parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
+    hints = get_type_hints(TrainConfig)
+    for f in fields(TrainConfig):
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default, help=f.metadata["help"])
+    return parser
+
+
+def _evaluate_parser() -> Parser:
+    parser = Parser(description="Evaluate a checkpoint: accuracy, and how its connectivity behaved.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
+    parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
+    _add_loader_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def _add_loader_options(parser: Parser) -> None:
+    parser.add_argument("--batch-size", type=int, default=128, help="images a forward pass")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
+
+
+def _predict_parser() -> Parser:
+    parser = Parser(description="Print the most probable classes of images.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--top-k", type=int, default=5, help="classes to print for an image")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def _cost_parser() -> Parser:
+    parser = Parser(description="Print parameters and multiply-adds beside the paper's Table 1.")
+    parser.add_argument("models", type=str, nargs="*", metavar="MODEL", help="names; by default the rows of Table 1")
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default each model's own")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dgnet`; returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser, commands = build_parser()
+        _check_words(arguments, commands)
+        parsed = parser.parse_args(arguments)
+        if parsed.command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        _COMMANDS[parsed.command](parsed[parsed.command])
+    except UsageError as error:
+        print(f"dgnet: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe had enough
+        return 0
+    return 0
+
+
+def _check_words(arguments: Sequence[str], commands: dict[str, Parser]) -> None:
+    """Raises UsageError, with the nearest name, for an unknown command or option."""
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command is None:
+        return
+    if command not in commands:
+        raise UsageError(f"unknown command {command!r}{did_you_mean(command, commands)}; commands: {', '.join(commands)}")
+    options = [option for action in commands[command]._actions for option in action.option_strings]
+    for word in arguments[arguments.index(command) + 1 :]:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name.partition(".")[0] not in options and len(name) > 2:
+            raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: dgnet {command} --help")
+
+
+def run_models(args: Namespace) -> None:
+    for name in dgnet.list_models():
+        print(name)
+
+
+def run_train(args: Namespace) -> None:
+    from dgnet.training import TrainConfig, train
+
+    values = {f.name: args[f.name] for f in fields(TrainConfig)}
+    result = train(TrainConfig(**values))
+    print(f"top-1 {result.metrics['val_top1']:.2f} % after {values['epochs']} epochs; run folder: {result.folder}")
+    print(f"evaluate it: dgnet evaluate {result.folder}")
+
+
+def run_evaluate(args: Namespace) -> None:
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.data import EVALUATION, open_dataset
+    from dgnet.training import evaluate
+
+    _check_positive("--batch-size", args.batch_size)
+    checkpoint = load_checkpoint(args.checkpoint)
+    config = checkpoint.config
+    source = args.data or config["val_data"] or config["data"]
+    dataset = open_dataset(source, EVALUATION, checkpoint.class_names, args.data_root or config["data_root"])
+    dataset.transform = checkpoint.preprocessing.evaluation_transform()
+    result = evaluate(checkpoint.build_network(), dataset, args.batch_size, args.workers, _device(args.device))
+    if args.json:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"{checkpoint.path}: {checkpoint.model} on {source}, {result.images:,} images")
+    print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    print(
+        f"closed edges {100 * result.closed_edges:.2f} %, skippable nodes {100 * result.skippable_nodes:.2f} %,"
+        f" distinct wirings {result.distinct_wirings}, outputs without an open in-edge {result.empty_outputs}"
+    )
+
+
+def run_predict(args: Namespace) -> None:
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.training.predict import predict
+
+    _check_positive("--top-k", args.top_k)
+    checkpoint = load_checkpoint(args.checkpoint)
+    predictions = predict(checkpoint, args.images, args.top_k, _device(args.device))
+    if args.json:
+        print(json.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
+        return
+    for prediction in predictions:
+        classes = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        print(f"{prediction.image}: {classes}")
+
+
+def run_cost(args: Namespace) -> None:
+    from dgnet.tables import cost_rows, format_cost_table
+
+    rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None)
+    print(json.dumps(rows) if args.json else format_cost_table(rows))
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, got {value}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+_COMMANDS = {
+    "models": run_models,
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "cost": run_cost,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""A stage as a graph: aggregate, transform, predict, distribute, node by node (§3.3, Fig. 1).
+
+Letters: B batch, N nodes, E in-edges of a node, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dgnet.errors import UsageError
+from dgnet.graph.aggregate import aggregate
+from dgnet.graph.names import check_choice
+from dgnet.graph.topology import Topology
+from dgnet.graph.weighting import Weighting
+
+if TYPE_CHECKING:
+    from dgnet.graph.record import Record
+
+
+class DynamicGraph(nn.Module):
+    """One stage: nodes that sum their in-edges and transform the sum, x_j = f_j(Σ α_ij x_i) (Eq. 3).
+
+    `input`: raw stage input -> x_0 (a projection, or the identity). `nodes`: f_1 … f_{N-2}, without shortcut and without
+    what follows the static block's addition; that is `activation`. With `shortcut="edge"` the activation follows each
+    aggregation (not an entry node's) and the residual shortcut is an edge. With `shortcut="node"` it follows an addition
+    inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing follows the aggregation; an entry node adds x_0,
+    weighted by its in-edge, where `entry_shortcut` says that its static block has a shortcut.
+
+    `router_reads`: whether routers see x_j ("feature") or activation(x_j) ("activation").
+
+    **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it: x_j = 0 and its out-edges are
+    closed. Input and output node always run; an output node without an open in-edge sums to 0.
+
+    Maps (B, C_in, H_in, W_in) to (B, C, H, W).
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        weighting: Weighting,
+        input: nn.Module,
+        nodes: Sequence[nn.Module],
+        activation: nn.Module,
+        shortcut: str = "edge",
+        entry_shortcut: bool = True,
+        router_reads: str = "feature",
+    ) -> None:
+        super().__init__()
+        check_choice("shortcut", shortcut, ("edge", "node"))
+        check_choice("router_reads", router_reads, ("feature", "activation"))
+        if len(nodes) != topology.num_nodes - 2:
+            raise UsageError(f"a topology of {topology.num_nodes} nodes has {topology.num_nodes - 2} blocks, got {len(nodes)}")
+        self.topology = topology
+        self.shortcut = shortcut
+        self.entry_shortcut = entry_shortcut
+        self.router_reads = router_reads
+        self.grad_checkpointing = False
+        self.input = input
+        self.nodes = nn.ModuleList(nodes)
+        self.activation = activation
+        self.weighting = weighting
+        # Set for the length of a `with` block by record.py; never buffers, they depend on the batch.
+        self._records: list[Record] = []
+        self._imposed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        topology = self.topology
+        last = topology.num_nodes - 1
+        features = [self.input(x)]
+        alive: list[Tensor | None] = [None]  # (B,) a node; None: alive for every sample
+        edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
+        alpha_rows: list[Tensor] = []
+        weight_rows: list[Tensor] = []
+        for node in range(1, topology.num_nodes):
+            self._predict(node - 1, features[-1], edges)
+            alpha, weights, is_open = self._weigh(node, x, edges)
+            senders = topology.senders(node)
+            weights, is_alive = remove(weights, is_open, [alive[i] for i in senders])
+            alpha_rows.append(alpha)
+            weight_rows.append(weights)
+
+            sources = (x, features[0]) if node in topology.entry else tuple(features[i] for i in senders)
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                feature = checkpoint(self._compute, node, weights, *sources, use_reentrant=False)
+            else:
+                feature = self._compute(node, weights, *sources)
+            if is_alive is not None and node != last:
+                feature = torch.where(is_alive[:, None, None, None], feature, 0)
+            features.append(feature)
+            alive.append(is_alive)
+        for record in self._records:
+            record.append(self, alpha_rows, weight_rows)
+        return features[-1]
+
+    def _predict(self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor]) -> None:
+        """Put α of the node's free out-edges into `edges`."""
+        if self._imposed is not None:
+            return
+        if self.router_reads == "activation" and self.weighting.reads_features:
+            feature = self.activation(feature.clone())  # a clone: timm's activations work in place
+        alpha = self.weighting.predict(node, feature)
+        for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
+            edges[node, receiver] = column
+
+    def _weigh(
+        self, node: int, x: Tensor, edges: dict[tuple[int, int], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
+        senders = self.topology.senders(node)
+        if self._imposed is not None:
+            if len(self._imposed) not in (1, len(x)):
+                raise UsageError(f"the imposed adjacency has {len(self._imposed)} samples, the batch {len(x)}")
+            weights = self._imposed[:, node, list(senders)].to(x.device).expand(len(x), -1)
+            return weights, weights, weights != 0
+        if node in self.topology.pinned:
+            weights = x.new_full((len(x), len(senders)), self.topology.pinned[node])
+            return weights, weights, None
+        alpha = torch.stack([edges[i, node] for i in senders], dim=1)
+        weights, is_open = self.weighting.gate(node, alpha)
+        return alpha, weights, is_open
+
+    def _compute(self, node: int, weights: Tensor, *sources: Tensor) -> Tensor:
+        """Aggregate and transform: x_j, or the stage's output for the output node."""
+        is_entry = node in self.topology.entry
+        is_output = node == self.topology.num_nodes - 1
+        if is_entry:
+            raw, projected = sources
+            x = aggregate([raw], weights)
+        else:
+            x = aggregate(sources, weights)
+        if self.shortcut == "edge":
+            if not is_entry:
+                x = self.activation(x)
+            return x if is_output else self.nodes[node - 1](x)
+        if is_output:
+            return x
+        y = self.nodes[node - 1](x)
+        if not is_entry:
+            y = y + x
+        elif self.entry_shortcut:
+            y = y + aggregate([projected], weights)
+        return self.activation(y)
+
+
+def remove(weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Close what is not open and what leaves a dead node; returns the weights and whether the node is alive, (B,).
+
+    `weights`, `is_open`: (B, E), None for all open; `senders`: whether each sending node is alive, (B,), None for alive.
+    """
+    if is_open is None and all(sender is None for sender in senders):
+        return weights, None
+    if is_open is None:
+        is_open = torch.ones_like(weights, dtype=torch.bool)
+    columns = [column if sender is None else column & sender for column, sender in zip(is_open.unbind(1), senders, strict=True)]
+    is_open = torch.stack(columns, dim=1)
+    return torch.where(is_open, weights, 0), is_open.any(1)

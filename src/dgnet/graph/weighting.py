@@ -1,0 +1,190 @@
+"""What the free edges of a stage weigh: fixed, learned, or routed (§3.2, §3.3).
+
+Letters: B batch, N nodes of a stage, E edges, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgnet.graph.names import check_choice
+from dgnet.graph.topology import Topology
+
+
+class Weighting(nn.Module):
+    """The weights of a stage's free edges. A new one subclasses this and overrides `predict`, and `gate` if it gates.
+
+    α is set at the sending node (`predict`) and becomes the weight that is aggregated at the receiving node (`gate`).
+    """
+
+    reads_features = False
+    """Whether `predict` looks at the feature; if not, a stage whose input node nobody else reads does without one."""
+
+    def __init__(self, topology: Topology, channels: int) -> None:
+        super().__init__()
+        self.topology = topology
+        self.channels = channels
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """τ of each receiving node, (N,); None for a weighting that closes nothing."""
+        return None
+
+    def predict(self, node: int, feature: Tensor) -> Tensor:
+        """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`.
+
+        `feature`: the node's output, (B, C, H, W).
+        """
+        raise NotImplementedError
+
+    def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weights of the node's in-edges as aggregated, and which are open; both (B, E), as is `alpha`.
+
+        None in place of the second means that all are open.
+        """
+        return alpha, None
+
+    def reset_parameters(self) -> None:
+        """Put the parameters back to their start."""
+
+
+class FixedWeighting(Weighting):
+    """Every edge weighs 1."""
+
+    def predict(self, node: int, feature: Tensor) -> Tensor:
+        return feature.new_ones(len(feature), len(self.topology.free_receivers(node)))
+
+
+class LearnedWeighting(Weighting):
+    """One learned weight an edge, the same for all samples: α of Table 6.
+
+    `start`: the parameter's first value; `activation`: "identity" or "sigmoid" (as RandWire has it).
+    """
+
+    def __init__(self, topology: Topology, channels: int, start: float = 1.0, activation: str = "identity") -> None:
+        super().__init__(topology, channels)
+        check_choice("learned_activation", activation, ("identity", "sigmoid"))
+        self.start = start
+        self.activation = activation
+        # Ordered by sending node, so that a node's out-edges are one slice.
+        degrees = [len(topology.free_receivers(i)) for i in range(topology.num_nodes)]
+        self.offsets = [sum(degrees[:i]) for i in range(topology.num_nodes + 1)]
+        self.alpha = nn.Parameter(torch.empty(sum(degrees)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, self.start)
+
+    def predict(self, node: int, feature: Tensor) -> Tensor:
+        alpha = self.alpha[self.offsets[node] : self.offsets[node + 1]]
+        if self.activation == "sigmoid":
+            alpha = alpha.sigmoid()
+        return alpha.expand(len(feature), -1)
+
+
+def global_average_pool(feature: Tensor) -> Tensor:
+    """φ of Eq. (4): (B, C, H, W) -> (B, C), at least in float32."""
+    return feature.mean((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32))
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Routing runs in float32: a rounding of α at a hard threshold flips an edge."""
+    # The meta device, on which costs are counted, has no autocast to switch off.
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+class Router(nn.Linear):
+    """α = σ(Wᵀφ + b), one row of W for each out-edge (Eq. 4): (B, C) -> (B, E).
+
+    W starts at N(0, `std`); b at `bias`: +3 lets every edge start open, σ(3) = 0.953 (§6.4).
+    """
+
+    def __init__(self, channels: int, num_edges: int, bias: float = 3.0, std: float = 0.01) -> None:
+        self.start = (bias, std)
+        super().__init__(channels, num_edges)
+
+    def reset_parameters(self) -> None:
+        bias, std = self.start
+        nn.init.normal_(self.weight, std=std)
+        nn.init.constant_(self.bias, bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        # The parameters of a model cast to half precision are lifted: α near a hard threshold must not be rounded.
+        return F.linear(pooled, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype)).sigmoid()
+
+
+class RoutedWeighting(Weighting):
+    """α predicted for every sample by a router on the sending node, gated by τ of the receiving node (§3.3).
+
+    In training an edge weighs ψ(α) = α·σ(α - τ); in evaluation an edge with α < τ is closed (Eq. 5).
+
+    `router`: class or callable (channels, num_edges) -> module mapping (B, C) pooled features, float32 even under
+        autocast, to α, (B, E), in [0, 1]. None: `Router` with `bias` and `std`.
+    `pool`: what the routers see of a feature, (B, C, H, W) -> (B, C).
+    `gate`: "psi", or "alpha" for the plain α; the latter gives τ no gradient, so τ stays at its start.
+    `threshold`, `learn_threshold`: where τ starts, and whether it moves.
+    `inference_weight`: what an open edge weighs in evaluation: "gated" as in training, or "raw" α as in Eq. (5).
+    """
+
+    reads_features = True
+
+    def __init__(
+        self,
+        topology: Topology,
+        channels: int,
+        router: Callable[[int, int], nn.Module] | None = None,
+        bias: float = 3.0,
+        std: float = 0.01,
+        pool: Callable[[Tensor], Tensor] = global_average_pool,
+        gate: str = "psi",
+        threshold: float = 0.0,
+        learn_threshold: bool = True,
+        inference_weight: str = "gated",
+    ) -> None:
+        super().__init__(topology, channels)
+        check_choice("gate", gate, ("psi", "alpha"))
+        check_choice("inference_weight", inference_weight, ("gated", "raw"))
+        self.pool = pool
+        self.gate_form = gate
+        self.inference_weight = inference_weight
+        self.threshold_start = threshold
+        build = router or (lambda channels, num_edges: Router(channels, num_edges, bias, std))
+        self.routers = nn.ModuleDict(
+            {
+                str(i): build(channels, len(topology.free_receivers(i)))
+                for i in range(topology.num_nodes - 1)
+                if topology.free_receivers(i)
+            }
+        )
+        # (N,), so that row j of an adjacency and tau[j] belong together; tau[0] has no edge to gate.
+        self.tau = nn.Parameter(torch.empty(topology.num_nodes), requires_grad=learn_threshold and gate == "psi")
+        nn.init.constant_(self.tau, threshold)
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.tau
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.tau, self.threshold_start)
+        for module in self.routers.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def predict(self, node: int, feature: Tensor) -> Tensor:
+        if str(node) not in self.routers:  # every out-edge is pinned
+            return feature.new_ones(len(feature), 0)
+        with _no_autocast(feature.device.type):
+            return self.routers[str(node)](self.pool(feature))
+
+    def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+        tau = self.tau[node].to(alpha.dtype)
+        gated = alpha * torch.sigmoid(alpha - tau) if self.gate_form == "psi" else alpha
+        if self.training:
+            return gated, None
+        return gated if self.inference_weight == "gated" else alpha, alpha >= tau

@@ -1,0 +1,7 @@
+"""Networks with dynamic connectivity, registered with timm on import."""
+
+from dgnet.models import cifar_resnet as cifar_resnet
+from dgnet.models import resnet as resnet
+from dgnet.models.connectivity import Connectivity as Connectivity
+from dgnet.models.factory import create_model as create_model
+from dgnet.models.factory import list_models as list_models

@@ -1,0 +1,187 @@
+"""The CIFAR form of ResNet (He et al., 2016, §4.2) and DG-ResNet: 6n + 2 layers, three stages of n basic blocks.
+
+Shortcuts are option B: a 1×1 convolution and BN where the shape changes, the identity elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import DropPath, create_classifier
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, ResNet, downsample_conv
+from torch import Tensor, nn
+
+from dgnet.models.connectivity import Connectivity, DynamicNetwork
+from dgnet.models.factory import build_model
+from dgnet.models.resnet import split_block
+
+
+class CifarResNet(ResNet):
+    """Stem 3×3 convolution, three stages of basic blocks with strides 1, 2, 2, pooling, classifier.
+
+    `layers`: blocks of each stage; `channels`: C of each stage. timm's ResNet gives the head and the initialisation.
+    """
+
+    stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int],
+        num_classes: int = 10,
+        in_chans: int = 3,
+        channels: tuple[int, int, int] = (16, 32, 64),
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
+    ) -> None:
+        nn.Module.__init__(self)  # not ResNet's: its stem is fixed at 64 channels, and it has four stages
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        width = channels[0]
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
+        self.feature_info = [{"num_chs": width, "reduction": 1, "module": "act1"}]
+        drop_paths = iter(drop_path_rate * i / max(sum(layers) - 1, 1) for i in range(sum(layers)))
+        reduction = 1
+        for name, depth, planes, stage_stride in zip(self.stage_names, layers, channels, (1, 2, 2), strict=True):
+            blocks = []
+            for stride in (stage_stride, *[1] * (depth - 1)):
+                keeps_shape = stride == 1 and width == planes
+                projection = None if keeps_shape else downsample_conv(width, planes, 1, stride, norm_layer=nn.BatchNorm2d)
+                rate = next(drop_paths)
+                blocks.append(BasicBlock(width, planes, stride, projection, drop_path=DropPath(rate) if rate else None))
+                width = planes
+            self.add_module(name, nn.Sequential(*blocks))
+            reduction *= stage_stride
+            self.feature_info.append({"num_chs": planes, "reduction": reduction, "module": name})
+        self.num_features = width
+        self.global_pool, self.fc = create_classifier(width, num_classes, pool_type=global_pool)
+        self.head_hidden_size = width * self.global_pool.feat_mult()
+        self.init_weights(zero_init_last=zero_init_last)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward_intermediates(x, indices=[])[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stem and stage features, as timm's: index 0 is the stem, 1 to 3 the stages."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices) if indices != [] else ([], len(self.stage_names))
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in take else []
+        for index, name in enumerate(self.stage_names[: last if stop_early else None], start=1):
+            stage = getattr(self, name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if index in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one in `indices`, and the head, as timm's."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        for name in self.stage_names[last:]:
+            setattr(self, name, nn.Identity())
+        if last < len(self.stage_names):
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            prune_head = True
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+
+class DynamicCifarResNet(DynamicNetwork, CifarResNet):
+    """CifarResNet whose stages are graphs. Takes its arguments and those of `Connectivity`."""
+
+    def __init__(self, layers: tuple[int, int, int], zero_init_last: bool = True, **kwargs: Any) -> None:
+        connectivity = Connectivity.take_from(kwargs)
+        super().__init__(layers, zero_init_last=zero_init_last, **kwargs)
+        self.build_stages(split_block, [info["num_chs"] for info in self.feature_info[1:]], connectivity)
+        self.init_weights(zero_init_last=zero_init_last)
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+    }
+
+
+_DEPTHS = (20, 32, 56, 110)
+default_cfgs = generate_default_cfgs({f"{prefix}resnet{depth}": _cfg() for prefix in ("", "dg_") for depth in _DEPTHS})
+
+
+def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    blocks = (depth - 2) // 6
+    return build_model(cls, name, pretrained, {"out_indices": (0, 1, 2, 3)}, layers=(blocks, blocks, blocks), **kwargs)
+
+
+@register_model
+def resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20 for 32×32 images, the static baseline."""
+    return _create(CifarResNet, "resnet20", 20, pretrained, **kwargs)
+
+
+@register_model
+def resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-32 for 32×32 images, the static baseline."""
+    return _create(CifarResNet, "resnet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56 for 32×32 images, the static baseline."""
+    return _create(CifarResNet, "resnet56", 56, pretrained, **kwargs)
+
+
+@register_model
+def resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-110 for 32×32 images, the static baseline."""
+    return _create(CifarResNet, "resnet110", 110, pretrained, **kwargs)
+
+
+@register_model
+def dg_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-20 for 32×32 images."""
+    return _create(DynamicCifarResNet, "dg_resnet20", 20, pretrained, **kwargs)
+
+
+@register_model
+def dg_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-32 for 32×32 images."""
+    return _create(DynamicCifarResNet, "dg_resnet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def dg_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-56 for 32×32 images."""
+    return _create(DynamicCifarResNet, "dg_resnet56", 56, pretrained, **kwargs)
+
+
+@register_model
+def dg_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-110 for 32×32 images."""
+    return _create(DynamicCifarResNet, "dg_resnet110", 110, pretrained, **kwargs)

@@ -1,0 +1,90 @@
+"""DG-ResNet: timm's ResNet with a graph for each stage, without stem max-pool (the form that Table 1's costs imply)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_act_layer, get_norm_layer
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
+from torch import nn
+
+from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
+from dgnet.models.factory import build_model
+
+_PATHS = {
+    BasicBlock: ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path"),
+    Bottleneck: ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3", "se", "drop_path"),
+}
+
+
+def split_block(block: nn.Module) -> BlockParts:
+    """BasicBlock and Bottleneck: ReLU after the addition; a projection where the shape changes."""
+    activation = block.act2 if isinstance(block, BasicBlock) else block.act3
+    shortcut = block.downsample if block.downsample is not None else nn.Identity()
+    return BlockParts(take_modules(block, _PATHS[type(block)]), shortcut, activation)
+
+
+class StridedResNet(ResNet):
+    """timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool: DG-ResNet's static twin."""
+
+    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
+        super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
+        self.maxpool = nn.Identity()
+        planes = kwargs.get("channels", (64,))[0]
+        in_channels = self.feature_info[0]["num_chs"]
+        norm_layer = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))
+        self.layer1[0] = block(
+            in_channels,
+            planes,
+            stride=2,
+            downsample=downsample_conv(in_channels, planes * block.expansion, kernel_size=1, stride=2, norm_layer=norm_layer),
+            act_layer=get_act_layer(kwargs.get("act_layer", nn.ReLU)),
+            norm_layer=norm_layer,
+            **{name: kwargs[name] for name in ("cardinality", "base_width") if name in kwargs},
+            **(kwargs.get("block_args") or {}),
+        )
+        self.init_weights(zero_init_last=zero_init_last)
+
+
+class DynamicResNet(DynamicNetwork, StridedResNet):
+    """ResNet whose stages are graphs. Takes timm's ResNet arguments and those of `Connectivity`."""
+
+    stage_names = ("layer1", "layer2", "layer3", "layer4")
+
+    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
+        connectivity = Connectivity.take_from(kwargs)
+        super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
+        self.build_stages(split_block, [info["num_chs"] for info in self.feature_info[1:]], connectivity)
+        self.init_weights(zero_init_last=zero_init_last)
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs({"dg_resnet18": _cfg(), "dg_resnet50": _cfg()})
+
+
+@register_model
+def dg_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-18, 11.70 M parameters, 1826 M multiply-adds (Table 1)."""
+    return build_model(DynamicResNet, "dg_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def dg_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-50, 25.62 M parameters, 4126 M multiply-adds (Table 1)."""
+    return build_model(DynamicResNet, "dg_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)

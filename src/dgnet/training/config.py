@@ -1,0 +1,78 @@
+"""What `dgnet train` can be asked for: one frozen dataclass, the source of the command's options and of recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dgnet.errors import UsageError
+from dgnet.graph.names import check_choice
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its help text, and the values allowed where they are few."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Raises UsageError for a value that makes no sense."""
+
+    model: str = option("dg_resnet20", "model name; names: dgnet models")
+    weighting: str | None = option(None, "what edges weigh: routed (the default), learned, fixed")
+    topology: str | None = option(None, "which edges exist: complete (the default), residual, chain")
+    shortcut: str | None = option(None, "where the residual shortcut is: edge (the default) or node")
+    model_kwargs: dict[str, Any] = option({}, "further model options as a dict, e.g. '{router_bias: 0, drop_rate: 0.2}'")
+    data: str = option("digits", "training data: digits, a folder of class folders, shards (…{000..004}.tar), torch/…, hfds/…")
+    val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
+    data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
+    weights: str | None = option(None, "start from the weights in this file")
+    output: str | None = option(None, "run folder, must not hold a run yet; by default the next free runs/MODEL-N")
+    epochs: int = option(20, "passes over the training images")
+    batch_size: int = option(32, "images in a training step")
+    seed: int = option(0, "seed of initialisation, order and augmentation")
+    image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
+    augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
+    hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
+    optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum has not")
+    lr: float = option(0.1, "peak learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(5e-4, "weight decay; never on normalisation, biases, thresholds and learned edge weights")
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
+    label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))
+    compile: bool = option(False, "compile the network with torch.compile")
+    channels_last: bool = option(False, "channels_last memory format")
+    grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
+    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
+    devices: str = option("auto", "Lightning devices: auto, or how many")
+    workers: int = option(0, "processes that load images; 0 loads in the main process")
+    threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.metadata["choices"]:
+                check_choice(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.metadata["choices"])
+        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("threads", 1), ("seed", 0), ("workers", 0)):
+            self._check_range(name, least)
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+            self._check_range(name, 0)
+        for name in ("hflip", "label_smoothing"):
+            self._check_range(name, 0, 1)
+        if self.lr == 0:
+            raise UsageError("--lr must be above 0, got 0")
+
+    def _check_range(self, name: str, least: float, most: float = float("inf")) -> None:
+        value = getattr(self, name)
+        if value is not None and not least <= value <= most:
+            allowed = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+            raise UsageError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
+        axes = {name: getattr(self, name) for name in ("weighting", "topology", "shortcut")}
+        return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}

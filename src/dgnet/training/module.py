@@ -1,0 +1,104 @@
+"""The Lightning module and data module of classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dgnet.data import ImageDataset
+from dgnet.training.config import TrainConfig
+from dgnet.training.metrics import build_metrics, update_metrics
+
+
+class Classifier(L.LightningModule):
+    """Cross-entropy with label smoothing, warm-up and half-period cosine by step (§6.1).
+
+    `carried`: plain values that travel in each checkpoint, so that it can be evaluated without the command that made it.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.carried = carried
+        self.train_metrics = build_metrics(len(carried["class_names"]), prefix="train_")
+        self.val_metrics = build_metrics(len(carried["class_names"]), prefix="val_")
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        update_metrics(self.train_metrics, logits, labels)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        images, labels = batch
+        update_metrics(self.val_metrics, self(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
+        values = {**self.train_metrics.compute(), **self.val_metrics.compute()}
+        percent = {name: value * 100 if "top" in name else value for name, value in values.items()}
+        self.log_dict({**percent, "lr": self.optimizers().param_groups[0]["lr"]})  # type: ignore[union-attr]
+        self.train_metrics.reset()
+        self.val_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        optimizer = create_optimizer_v2(
+            self.network,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=True,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(steps * config.warmup_epochs / config.epochs)
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(steps - warmup, 1),
+            warmup_t=warmup,
+            warmup_prefix=True,
+            warmup_lr_init=config.lr / max(warmup, 1),
+            t_in_epochs=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:
+        scheduler.step_update(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dgnet"] = self.carried
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Loaders over data sets whose transforms are set. Training leaves out a last batch that is not full."""
+
+    def __init__(self, train: ImageDataset, val: ImageDataset, batch_size: int, workers: int) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.kwargs: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, shuffle=True, drop_last=True, **self.kwargs)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.val, **self.kwargs)

@@ -1,0 +1,149 @@
+"""A training run: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+
+from dgnet.checkpoint import describe_network, load_weights, save_network
+from dgnet.data import ImageDataset, Preprocessing, open_train_and_evaluation
+from dgnet.errors import UsageError
+from dgnet.models import create_model
+from dgnet.training.config import TrainConfig
+from dgnet.training.module import Classifier, ImageDataModule
+from dgnet.training.progress import Progress
+
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_DIGITS_SIZE = 16  # pixels: digits are 8×8, and a network with stride 4 needs some more
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and how its last epoch did on the evaluation images."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> RunResult:
+    """Train as `config` says; writes the run folder.
+
+    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = claim_folder(config)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root)
+    if len(train_set) < config.batch_size:
+        raise UsageError(f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one")
+    network = create_model(config.model, num_classes=len(train_set.class_names), **config.network_kwargs)
+    preprocessing = prepare_data(config, network, train_set, val_set)
+    if config.weights:
+        reset = load_weights(network, config.model, config.weights)
+        if reset:
+            say(f"{config.weights}: trained for other classes; reset {', '.join(reset)} for {len(train_set.class_names)} classes")
+    carried = describe_network(
+        config.model, config.network_kwargs, train_set.class_names, preprocessing, asdict(config)
+    )
+    if config.grad_checkpointing:
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        network.compile()  # in place: the state dict keeps its keys
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    say(
+        f"{config.model}, {sum(p.numel() for p in network.parameters()):,} parameters, on {len(train_set):,} images of"
+        f" {len(train_set.class_names)} classes, {config.epochs} epochs -> {folder}"
+    )
+    module = Classifier(network, config, carried)
+    trainer = build_trainer(config, folder)
+    with quiet_lightning():
+        trainer.fit(module, datamodule=ImageDataModule(train_set, val_set, config.batch_size, config.workers))
+    save_network(network, folder / "model.safetensors", carried)
+    return RunResult(folder, {name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def claim_folder(config: TrainConfig) -> Path:
+    """The run folder to write: `--output`, or the next free one. Raises UsageError where it holds something."""
+    if config.output is None:
+        number = 1
+        while (folder := Path("runs") / f"{config.model}-{number}").exists():
+            number += 1
+        return folder
+    folder = Path(config.output)
+    if folder.is_file():
+        raise UsageError(f"--output {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
+    return folder
+
+
+def prepare_data(config: TrainConfig, network: nn.Module, train: ImageDataset, val: ImageDataset) -> Preprocessing:
+    """Set both data sets' transforms; returns the preprocessing that a checkpoint carries."""
+    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, size)  # type: ignore[arg-type]
+    augment = config.augment
+    if augment == "auto":
+        augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
+    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
+    val.transform = preprocessing.evaluation_transform()
+    return preprocessing
+
+
+def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
+    """Lightning's Trainer with dgnet's loggers, checkpoints and progress."""
+    best = ModelCheckpoint(
+        folder / "checkpoints", filename="best", monitor="val_top1", mode="max", save_last=True, save_on_train_epoch_end=True
+    )
+    devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
+    with quiet_lightning():
+        return L.Trainer(
+            accelerator=config.accelerator,
+            devices=devices,
+            precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+            max_epochs=config.epochs,
+            num_sanity_val_steps=0,
+            callbacks=[best, Progress()],
+            logger=[
+                CSVLogger(folder, name="", version=""),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+class quiet_lightning:  # noqa: N801  (used like a function, as contextlib's are)
+    """Leave out Lightning's advice: workers and logging intervals are the user's options here."""
+
+    def __enter__(self) -> None:
+        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        for message in (".*does not have many workers.*", ".*number of training batches.*", ".*exists and is not empty.*"):
+            warnings.filterwarnings("ignore", message)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._warnings.__exit__(*exception)
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
