@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ class Topology:
     mask: Tensor
     entry: tuple[int, ...] = (1,)
     pinned: Mapping[int, float] = field(default_factory=dict)
+    _senders: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
+    _receivers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         mask = torch.as_tensor(self.mask)
@@ -46,6 +47,9 @@ class Topology:
                 else f"node 0 is the input node and has no in-edges, got one from node {j}"
             )
         object.__setattr__(self, "mask", mask)
+        # Plain tuples: a compiled stage unrolls its loops over them.
+        object.__setattr__(self, "_senders", tuple(tuple(row.nonzero().flatten().tolist()) for row in mask))
+        object.__setattr__(self, "_receivers", tuple(tuple(row.nonzero().flatten().tolist()) for row in mask.T))
         for node in self.entry:
             if not 0 < node < self.num_nodes - 1:
                 raise UsageError(f"an entry node is a block node, 1 to {self.num_nodes - 2}, got {node}")
@@ -68,24 +72,19 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        return len(self.mask)
+        return len(self._senders)
 
     @property
     def num_edges(self) -> int:
-        return len(self.edges)
-
-    @cached_property
-    def edges(self) -> tuple[tuple[int, int], ...]:
-        """All edges (i, j), ordered by receiving node j, then by i."""
-        return tuple((i, j) for j, i in self.mask.nonzero().tolist())
+        return sum(len(senders) for senders in self._senders)
 
     def senders(self, node: int) -> tuple[int, ...]:
         """The nodes i of the in-edges (i, node), ascending."""
-        return tuple(self.mask[node].nonzero().flatten().tolist())
+        return self._senders[node]
 
     def receivers(self, node: int) -> tuple[int, ...]:
         """The nodes j of the out-edges (node, j), ascending."""
-        return tuple(self.mask[:, node].nonzero().flatten().tolist())
+        return self._receivers[node]
 
     def free_receivers(self, node: int) -> tuple[int, ...]:
         """The nodes j of the out-edges (node, j) that the weighting weighs, ascending."""

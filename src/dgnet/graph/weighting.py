@@ -6,7 +6,6 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +88,9 @@ class LearnedWeighting(Weighting):
 
 def global_average_pool(feature: Tensor) -> Tensor:
     """φ of Eq. (4): (B, C, H, W) -> (B, C), at least in float32."""
-    return feature.mean((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Routing runs in float32: a rounding of α at a hard threshold flips an edge."""
-    # The meta device, on which costs are counted, has no autocast to switch off.
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    # Not `mean`: its backward writes a map in another memory format than the feature's; that of `sum` is a view.
+    height, width = feature.shape[2:]
+    return feature.sum((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32)) / (height * width)
 
 
 class Router(nn.Linear):
@@ -179,7 +174,8 @@ class RoutedWeighting(Weighting):
     def predict(self, node: int, feature: Tensor) -> Tensor:
         if str(node) not in self.routers:  # every out-edge is pinned
             return feature.new_ones(len(feature), 0)
-        with _no_autocast(feature.device.type):
+        # Float32 under autocast too: a rounding of α at a hard threshold flips an edge. (The meta device has no autocast.)
+        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
             return self.routers[str(node)](self.pool(feature))
 
     def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -63,7 +63,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
-        network.compile()  # in place: the state dict keeps its keys
+        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
