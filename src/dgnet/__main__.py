@@ -1,7 +1,5 @@
 """`python -m dgnet`."""
 
-import sys
+from dgnet.cli import entry_point
 
-from dgnet.cli import main
-
-sys.exit(main())
+entry_point()

@@ -67,7 +67,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
     if carried is None:
-        raise UsageError(f"{path} holds weights only, not the model's name and classes; use it with: dgnet train --weights {path}")
+        raise UsageError(
+            f"{path} holds weights only, not the model's name and classes; use it with: dgnet train --weights {path}"
+        )
     try:
         return Checkpoint(
             path,

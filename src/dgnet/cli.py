@@ -1,15 +1,16 @@
 """The `dgnet` command: parses, calls, prints.
 
-Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 1 anything else.
+Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
-from typing import Any, NoReturn, get_type_hints
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
@@ -21,25 +22,23 @@ from dgnet.graph.names import did_you_mean
 class Parser(ArgumentParser):
     """jsonargparse's parser whose errors are one line with a hint."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        raise UsageError(" ".join(str(message).split()))
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UsageError in place of printing the usage and leaving."""
+        line = " ".join(str(message).split())
+        line = re.sub(r'^Parser key "([\w.]+)":', lambda match: f"--{match[1].replace('_', '-')}:", line)
+        raise UsageError(line.replace("<class ", "").replace("'>.", "'."))
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of `dgnet`, and those of its commands by name."""
+def build_parser(command: str | None = None) -> Parser:
+    """The parser of `dgnet` with that of one command, or with all: building a command's parser imports what it needs."""
     parser = Parser(prog="dgnet", description="Dynamic Graph Networks for vision.", exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"dgnet {dgnet.__version__}")
-    commands = {
-        "models": _models_parser(),
-        "train": _train_parser(),
-        "evaluate": _evaluate_parser(),
-        "predict": _predict_parser(),
-        "cost": _cost_parser(),
-    }
     subcommands = parser.add_subcommands(dest="command", required=False, metavar="COMMAND")
-    for name, command in commands.items():
-        subcommands.add_subcommand(name, command, help=command.description)
-    return parser, commands
+    for name, (build, _) in _COMMANDS.items():
+        if command in (None, name):
+            subparser = build()
+            subcommands.add_subcommand(name, subparser, help=subparser.description)
+    return parser
 
 
 def _models_parser() -> Parser:
@@ -51,9 +50,9 @@ def _train_parser() -> Parser:
 
     parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    hints = get_type_hints(TrainConfig)
+    hints, defaults = get_type_hints(TrainConfig), TrainConfig()
     for f in fields(TrainConfig):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        default = getattr(defaults, f.name)
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default, help=f.metadata["help"])
     return parser
 
@@ -95,42 +94,47 @@ def _cost_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dgnet`; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in arguments if not word.startswith("-")), None)
     try:
-        parser, commands = build_parser()
-        _check_words(arguments, commands)
-        parsed = parser.parse_args(arguments)
-        if parsed.command is None:
+        if command is not None and command not in _COMMANDS:
+            hint = did_you_mean(command, _COMMANDS) or ";"
+            raise UsageError(f"unknown command {command!r}{hint} commands: {', '.join(_COMMANDS)}")
+        parser = build_parser(command)
+        if command is None:
+            parser.parse_args(arguments)  # --help and --version leave here
             parser.print_help(sys.stderr)
             return 2
-        _COMMANDS[parsed.command](parsed[parsed.command])
+        build, run = _COMMANDS[command]
+        _check_options(command, arguments[arguments.index(command) + 1 :], build())
+        run(parser.parse_args(arguments)[command])
     except UsageError as error:
         print(f"dgnet: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dgnet: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe had enough
         return 0
     return 0
 
 
-def _check_words(arguments: Sequence[str], commands: dict[str, Parser]) -> None:
-    """Raises UsageError, with the nearest name, for an unknown command or option."""
-    command = next((word for word in arguments if not word.startswith("-")), None)
-    if command is None:
-        return
-    if command not in commands:
-        raise UsageError(f"unknown command {command!r}{did_you_mean(command, commands)}; commands: {', '.join(commands)}")
-    options = [option for action in commands[command]._actions for option in action.option_strings]
-    for word in arguments[arguments.index(command) + 1 :]:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name.partition(".")[0] not in options and len(name) > 2:
+def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
+    """Raises UsageError, with the nearest name, for an unknown option."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        name = word.partition("=")[0].partition(".")[0]
+        if name.startswith("--") and name != "--" and name not in options:
             raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: dgnet {command} --help")
 
 
 def run_models(args: Namespace) -> None:
+    """`dgnet models`."""
     for name in dgnet.list_models():
         print(name)
 
 
 def run_train(args: Namespace) -> None:
+    """`dgnet train`."""
     from dgnet.training import TrainConfig, train
 
     values = {f.name: args[f.name] for f in fields(TrainConfig)}
@@ -140,6 +144,7 @@ def run_train(args: Namespace) -> None:
 
 
 def run_evaluate(args: Namespace) -> None:
+    """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
     from dgnet.data import EVALUATION, open_dataset
     from dgnet.training import evaluate
@@ -163,6 +168,7 @@ def run_evaluate(args: Namespace) -> None:
 
 
 def run_predict(args: Namespace) -> None:
+    """`dgnet predict`."""
     from dgnet.checkpoint import load_checkpoint
     from dgnet.training.predict import predict
 
@@ -173,11 +179,14 @@ def run_predict(args: Namespace) -> None:
         print(json.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
         return
     for prediction in predictions:
-        classes = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        classes = ", ".join(
+            f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
+        )
         print(f"{prediction.image}: {classes}")
 
 
 def run_cost(args: Namespace) -> None:
+    """`dgnet cost`."""
     from dgnet.tables import cost_rows, format_cost_table
 
     rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None)
@@ -201,13 +210,15 @@ def _device(name: str) -> str:
     return name
 
 
-_COMMANDS = {
-    "models": run_models,
-    "train": run_train,
-    "evaluate": run_evaluate,
-    "predict": run_predict,
-    "cost": run_cost,
+_COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Namespace], None]]] = {
+    "models": (_models_parser, run_models),
+    "train": (_train_parser, run_train),
+    "evaluate": (_evaluate_parser, run_evaluate),
+    "predict": (_predict_parser, run_predict),
+    "cost": (_cost_parser, run_cost),
 }
 
-if __name__ == "__main__":
+
+def entry_point() -> NoReturn:
+    """The installed command."""
     sys.exit(main())

@@ -35,9 +35,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
     counted = deepcopy(model).to("meta").eval()
     counts = {"multiply_adds": 0, "router_multiply_adds": 0, "aggregation_multiply_adds": 0, "activations": 0}
-    in_weightings = {
-        id(child) for module in counted.modules() if isinstance(module, Weighting) for child in module.modules()
-    }
+    in_weightings = {id(child) for module in counted.modules() if isinstance(module, Weighting) for child in module.modules()}
 
     def count_convolution(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         multiply_adds = output[0].numel() * module.weight[0].numel()

@@ -61,7 +61,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**tuples)
 
     def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
         """Resize, centre crop, normalise."""
@@ -239,7 +240,8 @@ class Shards(ImageDataset):
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
             if not 0 <= label < len(self.class_names):
                 raise UsageError(
-                    f"{self.paths[shard]}, sample {key}: label {label} is out of range, allowed are 0 to {len(self.class_names) - 1}"
+                    f"{self.paths[shard]}, sample {key}: label {label} is out of range,"
+                    f" allowed are 0 to {len(self.class_names) - 1}"
                 )
 
     def _index(self, shard: int, path: str) -> None:
@@ -262,8 +264,10 @@ class Shards(ImageDataset):
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(f"{path} is no readable tar file ({error}); copy it again") from None
-        if end > os.path.getsize(path):
-            raise UsageError(f"{path} is cut short: {os.path.getsize(path)} bytes, at least {end} expected; copy it again")
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes a cut for the end
+                raise UsageError(f"{path} is cut short: it lacks the end mark of a tar file; copy it again")
         for key, (offset, size) in images.items():
             if key not in labels:
                 raise UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
@@ -311,7 +315,9 @@ class TimmDataset(ImageDataset):
             except ImportError as error:
                 raise UsageError(f"{source}: {error}; install the package that reads it") from None
             except Exception as error:  # readers raise whatever their library raises
-                errors.append(f"split {split!r}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+                errors.append(
+                    f"split {split!r}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+                )
         else:
             raise UsageError(f"{source} cannot be opened under {root!r} ({'; '.join(errors)}); its folder goes in --data-root")
         reader = getattr(self.dataset, "reader", self.dataset)
@@ -327,18 +333,14 @@ class TimmDataset(ImageDataset):
     def read(self, index: int) -> tuple[Any, int]:
         image, label = self.dataset[index]
         if not 0 <= label < len(self.class_names):
-            raise UsageError(
-                f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.class_names) - 1}"
-            )
+            raise UsageError(f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.class_names) - 1}")
         return image.convert("RGB"), label
 
     def name(self, index: int) -> str:
         return f"{self.source}, image {index}"
 
 
-def open_dataset(
-    source: str, role: str, class_names: Sequence[str] | None = None, data_root: str = "data"
-) -> ImageDataset:
+def open_dataset(source: str, role: str, class_names: Sequence[str] | None = None, data_root: str = "data") -> ImageDataset:
     """The images of `source` for `role` ("train" or "evaluation"), without a transform yet.
 
     A folder that holds train/ and val/ (or test/) gives the one of the role. `class_names`: the classes, in the order of
@@ -395,5 +397,3 @@ def open_train_and_evaluation(
     train = open_dataset(source, TRAIN, data_root=data_root)
     evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root)
     return train, evaluation
-
-

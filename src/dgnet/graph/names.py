@@ -22,7 +22,8 @@ def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if name not in allowed:
         hint = did_you_mean(str(name), allowed)
-        raise UsageError(f"unknown {what} {name!r}{hint or ';'} allowed: {', '.join(allowed)}")
+        listing = f" allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
+        raise UsageError(f"unknown {what} {name!r}{hint or ';'}{listing}")
 
 
 def lookup(what: str, name: str, table: Mapping[str, T]) -> T:

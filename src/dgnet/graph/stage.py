@@ -107,9 +107,7 @@ class DynamicGraph(nn.Module):
         for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
             edges[node, receiver] = column
 
-    def _weigh(
-        self, node: int, x: Tensor, edges: dict[tuple[int, int], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _weigh(self, node: int, x: Tensor, edges: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
         senders = self.topology.senders(node)
         if self._imposed is not None:

@@ -43,7 +43,7 @@ class CifarResNet(ResNet):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         width = channels[0]
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)  # type: ignore[assignment]
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [{"num_chs": width, "reduction": 1, "module": "act1"}]
@@ -111,7 +111,7 @@ class DynamicCifarResNet(DynamicNetwork, CifarResNet):
     def __init__(self, layers: tuple[int, int, int], zero_init_last: bool = True, **kwargs: Any) -> None:
         connectivity = Connectivity.take_from(kwargs)
         super().__init__(layers, zero_init_last=zero_init_last, **kwargs)
-        self.build_stages(split_block, [info["num_chs"] for info in self.feature_info[1:]], connectivity)
+        self.build_stages(split_block, connectivity)
         self.init_weights(zero_init_last=zero_init_last)
 
 

@@ -44,6 +44,12 @@ class Connectivity:
             check_choice("weighting", self.weighting, _OPTIONS)
         check_choice("shortcut", self.shortcut, ("edge", "node"))
         check_choice("router_reads", self.router_reads, ("feature", "activation"))
+        for name in ("router_bias", "router_std", "threshold", "learned_start"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.learn_threshold, bool):
+            raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
         for weighting, options in _OPTIONS.items():
             for name in options if weighting != self.weighting else ():
                 if getattr(self, name) != getattr(type(self), name):
@@ -79,7 +85,16 @@ class Connectivity:
 
 
 _OPTIONS = {
-    "routed": ("router", "router_bias", "router_std", "router_reads", "gate", "threshold", "learn_threshold", "inference_weight"),
+    "routed": (
+        "router",
+        "router_bias",
+        "router_std",
+        "router_reads",
+        "gate",
+        "threshold",
+        "learn_threshold",
+        "inference_weight",
+    ),
     "learned": ("learned_start", "learned_activation"),
     "fixed": (),
 }
@@ -147,18 +162,20 @@ class DynamicNetwork(nn.Module):
     """What dynamic networks add to their static class, as a mixin before it: timm's interface over `DynamicGraph` stages."""
 
     stage_names: tuple[str, ...]
+    feature_info: Any
 
     @property
     def stages(self) -> list[DynamicGraph]:
         """The dynamic stages, in order."""
         return [getattr(self, name) for name in self.stage_names]
 
-    def build_stages(self, split_block: Callable[[nn.Module], BlockParts], channels: Sequence[int], connectivity: Connectivity) -> None:
-        """Replace the static stages, each an nn.Sequential of blocks, by graphs. `channels`: C of each stage."""
-        for index, (name, num_channels) in enumerate(zip(self.stage_names, channels, strict=True), start=1):
+    def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
+        """Replace the static stages, each an nn.Sequential of blocks, by graphs; C of each comes from `feature_info`."""
+        channels = {info["module"]: info["num_chs"] for info in self.feature_info}
+        for index, name in enumerate(self.stage_names, start=1):
             blocks = list(getattr(self, name).children())
             try:
-                setattr(self, name, build_stage(blocks, split_block, num_channels, connectivity))
+                setattr(self, name, build_stage(blocks, split_block, channels[name], connectivity))
             except UsageError as error:
                 raise UsageError(f"stage {index}: {error}") from None
 

@@ -19,9 +19,7 @@ from dgnet.models.connectivity import Connectivity, DynamicNetwork
 def list_models() -> list[str]:
     """The names that dgnet registers with timm."""
     names = [
-        name
-        for name in timm.list_models()
-        if sys.modules[timm.model_entrypoint(name).__module__].__name__.startswith("dgnet.")
+        name for name in timm.list_models() if sys.modules[timm.model_entrypoint(name).__module__].__name__.startswith("dgnet.")
     ]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
@@ -37,7 +35,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def build_model(cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+def build_model(
+    cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
     """What each registered function calls: timm's builder, with one-line errors."""
     if pretrained:
         raise UsageError(

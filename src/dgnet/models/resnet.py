@@ -19,7 +19,7 @@ _PATHS = {
 }
 
 
-def split_block(block: nn.Module) -> BlockParts:
+def split_block(block: Any) -> BlockParts:
     """BasicBlock and Bottleneck: ReLU after the addition; a projection where the shape changes."""
     activation = block.act2 if isinstance(block, BasicBlock) else block.act3
     shortcut = block.downsample if block.downsample is not None else nn.Identity()
@@ -29,13 +29,14 @@ def split_block(block: nn.Module) -> BlockParts:
 class StridedResNet(ResNet):
     """timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool: DG-ResNet's static twin."""
 
-    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
+    def __init__(self, block: Any, layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
-        self.maxpool = nn.Identity()
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
         planes = kwargs.get("channels", (64,))[0]
-        in_channels = self.feature_info[0]["num_chs"]
+        in_channels: Any = self.feature_info[0]["num_chs"]
         norm_layer = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))
-        self.layer1[0] = block(
+        stage: Any = self.layer1
+        stage[0] = block(
             in_channels,
             planes,
             stride=2,
@@ -53,10 +54,10 @@ class DynamicResNet(DynamicNetwork, StridedResNet):
 
     stage_names = ("layer1", "layer2", "layer3", "layer4")
 
-    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
+    def __init__(self, block: Any, layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
         connectivity = Connectivity.take_from(kwargs)
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
-        self.build_stages(split_block, [info["num_chs"] for info in self.feature_info[1:]], connectivity)
+        self.build_stages(split_block, connectivity)
         self.init_weights(zero_init_last=zero_init_last)
 
 

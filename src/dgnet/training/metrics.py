@@ -11,9 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 def build_metrics(num_classes: int, prefix: str = "") -> MetricCollection:
     """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1): update with `update_metrics`."""
-    accuracies = {
-        f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
-    }
+    accuracies = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
     return MetricCollection({"loss": MeanMetric(), **accuracies}, prefix=prefix, compute_groups=False)
 
 

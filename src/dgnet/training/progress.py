@@ -15,8 +15,8 @@ class Progress(L.Callback):
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
-        # A log file gets a line every ten seconds, a terminal a bar that moves.
-        self.interval = 0.2 if sys.stderr.isatty() else 10.0
+        # A log file gets a line every half minute, a terminal a bar that moves.
+        self.interval = 0.2 if sys.stderr.isatty() else 30.0
         self.shown = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dgnet.checkpoint import describe_network, load_weights, save_network
@@ -48,23 +50,26 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     L.seed_everything(config.seed, workers=True, verbose=False)
     train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root)
     if len(train_set) < config.batch_size:
-        raise UsageError(f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one")
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
+        )
     network = create_model(config.model, num_classes=len(train_set.class_names), **config.network_kwargs)
     preprocessing = prepare_data(config, network, train_set, val_set)
     if config.weights:
         reset = load_weights(network, config.model, config.weights)
         if reset:
-            say(f"{config.weights}: trained for other classes; reset {', '.join(reset)} for {len(train_set.class_names)} classes")
-    carried = describe_network(
-        config.model, config.network_kwargs, train_set.class_names, preprocessing, asdict(config)
-    )
+            say(
+                f"{config.weights}: trained for other classes; reset {', '.join(reset)} to {len(train_set.class_names)} classes"
+            )
+    carried = describe_network(config.model, config.network_kwargs, train_set.class_names, preprocessing, asdict(config))
     if config.grad_checkpointing:
         network.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     if config.compile:
         network.compile(fullgraph=True)  # in place: the state dict keeps its keys
 
+    trainer = build_trainer(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     say(
@@ -72,9 +77,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         f" {len(train_set.class_names)} classes, {config.epochs} epochs -> {folder}"
     )
     module = Classifier(network, config, carried)
-    trainer = build_trainer(config, folder)
-    with quiet_lightning():
-        trainer.fit(module, datamodule=ImageDataModule(train_set, val_set, config.batch_size, config.workers))
+    try:
+        with quiet_lightning():
+            trainer.fit(module, datamodule=ImageDataModule(train_set, val_set, config.batch_size, config.workers))
+    except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
+        if not any(folder.glob("checkpoints/*.ckpt")):
+            shutil.rmtree(folder)
+        raise
     save_network(network, folder / "model.safetensors", carried)
     return RunResult(folder, {name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -108,26 +117,30 @@ def prepare_data(config: TrainConfig, network: nn.Module, train: ImageDataset, v
 
 
 def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
-    """Lightning's Trainer with dgnet's loggers, checkpoints and progress."""
+    """Lightning's Trainer with dgnet's loggers, checkpoints and progress. Raises UsageError for hardware that is not here."""
     best = ModelCheckpoint(
         folder / "checkpoints", filename="best", monitor="val_top1", mode="max", save_last=True, save_on_train_epoch_end=True
     )
     devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
-    with quiet_lightning():
-        return L.Trainer(
-            accelerator=config.accelerator,
-            devices=devices,
-            precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
-            max_epochs=config.epochs,
-            num_sanity_val_steps=0,
-            callbacks=[best, Progress()],
-            logger=[
-                CSVLogger(folder, name="", version=""),
-                TensorBoardLogger(folder, name="tensorboard", version=""),
-            ],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    try:
+        with quiet_lightning():
+            return L.Trainer(
+                accelerator=config.accelerator,
+                devices=devices,
+                precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+                max_epochs=config.epochs,
+                num_sanity_val_steps=0,
+                callbacks=[best, Progress()],
+                logger=[
+                    CSVLogger(folder, name="", version=""),
+                    TensorBoardLogger(folder, name="tensorboard", version=""),
+                ],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except (MisconfigurationException, ValueError) as error:
+        asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
+        raise UsageError(f"{asked} cannot be used here: {' '.join(str(error).split())}") from None
 
 
 class quiet_lightning:  # noqa: N801  (used like a function, as contextlib's are)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dgnet.errors import UsageError
+from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, RoutedWeighting, Topology, build_topology
+from dgnet.graph.topology import chain, complete, residual
+
+
+def test_named_topologies_have_the_papers_edges():
+    def edges(topology):
+        return {(i, j) for j in range(topology.num_nodes) for i in topology.senders(j)}
+
+    assert edges(complete(5)) == {(i, j) for j in range(5) for i in range(j)}
+    assert edges(residual(5)) == {(i, j) for i in range(5) for j in (i + 1, i + 2) if j < 5}
+    assert edges(chain(5)) == {(i, i + 1) for i in range(4)}
+
+
+def test_a_stage_of_b_blocks_has_the_edges_that_the_notes_count():
+    for blocks in (1, 2, 6):
+        assert complete(blocks + 2).num_edges == (blocks + 1) * (blocks + 2) // 2
+
+
+def test_senders_and_receivers_are_the_rows_and_columns_of_the_mask():
+    mask = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]])
+    topology = Topology(mask)
+    assert topology.senders(3) == (0, 2)
+    assert topology.receivers(0) == (1, 3)
+    assert topology.reads_input_node
+    assert not chain(4).reads_input_node
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 3), "square matrix, got shape"),
+        (torch.ones(2, 2).tril(-1), "at least 3 nodes"),
+        (torch.ones(3, 3).tril(), "input node and has no in-edges"),
+        (torch.tensor([[0, 0, 0], [1, 0, 1], [1, 1, 0]]), "acyclic: node 1 has an in-edge from node 2"),
+        (torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]), "node 1 lies on no path"),
+        (torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]), "node 2 lies on no path"),
+    ],
+)
+def test_a_bad_mask_is_refused(mask, message):
+    with pytest.raises(UsageError, match=message):
+        Topology(mask)
+
+
+def test_entry_nodes_read_the_raw_input_only():
+    with pytest.raises(UsageError, match="entry node 2 reads the raw stage input only"):
+        Topology(torch.ones(4, 4).tril(-1), entry=(1, 2))
+    with pytest.raises(UsageError, match="an entry node is a block node"):
+        Topology(torch.ones(4, 4).tril(-1), entry=(3,))
+
+
+def test_a_topology_is_a_name_a_mask_or_a_callable():
+    mask = torch.ones(4, 4).tril(-1)
+    for given in ("complete", mask, Topology(mask), complete, lambda num_nodes: mask):
+        assert torch.equal(build_topology(given, 4).mask, mask.bool())
+    with pytest.raises(UsageError, match="the stage has 5 nodes"):
+        build_topology(mask, 5)
+    with pytest.raises(UsageError, match="unknown topology 'compleet'; did you mean 'complete'"):
+        build_topology("compleet", 4)
+
+
+@pytest.mark.parametrize("weighting", [FixedWeighting, LearnedWeighting, RoutedWeighting])
+def test_pinned_nodes_keep_their_constant(weighting):
+    """RandWire's form: two entry nodes, edges to the output weigh the mean."""
+    mask = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 0]])
+    topology = Topology(mask, entry=(1, 2), pinned={1: 1.0, 2: 1.0, 4: 0.5})
+    stage = DynamicGraph(
+        topology, weighting(topology, 2), torch.nn.Identity(), [torch.nn.Identity()] * 3, torch.nn.Identity()
+    ).eval()
+    x = torch.rand(2, 2, 3, 3)
+    from dgnet.graph import record_connectivity
+
+    with record_connectivity(stage) as record:
+        output = stage(x)
+    free = record.adjacency[0][:, 3, [1, 2]]
+    third = x * free.sum(1)[:, None, None, None]
+    torch.testing.assert_close(output, 0.5 * x + 0.5 * third)
+    assert torch.equal(record.adjacency[0][:, 1, 0], torch.ones(2))

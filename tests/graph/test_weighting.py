@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dgnet.errors import UsageError
+from dgnet.graph import LearnedWeighting, RoutedWeighting, Router, aggregate, record_connectivity
+from dgnet.graph.topology import complete
+
+
+@pytest.mark.parametrize("num_edges", [1, 2, 5])
+def test_aggregate_matches_the_edge_by_edge_sum(num_edges):
+    features = [torch.randn(3, 4, 7, 5) for _ in range(num_edges)]  # unequal sizes expose swapped axes
+    weights = torch.rand(3, num_edges)
+    expected = torch.stack([sum(w * f[b] for w, f in zip(weights[b].tolist(), features, strict=True)) for b in range(3)])
+    torch.testing.assert_close(aggregate(features, weights), expected)
+
+
+def test_a_fresh_edge_is_open_and_weighs_what_the_notes_say():
+    weighting = RoutedWeighting(complete(4), 8)
+    alpha = weighting.predict(0, torch.zeros(2, 8, 3, 3))
+    torch.testing.assert_close(alpha, torch.full((2, 3), 0.9526), rtol=0, atol=1e-4)
+    gated, is_open = weighting.train().gate(1, alpha)
+    assert is_open is None
+    torch.testing.assert_close(gated, torch.full((2, 3), 0.687), rtol=0, atol=1e-3)
+    assert weighting.eval().gate(1, alpha)[1].all()
+
+
+def test_an_edge_closes_where_alpha_is_below_the_threshold():
+    weighting = RoutedWeighting(complete(4), 8, threshold=0.5).eval()
+    alpha = torch.tensor([[0.4, 0.5, 0.6]])
+    assert weighting.gate(3, alpha)[1].tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize(("gate", "inference_weight"), [("psi", "gated"), ("psi", "raw"), ("alpha", "gated")])
+def test_gate_and_inference_weight(gate, inference_weight):
+    weighting = RoutedWeighting(complete(4), 8, gate=gate, inference_weight=inference_weight, threshold=0.2)
+    alpha = torch.tensor([[0.3, 0.9]])
+    psi = alpha * torch.sigmoid(alpha - 0.2)
+    torch.testing.assert_close(weighting.train().gate(2, alpha)[0], psi if gate == "psi" else alpha)
+    in_evaluation = psi if (gate, inference_weight) == ("psi", "gated") else alpha
+    torch.testing.assert_close(weighting.eval().gate(2, alpha)[0], in_evaluation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routing_runs_in_float32_under_autocast(dtype):
+    weighting = RoutedWeighting(complete(4), 8, std=1.0)
+    feature = torch.randn(2, 8, 5, 5).to(dtype)
+    expected = weighting.predict(0, feature.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        alpha = weighting.predict(0, feature)
+    assert alpha.dtype == torch.float32
+    torch.testing.assert_close(alpha, expected)
+
+
+def test_learned_weights_are_one_an_edge_and_start_at_one():
+    weighting = LearnedWeighting(complete(5), 8)
+    assert weighting.alpha.shape == (10,)
+    feature = torch.randn(2, 8, 3, 3)
+    columns = [weighting.predict(i, feature) for i in range(4)]
+    assert [column.shape for column in columns] == [(2, 4), (2, 3), (2, 2), (2, 1)]
+    assert all(bool((column == 1).all()) for column in columns)
+    sigmoid = LearnedWeighting(complete(5), 8, activation="sigmoid")
+    torch.testing.assert_close(sigmoid.predict(3, feature), torch.ones(2, 1).sigmoid())
+
+
+def test_thresholds_can_stay_where_they_are(tiny):
+    assert not RoutedWeighting(complete(4), 8, learn_threshold=False).tau.requires_grad
+    assert not RoutedWeighting(complete(4), 8, gate="alpha").tau.requires_grad  # it would get no gradient
+    assert RoutedWeighting(complete(4), 8).tau.requires_grad
+
+
+def test_unknown_values_are_refused():
+    with pytest.raises(UsageError, match="unknown gate 'pzi'; did you mean 'psi'"):
+        RoutedWeighting(complete(4), 8, gate="pzi")
+    with pytest.raises(UsageError, match="unknown learned_activation"):
+        LearnedWeighting(complete(4), 8, activation="tanh")
+
+
+def test_a_router_of_the_users_own_sees_pooled_features_of_each_node(tiny):
+    seen = []
+
+    class Half(torch.nn.Module):
+        def __init__(self, channels: int, num_edges: int) -> None:
+            super().__init__()
+            self.num_edges = num_edges
+            seen.append((channels, num_edges))
+
+        def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+            return pooled.new_full((len(pooled), self.num_edges), 0.5)
+
+    network = tiny(router=Half)
+    assert seen[:4] == [(4, 4), (4, 3), (4, 2), (4, 1)]
+    with record_connectivity(network) as record:
+        network(torch.randn(2, 3, 8, 8))
+    assert record.alpha[0][:, network.stages[0].topology.mask].unique().tolist() == [0.5]
+
+
+def test_router_start():
+    router = Router(64, 100, bias=-3.0, std=0.1)
+    assert router.bias.unique().tolist() == [-3.0]
+    assert 0.09 < router.weight.std().item() < 0.11

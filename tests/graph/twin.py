@@ -1,0 +1,63 @@
+"""A slow, obvious twin of DynamicGraph, written from Eqs. (3) to (5) and the definition of removal, edge by edge."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dgnet.graph import DynamicGraph
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a routed stage, and its adjacency, with a Python loop over samples and edges. No gradients."""
+    last = stage.topology.num_nodes - 1
+    mask = stage.topology.mask.tolist()
+    adjacency = torch.zeros(len(x), last + 1, last + 1)
+    features = {0: stage.input(x)}
+    alive = {0: [True] * len(x)}
+    alpha: dict[tuple[int, int], list[float]] = {}
+    for j in range(1, last + 1):
+        # Node j - 1 has run: it predicts its out-edges.
+        i = j - 1
+        out_edges = [k for k in range(last + 1) if mask[k][i]]
+        router = stage.weighting.routers[str(i)]
+        for b in range(len(x)):
+            pooled = [features[i][b, c].mean().item() for c in range(features[i].shape[1])]
+            for row, k in enumerate(out_edges):
+                z = sum(w * v for w, v in zip(router.weight[row].tolist(), pooled, strict=True)) + router.bias[row].item()
+                alpha.setdefault((i, k), []).append(sigmoid(z))
+        tau = stage.weighting.tau[j].item()
+        alive[j] = []
+        rows = []
+        for b in range(len(x)):
+            total = torch.zeros_like(x[b] if j == 1 else features[0][b])
+            is_alive = False
+            for i in range(j):
+                if not mask[j][i]:
+                    continue
+                a = alpha[i, j][b]
+                psi = a * sigmoid(a - tau)
+                if not stage.training:
+                    if a < tau or not alive[i][b]:
+                        continue
+                    is_alive = True
+                adjacency[b, j, i] = psi
+                total = total + psi * (x[b] if j == 1 else features[i][b])
+            alive[j].append(is_alive or stage.training)
+            rows.append(total)
+        x_hat = torch.stack(rows)
+        if j > 1:
+            x_hat = x_hat.relu()
+        if j == last:
+            return x_hat, adjacency
+        feature = stage.nodes[j - 1](x_hat)
+        features[j] = torch.stack(
+            [f if is_alive else torch.zeros_like(f) for f, is_alive in zip(feature, alive[j], strict=True)]
+        )
+    raise AssertionError("a stage ends with its output node")

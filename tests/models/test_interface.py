@@ -1,0 +1,177 @@
+"""Dynamic networks answer to timm's interface as timm's own do."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
+
+import dgnet
+from dgnet.errors import UsageError
+from dgnet.graph import Router, find_stages
+
+DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
+SMALL = ["dg_resnet18", "dg_resnet20"]
+
+
+def test_import_registers_the_models():
+    assert {"dg_resnet18", "dg_resnet50", "dg_resnet20", "dg_resnet32", "dg_resnet56", "dg_resnet110"} <= set(
+        timm.list_models("dg_*")
+    )
+    assert {"resnet20", "resnet32", "resnet56", "resnet110"} <= set(dgnet.list_models())
+    assert "resnet18" not in dgnet.list_models()  # timm's own
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_edges_start_open(name):
+    model = dgnet.create_model(name)
+    for _ in range(2):
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        assert len(routers) == sum(stage.topology.num_nodes - 1 for stage in find_stages(model))
+        assert all(bool((router.bias == 3).all()) for router in routers)
+        model.reset_classifier(7)
+    model.init_weights()
+    assert all(bool((router.bias == 3).all()) for router in routers)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_the_default_config_is_complete(name):
+    model = timm.create_model(name)
+    cfg = model.pretrained_cfg
+    assert cfg["architecture"] == name
+    for key in ("mean", "std", "input_size", "pool_size", "crop_pct", "interpolation", "num_classes"):
+        assert cfg[key]
+    assert getattr(model, cfg["classifier"]) is model.get_classifier()
+    assert isinstance(getattr(model, cfg["first_conv"]), nn.Conv2d)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == cfg["input_size"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_features_head_and_intermediates_agree(name):
+    model = timm.create_model(name).eval()
+    images = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(images)
+    assert features.shape[:2] == (2, model.num_features)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert torch.equal(model.forward_head(features), model(images))
+    last, intermediates = model.forward_intermediates(images)
+    assert torch.equal(last, features)
+    assert len(intermediates) == len(model.feature_info)
+    for feature, info in zip(intermediates, model.feature_info, strict=True):
+        assert feature.shape == (2, info["num_chs"], 64 // info["reduction"], 64 // info["reduction"])
+    only = model.forward_intermediates(images, indices=[1], stop_early=True, intermediates_only=True)
+    assert len(only) == 1
+    assert torch.equal(only[0], intermediates[1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_features_only(name):
+    model = timm.create_model(name, features_only=True).eval()
+    features = model(torch.randn(1, 3, 64, 64))
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert [64 // f.shape[2] for f in features] == model.feature_info.reduction()
+    getter = timm.create_model(name, features_only=True, feature_cls="getter", out_indices=(1, 2)).eval()
+    assert len(getter(torch.randn(1, 3, 64, 64))) == 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pruning_keeps_what_is_asked_for(name):
+    model = timm.create_model(name).eval()
+    model.prune_intermediate_layers([1])
+    assert model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=[1], stop_early=True, intermediates_only=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reset_classifier(name):
+    model = timm.create_model(name)
+    model.reset_classifier(7)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameter_groups(name):
+    model = timm.create_model(name)
+    names = {name for name, _ in model.named_parameters()}
+    assert model.no_weight_decay() == {n for n in names if n.endswith("weighting.tau")}
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    assert set().union(*groups.values()) == names
+    blocks = sum(stage.topology.num_nodes - 2 for stage in find_stages(model))
+    assert len(groups) == blocks + 2  # stem, each block, head
+    assert len(timm.models.group_parameters(model, model.group_matcher(coarse=True))) == len(find_stages(model)) + 2
+    assert len(param_groups_layer_decay(model, layer_decay=0.7)) > blocks
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=1e-4, filter_bias_and_bn=True)
+    exempt = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert all(id(stage.weighting.tau) in exempt for stage in find_stages(model))
+
+
+def test_learned_weights_are_exempt_from_decay():
+    model = dgnet.create_model("dg_resnet20", weighting="learned")
+    assert model.no_weight_decay() == {f"layer{i}.weighting.alpha" for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_there_are_no_pretrained_weights(name):
+    with pytest.raises(UsageError, match=f"no pretrained weights are published for {name}"):
+        timm.create_model(name, pretrained=True)
+
+
+def test_timm_arguments_reach_the_network():
+    model = dgnet.create_model("dg_resnet18", drop_path_rate=0.1, drop_rate=0.2, in_chans=1, num_classes=3)
+    assert sum(isinstance(module, timm.layers.DropPath) for module in model.modules()) == 7  # the first block's rate is 0
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
+    cifar = dgnet.create_model("dg_resnet20", drop_path_rate=0.1)
+    assert sum(isinstance(module, timm.layers.DropPath) for module in cifar.modules()) == 8
+
+
+def test_the_projection_is_built_only_if_something_reads_it():
+    def has_projection(**kwargs):
+        return not isinstance(dgnet.create_model("dg_resnet18", **kwargs).layer2.input, nn.Identity)
+
+    assert has_projection()
+    assert has_projection(weighting="fixed")
+    assert has_projection(topology="chain")  # its router reads it
+    assert has_projection(topology="chain", weighting="fixed", shortcut="node")
+    assert not has_projection(topology="chain", weighting="fixed")
+    assert not has_projection(topology="chain", weighting="learned")
+
+
+def test_the_topology_and_weighting_can_be_the_users_own():
+    from dgnet.graph import FixedWeighting
+
+    class Halves(FixedWeighting):
+        def predict(self, node, feature):
+            return super().predict(node, feature) / 2
+
+    model = dgnet.create_model("dg_resnet20", weighting=Halves, topology=lambda n: torch.ones(n, n).tril(-1)).eval()
+    with dgnet.record_connectivity(model) as record:
+        model(torch.randn(1, 3, 32, 32))
+    assert record.adjacency[0].unique().tolist() == [0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weighting": "learnd"}, "unknown weighting 'learnd'; did you mean 'learned'"),
+        ({"topology": "star"}, "stage 1: unknown topology 'star'"),
+        ({"shortcut": "both"}, "unknown shortcut 'both'"),
+        ({"topologie": "chain"}, "has no option 'topologie'; did you mean 'topology'"),
+        ({"weighting": "fixed", "router_bias": 0.0}, "router_bias=0.0 has no effect with weighting='fixed'"),
+        ({"router_bias": "x"}, "router_bias must be a number, got 'x'"),
+        ({"learn_threshold": 1}, "learn_threshold must be true or false"),
+        ({"topology": torch.ones(4, 4).tril(-1)}, "stage 1: the stage has 5 nodes"),
+    ],
+)
+def test_bad_connectivity_is_refused_when_the_model_is_built(kwargs, message):
+    with pytest.raises(UsageError, match=message):
+        dgnet.create_model("dg_resnet20", **kwargs)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_name():
+    with pytest.raises(UsageError, match="unknown model 'dg_resnt50'; did you mean 'dg_resnet50'"):
+        dgnet.create_model("dg_resnt50")

@@ -1,0 +1,324 @@
+"""The command as a user types it: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import dgnet
+from dgnet.checkpoint import load_checkpoint
+from dgnet.cli import main
+from tests.test_data import jpeg, write_folder, write_shard
+
+QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A divided folder of two classes, dark and light."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 6), ("val", 3)):
+        for name, colour in (("dark", 0), ("light", 200)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                (root / split / name / f"{index}.jpg").write_bytes(jpeg(colour + 5 * index))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert main(["train", "--data", str(images), "--epochs", "2", "--output", str(folder), *QUICK]) == 0
+    return folder
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def ask(capsys, *arguments: object) -> str:
+    """What the command prints on stdout; it must succeed."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    output, errors = capsys.readouterr()
+    assert status == 0, errors
+    return output
+
+
+def refuse(capsys, *arguments: object) -> str:
+    """The one line with which the command refuses."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    output, errors = capsys.readouterr()
+    assert status == 2, (output, errors)
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert errors.startswith("dgnet: ")
+    return errors
+
+
+def test_models(capsys):
+    names = ask(capsys, "models").split()
+    assert names == dgnet.list_models()
+    assert "dg_resnet50" in names
+
+
+def test_version_and_help(capsys):
+    for arguments, expected in (
+        (["--version"], f"dgnet {dgnet.__version__}"),
+        (["--help"], "evaluate"),
+        (["train", "--help"], "--val-data"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert expected in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_cost(capsys):
+    (row,) = json.loads(ask(capsys, "cost", "dg_resnet18", "--json"))
+    assert set(row) == {
+        "model",
+        "image_size",
+        "params",
+        "multiply_adds",
+        "router_multiply_adds",
+        "aggregation_multiply_adds",
+        "activations",
+    }
+    assert row["multiply_adds"] == 1_826_406_400
+    assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
+    assert "dg_resnet50" in ask(capsys, "cost")
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "metrics.csv",
+        "tensorboard",
+        "checkpoints",
+        "model.safetensors",
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["epochs"] == 2
+    assert config["weight_decay"] == 5e-4  # resolved, not only what was typed
+    rows = read_metrics(run)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"train_loss", "train_top1", "val_loss", "val_top1", "lr"} <= set(rows[0])
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_training_says_how_it_went_and_how_to_evaluate(images, tmp_path, capsys):
+    output = ask(capsys, "train", "--data", images, "--epochs", 1, "--output", tmp_path / "b", *QUICK)
+    assert output.startswith("top-1 ")
+    assert output.splitlines()[-1] == f"evaluate it: dgnet evaluate {tmp_path / 'b'}"
+
+
+def test_a_run_can_be_repeated_from_its_configuration(run, tmp_path, capsys):
+    ask(capsys, "train", "--config", run / "config.yaml", "--output", tmp_path / "again")
+    first, second = load_checkpoint(run), load_checkpoint(tmp_path / "again")
+    assert first.state_dict.keys() == second.state_dict.keys()
+    assert all(torch.equal(first.state_dict[name], second.state_dict[name]) for name in first.state_dict)
+
+
+def test_the_seed_matters(run, tmp_path, capsys):
+    ask(capsys, "train", "--config", run / "config.yaml", "--seed", 1, "--output", tmp_path / "other")
+    first, second = load_checkpoint(run), load_checkpoint(tmp_path / "other")
+    assert not torch.equal(first.state_dict["conv1.weight"], second.state_dict["conv1.weight"])
+
+
+def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):
+    row = read_metrics(run)[-1]
+    for path in (run, run / "checkpoints" / "last.ckpt", run / "model.safetensors"):
+        result = json.loads(ask(capsys, "evaluate", path, "--json"))
+        assert set(result) == {
+            "top1",
+            "top5",
+            "loss",
+            "images",
+            "closed_edges",
+            "skippable_nodes",
+            "distinct_wirings",
+            "empty_outputs",
+        }
+        assert result["images"] == 6
+        assert result["top1"] == pytest.approx(float(row["val_top1"]))
+        assert result["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-4)
+        assert (result["closed_edges"], result["skippable_nodes"], result["distinct_wirings"]) == (0, 0, 1)
+    assert "closed edges 0.00 %" in ask(capsys, "evaluate", run)
+
+
+def test_evaluate_on_other_data(run, images, tmp_path, capsys):
+    assert json.loads(ask(capsys, "evaluate", run, "--data", images / "train", "--json"))["images"] == 12
+    write_folder(tmp_path, {"light": 2})
+    assert json.loads(ask(capsys, "evaluate", run, "--data", tmp_path, "--json"))["images"] == 2
+    write_folder(tmp_path, {"green": 2})
+    assert "class folder 'green' is not one of the 2 classes" in refuse(capsys, "evaluate", run, "--data", tmp_path)
+
+
+def test_predict_names_classes_from_the_checkpoint(run, images, capsys):
+    image = images / "val" / "dark" / "0.jpg"
+    (prediction,) = json.loads(ask(capsys, "predict", run, image, "--json"))
+    assert prediction["image"] == str(image)
+    assert set(prediction["classes"]) == {"dark", "light"}
+    assert sum(prediction["probabilities"]) == pytest.approx(1)
+    assert ask(capsys, "predict", run, image, image, "--top-k", 1).count("\n") == 2
+
+
+def test_the_safetensors_file_loads_by_name(run):
+    model = dgnet.create_model("dg_resnet20", num_classes=2, channels=(4, 4, 4), checkpoint_path=str(run / "model.safetensors"))
+    state = load_checkpoint(run).state_dict
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_hold_tensors_and_plain_values(run):
+    for path in (run / "checkpoints").iterdir():
+        assert torch.load(path, weights_only=True)["dgnet"]["class_names"] == ["dark", "light"]
+
+
+def test_weights_start_a_run_and_reset_another_head(run, images, tmp_path, capsys):
+    options = ["--epochs", 1, "--lr", 1e-9, *QUICK[:-2], "--weights", run]
+    ask(capsys, "train", "--data", images, "--output", tmp_path / "same", *options)
+    before, after = load_checkpoint(run).state_dict, load_checkpoint(tmp_path / "same").state_dict
+    torch.testing.assert_close(before["fc.weight"], after["fc.weight"])
+    write_folder(tmp_path / "three", {"a": 4, "b": 4, "c": 4})
+    three = ["--data", tmp_path / "three", "--val-data", tmp_path / "three"]
+    capsys.readouterr()
+    assert main([str(a) for a in ["train", *three, "--output", tmp_path / "other", *options]]) == 0
+    assert "reset fc.weight, fc.bias to 3 classes" in capsys.readouterr().err
+    after = load_checkpoint(tmp_path / "other").state_dict
+    torch.testing.assert_close(before["conv1.weight"], after["conv1.weight"])
+    assert after["fc.weight"].shape == (3, 4)
+
+
+@pytest.mark.slow
+def test_digits_are_learned(tmp_path, capsys):
+    """The default run in a third of its epochs."""
+    output = ask(capsys, "train", "--epochs", 6, "--output", tmp_path / "digits")
+    assert float(output.split()[1]) > 90
+
+
+# Bad input: exit status 2, one line that says what to do, nothing lost.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("train --modle x", "unknown option --modle; did you mean '--model'?"),
+        ("train extra", "unrecognized arguments: extra"),
+        ("train --model dg_resnt20", "unknown model 'dg_resnt20'; did you mean 'dg_resnet20'?"),
+        ("train --model resnet20 --weighting fixed", "resnet20 has no option 'weighting'"),
+        ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, learned, fixed"),
+        ("train --model-kwargs {\"router_bas\":1}", "has no option 'router_bas'; did you mean 'router_bias'?"),
+        ("train --epochs 0", "--epochs must be at least 1, got 0"),
+        ("train --epochs many", "--epochs: "),
+        ("train --batch-size -1", "--batch-size must be at least 1"),
+        ("train --batch-size 100000", "is more than the 1442 training images"),
+        ("train --lr 0", "--lr must be above 0"),
+        ("train --hflip 2", "--hflip must be 0 to 1, got 2"),
+        ("train --precision fp8", "unknown --precision 'fp8'"),
+        ("train --optimizer sdg", "unknown --optimizer 'sdg'; did you mean 'sgd'?"),
+        ("train --accelerator tpuu", "--accelerator tpuu"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --data nowhere", "data source 'nowhere' does not exist"),
+        ("train --data no-{0..1}.tar --val-data digits", "no-0.tar does not exist"),
+        ("train --weights nowhere.ckpt", "nowhere.ckpt does not exist"),
+        ("evaluate nowhere", "nowhere does not exist"),
+        ("evaluate", "checkpoint"),
+        ("predict nowhere x.jpg", "nowhere does not exist"),
+        ("cost dg_resnet5", "unknown model 'dg_resnet5'"),
+        ("cost dg_resnet18 --image-size 0 3", "at least 1 pixel"),
+        ("cost --image-size 3", "expected 2 arguments"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refuse(capsys, *arguments.split())
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_recipe_with_a_misspelt_option(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("epochz: 3\n")
+    assert "epochz" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("{epochs: [\n")
+    refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+
+
+def test_a_run_is_never_overwritten(run, images, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    line = refuse(capsys, "train", "--data", images, "--output", run, *QUICK)
+    assert "already holds a run; name another folder" in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_the_default_run_folder_is_the_next_free_one(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        assert f"runs/dg_resnet20-{number}" in ask(capsys, "train", "--data", images, "--epochs", 1, *QUICK)
+
+
+def test_an_image_that_does_not_decode_ends_training(images, tmp_path, capsys):
+    write_folder(tmp_path / "data", {"a": 4, "b": 4})
+    (tmp_path / "data" / "a" / "2.jpg").write_bytes(b"no image")
+    data = ["--data", tmp_path / "data", "--val-data", tmp_path / "data"]
+    capsys.readouterr()
+    assert main([str(a) for a in ["train", *data, "--output", tmp_path / "run", *QUICK]]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path}/data/a/2.jpg does not decode as an image (no known image format)" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shards_image_is_named_with_shard_and_key(run, tmp_path, capsys):
+    write_shard(tmp_path / "a.tar", [{"jpg": jpeg(0), "cls": b"0"}, {"jpg": b"no image", "cls": b"1"}])
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "a.tar")]) == 2
+    assert f"{tmp_path}/a.tar, sample 0001 does not decode" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_predict_refuses_what_is_no_image(run, tmp_path, capsys):
+    (tmp_path / "x.jpg").write_text("no image")
+    assert "x.jpg does not decode" in refuse(capsys, "predict", run, tmp_path / "x.jpg")
+    assert "y.jpg does not exist" in refuse(capsys, "predict", run, tmp_path / "y.jpg")
+    Image.new("RGB", (9, 9)).save(tmp_path / "z.png")
+    assert "--top-k must be at least 1" in refuse(capsys, "predict", run, tmp_path / "z.png", "--top-k", 0)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_truncated_checkpoint(run, tmp_path, suffix, capsys):
+    source = run / "model.safetensors" if suffix == ".safetensors" else run / "checkpoints" / "last.ckpt"
+    path = tmp_path / f"cut{suffix}"
+    for share in (0.0, 0.3, 0.9):
+        path.write_bytes(source.read_bytes()[: int(share * source.stat().st_size)])
+        assert "is truncated or no checkpoint" in refuse(capsys, "evaluate", path)
+
+
+def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, capsys):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"state_dict": {}, "dgnet": Attack()}, tmp_path / "evil.ckpt")
+    for arguments in (["evaluate", tmp_path / "evil.ckpt"], ["train", "--weights", tmp_path / "evil.ckpt"]):
+        assert "carries pickled code and was not loaded" in refuse(capsys, *arguments)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_weights_of_another_model(run, images, tmp_path, capsys):
+    line = refuse(
+        capsys, "train", "--data", images, "--model", "dg_resnet32", "--weights", run, "--output", tmp_path / "x", *QUICK
+    )
+    assert "is a checkpoint of dg_resnet20, not of dg_resnet32 as asked for" in line
+    torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
+    line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
+    assert "not of dg_resnet20 as asked for" in line
+    assert "holds weights only" in refuse(capsys, "evaluate", tmp_path / "raw.pth")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dgnet.data import EVALUATION, TRAIN, Preprocessing, open_dataset, open_train_and_evaluation
+from dgnet.errors import UsageError
+from tests.conftest import SHARED_DATA
+
+PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def jpeg(colour: int, size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), (colour, colour, colour)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_folder(root: Path, classes: dict[str, int]) -> Path:
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f"{index}.jpg").write_bytes(jpeg(10 * index))
+    return root
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for index, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{index:04}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_digits_hold_out_a_fifth_of_each_class():
+    train, held_out = open_train_and_evaluation("digits", None)
+    assert len(train) + len(held_out) == 1797
+    assert 0.18 < len(held_out) / 1797 < 0.22
+    assert not train.flips
+    train.transform = PREPROCESSING.evaluation_transform()
+    image, label = train[0]
+    assert image.shape == (3, 8, 8)
+    assert train.class_names[label] == "0"
+
+
+def test_a_folder_gives_its_classes_sorted(tmp_path):
+    dataset = open_dataset(str(write_folder(tmp_path, {"cat": 2, "ant": 3})), TRAIN)
+    assert dataset.class_names == ["ant", "cat"]
+    assert [dataset.read(i)[1] for i in range(5)] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_a_divided_folder_gives_both(tmp_path, name):
+    write_folder(tmp_path / "train", {"ant": 3, "cat": 2})
+    write_folder(tmp_path / name, {"cat": 1})
+    train, held_out = open_train_and_evaluation(str(tmp_path), None)
+    assert (len(train), len(held_out)) == (5, 1)
+    assert held_out.read(0)[1] == 1  # "cat" keeps the label of training
+
+
+def test_data_are_never_split_silently(tmp_path):
+    write_folder(tmp_path, {"ant": 3, "cat": 2})
+    with pytest.raises(UsageError, match="has no evaluation images of its own; name them with --val-data"):
+        open_train_and_evaluation(str(tmp_path), None)
+
+
+def test_shards_are_read_by_offset_with_their_class_names(tmp_path):
+    for shard in range(2):
+        write_shard(tmp_path / f"a-{shard}.tar", [{"jpg": jpeg(20 * i), "cls": str(i % 2).encode()} for i in range(3)])
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    dataset = open_dataset(str(tmp_path / "a-{0..1}.tar"), TRAIN)
+    assert len(dataset) == 6
+    assert dataset.class_names == ["ant", "cat"]
+    assert dataset.read(4) == (jpeg(20), 1)
+    assert dataset.name(4) == f"{tmp_path}/a-1.tar, sample 0001"
+    dataset.transform = PREPROCESSING.evaluation_transform()
+    images, labels = next(iter(DataLoader(dataset, batch_size=6, num_workers=1)))
+    assert labels.tolist() == [0, 1, 0, 0, 1, 0]
+    torch.testing.assert_close(images[1].mean().item(), (20 / 255 - 0.5) / 0.5, rtol=0, atol=0.02)
+
+
+def test_cifar10_as_shards():
+    root = SHARED_DATA / "cifar10"
+    if not root.is_dir():
+        pytest.skip(f"CIFAR-10 shards are not at {root}")
+    dataset = open_dataset(str(root / "cifar10-test-000000.tar"), EVALUATION)
+    assert len(dataset) == 10_000
+    assert dataset.class_names[0] == "airplane"
+    dataset.transform = PREPROCESSING.evaluation_transform()
+    assert dataset[9_999][0].shape == (3, 8, 8)
+
+
+def test_a_folder_by_timms_name(tmp_path):
+    write_folder(tmp_path / "train", {"ant": 3, "cat": 2})
+    write_folder(tmp_path / "validation", {"ant": 1, "cat": 1})
+    train, held_out = open_train_and_evaluation("torch/image_folder", None, str(tmp_path))
+    assert (len(train), len(held_out)) == (5, 2)
+    assert train.class_names == ["ant", "cat"]
+    train.transform = PREPROCESSING.evaluation_transform()
+    assert train[4][1] == 1
+
+
+@pytest.mark.parametrize("augment", ["rrc", "pad-crop", "none"])
+def test_transforms_give_the_networks_size(augment):
+    preprocessing = Preprocessing((24, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    image = Image.new("RGB", (40, 50))
+    assert preprocessing.training_transform(augment, 0.5)(image).shape == (3, 24, 16)
+    assert preprocessing.evaluation_transform()(image).shape == (3, 24, 16)
+
+
+def test_flips_follow_their_probability():
+    image = Image.fromarray(torch.arange(64, dtype=torch.uint8).view(8, 8).numpy()).convert("RGB")
+    plain = PREPROCESSING.evaluation_transform()(image)
+    assert torch.equal(Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3).training_transform("none", 1.0)(image), plain)
+    crops = [PREPROCESSING.training_transform("pad-crop", 1.0)(image) for _ in range(50)]
+    assert any(torch.equal(crop, plain.flip(2)) for crop in crops)
+    assert not any(torch.equal(crop, plain) for crop in crops)
+
+
+def test_preprocessing_survives_as_plain_values():
+    assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([{"jpg": jpeg(0), "cls": b"7"}], "sample 0000: label 7 is out of range, allowed are 0 to 1"),
+        ([{"jpg": jpeg(0), "cls": b"-1"}], "label -1 is out of range"),
+        ([{"jpg": jpeg(0), "cls": b"cat"}], "label b'cat' is no whole number"),
+        ([{"jpg": jpeg(0)}], "no label; expected 0000.cls"),
+        ([{"txt": b"x"}], "holds no samples"),
+    ],
+)
+def test_bad_shards_are_named(tmp_path, samples, message):
+    write_shard(tmp_path / "a.tar", samples)
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    with pytest.raises(UsageError, match=message):
+        open_dataset(str(tmp_path / "a.tar"), TRAIN)
+
+
+def test_broken_and_missing_shards_are_named(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [{"jpg": jpeg(0, size=64), "cls": b"0"}] * 20)
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2 + 100, len(whole) // 2 + 700, 512 * 50):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UsageError, match=r"a\.tar is (cut short|no readable tar file)"):
+            open_dataset(str(path), TRAIN)
+    path.write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(UsageError, match="no readable tar file"):
+        open_dataset(str(path), TRAIN)
+    with pytest.raises(UsageError, match=r"b-0.tar does not exist \(2 of 2 missing\)"):
+        open_dataset(str(tmp_path / "b-{0..1}.tar"), TRAIN)
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        open_dataset(str(tmp_path / "nowhere"), TRAIN)
+    with pytest.raises(UsageError, match="holds no class folders"):
+        open_dataset(str(tmp_path), TRAIN)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(UsageError, match="holds no images in its 1 class folders"):
+        open_dataset(str(tmp_path), TRAIN)
+    with pytest.raises(UsageError, match="class folder 'ant' is not one of the 1 classes known from training"):
+        open_dataset(str(tmp_path), TRAIN, class_names=["cat"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        open_dataset(str(tmp_path / "file"), TRAIN)
+    with pytest.raises(UsageError, match=r"torch/cifar10 cannot be opened under .*; its folder goes in --data-root"):
+        open_dataset("torch/cifar10", TRAIN, data_root=str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
+    root = write_folder(tmp_path, {"ant": 1})
+    (root / "ant" / "bad.jpg").write_bytes(jpeg(0)[:100])
+    dataset = open_dataset(str(root), TRAIN)
+    dataset.transform = PREPROCESSING.evaluation_transform()
+    with pytest.raises(UsageError) as caught:
+        list(DataLoader(dataset, num_workers=workers))
+    assert str(caught.value).startswith(str(root / "ant" / "bad.jpg"))
+    assert "\n" not in str(caught.value)
