@@ -219,6 +219,7 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --model resnet20 --weighting fixed", "resnet20 has no option 'weighting'"),
         ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, learned, fixed"),
         ('train --model-kwargs {"router_bas":1}', "has no option 'router_bas'; did you mean 'router_bias'?"),
+        ('train --model-kwargs {"num_classes":3}', "cannot set num_classes: it follows from the data"),
         ("train --epochs 0", "--epochs must be at least 1, got 0"),
         ("train --epochs many", "--epochs: "),
         ("train --batch-size -1", "--batch-size must be at least 1"),

@@ -11,6 +11,17 @@ from dgnet.errors import UsageError
 from dgnet.graph.names import check_choice
 
 
+# Model options that the rest of the configuration decides, and how.
+_TAKEN = {
+    "num_classes": "it follows from the data",
+    "in_chans": "images are read as RGB",
+    "pretrained": "start from a file with --weights",
+    "checkpoint_path": "start from a file with --weights",
+    "features_only": "a classifier is trained",
+    **{name: f"use --{name}" for name in ("weighting", "topology", "shortcut")},
+}
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field with its help text, and the values allowed where they are few."""
     metadata = {"help": help, "choices": choices}
@@ -65,6 +76,8 @@ class TrainConfig:
             self._check_range(name, 0)
         for name in ("hflip", "label_smoothing"):
             self._check_range(name, 0, 1)
+        for name in _TAKEN.keys() & self.model_kwargs.keys():
+            raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
         if self.lr == 0:
             raise UsageError("--lr must be above 0, got 0")
 
