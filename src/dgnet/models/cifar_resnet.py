@@ -21,7 +21,8 @@ from dgnet.models.resnet import split_block
 class CifarResNet(ResNet):
     """Stem 3×3 convolution, three stages of basic blocks with strides 1, 2, 2, pooling, classifier.
 
-    `layers`: blocks of each stage; `channels`: C of each stage. timm's ResNet gives the head and the initialisation.
+    `layers`: blocks of each stage; `channels`: C of each stage. timm's ResNet gives the head and the initialisation,
+    but each block's last γ starts at 1 as in He et al. (2016): from 0, a run of few epochs learns more slowly.
     """
 
     stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
@@ -35,7 +36,7 @@ class CifarResNet(ResNet):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        zero_init_last: bool = True,
+        zero_init_last: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not ResNet's: its stem is fixed at 64 channels, and it has four stages
         self.num_classes = num_classes
@@ -108,7 +109,7 @@ class CifarResNet(ResNet):
 class DynamicCifarResNet(DynamicNetwork, CifarResNet):
     """CifarResNet whose stages are graphs. Takes its arguments and those of `Connectivity`."""
 
-    def __init__(self, layers: tuple[int, int, int], zero_init_last: bool = True, **kwargs: Any) -> None:
+    def __init__(self, layers: tuple[int, int, int], zero_init_last: bool = False, **kwargs: Any) -> None:
         connectivity = Connectivity.take_from(kwargs)
         super().__init__(layers, zero_init_last=zero_init_last, **kwargs)
         self.build_stages(split_block, connectivity)

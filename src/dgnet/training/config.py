@@ -10,7 +10,6 @@ from timm.optim import list_optimizers
 from dgnet.errors import UsageError
 from dgnet.graph.names import check_choice
 
-
 # Model options that the rest of the configuration decides, and how.
 _TAKEN = {
     "num_classes": "it follows from the data",
