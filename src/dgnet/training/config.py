@@ -68,7 +68,7 @@ class TrainConfig:
         for f in fields(self):
             if f.metadata["choices"]:
                 check_choice(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.metadata["choices"])
-        check_choice("--optimizer", self.optimizer, list_optimizers())
+        check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
         for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("threads", 1), ("seed", 0), ("workers", 0)):
             self._check_range(name, least)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
