@@ -118,9 +118,10 @@ def prepare_data(config: TrainConfig, network: nn.Module, train: ImageDataset, v
 
 def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's Trainer with dgnet's loggers, checkpoints and progress. Raises UsageError for hardware that is not here."""
-    best = ModelCheckpoint(
-        folder / "checkpoints", filename="best", monitor="val_top1", mode="max", save_last=True, save_on_train_epoch_end=True
-    )
+    # Two callbacks: with a monitor, Lightning's `save_last` writes only the epochs that improve.
+    options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    last = ModelCheckpoint(folder / "checkpoints", filename="last", **options)
+    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor="val_top1", mode="max", **options)
     devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
     try:
         with quiet_lightning():
@@ -130,7 +131,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
                 precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
                 max_epochs=config.epochs,
                 num_sanity_val_steps=0,
-                callbacks=[best, Progress()],
+                callbacks=[last, best, Progress()],
                 logger=[
                     CSVLogger(folder, name="", version=""),
                     TensorBoardLogger(folder, name="tensorboard", version=""),
