@@ -29,6 +29,10 @@ def tiny() -> Callable[..., DynamicCifarResNet]:
         network = DynamicCifarResNet(**{**options, **kwargs})
         for stage in find_stages(network):
             spread_routers(stage)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):  # as after training: f_j(0) is not 0
+                nn.init.normal_(module.bias, std=0.2)
+                nn.init.normal_(module.running_mean, std=0.2)
         return network
 
     return build

@@ -30,9 +30,10 @@ def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, topology):
     stage = network.stages[index]
     with record_connectivity(stage) as record:
         output = stage(x)
-    expected, adjacency = run_stage_by_edges(stage, x)
+    expected, adjacency, alpha = run_stage_by_edges(stage, x)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(record.adjacency[0], adjacency, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(record.alpha[0], alpha, rtol=1e-4, atol=1e-6)  # a dead node's are those of x_j = 0
     closed = (adjacency == 0)[:, stage.topology.mask].float().mean()
     assert closed == 0 if training else 0.1 < closed < 0.9  # the case is not a trivial one
 
@@ -216,6 +217,19 @@ def test_options_of_a_stage_change_the_function_not_the_shape(tiny, option, valu
     images = torch.randn(2, 3, 12, 12)
     assert default(images).shape == other(images).shape
     assert not torch.allclose(default(images), other(images))
+
+
+@torch.no_grad()
+def test_with_the_shortcut_in_the_node_the_entry_adds_the_weighted_projection():
+    topology = complete(3)
+    f, projection = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+    stage = DynamicGraph(topology, FixedWeighting(topology, 3), projection, [f], nn.ReLU(), shortcut="node")
+    x = torch.randn(2, 2, 4, 4)
+    weights = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0.3, 0.7, 0]])
+    with use_connectivity(stage, [weights]):
+        output = stage(x)
+    block = (f(0.5 * x) + 0.5 * projection(x)).relu()
+    torch.testing.assert_close(output, 0.3 * projection(x) + 0.7 * block)
 
 
 def test_the_number_of_nodes_must_fit():

@@ -14,8 +14,8 @@ def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
 
 
-def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a routed stage, and its adjacency, with a Python loop over samples and edges. No gradients."""
+def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of a routed stage, its adjacency and its α, with a Python loop over samples and edges. No gradients."""
     last = stage.topology.num_nodes - 1
     mask = stage.topology.mask.tolist()
     adjacency = torch.zeros(len(x), last + 1, last + 1)
@@ -55,7 +55,10 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor]:
         if j > 1:
             x_hat = x_hat.relu()
         if j == last:
-            return x_hat, adjacency
+            alphas = torch.zeros_like(adjacency)
+            for (i, k), values in alpha.items():
+                alphas[:, k, i] = torch.tensor(values)
+            return x_hat, adjacency, alphas
         feature = stage.nodes[j - 1](x_hat)
         features[j] = torch.stack(
             [f if is_alive else torch.zeros_like(f) for f, is_alive in zip(feature, alive[j], strict=True)]
