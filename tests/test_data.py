@@ -87,6 +87,20 @@ def test_shards_are_read_by_offset_with_their_class_names(tmp_path):
     torch.testing.assert_close(images[1].mean().item(), (20 / 255 - 0.5) / 0.5, rtol=0, atol=0.02)
 
 
+def test_keys_of_shards_may_lie_in_folders(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("./v1.0/x.jpg", jpeg(0)), ("./v1.0/x.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert open_dataset(str(tmp_path / "a.tar"), TRAIN).name(0).endswith("sample v1.0/x")
+
+
+def test_digits_fit_their_own_classes_only():
+    with pytest.raises(UsageError, match="digits has the classes 0 to 9, not the 2 known from training"):
+        open_dataset("digits", EVALUATION, class_names=["dark", "light"])
+
+
 def test_cifar10_as_shards():
     root = SHARED_DATA / "cifar10"
     if not root.is_dir():

@@ -18,7 +18,12 @@ def test_the_code_on_the_page_runs(page):
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), scope)
-        scope["model"].eval()(torch.randn(2, 3, 32, 32))
+        model = scope["model"].eval()
+        with dgnet.record_connectivity(model) as record:
+            model(torch.randn(2, 3, 32, 32))
+        if "router=" in block:
+            mask = model.stages[0].topology.mask
+            assert record.alpha[0][:, mask].min() > 0.7  # the router's own start survives: edges start open
 
 
 def test_every_option_of_the_page_exists_with_its_default():

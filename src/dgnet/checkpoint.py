@@ -103,13 +103,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise UsageError(
                 f"{path} carries pickled code and was not loaded; a checkpoint holds tensors and plain values only:"
                 " save the state dict, or use safetensors"
             ) from None
         raise _truncated(path) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError):
         raise _truncated(path) from None
     carried = content.get("dgnet") if isinstance(content, dict) else None
     if carried is not None:
@@ -139,7 +139,7 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
     own = network.state_dict()
-    classifier = network.get_classifier(name_only=True)  # type: ignore[operator]
+    classifier = network.pretrained_cfg["classifier"]  # type: ignore[index]
     reset = [
         name
         for name in state_dict

@@ -11,7 +11,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,9 @@ class Shards(ImageDataset):
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    key, _, extension = member.name.partition(".")
+                    folder, _, file = member.name.removeprefix("./").rpartition("/")
+                    stem, _, extension = file.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
                     if not member.isfile():
                         continue
                     if f".{extension.lower()}" in IMG_EXTENSIONS:
@@ -286,7 +288,7 @@ class Shards(ImageDataset):
         return f"{self.paths[shard]}, sample {key}"
 
 
-@lru_cache(maxsize=64)
+@cache
 def _open_shard(path: str) -> int:
     # One descriptor a path and process; pread keeps no position, so forked workers may share it.
     return os.open(path, os.O_RDONLY)
@@ -296,7 +298,10 @@ def expand_shards(pattern: str) -> list[str]:
     """The shard paths that a brace pattern names. Raises UsageError for one that does not exist."""
     from webdataset.shardlists import expand_urls
 
-    paths: list[str] = expand_urls(pattern)
+    try:
+        paths: list[str] = expand_urls(pattern)
+    except ValueError as error:
+        raise UsageError(f"shard pattern {pattern!r} cannot be expanded ({error}); expected …{{000000..000004}}.tar") from None
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UsageError(f"shard {missing[0]} does not exist ({len(missing)} of {len(paths)} missing); check {pattern}")
@@ -349,7 +354,10 @@ def open_dataset(source: str, role: str, class_names: Sequence[str] | None = Non
     Raises UsageError for a source that is not there, is empty, or does not fit the classes.
     """
     if source == "digits":
-        return Digits(role)
+        digits = Digits(role)
+        if class_names is not None and list(class_names) != digits.class_names:
+            raise UsageError(f"digits has the classes 0 to 9, not the {len(class_names)} known from training")
+        return digits
     if ".tar" in source:
         return Shards(source.removeprefix("wds/"), class_names)
     if source.partition("/")[0] in ("hfds", "torch", "tfds", "hfids") and not os.path.exists(source):

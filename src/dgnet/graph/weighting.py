@@ -166,8 +166,8 @@ class RoutedWeighting(Weighting):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.tau, self.threshold_start)
-        for module in self.routers.modules():
-            reset = getattr(module, "reset_parameters", None)
+        for router in self.routers.values():  # a router of the user's own may start its layers as it likes
+            reset = getattr(router, "reset_parameters", None)
             if callable(reset):
                 reset()
 

@@ -66,6 +66,9 @@ class CifarResNet(ResNet):
         self.head_hidden_size = width * self.global_pool.feat_mult()
         self.init_weights(zero_init_last=zero_init_last)
 
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        super().init_weights(zero_init_last=zero_init_last)
+
     def forward_features(self, x: Tensor) -> Tensor:
         return self.forward_intermediates(x, indices=[])[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import fields
 from typing import Any
 
@@ -18,9 +17,7 @@ from dgnet.models.connectivity import Connectivity, DynamicNetwork
 
 def list_models() -> list[str]:
     """The names that dgnet registers with timm."""
-    names = [
-        name for name in timm.list_models() if sys.modules[timm.model_entrypoint(name).__module__].__name__.startswith("dgnet.")
-    ]
+    names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("dgnet.")]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 

@@ -69,10 +69,12 @@ class TrainConfig:
             if f.metadata["choices"]:
                 check_choice(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.metadata["choices"])
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
-        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("threads", 1), ("seed", 0), ("workers", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("threads", 1), ("workers", 0)):
             self._check_range(name, least)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
             self._check_range(name, 0)
+        self._check_range("seed", 0, 2**32 - 1)
+        self._check_range("warmup_epochs", 0, self.epochs)
         for name in ("hflip", "label_smoothing"):
             self._check_range(name, 0, 1)
         for name in _TAKEN.keys() & self.model_kwargs.keys():
