@@ -250,8 +250,8 @@ class Shards(ImageDataset):
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    folder, _, file = member.name.removeprefix("./").rpartition("/")
-                    stem, _, extension = file.partition(".")
+                    folder, _, basename = member.name.removeprefix("./").rpartition("/")
+                    stem, _, extension = basename.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     if not member.isfile():
                         continue
