@@ -71,7 +71,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
 
     trainer = build_trainer(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    repeatable = {**asdict(config), "output": None}  # the run repeated from it takes a folder of its own
+    (folder / "config.yaml").write_text(yaml.safe_dump(repeatable, sort_keys=False, allow_unicode=True), encoding="utf-8")
     say(
         f"{config.model}, {sum(p.numel() for p in network.parameters()):,} parameters, on {len(train_set):,} images of"
         f" {len(train_set.class_names)} classes, {config.epochs} epochs -> {folder}"
