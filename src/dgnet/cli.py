@@ -29,16 +29,15 @@ class Parser(ArgumentParser):
         raise UsageError(line.replace("<class ", "").replace("'>.", "'."))
 
 
-def build_parser(command: str | None = None) -> Parser:
-    """The parser of `dgnet` with that of one command, or with all: building a command's parser imports what it needs."""
+def build_parser(command: str | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `dgnet`, and by name that of one command or of all: building one imports what it needs."""
     parser = Parser(prog="dgnet", description="Dynamic Graph Networks for vision.", exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"dgnet {dgnet.__version__}")
     subcommands = parser.add_subcommands(dest="command", required=False, metavar="COMMAND")
-    for name, (build, _) in _COMMANDS.items():
-        if command in (None, name):
-            subparser = build()
-            subcommands.add_subcommand(name, subparser, help=subparser.description)
-    return parser
+    subparsers = {name: build() for name, (build, _) in _COMMANDS.items() if command in (None, name)}
+    for name, subparser in subparsers.items():
+        subcommands.add_subcommand(name, subparser, help=subparser.description)
+    return parser, subparsers
 
 
 def _models_parser() -> Parser:
@@ -99,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command is not None and command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS) or ";"
             raise UsageError(f"unknown command {command!r}{hint} commands: {', '.join(_COMMANDS)}")
-        parser = build_parser(command)
+        parser, subparsers = build_parser(command)
         if command is None:
             parser.parse_args(arguments)  # --help and --version leave here
             parser.print_help(sys.stderr)
             return 2
-        build, run = _COMMANDS[command]
-        _check_options(command, arguments[arguments.index(command) + 1 :], build())
+        _check_options(command, arguments[arguments.index(command) + 1 :], subparsers[command])
+        _, run = _COMMANDS[command]
         run(parser.parse_args(arguments)[command])
     except UsageError as error:
         print(f"dgnet: {error}", file=sys.stderr)
