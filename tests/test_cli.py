@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.errors import UsageError
+from dgnet.training import TrainConfig
+from dgnet.training.module import Classifier
 from tests.test_data import jpeg, write_folder, write_shard
 
 QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
@@ -109,10 +116,14 @@ def test_a_run_folder_holds_what_is_promised(run):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["epochs"] == 2
-    assert config["weight_decay"] == 5e-4  # resolved, not only what was typed
+    resolved = {"weight_decay": 5e-4, "augment": "pad-crop", "image_size": 8, "topology": "complete", "weighting": "routed"}
+    assert {name: config[name] for name in resolved} == resolved  # not only what was typed
+    assert config["model_kwargs"]["router_bias"] == 3.0
+    assert "learned_start" not in config["model_kwargs"]  # of another weighting
     rows = read_metrics(run)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"train_loss", "train_top1", "val_loss", "val_top1", "lr"} <= set(rows[0])
+    assert float(rows[0]["lr"]) == pytest.approx(0.05 * 7 / 9)  # of the third of three warm-up steps from a third of it
     assert list((run / "tensorboard").glob("events*"))
 
 
@@ -161,7 +172,7 @@ def test_evaluate_on_other_data(run, images, tmp_path, capsys):
     write_folder(tmp_path, {"light": 2})
     assert json.loads(ask(capsys, "evaluate", run, "--data", tmp_path, "--json"))["images"] == 2
     write_folder(tmp_path, {"green": 2})
-    assert "class folder 'green' is not one of the 2 classes" in refuse(capsys, "evaluate", run, "--data", tmp_path)
+    assert "class 'green' is not one of the 2 classes" in refuse(capsys, "evaluate", run, "--data", tmp_path)
 
 
 def test_predict_names_classes_from_the_checkpoint(run, images, capsys):
@@ -216,7 +227,16 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --modle x", "unknown option --modle; did you mean '--model'?"),
         ("train extra", "unrecognized arguments: extra"),
         ("train --model dg_resnt20", "unknown model 'dg_resnt20'; did you mean 'dg_resnet20'?"),
-        ("train --model resnet20 --weighting fixed", "resnet20 has no option 'weighting'"),
+        ("train --model resnet20 --weighting fixed", "resnet20 is static and has no option 'weighting'; use dg_resnet20"),
+        ("train --model resnet18 --weighting fixed", "resnet18 is static and has no option 'weighting'; use dg_resnet18"),
+        ('train --model resnet18 --model-kwargs {"foo":1}', "resnet18 has no option 'foo'"),
+        ('train --model-kwargs {"layers":[1,1,1]}', "dg_resnet20 cannot be built with"),
+        ('train --model-kwargs {"channels":[4]}', "dg_resnet20 cannot be built with"),
+        ('train --model-kwargs {"drop_rate":2}', "drop_rate must be 0 to 1, got 2"),
+        ('train --model-kwargs {"router":"x"}', "router must be a class or callable, got 'x'"),
+        ('train --model-kwargs {"router_std":-1}', "router_std must be at least 0, got -1"),
+        ("train --output FILE/sub", "the run folder FILE/sub cannot be written: Not a directory"),
+        ("train --output FILE", "--output FILE is a file"),
         ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, learned, fixed"),
         ('train --model-kwargs {"router_bas":1}', "has no option 'router_bas'; did you mean 'router_bias'?"),
         ('train --model-kwargs {"num_classes":3}', "cannot set num_classes: it follows from the data"),
@@ -227,6 +247,7 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --seed 5000000000", "--seed must be 0 to 4294967295"),
         ("train --warmup-epochs 30 --epochs 10", "--warmup-epochs must be 0 to 10, got 30"),
         ("train --data a-{0..4.tar", "cannot be expanded"),
+        ("train --lr inf", "--lr: Expected a 'float'. Got value: inf"),
         ("train --lr 0", "--lr must be above 0"),
         ("train --hflip 2", "--hflip must be 0 to 1, got 2"),
         ("train --precision fp8", "unknown --precision 'fp8'"),
@@ -241,20 +262,31 @@ def test_digits_are_learned(tmp_path, capsys):
         ("predict nowhere x.jpg", "nowhere does not exist"),
         ("cost dg_resnet5", "unknown model 'dg_resnet5'"),
         ("cost dg_resnet18 --image-size 0 3", "at least 1 pixel"),
+        ("cost vit_tiny_patch16_224 --image-size 32 32", "cannot take an image of 32×32"),
         ("cost --image-size 3", "expected 2 arguments"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
     assert expected in refuse(capsys, *arguments.split())
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]  # nothing was begun
 
 
 def test_a_recipe_with_a_misspelt_option(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("epochz: 3\n")
     assert "epochz" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("{epochs: [\n")
-    refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+    assert f"--config {tmp_path}/r.yaml is no valid YAML" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("lr: .inf\n")
+    assert "--lr must be a number, got inf" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+
+
+def test_every_recipe_is_accepted(capsys):
+    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+    assert recipes
+    for recipe in recipes:  # parsed and checked as the command does; refused for its data only
+        assert "data source 'nowhere' does not exist" in refuse(capsys, "train", "--config", recipe, "--data", "nowhere")
 
 
 def test_a_run_is_never_overwritten(run, images, capsys):
@@ -279,6 +311,39 @@ def test_an_image_that_does_not_decode_ends_training(images, tmp_path, capsys):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{tmp_path}/data/a/2.jpg does not decode as an image (no known image format)" in last
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()  # an empty folder of the user's own stays
+    assert main([str(a) for a in ["train", *data, "--output", tmp_path / "mine", *QUICK]]) == 2
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_interrupted_training_ends_with_130(images, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Classifier, "training_step", interrupt)
+    try:
+        assert main([str(a) for a in ["train", "--data", images, "--output", tmp_path / "run", *QUICK]]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.endswith("dgnet: interrupted\n")
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(images, tmp_path):
+    options = ["--epochs", "2", "--accelerator", "cpu", "--devices", "2", "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "dgnet", "train", "--data", str(images), *options, *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top-1") == 1
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"]
+    assert load_checkpoint(tmp_path / "run").config["devices"] == "2"
+
+
+def test_model_options_that_a_checkpoint_cannot_carry():
+    for value in (nn.Identity, (4, 4, 4), [torch.zeros(1)]):
+        with pytest.raises(UsageError, match="a checkpoint carries plain values only"):
+            TrainConfig(model_kwargs={"router": value})
 
 
 def test_a_shards_image_is_named_with_shard_and_key(run, tmp_path, capsys):
@@ -316,11 +381,27 @@ def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, capsys):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_checkpoint_whose_description_is_damaged(run, tmp_path, capsys):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    for damage, expected in (
+        ({"dgnet": {}}, "lacks 'model'"),
+        ({"dgnet": "x"}, "is no dict"),
+        ({"state_dict": None}, "holds no state dict"),
+        ({"dgnet": {**content["dgnet"], "preprocessing": {"image_size": "ab"}}}, "cannot be read"),
+        ({"dgnet": {**content["dgnet"], "model": "dg_resnet32"}}, "its weights are not those of dg_resnet32"),
+    ):
+        torch.save({**content, **damage}, tmp_path / "damaged.ckpt")
+        assert expected in refuse(capsys, "evaluate", tmp_path / "damaged.ckpt")
+
+
 def test_weights_of_another_model(run, images, tmp_path, capsys):
     line = refuse(
         capsys, "train", "--data", images, "--model", "dg_resnet32", "--weights", run, "--output", tmp_path / "x", *QUICK
     )
     assert "is a checkpoint of dg_resnet20, not of dg_resnet32 as asked for" in line
+    options = ["--weighting", "learned", "--output", tmp_path / "x", *QUICK]
+    line = refuse(capsys, "train", "--data", images, "--weights", run, *options)
+    assert "is of dg_resnet20 with other options" in line
     torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
     line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
     assert "not of dg_resnet20 as asked for" in line

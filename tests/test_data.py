@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 from pathlib import Path
 
@@ -112,14 +113,53 @@ def test_cifar10_as_shards():
     assert dataset[9_999][0].shape == (3, 8, 8)
 
 
-def test_a_folder_by_timms_name(tmp_path):
-    write_folder(tmp_path / "train", {"ant": 3, "cat": 2})
-    write_folder(tmp_path / "validation", {"ant": 1, "cat": 1})
-    train, held_out = open_train_and_evaluation("torch/image_folder", None, str(tmp_path))
+def test_classes_of_shards_go_together_by_name(tmp_path):
+    write_shard(tmp_path / "a.tar", [{"jpg": jpeg(0), "cls": b"0"}, {"jpg": jpeg(0), "cls": b"1"}])
+    (tmp_path / "classes.txt").write_text("cat\nant\n")
+    dataset = open_dataset(str(tmp_path / "a.tar"), EVALUATION, class_names=["ant", "bee", "cat"])
+    assert [dataset.read(i)[1] for i in range(2)] == [2, 0]
+    with pytest.raises(UsageError, match="class 'cat' is not one of the 2 classes known from training"):
+        open_dataset(str(tmp_path / "a.tar"), EVALUATION, class_names=["ant", "bee"])
+    (tmp_path / "classes.txt").write_text("crane\ncrane\n")  # ImageNet has two
+    dataset = open_dataset(str(tmp_path / "a.tar"), EVALUATION, class_names=["crane", "crane"])
+    assert [dataset.read(i)[1] for i in range(2)] == [0, 1]
+
+
+def write_mnist(root: Path, counts: dict[str, int]) -> None:
+    """MNIST's own files: magic number, sizes, then bytes, all big-endian."""
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for part, count in counts.items():
+        images = struct.pack(">IIII", 0x803, count, 28, 28) + bytes(count * 28 * 28)
+        labels = struct.pack(">II", 0x801, count) + bytes(index % 10 for index in range(count))
+        (root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_a_data_set_of_torchvision_by_timms_name(tmp_path):
+    write_mnist(tmp_path, {"train": 12, "t10k": 3})
+    train, held_out = open_train_and_evaluation("torch/mnist", None, str(tmp_path))
+    assert (len(train), len(held_out)) == (12, 3)
+    assert train.class_names[:2] == ["0 - zero", "1 - one"]
+    train.transform = PREPROCESSING.evaluation_transform()
+    image, label = train[11]
+    assert (image.shape, label) == ((3, 8, 8), 1)
+
+
+def test_hugging_face_data_sets_by_timms_name(tmp_path):
+    pytest.importorskip("datasets", reason="the Hugging Face datasets package is not installed")
+    write_folder(tmp_path / "data" / "train", {"ant": 3, "cat": 2})
+    write_folder(tmp_path / "data" / "test", {"ant": 1, "cat": 1})
+    source = f"hfds/{tmp_path}/data"
+    train, held_out = open_train_and_evaluation(source, None, str(tmp_path / "cache"))
     assert (len(train), len(held_out)) == (5, 2)
     assert train.class_names == ["ant", "cat"]
     train.transform = PREPROCESSING.evaluation_transform()
-    assert train[4][1] == 1
+    assert [train[i][1] for i in range(5)] == [0, 0, 0, 1, 1]
+    (tmp_path / "data" / "train" / "ant" / "1.jpg").write_bytes(b"no image")
+    broken = open_dataset(source, TRAIN, data_root=str(tmp_path / "cache2"))
+    broken.transform = PREPROCESSING.evaluation_transform()
+    with pytest.raises(UsageError, match="image 1 does not decode"):
+        list(DataLoader(broken))
 
 
 @pytest.mark.parametrize("augment", ["rrc", "pad-crop", "none"])
@@ -182,13 +222,15 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "ant").mkdir()
     with pytest.raises(UsageError, match="holds no images in its 1 class folders"):
         open_dataset(str(tmp_path), TRAIN)
-    with pytest.raises(UsageError, match="class folder 'ant' is not one of the 1 classes known from training"):
+    with pytest.raises(UsageError, match="class 'ant' is not one of the 1 classes known from training"):
         open_dataset(str(tmp_path), TRAIN, class_names=["cat"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         open_dataset(str(tmp_path / "file"), TRAIN)
     with pytest.raises(UsageError, match=r"torch/cifar10 cannot be opened under .*; its folder goes in --data-root"):
         open_dataset("torch/cifar10", TRAIN, data_root=str(tmp_path))
+    with pytest.raises(UsageError, match="name the folder itself"):
+        open_dataset("torch/image_folder", TRAIN, data_root=str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -201,3 +243,22 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
         list(DataLoader(dataset, num_workers=workers))
     assert str(caught.value).startswith(str(root / "ant" / "bad.jpg"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    dataset = open_dataset(str(write_folder(tmp_path, {"ant": 1})), TRAIN)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UsageError, match=r"ant/0\.jpg cannot be read: Permission denied"):
+        dataset[0]
+
+
+def test_a_shard_that_goes_away_is_named(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [{"jpg": jpeg(0), "cls": b"0"}])
+    dataset = open_dataset(str(path), TRAIN)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"a\.tar, sample 0000 cannot be read: No such file"):
+        dataset.read(0)

@@ -33,14 +33,3 @@ def test_every_option_of_the_page_exists_with_its_default():
     documented = {name: default.strip() for name, default in rows}
     defaults = {f.name: str(f.default).lower() for f in fields(dgnet.models.Connectivity)}
     assert documented == defaults
-
-
-def test_recipes_are_valid():
-    import yaml
-
-    from dgnet.training import TrainConfig
-
-    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        TrainConfig(**yaml.safe_load(recipe.read_text(encoding="utf-8")))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgnet.data import Preprocessing
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
 
 
@@ -36,7 +36,10 @@ class Checkpoint:
         try:
             network.load_state_dict(self.state_dict)
         except RuntimeError as error:
-            raise _not_this_model(self.path, self.model, error) from None
+            raise UsageError(
+                f"{self.path} is damaged: its weights are not those of {self.model}, which it names"
+                f" ({_first_difference(error)}); use another checkpoint"
+            ) from None
         return network.eval()
 
 
@@ -74,14 +77,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(
             path,
             state_dict,
-            carried["model"],
-            carried["model_kwargs"],
-            carried["class_names"],
+            str(carried["model"]),
+            dict(carried["model_kwargs"]),
+            [str(name) for name in carried["class_names"]],
             Preprocessing.from_dict(carried["preprocessing"]),
-            carried["config"],
+            dict(carried["config"]),
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UsageError(f"{path} is damaged: its description of the network lacks {error}; use another checkpoint") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is damaged: its description of the network cannot be read ({reason(error)}); use another checkpoint"
+        ) from None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -111,23 +118,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise _truncated(path) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError):
         raise _truncated(path) from None
-    carried = content.get("dgnet") if isinstance(content, dict) else None
-    if carried is not None:
+    content = content if isinstance(content, dict) else {}
+    carried = content.get("dgnet")
+    state = content.get("state_dict", content.get("model", content))
+    if carried is not None and isinstance(state, dict):
         prefix = "network."
-        state = content["state_dict"]
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}, carried
-    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
-    return dict(state), None
+    if carried is not None and not isinstance(carried, dict):
+        raise UsageError(f"{path} is damaged: its description of the network is no dict; use another checkpoint")
+    return dict(state), carried
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt") as file:
             carried = (file.metadata() or {}).get("dgnet")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(carried) if carried else None  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(json.loads(carried)) if carried else None
+    except (SafetensorError, OSError, ValueError, TypeError):
         raise _truncated(path) from None
 
 
@@ -139,16 +149,15 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
     own = network.state_dict()
-    classifier = network.pretrained_cfg["classifier"]  # type: ignore[index]
+    classifier: Any = network.pretrained_cfg["classifier"]  # type: ignore[index]
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
     reset = [
-        name
-        for name in state_dict
-        if name.startswith(f"{classifier}.") and name in own and state_dict[name].shape != own[name].shape
+        name for name in state_dict if name.startswith(heads) and name in own and state_dict[name].shape != own[name].shape
     ]
     try:
         network.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
     except RuntimeError as error:
-        raise _not_this_model(path, model, error, carried["model"] if carried else None) from None
+        raise UsageError(_not_this_model(path, model, error, carried)) from None
     return reset
 
 
@@ -156,8 +165,15 @@ def _truncated(path: Path) -> UsageError:
     return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
 
 
-def _not_this_model(path: Path, model: str, error: RuntimeError, other: str | None = None) -> UsageError:
+def _not_this_model(path: Path, model: str, error: RuntimeError, carried: dict[str, Any] | None) -> str:
+    other = str(carried.get("model")) if carried else None
+    difference = _first_difference(error)
+    if other == model:
+        return f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
+    of = f"is a checkpoint of {other}" if other else "does not hold the weights of this model"
+    return f"{path} {of}, not of {model} as asked for ({difference}); name its own model with --model"
+
+
+def _first_difference(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines()[1:]]
-    detail = lines[0][:200] if lines else str(error)[:200]
-    of = f"of {other}, " if other and other != model else ""
-    return UsageError(f"{path} is a checkpoint {of}not of {model} as asked for ({detail}); name its own model with --model")
+    return (lines[0] if lines else str(error))[:200]

@@ -6,17 +6,18 @@ Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 1
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from typing import NoReturn, get_type_hints
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import dgnet
-from dgnet.errors import UsageError
-from dgnet.graph.names import did_you_mean
+from dgnet.errors import UsageError, check_range, did_you_mean, reason
 
 
 class Parser(ArgumentParser):
@@ -118,12 +119,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
-    """Raises UsageError, with the nearest name, for an unknown option."""
+    """Raises UsageError, with the nearest name, for an unknown option, and with its name for a recipe that is no YAML."""
     options = [option for action in parser._actions for option in action.option_strings]
-    for word in words:
-        name = word.partition("=")[0].partition(".")[0]
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--config" and os.path.isfile(path := value or following):
+            _check_yaml(path)
+        name = name.partition(".")[0]
         if name.startswith("--") and name != "--" and name not in options:
             raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: dgnet {command} --help")
+
+
+def _check_yaml(path: str) -> None:
+    import yaml
+
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} is no valid YAML: {reason(error)}") from None
 
 
 def run_models(args: Namespace) -> None:
@@ -134,10 +147,12 @@ def run_models(args: Namespace) -> None:
 
 def run_train(args: Namespace) -> None:
     """`dgnet train`."""
-    from dgnet.training import TrainConfig, train
+    from dgnet.training import TrainConfig, is_main_process, train
 
     values = {f.name: args[f.name] for f in fields(TrainConfig)}
     result = train(TrainConfig(**values))
+    if not is_main_process():
+        return
     print(f"top-1 {result.metrics['val_top1']:.2f} % after {values['epochs']} epochs; run folder: {result.folder}")
     print(f"evaluate it: dgnet evaluate {result.folder}")
 
@@ -145,18 +160,14 @@ def run_train(args: Namespace) -> None:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.data import EVALUATION, open_dataset
-    from dgnet.training import evaluate
+    from dgnet.training import evaluate_checkpoint, evaluation_source
 
-    _check_positive("--batch-size", args.batch_size)
     checkpoint = load_checkpoint(args.checkpoint)
-    config = checkpoint.config
-    source = args.data or config["val_data"] or config["data"]
-    dataset = open_dataset(source, EVALUATION, checkpoint.class_names, args.data_root or config["data_root"])
-    dataset.transform = checkpoint.preprocessing.evaluation_transform()
-    result = evaluate(checkpoint.build_network(), dataset, args.batch_size, args.workers, _device(args.device))
+    source = args.data or evaluation_source(checkpoint)
+    options = {"batch_size": args.batch_size, "workers": args.workers, "device": _device(args.device)}
+    result = evaluate_checkpoint(checkpoint, source, args.data_root, **options)
     if args.json:
-        print(json.dumps(asdict(result)))
+        _print_json(asdict(result))
         return
     print(f"{checkpoint.path}: {checkpoint.model} on {source}, {result.images:,} images")
     print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
@@ -171,11 +182,11 @@ def run_predict(args: Namespace) -> None:
     from dgnet.checkpoint import load_checkpoint
     from dgnet.training.predict import predict
 
-    _check_positive("--top-k", args.top_k)
+    check_range("--top-k", args.top_k, 1)
     checkpoint = load_checkpoint(args.checkpoint)
     predictions = predict(checkpoint, args.images, args.top_k, _device(args.device))
     if args.json:
-        print(json.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
+        _print_json([asdict(prediction) for prediction in predictions])
         return
     for prediction in predictions:
         classes = ", ".join(
@@ -189,12 +200,16 @@ def run_cost(args: Namespace) -> None:
     from dgnet.tables import cost_rows, format_cost_table
 
     rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None)
-    print(json.dumps(rows) if args.json else format_cost_table(rows))
+    if args.json:
+        _print_json(rows)
+    else:
+        print(format_cost_table(rows))
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UsageError(f"{name} must be at least 1, got {value}")
+def _print_json(document: Any) -> None:
+    """One JSON document; JSON has no NaN, a loss that diverged is null."""
+    plain = json.loads(json.dumps(document), parse_constant=lambda constant: None)
+    print(json.dumps(plain, ensure_ascii=False))
 
 
 def _device(name: str) -> str:
@@ -205,7 +220,7 @@ def _device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {name} cannot be used here: {reason(error)}") from None
     return name
 
 

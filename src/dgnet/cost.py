@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, reason
 from dgnet.graph import DynamicGraph, Weighting
 
 
@@ -28,7 +28,7 @@ class Cost:
 def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
     """Count the cost of `model` on one image of `image_size` pixels (a side, or height and width), on the meta device.
 
-    Raises UsageError for a size below one pixel.
+    Raises UsageError for a size that the model cannot take.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
@@ -64,6 +64,9 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
             if isinstance(module, kind):
                 module.register_forward_hook(hook)
     in_chans = getattr(model, "in_chans", 3)
-    with torch.no_grad():
-        counted(torch.empty(1, in_chans, height, width, device="meta"))
+    try:
+        with torch.no_grad():
+            counted(torch.empty(1, in_chans, height, width, device="meta"))
+    except Exception as error:  # whatever a layer makes of a size that it cannot take
+        raise UsageError(f"{type(model).__name__} cannot take an image of {height}×{width}: {reason(error)}") from error
     return Cost(params=sum(parameter.numel() for parameter in model.parameters()), **counts)

@@ -11,7 +11,6 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from dgnet.errors import UsageError
-from dgnet.graph.names import did_you_mean
+from dgnet.errors import UsageError, did_you_mean, reason
 
 TRAIN, EVALUATION = "train", "evaluation"
 _FOLDERS = {TRAIN: ("train",), EVALUATION: ("val", "validation", "test")}
@@ -60,9 +58,15 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`."""
-        tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(**tuples)
+        """The inverse of `to_dict`. Raises TypeError or ValueError for values that are no preprocessing."""
+        return cls(
+            **{
+                **values,
+                "image_size": tuple(int(side) for side in values["image_size"]),
+                "mean": tuple(float(value) for value in values["mean"]),
+                "std": tuple(float(value) for value in values["std"]),
+            }
+        )
 
     def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
         """Resize, centre crop, normalise."""
@@ -142,10 +146,30 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0].replace(f"{io.BytesIO.__name__}", "the file") if str(error) else "no image"
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "no known image format"
-        raise UsageError(f"{name} does not decode as an image ({reason}); replace it or take it out") from None
+        why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
+        raise UsageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises UsageError, with its path, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"image {path} cannot be read: {reason(error)}") from None
+
+
+def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[int]:
+    """The label in `known` of each class of `own`, by name. Raises UsageError for a class that is not known."""
+    if list(own) == list(known):  # as they are: names may repeat (ImageNet has two kinds of crane)
+        return list(range(len(known)))
+    labels = {name: label for label, name in enumerate(known)}
+    unknown = [name for name in own if name not in labels]
+    if unknown:
+        raise UsageError(
+            f"{source}: class {unknown[0]!r} is not one of the {len(known)} classes known from training"
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    return [labels[name] for name in own]
 
 
 class Digits(ImageDataset):
@@ -180,20 +204,16 @@ class Folder(ImageDataset):
     """A folder of class folders; the classes are the folders' names, sorted, or `class_names` where given."""
 
     def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        try:
+            folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        except OSError as error:
+            raise UsageError(f"{root} cannot be read: {reason(error)}") from None
         if not folders:
             raise UsageError(f"{root} holds no class folders; a data folder looks like {root}/CLASS/IMAGE.jpg")
         self.class_names = list(class_names) if class_names is not None else folders
-        labels = {name: label for label, name in enumerate(self.class_names)}
-        unknown = [name for name in folders if name not in labels]
-        if unknown:
-            raise UsageError(
-                f"{root}: class folder {unknown[0]!r} is not one of the {len(labels)} classes known from training"
-                f"{did_you_mean(unknown[0], labels)}"
-            )
         self.samples = [
-            (path, labels[name])
-            for name in folders
+            (path, label)
+            for name, label in zip(folders, map_labels(str(root), folders, self.class_names), strict=True)
             for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMG_EXTENSIONS
         ]
@@ -205,20 +225,17 @@ class Folder(ImageDataset):
 
     def read(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        try:
-            return path.read_bytes(), label
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        return read_image(path), label
 
     def name(self, index: int) -> str:
         return str(self.samples[index][0])
 
 
 class Shards(ImageDataset):
-    """Local WebDataset shards as a map-style data set: an index of tar offsets, read with one `pread` an image.
+    """Local WebDataset shards as a map-style data set: an index of tar offsets, read with one seek an image.
 
     A sample is an image (`jpg`, `png`, …) and its label as text (`cls`) under one key. Class names come from
-    `classes.txt` beside the shards, one a line, where there is one.
+    `classes.txt` beside the shards, one a line, where there is one; with `class_names`, classes go together by name.
     """
 
     def __init__(self, pattern: str, class_names: Sequence[str] | None = None) -> None:
@@ -229,20 +246,28 @@ class Shards(ImageDataset):
             self._index(shard, path)
         if not self.samples:
             raise UsageError(f"{pattern} holds no samples; a sample is KEY.jpg with its label in KEY.cls")
-        names = Path(self.paths[0]).parent / "classes.txt"
-        if class_names is not None:
-            self.class_names = list(class_names)
-        elif names.is_file():
-            self.class_names = names.read_text(encoding="utf-8").split("\n")
-            self.class_names = [name.strip() for name in self.class_names if name.strip()]
-        else:
-            self.class_names = [str(label) for label in range(max(self.labels) + 1)]
+        own = self._own_class_names()
+        names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
+        self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if not 0 <= label < len(self.class_names):
+            if not 0 <= label < len(own or self.class_names):
                 raise UsageError(
                     f"{self.paths[shard]}, sample {key}: label {label} is out of range,"
-                    f" allowed are 0 to {len(self.class_names) - 1}"
+                    f" allowed are 0 to {len(own or self.class_names) - 1}"
                 )
+        if own is not None:
+            mapped = map_labels(pattern, own, self.class_names)
+            self.labels = [mapped[label] for label in self.labels]
+
+    def _own_class_names(self) -> list[str] | None:
+        path = Path(self.paths[0]).parent / "classes.txt"
+        if not path.is_file():
+            return None
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+        return [line.strip() for line in lines if line.strip()]
 
     def _index(self, shard: int, path: str) -> None:
         images: dict[str, tuple[int, int]] = {}
@@ -264,8 +289,8 @@ class Shards(ImageDataset):
                         except ValueError:
                             raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is no whole number") from None
                 end = tar.offset
-        except (tarfile.TarError, EOFError) as error:
-            raise UsageError(f"{path} is no readable tar file ({error}); copy it again") from None
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UsageError(f"{path} is no readable tar file ({reason(error)}); copy it again") from None
         with open(path, "rb") as file:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes a cut for the end
@@ -281,17 +306,16 @@ class Shards(ImageDataset):
 
     def read(self, index: int) -> tuple[Any, int]:
         shard, _, offset, size = self.samples[index]
-        return os.pread(_open_shard(self.paths[shard]), size, offset), self.labels[index]
+        try:
+            with open(self.paths[shard], "rb", buffering=0) as file:
+                file.seek(offset)
+                return file.read(size), self.labels[index]
+        except OSError as error:
+            raise UsageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
 
     def name(self, index: int) -> str:
         shard, key, _, _ = self.samples[index]
         return f"{self.paths[shard]}, sample {key}"
-
-
-@cache
-def _open_shard(path: str) -> int:
-    # One descriptor a path and process; pread keeps no position, so forked workers may share it.
-    return os.open(path, os.O_RDONLY)
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -309,37 +333,51 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 class TimmDataset(ImageDataset):
-    """A data set by the name that timm's reader takes. Nothing is downloaded unless the reader's own library does."""
+    """A data set by the name that timm takes. Nothing is downloaded unless the data set's own library does."""
 
     def __init__(self, source: str, role: str, root: str, class_names: Sequence[str] | None = None) -> None:
+        if source in ("torch/image_folder", "torch/folder"):
+            raise UsageError(f"{source}: name the folder itself, as in --data FOLDER")
         errors = []
         for split in _SPLITS[role]:
             try:
                 self.dataset = timm.data.create_dataset(source, root=root, split=split)
                 break
             except ImportError as error:
-                raise UsageError(f"{source}: {error}; install the package that reads it") from None
-            except Exception as error:  # readers raise whatever their library raises
-                errors.append(
-                    f"split {split!r}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-                )
+                raise UsageError(
+                    f"{source}: {reason(error)}; install what reads it, as with: pip install 'dgnet[hfds]'"
+                ) from None
+            except Exception as error:  # whatever the data set's library raises
+                errors.append(f"split {split!r}: {reason(error)}")
         else:
             raise UsageError(f"{source} cannot be opened under {root!r} ({'; '.join(errors)}); its folder goes in --data-root")
-        reader = getattr(self.dataset, "reader", self.dataset)
-        names = getattr(self.dataset, "classes", None) or list(getattr(reader, "class_to_idx", None) or {})
-        self.class_names = list(class_names or names)
-        if not self.class_names:
+        self.reader = getattr(self.dataset, "reader", None)
+        own = getattr(self.dataset, "classes", None) or list(getattr(self.reader, "class_to_idx", None) or {})
+        own = [", ".join(name) if isinstance(name, tuple) else str(name) for name in own]  # ImageNet's are synonyms
+        if not own:
             raise UsageError(f"{source} names no classes")
+        self.class_names = list(class_names or own)
+        self.labels = map_labels(source, own, self.class_names)
         self.source = source
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index]
-        if not 0 <= label < len(self.class_names):
-            raise UsageError(f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.class_names) - 1}")
-        return image.convert("RGB"), label
+        # Past timm's own data set where it has a reader: it skips an image that does not decode.
+        content: Any
+        try:
+            image, label = self.dataset[index] if self.reader is None else self.reader[index]
+            if isinstance(image, Image.Image):
+                content = image.convert("RGB")
+            else:
+                with image:
+                    content = image.read()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UsageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
+        if not 0 <= label < len(self.labels):
+            raise UsageError(f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.labels) - 1}")
+        return content, self.labels[label]
 
     def name(self, index: int) -> str:
         return f"{self.source}, image {index}"

@@ -1,4 +1,13 @@
-"""The one exception for what a user can cause."""
+"""The one exception for what a user can cause, and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
@@ -10,3 +19,40 @@ class UsageError(ValueError):
     def __str__(self) -> str:
         # A DataLoader worker re-raises with its traceback in front of the message; the message is the last line.
         return super().__str__().strip().rpartition("\n")[2].removeprefix("dgnet.errors.UsageError: ")
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A hint like "; did you mean 'resnet50'?", empty where no name is close."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:
+    """Raises UsageError unless `name` is one of `allowed`."""
+    allowed = list(allowed)
+    if name not in allowed:
+        hint = did_you_mean(str(name), allowed)
+        listing = f" allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
+        raise UsageError(f"unknown {what} {name!r}{hint or ';'}{listing}")
+
+
+def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
+    """The entry of `table` called `name`. Raises UsageError for an unknown name."""
+    check_choice(what, name, table)
+    return table[name]
+
+
+def check_range(what: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises UsageError unless `value` is a finite number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{what} must be a number, got {value!r}")
+    if not least <= value <= most:
+        allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise UsageError(f"{what} must be {allowed}, got {value}")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, as one line of at most 200 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

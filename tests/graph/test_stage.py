@@ -19,10 +19,21 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("topology", ["complete", "residual"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"topology": "residual"},
+        {"shortcut": "node"},
+        {"gate": "alpha"},
+        {"inference_weight": "raw"},
+        {"router_reads": "activation"},
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, topology):
-    network = tiny(topology=topology)
+def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):
+    network = tiny(**options)
     images = torch.randn(5, 3, 12, 10)
     close_some(network, images)
     network.train(training)

@@ -27,8 +27,9 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
         i = j - 1
         out_edges = [k for k in range(last + 1) if mask[k][i]]
         router = stage.weighting.routers[str(i)]
+        seen = features[i].relu() if stage.router_reads == "activation" else features[i]
         for b in range(len(x)):
-            pooled = [features[i][b, c].mean().item() for c in range(features[i].shape[1])]
+            pooled = [seen[b, c].mean().item() for c in range(seen.shape[1])]
             for row, k in enumerate(out_edges):
                 z = sum(w * v for w, v in zip(router.weight[row].tolist(), pooled, strict=True)) + router.bias[row].item()
                 alpha.setdefault((i, k), []).append(sigmoid(z))
@@ -42,7 +43,9 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
                 if not mask[j][i]:
                     continue
                 a = alpha[i, j][b]
-                psi = a * sigmoid(a - tau)
+                psi = a * sigmoid(a - tau) if stage.weighting.gate_form == "psi" else a
+                if not stage.training and stage.weighting.inference_weight == "raw":
+                    psi = a
                 if not stage.training:
                     if a < tau or not alive[i][b]:
                         continue
@@ -52,7 +55,7 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             alive[j].append(is_alive or stage.training)
             rows.append(total)
         x_hat = torch.stack(rows)
-        if j > 1:
+        if j > 1 and stage.shortcut == "edge":
             x_hat = x_hat.relu()
         if j == last:
             alphas = torch.zeros_like(adjacency)
@@ -60,6 +63,9 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
                 alphas[:, k, i] = torch.tensor(values)
             return x_hat, adjacency, alphas
         feature = stage.nodes[j - 1](x_hat)
+        if stage.shortcut == "node":
+            shortcut = torch.stack([adjacency[b, 1, 0] * features[0][b] for b in range(len(x))]) if j == 1 else x_hat
+            feature = (feature + shortcut).relu()
         features[j] = torch.stack(
             [f if is_alive else torch.zeros_like(f) for f, is_alive in zip(feature, alive[j], strict=True)]
         )

@@ -55,7 +55,8 @@ class Record:
 
     def append(self, stage: DynamicGraph, alpha_rows: Sequence[Tensor], weight_rows: Sequence[Tensor]) -> None:
         """Called by a stage at the end of its forward, with one (B, E) tensor a node, from node 1 on."""
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed forward, run again by the backward pass
+        # A checkpointed forward, run again by the backward pass, is not recorded again; the compiler cannot ask.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         index = self._stages.index(stage)
         self._alpha[index].append(to_matrix(stage, alpha_rows))

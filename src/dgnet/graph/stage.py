@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, check_choice
 from dgnet.graph.aggregate import aggregate
-from dgnet.graph.names import check_choice
 from dgnet.graph.topology import Topology
 from dgnet.graph.weighting import Weighting
 

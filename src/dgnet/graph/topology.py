@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dgnet.errors import UsageError
-from dgnet.graph.names import lookup
+from dgnet.errors import UsageError, lookup
 
 
 @dataclass(frozen=True, eq=False)

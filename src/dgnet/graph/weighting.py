@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.graph.names import check_choice
+from dgnet.errors import check_choice
 from dgnet.graph.topology import Topology
 
 

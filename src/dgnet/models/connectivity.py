@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, RoutedWeighting, Topology, Weighting, build_topology
-from dgnet.graph.names import check_choice
+from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.graph import (
+    DynamicGraph,
+    FixedWeighting,
+    LearnedWeighting,
+    RoutedWeighting,
+    Topology,
+    Weighting,
+    build_topology,
+    global_average_pool,
+)
 from dgnet.graph.topology import TopologyLike
 
 WeightingLike = str | Callable[[Topology, int], Weighting]
@@ -31,6 +39,7 @@ class Connectivity:
     router_bias: float = 3.0  # b at start: +3 opens every edge (§6.4, Fig. 4)
     router_std: float = 0.01  # W at start
     router_reads: str = "feature"  # routers see the "feature" that is distributed, or its "activation"
+    router_pool: Callable[[Tensor], Tensor] | None = None  # (B, C, H, W) -> (B, C); None: global average pooling
     gate: str = "psi"  # training weight: "psi" = α·σ(α - τ), or "alpha"
     threshold: float = 0.0  # τ at start
     learn_threshold: bool = True
@@ -42,12 +51,12 @@ class Connectivity:
     def __post_init__(self) -> None:
         if isinstance(self.weighting, str):
             check_choice("weighting", self.weighting, _OPTIONS)
-        check_choice("shortcut", self.shortcut, ("edge", "node"))
-        check_choice("router_reads", self.router_reads, ("feature", "activation"))
-        for name in ("router_bias", "router_std", "threshold", "learned_start"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UsageError(f"{name} must be a number, got {value!r}")
+        for name in ("router", "router_pool"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
+        for name in ("router_bias", "threshold", "learned_start"):
+            check_range(name, getattr(self, name))
+        check_range("router_std", self.router_std, 0)
         if not isinstance(self.learn_threshold, bool):
             raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
         for weighting, options in _OPTIONS.items():
@@ -57,6 +66,15 @@ class Connectivity:
                         f"{name}={getattr(self, name)!r} has no effect with weighting={self.weighting!r};"
                         f" leave it out, or use weighting={weighting!r}"
                     )
+
+    def plain_options(self) -> dict[str, Any]:
+        """Every option that has an effect, with its value: what a checkpoint keeps, so that a new default cannot change it.
+
+        A class or callable is left out: it has no plain form.
+        """
+        idle = {name for weighting, names in _OPTIONS.items() if weighting != self.weighting for name in names}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
+        return {name: value for name, value in values.items() if isinstance(value, str | bool | int | float)}
 
     @classmethod
     def take_from(cls, kwargs: dict[str, Any]) -> Connectivity:
@@ -77,6 +95,7 @@ class Connectivity:
             router=self.router,
             bias=self.router_bias,
             std=self.router_std,
+            pool=self.router_pool or global_average_pool,
             gate=self.gate,
             threshold=self.threshold,
             learn_threshold=self.learn_threshold,
@@ -90,6 +109,7 @@ _OPTIONS = {
         "router_bias",
         "router_std",
         "router_reads",
+        "router_pool",
         "gate",
         "threshold",
         "learn_threshold",
@@ -163,6 +183,8 @@ class DynamicNetwork(nn.Module):
 
     stage_names: tuple[str, ...]
     feature_info: Any
+    connectivity_options: dict[str, Any]
+    """`Connectivity.plain_options` of the network: passed to `create_model`, they build the same connectivity."""
 
     @property
     def stages(self) -> list[DynamicGraph]:
@@ -172,6 +194,7 @@ class DynamicNetwork(nn.Module):
     def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
         """Replace the static stages, each an nn.Sequential of blocks, by graphs; C of each comes from `feature_info`."""
         channels = {info["module"]: info["num_chs"] for info in self.feature_info}
+        self.connectivity_options = connectivity.plain_options()
         for index, name in enumerate(self.stage_names, start=1):
             blocks = list(getattr(self, name).children())
             try:

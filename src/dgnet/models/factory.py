@@ -10,8 +10,7 @@ import timm
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from dgnet.errors import UsageError
-from dgnet.graph.names import did_you_mean
+from dgnet.errors import UsageError, check_range, did_you_mean, reason
 from dgnet.models.connectivity import Connectivity, DynamicNetwork
 
 
@@ -29,13 +28,21 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """
     if not timm.is_model(name.partition(".")[0]):
         raise UsageError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}; names: dgnet models")
-    return timm.create_model(name, **kwargs)
+    for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
+        if kwargs.get(rate) is not None:
+            check_range(rate, kwargs[rate], 0, 1)
+    try:
+        return timm.create_model(name, **kwargs)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a constructor makes of a value that it cannot use
+        raise _explain(error, name, kwargs) from error
 
 
 def build_model(
     cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
 ) -> nn.Module:
-    """What each registered function calls: timm's builder, with one-line errors."""
+    """What each registered function calls: timm's builder, with one-line errors for unknown options."""
     if pretrained:
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
@@ -44,15 +51,26 @@ def build_model(
     try:
         return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
     except TypeError as error:
-        raise _explain(error, cls, name) from error
+        if _UNKNOWN_OPTION.search(str(error)):
+            raise _explain(error, name, kwargs, issubclass(cls, DynamicNetwork)) from error
+        raise
 
 
-def _explain(error: TypeError, cls: type[nn.Module], name: str) -> Exception:
-    """A UsageError where `error` is about an option that the model does not have; `error` itself otherwise."""
-    match = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if match is None:
-        return error
-    options = [f.name for f in fields(Connectivity)] if issubclass(cls, DynamicNetwork) else []
-    known = [*options, "num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last"]
-    listing = f"; connectivity options: {', '.join(options)}" if options else ""
-    return UsageError(f"{name} has no option {match[1]!r}{did_you_mean(match[1], known)}{listing}")
+_UNKNOWN_OPTION = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def _explain(error: Exception, name: str, kwargs: dict[str, Any], is_dynamic: bool = False) -> UsageError:
+    unknown = _UNKNOWN_OPTION.search(str(error))
+    if unknown is None:
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        return UsageError(f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}")
+    option, connectivity = unknown[1], [f.name for f in fields(Connectivity)]
+    if is_dynamic:
+        known = [*connectivity, "num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last"]
+        return UsageError(
+            f"{name} has no option {option!r}{did_you_mean(option, known)}; connectivity options: {', '.join(connectivity)}"
+        )
+    if option in connectivity:
+        dynamic = f"dg_{name}" if timm.is_model(f"dg_{name}") else "a dg_ model"
+        return UsageError(f"{name} is static and has no option {option!r}; use {dynamic}, see: dgnet models")
+    return UsageError(f"{name} has no option {option!r}; its options are those of timm's {name}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
+from dgnet.errors import UsageError
 from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
 from dgnet.models.factory import build_model
+
+_PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}
 
 _PATHS = {
     BasicBlock: ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path"),
@@ -27,26 +30,28 @@ def split_block(block: Any) -> BlockParts:
 
 
 class StridedResNet(ResNet):
-    """timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool: DG-ResNet's static twin."""
+    """timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool: DG-ResNet's static twin.
+
+    Raises UsageError for options of timm's ResNet-D kind, which change how a block strides.
+    """
 
     def __init__(self, block: Any, layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
+        for name, plain in _PLAIN.items():
+            if kwargs.get(name, plain) != plain:
+                raise UsageError(f"{name}={kwargs[name]!r} cannot be had: stage 1 strides in a plain block; leave it out")
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         self.maxpool = nn.Identity()  # type: ignore[assignment]
-        planes = kwargs.get("channels", (64,))[0]
-        in_channels: Any = self.feature_info[0]["num_chs"]
-        norm_layer = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))
         stage: Any = self.layer1
-        stage[0] = block(
-            in_channels,
-            planes,
-            stride=2,
-            downsample=downsample_conv(in_channels, planes * block.expansion, kernel_size=1, stride=2, norm_layer=norm_layer),
-            act_layer=get_act_layer(kwargs.get("act_layer", nn.ReLU)),
-            norm_layer=norm_layer,
-            **{name: kwargs[name] for name in ("cardinality", "base_width") if name in kwargs},
-            **(kwargs.get("block_args") or {}),
-        )
-        self.init_weights(zero_init_last=zero_init_last)
+        first = stage[0]
+        strided = first.conv1 if isinstance(first, BasicBlock) else first.conv2
+        strided.stride = (2, 2)
+        if first.downsample is None:
+            in_channels, out_channels = first.conv1.in_channels, first.conv2.out_channels
+            norm_layer = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))
+            first.downsample = downsample_conv(in_channels, out_channels, kernel_size=1, stride=2, norm_layer=norm_layer)
+            self.init_weights(zero_init_last=zero_init_last)
+        else:
+            first.downsample[0].stride = (2, 2)
 
 
 class DynamicResNet(DynamicNetwork, StridedResNet):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from timm.optim import list_optimizers
+from torch import nn
 
-from dgnet.errors import UsageError
-from dgnet.graph.names import check_choice
+from dgnet.errors import UsageError, check_choice, check_range
+
+_AXES = ("weighting", "topology", "shortcut")
 
 # Model options that the rest of the configuration decides, and how.
 _TAKEN = {
@@ -17,8 +19,30 @@ _TAKEN = {
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "a classifier is trained",
-    **{name: f"use --{name}" for name in ("weighting", "topology", "shortcut")},
+    **{name: f"use --{name}" for name in _AXES},
 }
+
+_BOUNDS: dict[str, tuple[float, ...]] = {
+    "epochs": (1,),
+    "batch_size": (1,),
+    "image_size": (1,),
+    "threads": (1,),
+    "workers": (0,),
+    "lr": (0,),
+    "momentum": (0, 1),
+    "weight_decay": (0,),
+    "seed": (0, 2**32 - 1),
+    "hflip": (0, 1),
+    "label_smoothing": (0, 1),
+}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -60,7 +84,7 @@ class TrainConfig:
     channels_last: bool = option(False, "channels_last memory format")
     grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("auto", "Lightning devices: auto, or how many")
+    devices: str = option("1", "devices to train on, each with --batch-size images a step; auto: all of them")
     workers: int = option(0, "processes that load images; 0 loads in the main process")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
 
@@ -69,27 +93,29 @@ class TrainConfig:
             if f.metadata["choices"]:
                 check_choice(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.metadata["choices"])
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
-        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("threads", 1), ("workers", 0)):
-            self._check_range(name, least)
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
-            self._check_range(name, 0)
-        self._check_range("seed", 0, 2**32 - 1)
-        self._check_range("warmup_epochs", 0, self.epochs)
-        for name in ("hflip", "label_smoothing"):
-            self._check_range(name, 0, 1)
-        for name in _TAKEN.keys() & self.model_kwargs.keys():
-            raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
+        for name, bounds in _BOUNDS.items():
+            if getattr(self, name) is not None:
+                check_range(f"--{name.replace('_', '-')}", getattr(self, name), *bounds)
+        check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
         if self.lr == 0:
             raise UsageError("--lr must be above 0, got 0")
-
-    def _check_range(self, name: str, least: float, most: float = float("inf")) -> None:
-        value = getattr(self, name)
-        if value is not None and not least <= value <= most:
-            allowed = f"at least {least}" if most == float("inf") else f"{least} to {most}"
-            raise UsageError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+        for name in _TAKEN.keys() & self.model_kwargs.keys():
+            raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
+        for name, value in self.model_kwargs.items():
+            if not _is_plain(value):
+                raise UsageError(
+                    f"--model-kwargs {name} must be a number, text, truth value, or a list or dict of these,"
+                    f" got {type(value).__name__}: a checkpoint carries plain values only"
+                )
 
     @property
     def network_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
-        axes = {name: getattr(self, name) for name in ("weighting", "topology", "shortcut")}
+        axes = {name: getattr(self, name) for name in _AXES}
         return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+
+    def resolve(self, network: nn.Module, image_size: int | None, augment: str) -> TrainConfig:
+        """This configuration with what it left open filled in: every value that decides the result is written out."""
+        options = dict(getattr(network, "connectivity_options", {}))
+        axes = {name: options.pop(name) for name in _AXES if name in options}
+        return replace(self, image_size=image_size, augment=augment, model_kwargs={**self.model_kwargs, **options}, **axes)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dgnet.data import ImageDataset
+from dgnet.checkpoint import Checkpoint
+from dgnet.data import EVALUATION, ImageDataset, open_dataset
+from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, record_connectivity
 from dgnet.training.metrics import build_metrics, update_metrics
 
@@ -62,11 +64,35 @@ class WiringStatistics:
         }
 
 
+def evaluation_source(checkpoint: Checkpoint) -> str:
+    """What the checkpoint's run was evaluated on."""
+    source: str = checkpoint.config.get("val_data") or checkpoint.config["data"]
+    return source
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None, **options: Any
+) -> Evaluation:
+    """Evaluate a checkpoint on `source`, by default on what its run was evaluated on, with its own preprocessing.
+
+    `options`: those of `evaluate`. Raises UsageError for a source that is not there or has classes unknown to it.
+    """
+    root = data_root or checkpoint.config.get("data_root", "data")
+    dataset = open_dataset(source or evaluation_source(checkpoint), EVALUATION, checkpoint.class_names, root)
+    dataset.transform = checkpoint.preprocessing.evaluation_transform()
+    return evaluate(checkpoint.build_network(), dataset, **options)
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module, dataset: ImageDataset, batch_size: int = 128, workers: int = 0, device: str = "cpu"
 ) -> Evaluation:
-    """Evaluate `network` on `dataset`, whose transform is set. A static network has one wiring and closes nothing."""
+    """Evaluate `network` on `dataset`, whose transform is set; the network is left on `device`, in evaluation mode.
+
+    A static network has one wiring and closes nothing. Raises UsageError for a size or count that makes no sense.
+    """
+    check_range("--batch-size", batch_size, 1)
+    check_range("--workers", workers, 0)
     network = network.to(device).eval()
     metrics = build_metrics(len(dataset.class_names)).to(device)
     stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
@@ -88,4 +114,6 @@ def evaluate(
         if stages
         else {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "empty_outputs": 0}
     )
-    return Evaluation(100 * values["top1"], 100 * values["top5"], values["loss"], len(dataset), **wiring)
+    # The metrics are float32; an accuracy is a count of images.
+    top1, top5 = (100 * round(values[name] * len(dataset)) / len(dataset) for name in ("top1", "top5"))
+    return Evaluation(top1, top5, values["loss"], len(dataset), **wiring)

@@ -37,11 +37,13 @@ class Classifier(L.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, labels = batch
         logits = self(images)
         update_metrics(self.train_metrics, logits, labels)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the scheduler moves on before it is logged
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return {"loss": loss, "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
@@ -51,7 +53,7 @@ class Classifier(L.LightningModule):
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
         values = {**self.train_metrics.compute(), **self.val_metrics.compute()}
         percent = {name: value * 100 if "top" in name else value for name, value in values.items()}
-        self.log_dict({**percent, "lr": self.optimizers().param_groups[0]["lr"]})  # type: ignore[union-attr]
+        self.log_dict({**percent, "lr": self.lr})
         self.train_metrics.reset()
         self.val_metrics.reset()
 

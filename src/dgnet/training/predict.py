@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dgnet.checkpoint import Checkpoint
-from dgnet.data import decode
+from dgnet.data import decode, read_image
 from dgnet.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def predict(checkpoint: Checkpoint, images: Sequence[str], top_k: int = 5, devic
     for image in images:
         if not Path(image).is_file():
             raise UsageError(f"image {image} does not exist")
-        inputs.append(transform(decode(Path(image).read_bytes(), image)))
+        inputs.append(transform(decode(read_image(Path(image)), image)))
     network = checkpoint.build_network().to(device)
     predictions = []
     for image, tensor in zip(images, inputs, strict=True):

@@ -18,6 +18,11 @@ class Progress(L.Callback):
         # A log file gets a line every half minute, a terminal a bar that moves.
         self.interval = 0.2 if sys.stderr.isatty() else 30.0
         self.shown = 0.0
+        self.correct: Any = 0  # of this process's images in the epoch; the metrics would wait for other processes
+        self.images = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.correct, self.images = 0, 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -27,9 +32,11 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if self.bar is None:
             return
+        self.correct = self.correct + outputs["correct"]
+        self.images += len(batch[1])
         if time.monotonic() - self.shown >= self.interval:
             self.shown = time.monotonic()
-            loss, top1 = float(outputs["loss"]), float(module.train_metrics["top1"].compute())
+            loss, top1 = float(outputs["loss"]), float(self.correct) / self.images
             self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)

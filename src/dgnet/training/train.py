@@ -6,7 +6,8 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dgnet.checkpoint import describe_network, load_weights, save_network
 from dgnet.data import ImageDataset, Preprocessing, open_train_and_evaluation
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
 from dgnet.training.config import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule
@@ -46,22 +48,23 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = claim_folder(config)
+    is_main = is_main_process()
+    folder = claim_folder(config) if is_main else Path(config.output or "runs")
     L.seed_everything(config.seed, workers=True, verbose=False)
     train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root)
     if len(train_set) < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
         )
-    network = create_model(config.model, num_classes=len(train_set.class_names), **config.network_kwargs)
-    preprocessing = prepare_data(config, network, train_set, val_set)
+    classes = len(train_set.class_names)
+    network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+    preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights:
         reset = load_weights(network, config.model, config.weights)
-        if reset:
-            say(
-                f"{config.weights}: trained for other classes; reset {', '.join(reset)} to {len(train_set.class_names)} classes"
-            )
+        if reset and is_main:
+            say(f"{config.weights}: trained for other classes; reset {', '.join(reset)} to {classes} classes")
     carried = describe_network(config.model, config.network_kwargs, train_set.class_names, preprocessing, asdict(config))
+    parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
         network.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.channels_last:
@@ -70,23 +73,35 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         network.compile(fullgraph=True)  # in place: the state dict keeps its keys
 
     trainer = build_trainer(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    repeatable = {**asdict(config), "output": None}  # the run repeated from it takes a folder of its own
-    (folder / "config.yaml").write_text(yaml.safe_dump(repeatable, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    say(
-        f"{config.model}, {sum(p.numel() for p in network.parameters()):,} parameters, on {len(train_set):,} images of"
-        f" {len(train_set.class_names)} classes, {config.epochs} epochs -> {folder}"
-    )
-    module = Classifier(network, config, carried)
+    if is_main:
+        was_there = folder.exists()
+        write_config(config, folder)
+        say(
+            f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes,"
+            f" {config.epochs} epochs -> {folder}"
+        )
     try:
         with quiet_lightning():
-            trainer.fit(module, datamodule=ImageDataModule(train_set, val_set, config.batch_size, config.workers))
+            data = ImageDataModule(train_set, val_set, config.batch_size, config.workers)
+            trainer.fit(Classifier(network, config, carried), datamodule=data)
     except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
-        if not any(folder.glob("checkpoints/*.ckpt")):
+        if is_main and not any(folder.glob("checkpoints/*.ckpt")):
             shutil.rmtree(folder)
+            if was_there:
+                folder.mkdir()
         raise
-    save_network(network, folder / "model.safetensors", carried)
+    except SystemExit as leaving:  # Lightning leaves so when it is interrupted
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    if is_main:
+        save_network(network, folder / "model.safetensors", carried)
     return RunResult(folder, {name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: Lightning starts the command again in each further process."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def claim_folder(config: TrainConfig) -> Path:
@@ -105,8 +120,23 @@ def claim_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def prepare_data(config: TrainConfig, network: nn.Module, train: ImageDataset, val: ImageDataset) -> Preprocessing:
-    """Set both data sets' transforms; returns the preprocessing that a checkpoint carries."""
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Make the run folder and write its config.yaml, which repeats the run in a folder of its own.
+
+    Raises UsageError where the folder cannot be written.
+    """
+    text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the run folder {folder} cannot be written: {reason(error)}; name another with --output") from None
+
+
+def prepare_data(
+    config: TrainConfig, network: nn.Module, train: ImageDataset, val: ImageDataset
+) -> tuple[Preprocessing, TrainConfig]:
+    """Set both data sets' transforms; returns the preprocessing that a checkpoint carries, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
     preprocessing = Preprocessing.of(network.pretrained_cfg, size)  # type: ignore[arg-type]
     augment = config.augment
@@ -114,7 +144,8 @@ def prepare_data(config: TrainConfig, network: nn.Module, train: ImageDataset, v
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
     train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
     val.transform = preprocessing.evaluation_transform()
-    return preprocessing
+    height, width = preprocessing.image_size
+    return preprocessing, config.resolve(network, height if height == width else None, augment)
 
 
 def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
@@ -142,23 +173,21 @@ def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
             )
     except (MisconfigurationException, ValueError) as error:
         asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
-        raise UsageError(f"{asked} cannot be used here: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
 
 
-class quiet_lightning:  # noqa: N801  (used like a function, as contextlib's are)
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
     """Leave out Lightning's advice: workers and logging intervals are the user's options here."""
-
-    def __enter__(self) -> None:
-        self._loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        for message in (".*does not have many workers.*", ".*number of training batches.*", ".*exists and is not empty.*"):
-            warnings.filterwarnings("ignore", message)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._warnings.__exit__(*exception)
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (".*does not have many workers.*", ".*number of training batches.*", ".*exists and is not empty.*"):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

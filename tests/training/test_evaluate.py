@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dgnet.cli import _print_json
+from dgnet.data import ImageDataset
+from dgnet.errors import UsageError
+from dgnet.graph import FixedWeighting, record_connectivity
+from dgnet.models.cifar_resnet import CifarResNet
+from dgnet.training import evaluate
+from tests.conftest import close_some
+
+
+class Images(ImageDataset):
+    """Tensors that need no reading."""
+
+    def __init__(self, images: Tensor, labels: list[int], classes: int = 5) -> None:
+        self.images, self.labels = images, labels
+        self.class_names = [str(label) for label in range(classes)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [3, 7])
+def test_figures_equal_a_count_image_by_image(tiny, batch_size):
+    network = tiny()
+    images = torch.randn(7, 3, 12, 10)
+    images[6] = images[5]  # two images with one wiring
+    close_some(network, images)
+    labels = [0, 1, 2, 3, 4, 0, 1]
+    result = evaluate(network, Images(images, labels), batch_size=batch_size)
+
+    edges = closed = nodes = dead = empty = hits = hits5 = 0
+    loss = 0.0
+    wirings = set()
+    for image, label in zip(images, labels, strict=True):
+        with record_connectivity(network) as record:
+            logits = network(image[None])[0]
+        hits += int(logits.argmax()) == label
+        hits5 += label in logits.topk(5).indices.tolist()
+        loss -= float(logits.log_softmax(0)[label])
+        wiring = []
+        for matrix, stage in zip(record.adjacency, network.stages, strict=True):
+            last = stage.topology.num_nodes - 1
+            for j in range(1, last + 1):
+                weights = [float(matrix[0, j, i]) for i in stage.topology.senders(j)]
+                edges += len(weights)
+                closed += weights.count(0.0)
+                nodes += j != last
+                dead += j != last and not any(weights)
+                empty += j == last and not any(weights)
+                wiring += [weight != 0 for weight in weights]
+        wirings.add(tuple(wiring))
+
+    assert result.images == 7
+    assert result.top1 == pytest.approx(100 * hits / 7)
+    assert result.top5 == pytest.approx(100 * hits5 / 7)
+    assert result.loss == pytest.approx(loss / 7, rel=1e-4)
+    assert result.closed_edges == pytest.approx(closed / edges)
+    assert result.skippable_nodes == pytest.approx(dead / nodes)
+    assert result.distinct_wirings == len(wirings)
+    assert result.empty_outputs == empty
+    assert 0 < closed < edges  # not a trivial case
+    assert 0 < dead < nodes
+    assert 1 < len(wirings) < 7
+
+
+@torch.no_grad()
+def test_outputs_without_an_open_in_edge_are_counted(tiny):
+    class Closed(FixedWeighting):
+        def gate(self, node, alpha):
+            is_open = torch.ones_like(alpha, dtype=torch.bool)
+            return alpha, is_open & (node != self.topology.num_nodes - 1)
+
+    result = evaluate(tiny(weighting=Closed), Images(torch.randn(4, 3, 8, 8), [0, 1, 2, 3]))
+    assert result.empty_outputs == 3 * 4
+    assert result.skippable_nodes == 0
+    assert result.distinct_wirings == 1
+
+
+def test_a_static_network_has_one_wiring():
+    result = evaluate(CifarResNet((1, 1, 1), num_classes=5), Images(torch.randn(4, 3, 8, 8), [0, 1, 2, 3]))
+    assert (result.closed_edges, result.skippable_nodes, result.distinct_wirings, result.empty_outputs) == (0, 0, 1, 0)
+
+
+def test_accuracy_is_an_exact_share():
+    class Always(nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 10).float()
+
+    result = evaluate(Always(), Images(torch.randn(7, 3, 2, 2), [0, 0, 1, 1, 1, 1, 1], classes=10))
+    assert result.top1 == 100 * 2 / 7
+
+
+def test_counts_that_make_no_sense():
+    images = Images(torch.randn(1, 3, 8, 8), [0])
+    with pytest.raises(UsageError, match="--batch-size must be at least 1, got 0"):
+        evaluate(nn.Identity(), images, batch_size=0)
+    with pytest.raises(UsageError, match="--workers must be at least 0, got -1"):
+        evaluate(nn.Identity(), images, workers=-1)
+
+
+def test_json_has_no_nan(capsys):
+    _print_json({"loss": float("nan"), "top1": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "top1": 1.5}
