@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
 
 
 @dataclass(frozen=True)
@@ -142,36 +143,40 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 
 
 def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
-    """Load trained weights into `network`; returns the names that stayed as initialised: a head of other classes.
+    """Load trained weights into `network`, a static network's onto the nodes of its dynamic counterpart.
 
+    Returns the names that stayed as initialised: a head of other classes, and what a static network lacks.
     Raises UsageError for weights of another model.
     """
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
+    if is_static(network, state_dict):
+        try:
+            return load_static_weights(network, state_dict)
+        except UsageError as error:
+            raise UsageError(f"{path} {_whose(carried, model)} ({error}); name its own model with --model") from None
     own = network.state_dict()
-    classifier: Any = network.pretrained_cfg["classifier"]  # type: ignore[index]
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
-    reset = [
-        name for name in state_dict if name.startswith(heads) and name in own and state_dict[name].shape != own[name].shape
-    ]
+    heads = classifier_prefixes(network)
+    reset = [n for n in state_dict if n.startswith(heads) and n in own and state_dict[n].shape != own[n].shape]
     try:
         network.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
     except RuntimeError as error:
-        raise UsageError(_not_this_model(path, model, error, carried)) from None
+        difference = _first_difference(error)
+        if carried and carried.get("model") == model:
+            line = f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
+        else:
+            line = f"{path} {_whose(carried, model)} ({difference}); name its own model with --model"
+        raise UsageError(line) from None
     return reset
+
+
+def _whose(carried: dict[str, Any] | None, model: str) -> str:
+    of = f"is a checkpoint of {carried.get('model')}" if carried else "does not hold the weights of this model"
+    return f"{of}, not of {model} as asked for"
 
 
 def _truncated(path: Path) -> UsageError:
     return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
-
-
-def _not_this_model(path: Path, model: str, error: RuntimeError, carried: dict[str, Any] | None) -> str:
-    other = str(carried.get("model")) if carried else None
-    difference = _first_difference(error)
-    if other == model:
-        return f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
-    of = f"is a checkpoint of {other}" if other else "does not hold the weights of this model"
-    return f"{path} {of}, not of {model} as asked for ({difference}); name its own model with --model"
 
 
 def _first_difference(error: RuntimeError) -> str:

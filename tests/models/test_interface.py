@@ -13,7 +13,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import Router, find_stages
 
 DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
-SMALL = ["dg_resnet18", "dg_resnet20"]
+SMALL = ["dg_resnet18", "dg_resnet20", "dg_mobilenetv2_100", "dg_regnety_006", "dg_randwire_small"]
 
 
 def test_import_registers_the_models():
@@ -45,8 +45,8 @@ def test_the_default_config_is_complete(name):
     assert cfg["architecture"] == name
     for key in ("mean", "std", "input_size", "pool_size", "crop_pct", "interpolation", "num_classes"):
         assert cfg[key]
-    assert getattr(model, cfg["classifier"]) is model.get_classifier()
-    assert isinstance(getattr(model, cfg["first_conv"]), nn.Conv2d)
+    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
     assert timm.data.resolve_model_data_config(model)["input_size"] == cfg["input_size"]
 
 
@@ -160,7 +160,7 @@ def test_the_topology_and_weighting_can_be_the_users_own():
     ("kwargs", "message"),
     [
         ({"weighting": "learnd"}, "unknown weighting 'learnd'; did you mean 'learned'"),
-        ({"topology": "star"}, "stage 1: unknown topology 'star'"),
+        ({"topology": "star"}, "unknown topology 'star'"),
         ({"shortcut": "both"}, "unknown shortcut 'both'"),
         ({"topologie": "chain"}, "has no option 'topologie'; did you mean 'topology'"),
         ({"weighting": "fixed", "router_bias": 0.0}, "router_bias=0.0 has no effect with weighting='fixed'"),

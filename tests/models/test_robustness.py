@@ -38,7 +38,7 @@ def test_the_state_never_depends_on_the_batch(tiny):
             network(torch.randn(batch, 3, 8, 8))
             assert {name: value.shape for name, value in network.state_dict().items()} == before
             assert {name for name, _ in network.named_buffers()} == buffers
-    assert all(name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in buffers)
+    assert all(name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked", "mask") for name in buffers)
 
 
 def test_copies_give_the_same(tiny):

@@ -6,7 +6,7 @@ Letters: B batch, N nodes, E in-edges of a node, C channels, H and W height and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ class DynamicGraph(nn.Module):
         if len(nodes) != topology.num_nodes - 2:
             raise UsageError(f"a topology of {topology.num_nodes} nodes has {topology.num_nodes - 2} blocks, got {len(nodes)}")
         self.topology = topology
+        self.mask: Tensor
+        # In the state dict, so that weights of one random graph are not loaded into another.
+        self.register_buffer("mask", topology.mask.clone())
         self.shortcut = shortcut
         self.entry_shortcut = entry_shortcut
         self.router_reads = router_reads
@@ -66,6 +69,15 @@ class DynamicGraph(nn.Module):
         # Set for the length of a `with` block by record.py; never buffers, they depend on the batch.
         self._records: list[Record] = []
         self._imposed: Tensor | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.setdefault(f"{prefix}mask", self.mask)  # weights of a static network bring none
+        if stored.shape != self.mask.shape or not torch.equal(stored.to(self.mask.device), self.mask):
+            error_messages = args[-1]
+            error_messages.append(
+                f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         topology = self.topology

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from random import Random
+from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor
 
-from dgnet.errors import UsageError, lookup
+from dgnet.errors import UsageError, check_range, lookup
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,27 @@ class Topology:
         """The nodes j of the out-edges (node, j) that the weighting weighs, ascending."""
         return tuple(j for j in self.receivers(node) if j not in self.pinned)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` and `build_topology` take: a checkpoint keeps a random graph so."""
+        return {
+            "num_nodes": self.num_nodes,
+            "edges": [[i, j] for j in range(self.num_nodes) for i in self.senders(j)],
+            "entry": list(self.entry),
+            "pinned": {str(node): weight for node, weight in self.pinned.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Topology:
+        """The inverse of `to_dict`. Raises UsageError for values that describe no topology."""
+        try:
+            mask = torch.zeros(values["num_nodes"], values["num_nodes"], dtype=torch.bool)
+            for i, j in values["edges"]:
+                mask[j, i] = True
+            pinned = {int(node): float(weight) for node, weight in values.get("pinned", {}).items()}
+            return cls(mask, tuple(values.get("entry", (1,))), pinned)
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            raise UsageError(f"a topology is {{num_nodes, edges: [[i, j], …]}}, got {str(values)[:80]} ({error})") from None
+
     @property
     def reads_input_node(self) -> bool:
         """Whether a node aggregates the input node's feature; entry nodes read the raw stage input instead."""
@@ -110,20 +134,84 @@ def chain(num_nodes: int) -> Topology:
     return Topology(torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril(-1).triu(-1))
 
 
-TopologyLike = str | Tensor | Topology | Callable[[int], "Topology | Tensor"]
+def erdos_renyi(num_nodes: int, er_p: float = 0.2, rng: Random | None = None) -> Topology:
+    """ER(P): each pair of blocks has an edge with probability `er_p` (Xie et al., 2019, §3.4)."""
+    check_range("er_p", er_p, 0, 1)
+    return _draw("er", f"er_p={er_p}", num_nodes, 1, rng, lambda blocks, rng: nx.erdos_renyi_graph(blocks, er_p, seed=rng))
 
-TOPOLOGIES: dict[str, Callable[[int], Topology]] = {"complete": complete, "residual": residual, "chain": chain}
+
+def barabasi_albert(num_nodes: int, ba_m: int = 5, rng: Random | None = None) -> Topology:
+    """BA(M): blocks are added one by one, each with `ba_m` edges, rather to blocks that have many (Xie et al., 2019, §3.4)."""
+    check_range("ba_m", ba_m, 1)
+    least = ba_m + 1
+    return _draw(
+        "ba", f"ba_m={ba_m}", num_nodes, least, rng, lambda blocks, rng: nx.barabasi_albert_graph(blocks, ba_m, seed=rng)
+    )
 
 
-def build_topology(topology: TopologyLike, num_nodes: int) -> Topology:
-    """A stage's topology from a name, a mask, a Topology, or a callable that maps `num_nodes` to one of these.
+def watts_strogatz(num_nodes: int, ws_k: int = 4, ws_p: float = 0.75, rng: Random | None = None) -> Topology:
+    """WS(K, P): a ring with `ws_k` neighbours each, every edge rewired with probability `ws_p` (Xie et al., 2019, §3.4)."""
+    check_range("ws_k", ws_k, 2)
+    check_range("ws_p", ws_p, 0, 1)
+    settings = f"ws_k={ws_k}, ws_p={ws_p}"
+    return _draw("ws", settings, num_nodes, ws_k + 1, rng, lambda b, rng: nx.watts_strogatz_graph(b, ws_k, ws_p, seed=rng))
 
-    Raises UsageError for an unknown name, a bad mask, or one whose size is not `num_nodes`.
+
+_DRAWS = 100
+
+
+def _draw(
+    name: str, settings: str, num_nodes: int, least: int, rng: Random | None, sample: Callable[[int, Random], nx.Graph]
+) -> Topology:
+    """A random graph over the blocks, its edges directed from the lower to the higher index, as RandWire does.
+
+    Blocks without an in-edge hear from the input node with weight 1; the output node takes the mean of those without an
+    out-edge. A graph that is not connected is drawn again.
+    """
+    blocks = num_nodes - 2
+    if blocks < least:
+        raise UsageError(f"topology {name!r} with {settings} needs at least {least} blocks, the stage has {blocks}")
+    rng = rng or Random(0)
+    graph = next((g for g in (sample(blocks, rng) for _ in range(_DRAWS)) if nx.is_connected(g)), None)
+    if graph is None:
+        raise UsageError(
+            f"topology {name!r} with {settings} gave no connected graph of {blocks} blocks in {_DRAWS} draws;"
+            " ask for more edges"
+        )
+    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool)
+    for i, j in graph.edges:
+        mask[max(i, j) + 1, min(i, j) + 1] = True
+    sources = [j for j in range(1, num_nodes - 1) if not mask[j].any()]
+    sinks = [i for i in range(1, num_nodes - 1) if not mask[:, i].any()]
+    mask[sources, 0] = True
+    mask[num_nodes - 1, sinks] = True
+    return Topology(mask, pinned={**dict.fromkeys(sources, 1.0), num_nodes - 1: 1 / len(sinks)})
+
+
+TopologyLike = str | Tensor | Topology | Mapping[str, Any] | Callable[[int], "Topology | Tensor"]
+
+TOPOLOGIES: dict[str, Callable[..., Topology]] = {
+    "complete": complete,
+    "residual": residual,
+    "chain": chain,
+    "er": erdos_renyi,
+    "ba": barabasi_albert,
+    "ws": watts_strogatz,
+}
+
+
+def build_topology(topology: TopologyLike, num_nodes: int, **options: Any) -> Topology:
+    """A stage's topology from a name, a mask, a Topology, its `to_dict`, or a callable from `num_nodes` to one of these.
+
+    `options`: arguments of a named topology. Raises UsageError for an unknown name, a bad mask, or a size other than
+    `num_nodes`.
     """
     if isinstance(topology, str):
-        topology = lookup("topology", topology, TOPOLOGIES)
-    if callable(topology):
+        topology = lookup("topology", topology, TOPOLOGIES)(num_nodes, **options)
+    elif callable(topology):
         topology = topology(num_nodes)
+    if isinstance(topology, Mapping):
+        topology = Topology.from_dict(topology)
     if not isinstance(topology, Topology):
         topology = Topology(topology)
     if topology.num_nodes != num_nodes:

@@ -1,7 +1,11 @@
 """Networks with dynamic connectivity, registered with timm on import."""
 
 from dgnet.models import cifar_resnet as cifar_resnet
+from dgnet.models import mobilenetv2 as mobilenetv2
+from dgnet.models import randwire as randwire
+from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
 from dgnet.models.connectivity import Connectivity as Connectivity
 from dgnet.models.factory import create_model as create_model
 from dgnet.models.factory import list_models as list_models
+from dgnet.models.static_weights import load_static_weights as load_static_weights

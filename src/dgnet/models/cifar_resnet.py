@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import DropPath, create_classifier
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, ResNet, downsample_conv
-from torch import Tensor, nn
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, downsample_conv
+from torch import nn
 
 from dgnet.models.connectivity import Connectivity, DynamicNetwork
 from dgnet.models.factory import build_model
 from dgnet.models.resnet import split_block
+from dgnet.models.staged import StagedNetwork
 
 
-class CifarResNet(ResNet):
+class CifarResNet(StagedNetwork):
     """Stem 3×3 convolution, three stages of basic blocks with strides 1, 2, 2, pooling, classifier.
 
-    `layers`: blocks of each stage; `channels`: C of each stage. timm's ResNet gives the head and the initialisation,
-    but each block's last γ starts at 1 as in He et al. (2016): from 0, a run of few epochs learns more slowly.
+    `layers`: blocks of each stage; `channels`: C of each stage. Each block's last γ starts at 1 as in He et al. (2016): from 0,
+    as timm's ResNet has it, a run of few epochs learns more slowly.
     """
 
+    stem_names = ("conv1", "bn1", "act1")
     stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(
@@ -38,13 +39,10 @@ class CifarResNet(ResNet):
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
     ) -> None:
-        nn.Module.__init__(self)  # not ResNet's: its stem is fixed at 64 channels, and it has four stages
-        self.num_classes = num_classes
+        super().__init__()
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         width = channels[0]
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)  # type: ignore[assignment]
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [{"num_chs": width, "reduction": 1, "module": "act1"}]
@@ -62,51 +60,15 @@ class CifarResNet(ResNet):
             reduction *= stage_stride
             self.feature_info.append({"num_chs": planes, "reduction": reduction, "module": name})
         self.num_features = width
-        self.global_pool, self.fc = create_classifier(width, num_classes, pool_type=global_pool)
-        self.head_hidden_size = width * self.global_pool.feat_mult()
+        self.build_head(num_classes, global_pool, drop_rate)
         self.init_weights(zero_init_last=zero_init_last)
 
     def init_weights(self, zero_init_last: bool = False) -> None:
-        super().init_weights(zero_init_last=zero_init_last)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.forward_intermediates(x, indices=[])[0]
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stem and stage features, as timm's: index 0 is the stem, 1 to 3 the stages."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices) if indices != [] else ([], len(self.stage_names))
-        x = self.act1(self.bn1(self.conv1(x)))
-        intermediates = [x] if 0 in take else []
-        for index, name in enumerate(self.stage_names[: last if stop_early else None], start=1):
-            stage = getattr(self, name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if index in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last one in `indices`, and the head, as timm's."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        for name in self.stage_names[last:]:
-            setattr(self, name, nn.Identity())
-        if last < len(self.stage_names):
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-            prune_head = True
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+        super().init_weights()
+        module: Any
+        for module in self.modules():
+            if zero_init_last and hasattr(module, "zero_init_last"):
+                module.zero_init_last()
 
 
 class DynamicCifarResNet(DynamicNetwork, CifarResNet):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from random import Random
 from typing import Any
 
+from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
@@ -19,7 +21,7 @@ from dgnet.graph import (
     build_topology,
     global_average_pool,
 )
-from dgnet.graph.topology import TopologyLike
+from dgnet.graph.topology import TOPOLOGIES, TopologyLike
 
 WeightingLike = str | Callable[[Topology, int], Weighting]
 
@@ -28,12 +30,18 @@ WeightingLike = str | Callable[[Topology, int], Weighting]
 class Connectivity:
     """How the nodes of each stage are connected. The defaults are DG-Net's; what the paper leaves open is an option.
 
-    Raises UsageError for an unknown value, and for an option that has no effect on the chosen weighting.
+    Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
 
-    topology: TopologyLike = "complete"  # "complete", "residual", "chain", a mask, or a callable of num_nodes
+    topology: TopologyLike | list[Any] = "complete"  # a name, a mask, a callable of num_nodes, or a list of these, one a stage
     weighting: WeightingLike = "routed"  # "routed", "learned", "fixed", or a callable (topology, channels) -> Weighting
     shortcut: str = "edge"  # the residual shortcut is an "edge" of the graph, or stays in the "node"
+    # Random topologies (Xie et al., 2019)
+    topology_seed: int = 0
+    er_p: float = 0.2
+    ba_m: int = 5
+    ws_k: int = 4
+    ws_p: float = 0.75
     # Routed weighting
     router: Callable[[int, int], nn.Module] | None = None  # (channels, num_edges) -> module: (B, C) -> α (B, E); None: Router
     router_bias: float = 3.0  # b at start: +3 opens every edge (§6.4, Fig. 4)
@@ -50,29 +58,44 @@ class Connectivity:
 
     def __post_init__(self) -> None:
         if isinstance(self.weighting, str):
-            check_choice("weighting", self.weighting, _OPTIONS)
+            check_choice("weighting", self.weighting, _WEIGHTING_OPTIONS)
+        if isinstance(self.topology, str):
+            check_choice("topology", self.topology, TOPOLOGIES)
         for name in ("router", "router_pool"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
         for name in ("router_bias", "threshold", "learned_start"):
             check_range(name, getattr(self, name))
         check_range("router_std", self.router_std, 0)
+        for name in ("topology_seed", "ba_m", "ws_k"):
+            if not isinstance(getattr(self, name), int):
+                raise UsageError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not isinstance(self.learn_threshold, bool):
             raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
-        for weighting, options in _OPTIONS.items():
-            for name in options if weighting != self.weighting else ():
-                if getattr(self, name) != getattr(type(self), name):
-                    raise UsageError(
-                        f"{name}={getattr(self, name)!r} has no effect with weighting={self.weighting!r};"
-                        f" leave it out, or use weighting={weighting!r}"
-                    )
+        for axis, name in self._idle_options().items():
+            if getattr(self, axis) != getattr(type(self), axis):
+                allowed = " or ".join(f"{name}={value!r}" for value in _AXES[name] if axis in _AXES[name][value])
+                raise UsageError(
+                    f"{axis}={getattr(self, axis)!r} has no effect with {name}={getattr(self, name)!r};"
+                    f" leave it out, or use {allowed}"
+                )
+
+    def _idle_options(self) -> dict[str, str]:
+        """Options without effect on the chosen values of the axes, and the axis that each belongs to."""
+        return {
+            option: axis
+            for axis, options in _AXES.items()
+            for named in options.values()
+            for option in named
+            if not isinstance(chosen := getattr(self, axis), str) or option not in options[chosen]
+        }
 
     def plain_options(self) -> dict[str, Any]:
-        """Every option that has an effect, with its value: what a checkpoint keeps, so that a new default cannot change it.
+        """Every option that has an effect, with its value, so that a new default cannot change an old run.
 
         A class or callable is left out: it has no plain form.
         """
-        idle = {name for weighting, names in _OPTIONS.items() if weighting != self.weighting for name in names}
+        idle = self._idle_options()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
         return {name: value for name, value in values.items() if isinstance(value, str | bool | int | float)}
 
@@ -81,11 +104,29 @@ class Connectivity:
         """Remove the options of this class from a model's keyword arguments and make one of them."""
         return cls(**{f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs})
 
+    def build_topology(self, stage: int, num_nodes: int) -> Topology:
+        """The topology of one stage, counted from 1. A random one differs from stage to stage.
+
+        Raises UsageError, naming the stage, where it does not fit.
+        """
+        topology, options = self.topology, {}
+        if isinstance(topology, list):
+            if not stage <= len(topology):
+                raise UsageError(f"topology lists {len(topology)} stages, the network has more")
+            topology = topology[stage - 1]
+        if isinstance(topology, str) and TOPOLOGY_OPTIONS.get(topology):
+            options = {name: getattr(self, name) for name in TOPOLOGY_OPTIONS[topology] if name != "topology_seed"}
+            options["rng"] = Random(f"{self.topology_seed}/{stage}")
+        try:
+            return build_topology(topology, num_nodes, **options)
+        except UsageError as error:
+            raise UsageError(f"stage {stage}: {error}") from None
+
     def build_weighting(self, topology: Topology, channels: int) -> Weighting:
-        """The weighting of one stage."""
+        """The weighting of one stage; a topology that pins all its edges leaves nothing to learn."""
         if not isinstance(self.weighting, str):
             return self.weighting(topology, channels)
-        if self.weighting == "fixed":
+        if self.weighting == "fixed" or not any(map(topology.free_receivers, range(topology.num_nodes))):
             return FixedWeighting(topology, channels)
         if self.weighting == "learned":
             return LearnedWeighting(topology, channels, self.learned_start, self.learned_activation)
@@ -103,7 +144,16 @@ class Connectivity:
         )
 
 
-_OPTIONS = {
+# Which options have an effect on which value of an axis.
+TOPOLOGY_OPTIONS: dict[str, tuple[str, ...]] = {
+    "complete": (),
+    "residual": (),
+    "chain": (),
+    "er": ("topology_seed", "er_p"),
+    "ba": ("topology_seed", "ba_m"),
+    "ws": ("topology_seed", "ws_k", "ws_p"),
+}
+_WEIGHTING_OPTIONS: dict[str, tuple[str, ...]] = {
     "routed": (
         "router",
         "router_bias",
@@ -118,6 +168,7 @@ _OPTIONS = {
     "learned": ("learned_start", "learned_activation"),
     "fixed": (),
 }
+_AXES = {"topology": TOPOLOGY_OPTIONS, "weighting": _WEIGHTING_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -130,6 +181,10 @@ class BlockParts:
     transform: Transform
     shortcut: nn.Module | None
     activation: nn.Module
+    in_channels: int
+    out_channels: int
+    stride: int
+    shortcut_name: str = ""  # of the shortcut in the static block
 
 
 class Transform(nn.Sequential):
@@ -152,24 +207,34 @@ def take_modules(block: nn.Module, names: Sequence[str]) -> Transform:
     return transform
 
 
+def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """1×1 convolution and normalisation: brings a stage's input to its output's shape."""
+    projection: Any = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+    nn.init.kaiming_normal_(projection[0].weight, mode="fan_out", nonlinearity="relu")
+    return projection
+
+
 def build_stage(
-    blocks: Sequence[nn.Module], split_block: Callable[[nn.Module], BlockParts], channels: int, connectivity: Connectivity
+    parts: Sequence[BlockParts], topology: Topology, weighting: Weighting, connectivity: Connectivity
 ) -> DynamicGraph:
     """A stage of static blocks as a graph of N = blocks + 2 nodes.
 
-    `channels`: C of the stage. The first block's shortcut becomes the input node, where something reads it.
-    Raises UsageError where the topology does not fit.
+    The first block's shortcut becomes the input node; where it has none and the shape changes, a projection is added. It is
+    built only if something reads it.
     """
-    parts = [split_block(block) for block in blocks]
-    topology = build_topology(connectivity.topology, len(blocks) + 2)
-    weighting = connectivity.build_weighting(topology, channels)
-    entry_shortcut = parts[0].shortcut is not None
-    in_node = connectivity.shortcut == "node" and entry_shortcut
-    projection = parts[0].shortcut if topology.reads_input_node or weighting.reads_features or in_node else None
+    first = parts[0]
+    entry_shortcut = first.shortcut is not None
+    is_read = topology.reads_input_node or (weighting.reads_features and bool(topology.free_receivers(0)))
+    input: nn.Module = nn.Identity()
+    if is_read or (connectivity.shortcut == "node" and entry_shortcut):
+        if first.shortcut is not None:
+            input = first.shortcut
+        elif first.in_channels != first.out_channels or first.stride != 1:
+            input = build_projection(first.in_channels, first.out_channels, first.stride)
     return DynamicGraph(
         topology,
         weighting,
-        input=projection if projection is not None else nn.Identity(),
+        input=input,
         nodes=[part.transform for part in parts],
         activation=parts[-1].activation,
         shortcut=connectivity.shortcut,
@@ -182,32 +247,51 @@ class DynamicNetwork(nn.Module):
     """What dynamic networks add to their static class, as a mixin before it: timm's interface over `DynamicGraph` stages."""
 
     stage_names: tuple[str, ...]
-    feature_info: Any
     connectivity_options: dict[str, Any]
-    """`Connectivity.plain_options` of the network: passed to `create_model`, they build the same connectivity."""
+    """`Connectivity.plain_options` of the network."""
+    static_names: dict[str, str]
+    """How the static network's parameter names begin, and how the same parameters' names begin here."""
 
     @property
     def stages(self) -> list[DynamicGraph]:
         """The dynamic stages, in order."""
-        return [getattr(self, name) for name in self.stage_names]
+        return [module for module in self.modules() if isinstance(module, DynamicGraph)]
 
     def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
-        """Replace the static stages, each an nn.Sequential of blocks, by graphs; C of each comes from `feature_info`."""
-        channels = {info["module"]: info["num_chs"] for info in self.feature_info}
+        """Replace the static stages, each a sequence of blocks, by graphs."""
         self.connectivity_options = connectivity.plain_options()
+        self.static_names = {}
         for index, name in enumerate(self.stage_names, start=1):
-            blocks = list(getattr(self, name).children())
-            try:
-                setattr(self, name, build_stage(blocks, split_block, channels[name], connectivity))
-            except UsageError as error:
-                raise UsageError(f"stage {index}: {error}") from None
+            blocks = dict(self.get_submodule(name).named_children())
+            parts = [split_block(block) for block in blocks.values()]
+            topology = connectivity.build_topology(index, len(parts) + 2)
+            weighting = connectivity.build_weighting(topology, parts[0].out_channels)
+            self.set_submodule(name, build_stage(parts, topology, weighting, connectivity))
+            for position, (block_name, part) in enumerate(zip(blocks, parts, strict=True)):
+                if part.shortcut_name and position == 0:
+                    self.static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
+                self.static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
+
+    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A static checkpoint under timm's names; a family whose torchvision names differ overrides this."""
+        return state_dict
+
+    def stored_options(self) -> dict[str, Any]:
+        """Arguments of `create_model` that give the same connectivity: `connectivity_options`, with a random graph's edges."""
+        options = dict(self.connectivity_options)
+        random_options = TOPOLOGY_OPTIONS.get(options.get("topology", ""), ())
+        if random_options:
+            options = {name: value for name, value in options.items() if name not in random_options}
+            options["topology"] = [stage.topology.to_dict() for stage in self.stages]
+        return options
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """The static network's initialisation, then the weightings' own: it must not reach into routers."""
-        super().init_weights(*args, **kwargs)  # type: ignore[misc]
+        static = getattr(super(), "init_weights", None)
+        if static is not None:
+            static(*args, **kwargs)
         for stage in self.stages:
-            if isinstance(stage, DynamicGraph):  # the static constructor calls this before the graphs are there
-                stage.weighting.reset_parameters()
+            stage.weighting.reset_parameters()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each node in the backward pass: a stage keeps its N features and nothing inside the nodes."""
@@ -220,9 +304,10 @@ class DynamicNetwork(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem, then each node; a projection goes with its stage's first block."""
+        matcher: dict[str, Any] = super().group_matcher(coarse=True)  # type: ignore[misc]
         if coarse:
-            return {"stem": r"^conv1|bn1|maxpool", "blocks": r"^layer(\d+)"}
-        return {
-            "stem": r"^conv1|bn1|maxpool",
-            "blocks": [(r"^layer(\d+)\.nodes\.(\d+)", None), (r"^layer(\d+)\.input", (0,)), (r"^layer(\d+)", (99999,))],
-        }
+            return matcher
+        blocks = matcher["blocks"]
+        (stage, _), *rest = [(blocks, None)] if isinstance(blocks, str) else blocks
+        nodes = [(rf"{stage}\.nodes\.(\d+)", None), (rf"{stage}\.input", (0,)), (stage, (99999,))]
+        return {**matcher, "blocks": [*nodes, *rest]}

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
@@ -35,7 +36,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except UsageError:
         raise
-    except Exception as error:  # whatever a constructor makes of a value that it cannot use
+    except _BAD_VALUE as error:
         raise _explain(error, name, kwargs) from error
 
 
@@ -56,6 +57,23 @@ def build_model(
         raise
 
 
+def imagenet_cfg(**names: Any) -> dict[str, Any]:
+    """A default config for timm: ImageNet at 224 pixels as the paper evaluates it (§6.1). `names`: first_conv, classifier."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": "apache-2.0",
+        **names,
+    }
+
+
+# What a constructor may make of a value that it cannot use.
+_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 _UNKNOWN_OPTION = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 

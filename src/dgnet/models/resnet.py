@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
@@ -12,7 +11,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
-from dgnet.models.factory import build_model
+from dgnet.models.factory import build_model, imagenet_cfg
 
 _PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}
 
@@ -24,9 +23,17 @@ _PATHS = {
 
 def split_block(block: Any) -> BlockParts:
     """BasicBlock and Bottleneck: ReLU after the addition; a projection where the shape changes."""
-    activation = block.act2 if isinstance(block, BasicBlock) else block.act3
-    shortcut = block.downsample if block.downsample is not None else nn.Identity()
-    return BlockParts(take_modules(block, _PATHS[type(block)]), shortcut, activation)
+    is_basic = isinstance(block, BasicBlock)
+    strided, last = (block.conv1, block.conv2) if is_basic else (block.conv2, block.conv3)
+    return BlockParts(
+        take_modules(block, _PATHS[type(block)]),
+        block.downsample if block.downsample is not None else nn.Identity(),
+        block.act2 if is_basic else block.act3,
+        block.conv1.in_channels,
+        last.out_channels,
+        strided.stride[0],
+        "downsample",
+    )
 
 
 class StridedResNet(ResNet):
@@ -66,22 +73,8 @@ class DynamicResNet(DynamicNetwork, StridedResNet):
         self.init_weights(zero_init_last=zero_init_last)
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-    }
-
-
-default_cfgs = generate_default_cfgs({"dg_resnet18": _cfg(), "dg_resnet50": _cfg()})
+_NAMES = ("dg_resnet18", "dg_resnet50", "dg_resnet101", "dg_resnext50_32x4d")
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(first_conv="conv1", classifier="fc") for name in _NAMES})
 
 
 @register_model
@@ -94,3 +87,16 @@ def dg_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def dg_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DG-ResNet-50, 25.62 M parameters, 4126 M multiply-adds (Table 1)."""
     return build_model(DynamicResNet, "dg_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def dg_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-101, 44.89 M parameters, 7838 M multiply-adds (Table 1)."""
+    return build_model(DynamicResNet, "dg_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs)
+
+
+@register_model
+def dg_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNeXt-50-32x4d, 25.09 M parameters, 4306 M multiply-adds (Table 1)."""
+    options: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4}
+    return build_model(DynamicResNet, "dg_resnext50_32x4d", pretrained, **options, **kwargs)

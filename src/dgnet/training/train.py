@@ -25,6 +25,8 @@ from dgnet.checkpoint import describe_network, load_weights, save_network
 from dgnet.data import ImageDataset, Preprocessing, open_train_and_evaluation
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models.connectivity import DynamicNetwork
+from dgnet.models.static_weights import classifier_prefixes
 from dgnet.training.config import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule
 from dgnet.training.progress import Progress
@@ -60,10 +62,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     network = create_model(config.model, num_classes=classes, **config.network_kwargs)
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights:
-        reset = load_weights(network, config.model, config.weights)
-        if reset and is_main:
-            say(f"{config.weights}: trained for other classes; reset {', '.join(reset)} to {classes} classes")
-    carried = describe_network(config.model, config.network_kwargs, train_set.class_names, preprocessing, asdict(config))
+        initial = load_weights(network, config.model, config.weights)
+        if initial and is_main:
+            say(f"{config.weights}: {describe_initial(network, initial)}")
+    options = {**config.network_kwargs, **(network.stored_options() if isinstance(network, DynamicNetwork) else {})}
+    carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
         network.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -118,6 +121,20 @@ def claim_folder(config: TrainConfig) -> Path:
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
     return folder
+
+
+def describe_initial(network: nn.Module, names: list[str]) -> str:
+    """What of a network stayed as initialised after trained weights were loaded, in one line."""
+    heads = [name for name in names if name.startswith(classifier_prefixes(network))]
+    others = [name for name in names if name not in heads]
+    lines = []
+    if heads:
+        classes = network.num_classes
+        lines.append(f"trained for other classes; reset {', '.join(heads)} to {classes} classes")
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        lines.append(f"stayed as initialised: {', '.join(others[:3])}{more}")
+    return "; ".join(lines)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

@@ -1,0 +1,82 @@
+"""DG-MobileNetV2: timm's MobileNetV2 with a graph for each of its seven stages, each with a projection that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+from timm.models._efficientnet_builder import decode_arch_def, round_channels
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
+
+from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
+from dgnet.models.factory import build_model, imagenet_cfg
+
+# Stages as timm writes them: block, repeats, kernel, stride, expansion, channels (Sandler et al., 2018, Table 2).
+_STAGES = [
+    ["ds_r1_k3_s1_c16"],
+    ["ir_r2_k3_s2_e6_c24"],
+    ["ir_r3_k3_s2_e6_c32"],
+    ["ir_r4_k3_s2_e6_c64"],
+    ["ir_r3_k3_s1_e6_c96"],
+    ["ir_r3_k3_s2_e6_c160"],
+    ["ir_r1_k3_s1_e6_c320"],
+]
+
+
+def split_block(block: Any) -> BlockParts:
+    """Inverted bottleneck: nothing follows the addition, and a block that changes the shape has no shortcut."""
+    if isinstance(block, DepthwiseSeparableConv):
+        path: tuple[str, ...] = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2")
+        first, last = block.conv_dw, block.conv_pw
+    else:
+        path = ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3")
+        first, last = block.conv_pw, block.conv_pwl
+    return BlockParts(
+        take_modules(block, (*path, "drop_path") if block.has_skip else path),
+        nn.Identity() if block.has_skip else None,
+        nn.Identity(),
+        first.in_channels,
+        last.out_channels,
+        block.conv_dw.stride[0],
+    )
+
+
+class DynamicMobileNetV2(DynamicNetwork, EfficientNet):
+    """MobileNetV2 whose stages are graphs. Takes the arguments of timm's EfficientNet and those of `Connectivity`."""
+
+    stage_names = tuple(f"blocks.{index}" for index in range(len(_STAGES)))
+
+    def __init__(self, **kwargs: Any) -> None:
+        connectivity = Connectivity.take_from(kwargs)
+        super().__init__(**kwargs)
+        self.build_stages(split_block, connectivity)
+
+    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """torchvision's MobileNetV2 has the same modules in the same order, under other names."""
+        if "features.0.0.weight" not in state_dict:
+            return state_dict
+        added = tuple(f"{name}.{part}" for name in self.stage_names for part in ("input", "weighting", "mask"))
+        names = [name for name in self.state_dict() if not name.startswith(added)]
+        return dict(zip(names, state_dict.values(), strict=True)) if len(names) == len(state_dict) else state_dict
+
+
+default_cfgs = generate_default_cfgs({"dg_mobilenetv2_100": imagenet_cfg(first_conv="conv_stem", classifier="classifier")})
+
+
+@register_model
+def dg_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-MobileNetV2 1.0, 3.59 M parameters, 313 M multiply-adds (Table 1)."""
+    return build_model(
+        DynamicMobileNetV2,
+        "dg_mobilenetv2_100",
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True},
+        block_args=decode_arch_def(_STAGES),
+        round_chs_fn=partial(round_channels, multiplier=1.0),
+        act_layer=nn.ReLU6,
+        **kwargs,
+    )

@@ -1,0 +1,124 @@
+"""RandWire in the small regime (Xie et al., 2019): N = 32 nodes a stage, C = 78, and DG-Net on the same nodes (Table 4).
+
+A node is ReLU, 3×3 separable convolution, BN. A node that hears from nothing but the stage's input reads it raw, with stride 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, Transform, build_stage
+from dgnet.models.factory import build_model, imagenet_cfg
+from dgnet.models.staged import StagedNetwork
+
+
+def build_node(in_channels: int, out_channels: int, stride: int) -> Transform:
+    """ReLU, 3×3 separable convolution, BN."""
+    node = Transform()
+    node.add_module("act", nn.ReLU())
+    node.add_module("conv_dw", nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False))
+    node.add_module("conv_pw", nn.Conv2d(in_channels, out_channels, 1, bias=False))
+    node.add_module("bn", nn.BatchNorm2d(out_channels))
+    return node
+
+
+def build_convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, act: bool = True) -> nn.Module:
+    """(ReLU,) convolution, BN: what stands before and after the wired stages."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    return nn.Sequential(*([nn.ReLU()] if act else []), convolution, nn.BatchNorm2d(out_channels))
+
+
+class RandWire(DynamicNetwork, StagedNetwork):
+    """Two strided convolutions, three wired stages of C, 2C and 4C channels, a 1×1 convolution, pooling, classifier.
+
+    `num_blocks`: blocks of each stage (N of Xie et al.); `channels`: C. Takes the options of `Connectivity`.
+    """
+
+    stem_names = ("conv1", "conv2")
+    stage_names = ("layer1", "layer2", "layer3")
+    neck_names = ("conv3", "act3")
+
+    def __init__(
+        self,
+        num_blocks: int = 32,
+        channels: int = 78,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        head_channels: int = 1280,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        connectivity = Connectivity.take_from(options)
+        if options:
+            raise TypeError(f"__init__() got an unexpected keyword argument '{next(iter(options))}'")
+        self.in_chans = in_chans
+        self.conv1 = build_convolution(in_chans, channels // 2, 3, stride=2, act=False)
+        self.conv2 = build_convolution(channels // 2, channels, 3, stride=2)
+        self.feature_info = [{"num_chs": channels, "reduction": 4, "module": "conv2"}]
+        self.connectivity_options = connectivity.plain_options()
+        self.static_names = {}
+        width = channels
+        for index, name in enumerate(self.stage_names, start=1):
+            planes = channels * 2 ** (index - 1)
+            self.add_module(name, build_wired_stage(index, num_blocks, width, planes, connectivity))
+            width = planes
+            self.feature_info.append({"num_chs": width, "reduction": 4 * 2**index, "module": name})
+        self.conv3 = build_convolution(width, head_channels, 1, stride=1)
+        self.act3 = nn.ReLU()
+        self.num_features = head_channels
+        self.build_head(num_classes, global_pool, drop_rate)
+        self.init_weights()
+
+
+def build_wired_stage(index: int, num_blocks: int, in_channels: int, channels: int, connectivity: Connectivity) -> nn.Module:
+    """A stage whose entry nodes are all the nodes that hear from nothing but its input."""
+    topology = connectivity.build_topology(index, num_blocks + 2)
+    entry = tuple(node for node in range(1, num_blocks + 1) if topology.senders(node) == (0,))
+    topology = replace(topology, entry=entry)
+    parts = []
+    for node in range(1, num_blocks + 1):
+        in_width, stride = (in_channels, 2) if node in entry else (channels, 1)
+        parts.append(BlockParts(build_node(in_width, channels, stride), None, nn.Identity(), in_width, channels, stride))
+    return build_stage(parts, topology, connectivity.build_weighting(topology, channels), connectivity)
+
+
+_NAMES = ("randwire_small_er", "randwire_small_ba", "randwire_small_ws", "dg_randwire_small")
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(first_conv="conv1.0", classifier="fc") for name in _NAMES})
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    # As Xie et al. have it: one weight an edge, through a sigmoid.
+    options = {"topology": name.rpartition("_")[2], "weighting": "learned", **kwargs}
+    if options["weighting"] == "learned":
+        options.setdefault("learned_activation", "sigmoid")
+    return build_model(RandWire, name, pretrained, {"out_indices": (0, 1, 2, 3)}, **options)
+
+
+@register_model
+def randwire_small_er(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RandWire-ER (P = 0.2), 584 ± 8 M multiply-adds over graphs (Table 4)."""
+    return _create("randwire_small_er", pretrained, **kwargs)
+
+
+@register_model
+def randwire_small_ba(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RandWire-BA (M = 5), 602 M multiply-adds (Table 4)."""
+    return _create("randwire_small_ba", pretrained, **kwargs)
+
+
+@register_model
+def randwire_small_ws(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RandWire-WS (K = 4, P = 0.75), 578 ± 8 M multiply-adds over graphs (Table 4)."""
+    return _create("randwire_small_ws", pretrained, **kwargs)
+
+
+@register_model
+def dg_randwire_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-Net on RandWire's nodes: the complete graph with routed weights, 612 M multiply-adds (Table 4)."""
+    return build_model(RandWire, "dg_randwire_small", pretrained, {"out_indices": (0, 1, 2, 3)}, **kwargs)

@@ -1,0 +1,71 @@
+"""DG-RegNet: timm's RegNetX and RegNetY with a graph for each stage. DG-Net-A and -B of Table 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.regnet import RegNet, model_cfgs
+from timm.models.regnet import _filter_fn as checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
+from dgnet.models.factory import build_model, imagenet_cfg
+
+
+def split_block(block: Any) -> BlockParts:
+    """RegNet's bottleneck: ReLU after the addition; a projection where the shape changes."""
+    return BlockParts(
+        take_modules(block, ("conv1", "conv2", "se", "conv3", "drop_path")),
+        block.downsample,
+        block.act3,
+        block.conv1.conv.in_channels,
+        block.conv3.conv.out_channels,
+        block.conv2.conv.stride[0],
+        "downsample",
+    )
+
+
+class DynamicRegNet(DynamicNetwork, RegNet):
+    """RegNet whose stages are graphs. Takes the arguments of timm's RegNet and those of `Connectivity`."""
+
+    stage_names = ("s1", "s2", "s3", "s4")
+
+    def __init__(self, cfg: Any, **kwargs: Any) -> None:
+        connectivity = Connectivity.take_from(kwargs)
+        super().__init__(cfg, **kwargs)
+        self.build_stages(split_block, connectivity)
+
+    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """timm's own translation of torchvision's and pycls's names."""
+        translated: Mapping[str, Tensor] = checkpoint_filter_fn(dict(state_dict))
+        return translated
+
+
+_NAMES = ("regnetx_006", "regnetx_016", "regnety_006")
+default_cfgs = generate_default_cfgs(
+    {f"dg_{name}": imagenet_cfg(first_conv="stem.conv", classifier="head.fc") for name in _NAMES}
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model(DynamicRegNet, f"dg_{name}", pretrained, cfg=model_cfgs[name], **kwargs)
+
+
+@register_model
+def dg_regnetx_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-RegNetX-600M, 6.22 M parameters, 600 M multiply-adds (Table 1); DG-Net-A of Table 5."""
+    return _create("regnetx_006", pretrained, **kwargs)
+
+
+@register_model
+def dg_regnetx_016(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-RegNetX-1600M, 9.23 M parameters, 1602 M multiply-adds (Table 1)."""
+    return _create("regnetx_016", pretrained, **kwargs)
+
+
+@register_model
+def dg_regnety_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-RegNetY-600M with squeeze-and-excitation, 6.08 M parameters, 601 M multiply-adds; DG-Net-B of Table 5."""
+    return _create("regnety_006", pretrained, **kwargs)

@@ -1,0 +1,119 @@
+"""timm's interface for networks of our own: a stem, stages, what follows them, pooling, classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import create_classifier
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+class StagedNetwork(nn.Module):
+    """A network that runs the children named in `stem_names`, `stage_names` and `neck_names` one after the other.
+
+    Subclasses build those children and `feature_info` (the stem first, then the stages), then call `build_head`.
+    """
+
+    stem_names: tuple[str, ...]
+    stage_names: tuple[str, ...]  # layer1, layer2, …
+    neck_names: tuple[str, ...] = ()
+    feature_info: list[dict[str, Any]]
+    num_features: int
+
+    def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        """Pooling and classifier over `num_features` channels."""
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def init_weights(self) -> None:
+        """Convolutions as He et al. (2015); normalisations as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups: stem, each block, neck."""
+        stage = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        groups: dict[str, Any] = {"stem": "^" + "|".join(self.stem_names), "blocks": stage}
+        if self.neck_names:
+            groups["blocks"] = [(stage, None), ("|".join(self.neck_names), (99999,))]
+        return groups
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer for `num_classes`; 0 leaves the pooled features."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.build_head(num_classes, pool, self.drop_rate)
+        self.global_pool.to(next(self.parameters()).device)
+        self.fc.to(next(self.parameters()).device)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last feature, and stem and stage features, as timm's: index 0 is the stem, then come the stages."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices) if indices != [] else ([], len(self.stage_names))
+        for name in self.stem_names:
+            x = getattr(self, name)(x)
+        intermediates = [x] if 0 in take else []
+        for index, name in enumerate(self.stage_names[: last if stop_early else None], start=1):
+            stage = getattr(self, name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if index in take:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or last == len(self.stage_names):
+            for name in self.neck_names:
+                x = getattr(self, name)(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one in `indices`, and the head, as timm's."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        is_cut = last < len(self.stage_names)
+        dropped = [*self.stage_names[last:], *(self.neck_names if is_cut or prune_head else ())]
+        for name in dropped:
+            setattr(self, name, nn.Identity())
+        if dropped:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Everything before pooling: (B, num_features, H, W)."""
+        feature: Tensor = self.forward_intermediates(x, indices=[])[0]
+        return feature
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling and classifier: (B, num_classes), or the pooled features."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))

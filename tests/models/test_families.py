@@ -1,0 +1,292 @@
+"""Every network: the static one inside it, its weights, its gradients, its way through a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+import dgnet
+from dgnet.errors import UsageError
+from dgnet.graph import find_stages
+from dgnet.models.resnet import StridedResNet
+
+DYNAMIC = [name for name in dgnet.list_models() if dgnet.create_model(name, num_classes=2).__class__.__name__ != "CifarResNet"]
+WITH_STATIC = [name for name in DYNAMIC if "randwire" not in name]
+# One a family, as small as it comes, with the least size of image that its strides allow.
+FAMILIES: dict[str, dict[str, object]] = {
+    "dg_resnet18": {},
+    "dg_resnet20": {},
+    "dg_mobilenetv2_100": {},
+    "dg_regnety_006": {},
+    "dg_randwire_small": {"num_blocks": 7, "channels": 8, "head_channels": 16},
+}
+STRIDED = {
+    "dg_resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+    "dg_resnet50": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+    "dg_resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
+    "dg_resnext50_32x4d": {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
+}
+
+
+def static_counterpart(name: str) -> nn.Module:
+    """timm's network; for ResNet and ResNeXt on DG's stem."""
+    return StridedResNet(**STRIDED[name]) if name in STRIDED else dgnet.create_model(name.removeprefix("dg_"))
+
+
+def shake_norms(network: nn.Module) -> nn.Module:
+    """Normalisations as after training, so that no path is silent."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize("name", WITH_STATIC)
+@torch.no_grad()
+def test_chain_fixed_with_the_shortcut_in_the_node_is_the_static_network(name):
+    static = shake_norms(static_counterpart(name))
+    dynamic = dgnet.create_model(name, topology="chain", weighting="fixed", shortcut="node")
+    assert dgnet.load_static_weights(dynamic, static.state_dict()) == []
+    images = torch.randn(2, 3, 64, 64)
+    for training in (True, False):
+        torch.testing.assert_close(dynamic.train(training)(images), static.train(training)(images), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_complete_fixed_is_mobilenetv2_without_the_added_projections():
+    static = shake_norms(timm.create_model("mobilenetv2_100")).eval()
+    dynamic = dgnet.create_model("dg_mobilenetv2_100", weighting="fixed").eval()
+    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    assert {name.split(".")[2] for name in initial} == {"input"}
+    for stage in find_stages(dynamic):
+        nn.init.zeros_(stage.input[1].weight)
+        nn.init.zeros_(stage.input[1].bias)
+    images = torch.randn(2, 3, 64, 64)
+    # The first block's output reaches the later ones over every edge; a chain of additions is the sum over all paths.
+    torch.testing.assert_close(dynamic(images), static(images), rtol=1e-4, atol=1e-4)
+
+
+TORCHVISION = {
+    "dg_mobilenetv2_100": torchvision.models.mobilenet_v2,
+    "dg_resnet18": torchvision.models.resnet18,
+    "dg_resnext50_32x4d": torchvision.models.resnext50_32x4d,
+    "dg_regnetx_016": torchvision.models.regnet_x_1_6gf,
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+@torch.no_grad()
+def test_weights_of_torchvision(name):
+    static = shake_norms(TORCHVISION[name]()).eval()
+    dynamic = dgnet.create_model(name, topology="chain", weighting="fixed", shortcut="node").eval()
+    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    # A ResNet-18 has no projection in stage 1.
+    assert {name.rpartition(".")[0] for name in initial} == ({"layer1.input.0", "layer1.input.1"} if "18" in name else set())
+    if name in STRIDED:  # another stem; the twin on DG's takes the same weights
+        static_twin = static_counterpart(name).eval()
+        static_twin.load_state_dict({**static_twin.state_dict(), **static.state_dict()})
+        if "18" in name:
+            static_twin.layer1[0].downsample = dynamic.layer1.input
+        static = static_twin
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(dynamic(images), static(images), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_static_network_lacks_is_listed_and_a_head_of_other_classes_stays():
+    static = dgnet.create_model("resnet20", num_classes=10)
+    dynamic = dgnet.create_model("dg_resnet20", num_classes=3)
+    before = copy.deepcopy(dynamic.state_dict())
+    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    expected = [name for name in before if ".weighting." in name or name.startswith("fc.")]
+    # Stage 1 of the CIFAR form keeps its shape: its input node is the identity.
+    assert initial == expected
+    after = dynamic.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in initial)
+    assert torch.equal(after["layer2.nodes.1.conv1.weight"], static.layer2[1].conv1.weight)
+    assert torch.equal(after["layer2.input.0.weight"], static.layer2[0].downsample[0].weight)
+
+
+def test_static_weights_of_another_family_are_refused():
+    dynamic = dgnet.create_model("dg_resnet18")
+    before = copy.deepcopy(dynamic.state_dict())
+    for other in ("resnet34", "regnetx_006", "mobilenetv2_100"):
+        with pytest.raises(UsageError, match="not the weights of the static counterpart of DynamicResNet"):
+            dgnet.load_static_weights(dynamic, timm.create_model(other).state_dict())
+    weights = timm.create_model("resnet18").state_dict()
+    del weights["bn1.bias"]
+    with pytest.raises(UsageError, match=r"0 have no place or another shape, 1 are missing \(it lacks bn1\.bias\)"):
+        dgnet.load_static_weights(dynamic, weights)
+    assert all(torch.equal(value, before[name]) for name, value in dynamic.state_dict().items())
+    for model in (dgnet.create_model("resnet20"), dgnet.create_model("dg_randwire_small", num_blocks=2, channels=4)):
+        with pytest.raises(UsageError, match="has no static counterpart"):
+            dgnet.load_static_weights(model, {})
+
+
+@pytest.mark.parametrize("weighting", ["routed", "learned", "fixed"])
+@pytest.mark.parametrize("topology", ["complete", "residual", "chain", "er"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_gets_a_finite_gradient(name, topology, weighting):
+    check_step(dgnet.create_model(name, topology=topology, weighting=weighting, num_classes=5, **FAMILIES[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DYNAMIC if name not in FAMILIES])
+def test_every_network_takes_a_step(name):
+    check_step(dgnet.create_model(name, num_classes=5))
+
+
+def check_step(model: nn.Module) -> None:
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = nn.functional.cross_entropy(model.train()(images), labels)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    optimizer.step()
+    assert model(images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@torch.no_grad()
+def test_features_have_the_promised_channels_and_strides(name):
+    model = timm.create_model(name, features_only=True).eval().to("meta")
+    features = model(torch.empty(1, 3, 64, 96, device="meta"))
+    assert len(features) == len(model.feature_info)
+    for feature, channels, stride in zip(features, model.feature_info.channels(), model.feature_info.reduction(), strict=True):
+        assert feature.shape == (1, channels, 64 // stride, 96 // stride)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "randwire_small_er", "randwire_small_ba", "randwire_small_ws"])
+@torch.no_grad()
+def test_a_network_comes_back_from_its_options_and_state(name, monkeypatch):
+    options = {"num_blocks": 8, "channels": 8} if "randwire" in name else {}
+    if name == "dg_mobilenetv2_100":
+        options = {"topology": "er", "topology_seed": 3, "weighting": "learned"}
+    model = shake_norms(dgnet.create_model(name, num_classes=5, **options)).eval()
+    # Another version of networkx may draw other graphs: the stored one must not depend on it.
+    for generator in ("erdos_renyi_graph", "barabasi_albert_graph", "watts_strogatz_graph"):
+        monkeypatch.setattr(f"networkx.{generator}", None)
+    again = dgnet.create_model(name, num_classes=5, **{**options_without_seed(options), **model.stored_options()}).eval()
+    again.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images), model(images))
+
+
+def options_without_seed(options: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name != "topology_seed"}
+
+
+def test_weights_of_one_random_graph_do_not_load_into_another():
+    options = {"num_blocks": 8, "channels": 4, "num_classes": 2}
+    first, second = (dgnet.create_model("randwire_small_ba", topology_seed=seed, **options) for seed in (0, 1))
+    same = dgnet.create_model("randwire_small_ba", **options)
+    assert not torch.equal(first.layer1.mask, second.layer1.mask)
+    assert torch.equal(first.layer1.mask, same.layer1.mask)  # seeded
+    assert not torch.equal(first.layer1.mask, first.layer2.mask)  # each stage its own
+    same.load_state_dict(first.state_dict())
+    with pytest.raises(RuntimeError, match="layer1 has other edges than this model's"):
+        second.load_state_dict(first.state_dict())
+
+
+@torch.no_grad()
+def test_randwires_entry_nodes_read_the_raw_input_and_its_output_is_the_mean():
+    model = dgnet.create_model("randwire_small_er", num_blocks=8, channels=4, topology_seed=2).eval()
+    stage = model.layer2
+    topology = stage.topology
+    sources = [j for j in range(1, 9) if topology.senders(j) == (0,)]
+    sinks = topology.senders(9)
+    assert list(topology.entry) == sources
+    assert len(sources) > 1
+    assert len(sinks) > 1
+    assert isinstance(stage.input, nn.Identity)
+    assert {stage.nodes[j - 1].conv_dw.stride for j in sources} == {(2, 2)}
+    x = torch.randn(2, 4, 8, 8)
+    with dgnet.record_connectivity(stage) as record:
+        output = stage(x)
+    weights = record.adjacency[0][0]
+    assert (weights[sources, 0] == 1).all()
+    torch.testing.assert_close(weights[9, list(sinks)], torch.full((len(sinks),), 1 / len(sinks)))
+    free = topology.mask.clone()
+    free[:, 0] = free[9] = False
+    torch.testing.assert_close(weights[free], torch.tensor(1.0).sigmoid().expand(int(free.sum())))
+    features: dict[int, Tensor] = {}
+    for j in range(1, 9):
+        incoming = [x if i == 0 else weights[j, i] * features[i] for i in topology.senders(j)]
+        features[j] = stage.nodes[j - 1](sum(incoming))
+    torch.testing.assert_close(output, sum(features[i] for i in sinks) / len(sinks))
+
+
+@torch.no_grad()
+def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
+    """§6.2: a router on the out-edges, and one on each in-edge that has its column of W."""
+    model = dgnet.create_model("dg_resnet20").eval()
+    for stage in find_stages(model):
+        for router in stage.weighting.routers.values():
+            nn.init.normal_(router.weight)
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images)
+
+    class InEdgeRouting(nn.Module):
+        """Eq. (3) with α_ij = σ(w_ijᵀ GAP(x_i) + b_ij), asked for by the receiving node."""
+
+        def __init__(self, stage):
+            super().__init__()
+            self.stage = stage
+            self.routers = {}
+            for i in range(stage.topology.num_nodes - 1):
+                for row, j in enumerate(stage.topology.receivers(i)):
+                    router = nn.Linear(stage.weighting.channels, 1)
+                    router.weight.copy_(stage.weighting.routers[str(i)].weight[row : row + 1])
+                    router.bias.copy_(stage.weighting.routers[str(i)].bias[row : row + 1])
+                    self.routers[i, j] = router
+
+        def forward(self, x):
+            stage = self.stage
+            last = stage.topology.num_nodes - 1
+            features = [stage.input(x)]
+            for j in range(1, last + 1):
+                total = 0
+                for i in range(j):
+                    alpha = self.routers[i, j](features[i].mean((2, 3))).sigmoid()
+                    psi = alpha * (alpha - stage.weighting.tau[j]).sigmoid()
+                    total = total + psi[:, :, None, None] * (x if j == 1 else features[i])
+                total = total if j == 1 else stage.activation(total)
+                if j < last:
+                    features.append(stage.nodes[j - 1](total))
+            return total
+
+    for name in model.stage_names:
+        setattr(model, name, InEdgeRouting(getattr(model, name)))
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dg_resnet18", {"topology": "ba"}, "stage 1: topology 'ba' with ba_m=5 needs at least 6 blocks, the stage has 2"),
+        ("dg_resnet50", {"topology": "ws"}, "stage 1: topology 'ws' with ws_k=4, ws_p=0.75 needs at least 5 blocks, the stage"),
+        ("randwire_small_er", {"er_p": 0.01}, "stage 1: topology 'er' with er_p=0.01 gave no connected graph of 32 blocks"),
+        ("randwire_small_er", {"er_p": 2}, "er_p must be 0 to 1, got 2"),
+        ("randwire_small_er", {"ba_m": 3}, "ba_m=3 has no effect with topology='er'; leave it out, or use topology='ba'"),
+        ("dg_resnet18", {"topology_seed": 1}, "has no effect with topology='complete'; leave it out, or use topology='er' or"),
+        ("randwire_small_ws", {"topology_seed": 1.5}, "topology_seed must be a whole number, got 1.5"),
+        ("randwire_small_ba", {"ba_m": 0}, "ba_m must be at least 1, got 0"),
+        ("dg_resnet20", {"topology": ["chain"]}, "topology lists 1 stages, the network has more"),
+        ("dg_resnet20", {"topology": {"edges": [[0, 1]]}}, r"stage 1: a topology is \{num_nodes, edges"),
+        ("dg_resnet20", {"topology": torch.ones(5, 5)}, "stage 1: node 0 is the input node and has no in-edges"),
+        ("dg_resnet20", {"topology": torch.eye(4).roll(1, 0).tril(-1)}, "the stage has 5 nodes"),
+        ("randwire_small_er", {"num_block": 3}, "randwire_small_er has no option 'num_block'"),
+    ],
+)
+def test_mistakes_are_named(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        dgnet.create_model(name, **options)
