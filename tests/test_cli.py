@@ -99,6 +99,8 @@ def test_cost(capsys):
         "router_multiply_adds",
         "aggregation_multiply_adds",
         "activations",
+        "paper_params",
+        "paper_multiply_adds",
     }
     assert row["multiply_adds"] == 1_826_406_400
     assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
@@ -260,6 +262,7 @@ def test_digits_are_learned(tmp_path, capsys):
         ("evaluate nowhere", "nowhere does not exist"),
         ("evaluate", "checkpoint"),
         ("predict nowhere x.jpg", "nowhere does not exist"),
+        ("cost --table 6", "unknown --table '6'; allowed: 1, 2, 4, 5"),
         ("cost dg_resnet5", "unknown model 'dg_resnet5'"),
         ("cost dg_resnet18 --image-size 0 3", "at least 1 pixel"),
         ("cost vit_tiny_patch16_224 --image-size 32 32", "cannot take an image of 32×32"),

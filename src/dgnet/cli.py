@@ -84,9 +84,13 @@ def _predict_parser() -> Parser:
 
 
 def _cost_parser() -> Parser:
-    parser = Parser(description="Print parameters and multiply-adds beside the paper's Table 1.")
+    parser = Parser(description="Print parameters and multiply-adds beside the paper's.")
     parser.add_argument("models", type=str, nargs="*", metavar="MODEL", help="names; by default the rows of Table 1")
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default each model's own")
+    parser.add_argument(
+        "--table", type=str | None, default=None, metavar="N", help="the rows of the paper's Table 1, 2, 4 or 5"
+    )
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default the table's or model's")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
@@ -199,17 +203,20 @@ def run_cost(args: Namespace) -> None:
     """`dgnet cost`."""
     from dgnet.tables import cost_rows, format_cost_table
 
-    rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None)
+    rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None, args.table)
     if args.json:
         _print_json(rows)
     else:
-        print(format_cost_table(rows))
+        print(format_cost_table(rows, args.table, args.markdown))
 
 
 def _print_json(document: Any) -> None:
-    """One JSON document; JSON has no NaN, a loss that diverged is null."""
+    """One JSON document, a list with a line an item; JSON has no NaN, a loss that diverged is null."""
     plain = json.loads(json.dumps(document), parse_constant=lambda constant: None)
-    print(json.dumps(plain, ensure_ascii=False))
+    if isinstance(plain, list):
+        print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
+    else:
+        print(json.dumps(plain, ensure_ascii=False))
 
 
 def _device(name: str) -> str:
