@@ -19,6 +19,7 @@ import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
 from dgnet.errors import UsageError
+from dgnet.tables import TABLES
 from dgnet.training import TrainConfig
 from dgnet.training.module import Classifier
 from tests.test_data import jpeg, write_folder, write_shard
@@ -285,11 +286,26 @@ def test_a_recipe_with_a_misspelt_option(tmp_path, capsys):
     assert "--lr must be a number, got inf" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
 
 
-def test_every_recipe_is_accepted(capsys):
-    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
-    assert recipes
-    for recipe in recipes:  # parsed and checked as the command does; refused for its data only
-        assert "data source 'nowhere' does not exist" in refuse(capsys, "train", "--config", recipe, "--data", "nowhere")
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+def test_every_dynamic_network_of_the_papers_tables_has_a_recipe():
+    models = {yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"] for recipe in RECIPES}
+    assert models >= {row.model for name in ("1", "4", "5") for row in TABLES[name].rows if row.model.startswith("dg_")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe.parent.name}-{recipe.stem}")
+def test_a_recipe_takes_a_step_on_a_tiny_fake_imagenet(recipe, tmp_path, capsys):
+    write_folder(tmp_path / "data", {"ant": 2, "cat": 2})
+    data = ["--data", tmp_path / "data", "--val-data", tmp_path / "data"]
+    small = ["--image-size", 64, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
+    options = [*data, *small, "--compile", "false", "--precision", 32, "--output", tmp_path / "run"]
+    ask(capsys, "train", "--config", recipe, *options)
+    trained = load_checkpoint(tmp_path / "run")
+    assert trained.model == yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+    assert all(tensor.isfinite().all() for tensor in trained.state_dict.values())
+    trained.build_network()
 
 
 def test_a_run_is_never_overwritten(run, images, capsys):
@@ -341,6 +357,13 @@ def test_two_processes_write_one_run(images, tmp_path):
     assert done.stdout.count("top-1") == 1
     assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["0", "1"]
     assert load_checkpoint(tmp_path / "run").config["devices"] == "2"
+
+
+def test_a_batch_is_divided_among_devices(images, tmp_path, capsys):
+    options = ["--accelerator", "cpu", "--devices", 2, "--output", tmp_path / "run", *QUICK, "--batch-size", 3]
+    line = refuse(capsys, "train", "--data", images, *options)
+    assert "--batch-size 3 cannot be divided among 2 devices" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_model_options_that_a_checkpoint_cannot_carry():

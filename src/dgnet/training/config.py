@@ -68,7 +68,7 @@ class TrainConfig:
     weights: str | None = option(None, "start from the weights in this file")
     output: str | None = option(None, "run folder, must not hold a run yet; by default the next free runs/MODEL-N")
     epochs: int = option(20, "passes over the training images")
-    batch_size: int = option(32, "images in a training step")
+    batch_size: int = option(32, "images in a training step, over all devices")
     seed: int = option(0, "seed of initialisation, order and augmentation")
     image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
     augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
@@ -84,7 +84,7 @@ class TrainConfig:
     channels_last: bool = option(False, "channels_last memory format")
     grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("1", "devices to train on, each with --batch-size images a step; auto: all of them")
+    devices: str = option("1", "how many devices to train on; auto: all of them")
     workers: int = option(0, "processes that load images; 0 loads in the main process")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
 

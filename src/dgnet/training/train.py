@@ -76,6 +76,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         network.compile(fullgraph=True)  # in place: the state dict keeps its keys
 
     trainer = build_trainer(config, folder)
+    devices = trainer.num_devices * trainer.num_nodes
+    if config.batch_size % devices:
+        raise UsageError(f"--batch-size {config.batch_size} cannot be divided among {devices} devices; use a multiple of them")
     if is_main:
         was_there = folder.exists()
         write_config(config, folder)
@@ -85,7 +88,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         )
     try:
         with quiet_lightning():
-            data = ImageDataModule(train_set, val_set, config.batch_size, config.workers)
+            data = ImageDataModule(train_set, val_set, config.batch_size // devices, config.workers)
             trainer.fit(Classifier(network, config, carried), datamodule=data)
     except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
         if is_main and not any(folder.glob("checkpoints/*.ckpt")):
