@@ -213,6 +213,29 @@ def test_weights_start_a_run_and_reset_another_head(run, images, tmp_path, capsy
     assert after["fc.weight"].shape == (3, 4)
 
 
+def test_weights_of_the_static_network_start_a_dynamic_one(images, tmp_path, capsys):
+    options = ["--data", images, "--epochs", 1, "--lr", 1e-9, *QUICK[:-2]]
+    ask(capsys, "train", "--model", "resnet20", "--output", tmp_path / "static", *options)
+    arguments = ["train", "--weights", tmp_path / "static", "--output", tmp_path / "dynamic", *options]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "stayed as initialised: layer1.weighting.tau, layer1.weighting" in capsys.readouterr().err
+    static, dynamic = (load_checkpoint(tmp_path / name).state_dict for name in ("static", "dynamic"))
+    torch.testing.assert_close(dynamic["layer2.nodes.1.conv1.weight"], static["layer2.1.conv1.weight"])
+    line = refuse(capsys, "train", "--model", "dg_resnet32", "--weights", tmp_path / "static", *options)
+    assert "is a checkpoint of resnet20, not of dg_resnet32 as asked for (these are not the weights of the static" in line
+
+
+def test_a_random_graph_travels_with_its_checkpoint(images, tmp_path, monkeypatch, capsys):
+    kwargs = "{num_blocks: 5, channels: 4, head_channels: 8, topology_seed: 3}"
+    options = ["--epochs", 1, "--image-size", 32, "--batch-size", 4, "--model-kwargs", kwargs, "--output", tmp_path / "run"]
+    ask(capsys, "train", "--data", images, "--model", "randwire_small_er", *options)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["topology"] == "er"
+    assert config["model_kwargs"]["topology_seed"] == 3
+    monkeypatch.setattr("networkx.erdos_renyi_graph", None)  # another version may draw another graph
+    assert json.loads(ask(capsys, "evaluate", tmp_path / "run", "--json"))["images"] == 6
+
+
 @pytest.mark.slow
 def test_digits_are_learned(tmp_path, capsys):
     """The default run in a third of its epochs."""

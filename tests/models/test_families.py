@@ -171,18 +171,19 @@ def test_a_network_comes_back_from_its_options_and_state(name, monkeypatch):
     options = {"num_blocks": 8, "channels": 8} if "randwire" in name else {}
     if name == "dg_mobilenetv2_100":
         options = {"topology": "er", "topology_seed": 3, "weighting": "learned"}
+    if name == "dg_resnet18":
+        options = {"topology": "complete,chain,er,residual"}
+    if name == "dg_resnet20":
+        options = {"topology": lambda num_nodes: torch.ones(num_nodes, num_nodes).tril(-1).triu(-2)}
     model = shake_norms(dgnet.create_model(name, num_classes=5, **options)).eval()
     # Another version of networkx may draw other graphs: the stored one must not depend on it.
     for generator in ("erdos_renyi_graph", "barabasi_albert_graph", "watts_strogatz_graph"):
         monkeypatch.setattr(f"networkx.{generator}", None)
-    again = dgnet.create_model(name, num_classes=5, **{**options_without_seed(options), **model.stored_options()}).eval()
+    given = {name: value for name, value in options.items() if name != "topology_seed"}
+    again = dgnet.create_model(name, num_classes=5, **{**given, **model.stored_options()}).eval()
     again.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(again(images), model(images))
-
-
-def options_without_seed(options: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in options.items() if name != "topology_seed"}
 
 
 def test_weights_of_one_random_graph_do_not_load_into_another():
@@ -280,6 +281,7 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
         ("dg_resnet18", {"topology_seed": 1}, "has no effect with topology='complete'; leave it out, or use topology='er' or"),
         ("randwire_small_ws", {"topology_seed": 1.5}, "topology_seed must be a whole number, got 1.5"),
         ("randwire_small_ba", {"ba_m": 0}, "ba_m must be at least 1, got 0"),
+        ("dg_resnet20", {"topology": "chain,star,chain"}, "unknown topology 'star'"),
         ("dg_resnet20", {"topology": ["chain"]}, "topology lists 1 stages, the network has more"),
         ("dg_resnet20", {"topology": {"edges": [[0, 1]]}}, r"stage 1: a topology is \{num_nodes, edges"),
         ("dg_resnet20", {"topology": torch.ones(5, 5)}, "stage 1: node 0 is the input node and has no in-edges"),

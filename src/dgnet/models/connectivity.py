@@ -33,7 +33,8 @@ class Connectivity:
     Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
 
-    topology: TopologyLike | list[Any] = "complete"  # a name, a mask, a callable of num_nodes, or a list of these, one a stage
+    # A name, names with commas (one a stage), a mask, a callable of num_nodes, or a list of these (one a stage).
+    topology: TopologyLike | list[Any] = "complete"
     weighting: WeightingLike = "routed"  # "routed", "learned", "fixed", or a callable (topology, channels) -> Weighting
     shortcut: str = "edge"  # the residual shortcut is an "edge" of the graph, or stays in the "node"
     # Random topologies (Xie et al., 2019)
@@ -59,8 +60,8 @@ class Connectivity:
     def __post_init__(self) -> None:
         if isinstance(self.weighting, str):
             check_choice("weighting", self.weighting, _WEIGHTING_OPTIONS)
-        if isinstance(self.topology, str):
-            check_choice("topology", self.topology, TOPOLOGIES)
+        for name in self._topology_names():
+            check_choice("topology", name, TOPOLOGIES)
         for name in ("router", "router_pool"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
@@ -82,13 +83,20 @@ class Connectivity:
 
     def _idle_options(self) -> dict[str, str]:
         """Options without effect on the chosen values of the axes, and the axis that each belongs to."""
+        weightings = [self.weighting] if isinstance(self.weighting, str) else []
+        chosen = {"topology": self._topology_names(), "weighting": weightings}
         return {
             option: axis
             for axis, options in _AXES.items()
             for named in options.values()
             for option in named
-            if not isinstance(chosen := getattr(self, axis), str) or option not in options[chosen]
+            if not any(option in options[name] for name in chosen[axis])
         }
+
+    def _topology_names(self) -> list[str]:
+        if isinstance(self.topology, str):
+            return [name.strip() for name in self.topology.split(",")]
+        return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list) else []
 
     def plain_options(self) -> dict[str, Any]:
         """Every option that has an effect, with its value, so that a new default cannot change an old run.
@@ -110,6 +118,8 @@ class Connectivity:
         Raises UsageError, naming the stage, where it does not fit.
         """
         topology, options = self.topology, {}
+        if isinstance(topology, str) and "," in topology:
+            topology = self._topology_names()
         if isinstance(topology, list):
             if not stage <= len(topology):
                 raise UsageError(f"topology lists {len(topology)} stages, the network has more")
@@ -277,11 +287,13 @@ class DynamicNetwork(nn.Module):
         return state_dict
 
     def stored_options(self) -> dict[str, Any]:
-        """Arguments of `create_model` that give the same connectivity: `connectivity_options`, with a random graph's edges."""
-        options = dict(self.connectivity_options)
-        random_options = TOPOLOGY_OPTIONS.get(options.get("topology", ""), ())
-        if random_options:
-            options = {name: value for name, value in options.items() if name not in random_options}
+        """Plain arguments of `create_model` that give the same connectivity; graphs without a fixed name by their edges.
+
+        They stand in place of the options of `Connectivity` that the network was built with.
+        """
+        drawn = {option for options in TOPOLOGY_OPTIONS.values() for option in options}
+        options = {name: value for name, value in self.connectivity_options.items() if name not in drawn}
+        if TOPOLOGY_OPTIONS.get(options.get("topology", "")) != ():
             options["topology"] = [stage.topology.to_dict() for stage in self.stages]
         return options
 

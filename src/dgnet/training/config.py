@@ -59,7 +59,9 @@ class TrainConfig:
 
     model: str = option("dg_resnet20", "model name; names: dgnet models")
     weighting: str | None = option(None, "what edges weigh: routed (the default), learned, fixed")
-    topology: str | None = option(None, "which edges exist: complete (the default), residual, chain")
+    topology: str | None = option(
+        None, "which edges exist: complete (the default), residual, chain, er, ba, ws; one a stage with commas"
+    )
     shortcut: str | None = option(None, "where the residual shortcut is: edge (the default) or node")
     model_kwargs: dict[str, Any] = option({}, "further model options as a dict, e.g. '{router_bias: 0, drop_rate: 0.2}'")
     data: str = option("digits", "training data: digits, a folder of class folders, shards (…{000..004}.tar), torch/…, hfds/…")

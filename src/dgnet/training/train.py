@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dgnet.checkpoint import describe_network, load_weights, save_network
 from dgnet.data import ImageDataset, Preprocessing, open_train_and_evaluation
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
-from dgnet.models.connectivity import DynamicNetwork
+from dgnet.models.connectivity import Connectivity, DynamicNetwork
 from dgnet.models.static_weights import classifier_prefixes
 from dgnet.training.config import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule
@@ -65,7 +65,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         initial = load_weights(network, config.model, config.weights)
         if initial and is_main:
             say(f"{config.weights}: {describe_initial(network, initial)}")
-    options = {**config.network_kwargs, **(network.stored_options() if isinstance(network, DynamicNetwork) else {})}
+    options = config.network_kwargs
+    if isinstance(network, DynamicNetwork):
+        given = {f.name for f in fields(Connectivity)}
+        options = {**{name: v for name, v in options.items() if name not in given}, **network.stored_options()}
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
