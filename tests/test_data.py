@@ -170,6 +170,16 @@ def test_transforms_give_the_networks_size(augment):
     assert preprocessing.evaluation_transform()(image).shape == (3, 24, 16)
 
 
+def test_a_small_photo_is_padded_and_cropped_without_being_squashed():
+    torch.manual_seed(1)
+    photo = Image.fromarray((torch.rand(30, 60, 3) * 255).byte().numpy())
+    plain = PREPROCESSING.evaluation_transform()(photo)
+    augmented = PREPROCESSING.training_transform("pad-crop", 0.0)
+    crops = [augmented(photo) for _ in range(60)]
+    assert any(torch.equal(crop, plain) for crop in crops)  # the shift by nothing
+    assert any(torch.equal(crop[:, :-1], plain[:, 1:]) for crop in crops)  # by a pixel
+
+
 def test_flips_follow_their_probability():
     image = Image.fromarray(torch.arange(64, dtype=torch.uint8).view(8, 8).numpy()).convert("RGB")
     plain = PREPROCESSING.evaluation_transform()(image)

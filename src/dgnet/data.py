@@ -82,8 +82,8 @@ class Preprocessing:
     def training_transform(self, augment: str, hflip: float) -> Callable[[Image.Image], Tensor]:
         """Random augmentation, then normalise.
 
-        `augment`: "rrc" (random resized crop, as on ImageNet), "pad-crop" (zero-pad by an eighth, crop: 4 pixels of
-        CIFAR's 32), or "none". `hflip`: probability of a horizontal flip.
+        `augment`: "rrc" (random resized crop, as on ImageNet), "pad-crop" (evaluation's crop, zero-padded by an eighth and
+        cropped again: 4 pixels of CIFAR's 32), or "none". `hflip`: probability of a horizontal flip.
         """
         if augment == "none":
             return self.evaluation_transform()
@@ -99,10 +99,10 @@ class Preprocessing:
             )
             return transform
         height, width = self.image_size
-        interpolation = transforms.InterpolationMode(self.interpolation)
+        *resize_and_crop, _, _ = self.evaluation_transform().transforms  # type: ignore[attr-defined]
         return transforms.Compose(
             [
-                transforms.Resize(self.image_size, interpolation),
+                *resize_and_crop,
                 transforms.RandomCrop(self.image_size, padding=(width // 8, height // 8)),
                 transforms.RandomHorizontalFlip(hflip),
                 transforms.ToTensor(),
