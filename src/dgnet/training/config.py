@@ -29,6 +29,7 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "threads": (1,),
     "workers": (0,),
     "lr": (0,),
+    "threshold_lr": (0,),
     "momentum": (0, 1),
     "weight_decay": (0,),
     "seed": (0, 2**32 - 1),
@@ -77,6 +78,7 @@ class TrainConfig:
     hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
     optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum has not")
     lr: float = option(0.1, "peak learning rate")
+    threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay; never on normalisation, biases, thresholds and learned edge weights")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")

@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dgnet.data import ImageDataset
+from dgnet.graph import DynamicGraph
 from dgnet.training.config import TrainConfig
 from dgnet.training.metrics import build_metrics, update_metrics
 
@@ -60,12 +61,11 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         config = self.config
         optimizer = create_optimizer_v2(
-            self.network,
+            build_parameter_groups(self.network, config),
             opt=config.optimizer,
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
-            filter_bias_and_bn=True,
         )
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(steps * config.warmup_epochs / config.epochs)
@@ -84,6 +84,20 @@ class Classifier(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dgnet"] = self.carried
+
+
+def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups with and without weight decay; thresholds apart, with their share of the learning rate."""
+    exempt: set[str] = getattr(network, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
+    stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+    thresholds = [tau for stage in stages if isinstance(tau := stage.weighting.threshold, nn.Parameter) and tau.requires_grad]
+    if config.threshold_lr == 1 or not thresholds:
+        return groups
+    apart = {id(tau) for tau in thresholds}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+    return [*groups, {"params": thresholds, "weight_decay": 0.0, "lr_scale": config.threshold_lr}]
 
 
 class ImageDataModule(L.LightningDataModule):

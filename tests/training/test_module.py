@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+
+import dgnet
+from dgnet.training import TrainConfig
+from dgnet.training.module import build_parameter_groups
+
+
+def test_parameters_fall_into_groups_once_and_thresholds_take_their_share_of_the_rate():
+    network = dgnet.create_model("dg_resnet20")
+    config = TrainConfig(threshold_lr=0.1, weight_decay=0.5, lr=2.0)
+    groups = build_parameter_groups(network, config)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in network.parameters())
+    thresholds = {id(stage.weighting.tau) for stage in network.stages}
+    optimizer = create_optimizer_v2(groups, opt="sgd", lr=config.lr, weight_decay=config.weight_decay, momentum=0.9)
+    CosineLRScheduler(optimizer, t_initial=10, warmup_t=2, warmup_lr_init=1.0, t_in_epochs=False).step_update(2)
+    for group in optimizer.param_groups:
+        own = {id(parameter) for parameter in group["params"]}
+        has_thresholds = bool(own & thresholds)
+        assert not has_thresholds or own == thresholds
+        decays = all(p.ndim > 1 for p in group["params"])
+        assert group["weight_decay"] == (0.5 if decays else 0)
+        rate = group["lr"]
+        assert abs(rate - (0.19 if has_thresholds else 1.9)) < 0.02
+
+
+def test_without_thresholds_there_is_nothing_to_set_apart():
+    for name, options in (
+        ("resnet20", {}),
+        ("dg_resnet20", {"weighting": "fixed"}),
+        ("dg_resnet20", {"learn_threshold": False}),
+    ):
+        network = dgnet.create_model(name, **options)
+        assert len(build_parameter_groups(network, TrainConfig(threshold_lr=0.1))) == 2
+
+
+def test_a_step_moves_thresholds_by_their_share():
+    network = dgnet.create_model("dg_resnet20")
+    optimizer = create_optimizer_v2(build_parameter_groups(network, TrainConfig(threshold_lr=0.0)), opt="sgd", lr=0.1)
+    CosineLRScheduler(optimizer, t_initial=10, t_in_epochs=False).step_update(0)
+    before = [stage.weighting.tau.detach().clone() for stage in network.stages]
+    bias = network.layer1.weighting.routers["0"].bias.detach().clone()
+    network(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(stage.weighting.tau, tau) for stage, tau in zip(network.stages, before, strict=True))
+    assert not torch.equal(network.layer1.weighting.routers["0"].bias, bias)
