@@ -106,6 +106,9 @@ def test_cost(capsys):
     assert row["multiply_adds"] == 1_826_406_400
     assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
     assert "dg_resnet50" in ask(capsys, "cost")
+    table = ask(capsys, "cost", "--table", 4)
+    assert "dg_randwire_small" in table
+    assert "ER and BA look swapped" in table
 
 
 def test_a_run_folder_holds_what_is_promised(run):
@@ -286,6 +289,7 @@ def test_digits_are_learned(tmp_path, capsys):
         ("evaluate nowhere", "nowhere does not exist"),
         ("evaluate", "checkpoint"),
         ("predict nowhere x.jpg", "nowhere does not exist"),
+        ("train --model dla34 --grad-checkpointing true", "dla34 has no gradient checkpointing; leave out"),
         ("cost --table 6", "unknown --table '6'; allowed: 1, 2, 4, 5"),
         ("cost dg_resnet5", "unknown model 'dg_resnet5'"),
         ("cost dg_resnet18 --image-size 0 3", "at least 1 pixel"),
@@ -313,8 +317,22 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 
 def test_every_dynamic_network_of_the_papers_tables_has_a_recipe():
-    models = {yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"] for recipe in RECIPES}
-    assert models >= {row.model for name in ("1", "4", "5") for row in TABLES[name].rows if row.model.startswith("dg_")}
+    dynamic = {name: [row.model for row in TABLES[name].rows if row.model.startswith("dg_")] for name in ("1", "4", "5")}
+    expected = {
+        # model: rate, decay (§4.1, §6.1), by the epochs of its table
+        **{(model, 100): (0.4, 1e-4) for model in dynamic["1"] if "resne" in model},
+        **{(model, 100): (0.8, 5e-5) for model in dynamic["1"] if "regnet" in model},
+        **{(model, 250): (0.8, 5e-5) for model in dynamic["5"]},
+        **{(model, 100): (0.4, 5e-5) for model in dynamic["4"]},
+        ("dg_mobilenetv2_100", 200): (0.4, 4e-5),
+    }
+    recipes = [yaml.safe_load(recipe.read_text(encoding="utf-8")) for recipe in RECIPES if recipe.parent.name == "imagenet"]
+    assert {(r["model"], r["epochs"]): (r["lr"], r["weight_decay"]) for r in recipes} == expected
+    assert {name for name, *_ in expected} == {model for models in dynamic.values() for model in models}
+    for recipe in recipes:
+        common = (recipe["batch_size"], recipe["warmup_epochs"], recipe["momentum"], recipe["label_smoothing"])
+        assert common == (1024, 5, 0.9, 0.1)
+        assert recipe.get("model_kwargs") == ({"drop_rate": 0.2} if "mobilenet" in recipe["model"] else None)
 
 
 @pytest.mark.slow
@@ -329,6 +347,25 @@ def test_a_recipe_takes_a_step_on_a_tiny_fake_imagenet(recipe, tmp_path, capsys)
     assert trained.model == yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
     assert all(tensor.isfinite().all() for tensor in trained.state_dict.values())
     trained.build_network()
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_a_recipes_switches(tmp_path, capsys):
+    """The static baseline, Table 6's α, Fig. 4's bias: options beside a recipe, whose own model options stay."""
+    write_folder(tmp_path / "data", {"ant": 2, "cat": 2})
+    recipe = next(recipe for recipe in RECIPES if "mobilenetv2" in recipe.name)
+    data = ["--data", tmp_path / "data", "--val-data", tmp_path / "data"]
+    small = ["--image-size", 32, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
+    for number, (switches, expected) in enumerate(
+        (
+            (["--model", "mobilenetv2_100"], {"drop_rate": 0.2}),
+            (["--weighting", "learned"], {"drop_rate": 0.2, "learned_start": 1.0}),
+            (["--model-kwargs.router_bias", 0], {"drop_rate": 0.2, "router_bias": 0}),
+        )
+    ):
+        ask(capsys, "train", "--config", recipe, *data, *small, *switches, "--output", tmp_path / str(number))
+        kwargs = load_checkpoint(tmp_path / str(number)).model_kwargs
+        assert {name: kwargs[name] for name in expected} == expected
 
 
 def test_a_run_is_never_overwritten(run, images, capsys):

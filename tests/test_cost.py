@@ -35,6 +35,9 @@ def test_the_record_is_what_is_counted_and_torchs_own_counter_agrees(name):
     size = model.pretrained_cfg["input_size"][1:]
     recorded = RECORDED[name]
     assert recorded["image_size"] == list(size), "run: make costs"
+    (printed,) = [row for row in TABLES["1"].rows if row.model == name] or [None]
+    assert recorded["paper_params"] == (printed and printed.params), "run: make costs"
+    assert recorded["paper_multiply_adds"] == (printed and printed.multiply_adds), "run: make costs"
     assert {**recorded, **asdict(dgnet.cost(model, size))} == recorded, "run: make costs"
     counter = FlopCounterMode(display=False)
     with counter:

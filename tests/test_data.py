@@ -58,6 +58,13 @@ def test_a_folder_gives_its_classes_sorted(tmp_path):
     assert [dataset.read(i)[1] for i in range(5)] == [0, 0, 0, 1, 1]
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("a", "b"):
+        write_folder(tmp_path / name, {"car": 2, "train": 2})
+    train, held_out = open_train_and_evaluation(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert train.class_names == held_out.class_names == ["car", "train"]
+
+
 @pytest.mark.parametrize("name", ["val", "validation", "test"])
 def test_a_divided_folder_gives_both(tmp_path, name):
     write_folder(tmp_path / "train", {"ant": 3, "cat": 2})

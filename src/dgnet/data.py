@@ -415,7 +415,8 @@ def open_dataset(source: str, role: str, class_names: Sequence[str] | None = Non
 
 def _split_folder(root: Path, role: str) -> Path | None:
     """The subfolder of `root` for `role`, where `root` is divided into splits."""
-    is_divided = (root / "train").is_dir()
+    # A class may be called train: then it holds images, not class folders.
+    is_divided = (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
     found = next((root / name for name in _FOLDERS[role] if (root / name).is_dir()), None) if is_divided else None
     if is_divided and found is None:
         raise UsageError(f"{root} holds train/ but neither val/ nor test/; name the evaluation data with --val-data")

@@ -17,8 +17,9 @@ class UsageError(ValueError):
     """
 
     def __str__(self) -> str:
-        # A DataLoader worker re-raises with its traceback in front of the message; the message is the last line.
-        return super().__str__().strip().rpartition("\n")[2].removeprefix("dgnet.errors.UsageError: ")
+        # A DataLoader worker re-raises with its traceback in front of the message.
+        message = super().__str__().rpartition("dgnet.errors.UsageError: ")[2]
+        return " ".join(line.strip() for line in message.strip().splitlines())
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
@@ -55,4 +56,6 @@ def reason(error: BaseException) -> str:
     """What an exception of another library says, as one line of at most 200 characters."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

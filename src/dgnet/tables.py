@@ -90,7 +90,8 @@ TABLES = {
             PaperCost("dg_regnetx_006", 6.2, 601),
             PaperCost("dg_regnety_006", 6.3, 601),
         ),
-        note="DG-Net-A is dg_regnetx_006, DG-Net-B dg_regnety_006; RandWire-WS is of seed 0, the paper's of a graph not given.",
+        note="DG-Net-A is dg_regnetx_006, DG-Net-B dg_regnety_006; RandWire-WS is of seed 0, the paper's of another"
+        " graph; EfficientNet-B0's 390 M are its authors' figure, of more than convolutions.",
     ),
 }
 
@@ -131,7 +132,7 @@ def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, 
     of = TABLES[table or "1"]
     scale, unit, digits = (2e-9, "GFLOPs", 1) if of.in_gflops else (1e-6, "MAdds M", 2)
     lines: list[Sequence[str]] = [
-        ("model", "size", "params M", "paper", unit, "paper", "diff", "router M", "aggregation M", "activations M")
+        ("model", "size", "params M", "paper", "diff", unit, "paper", "diff", "router M", "aggregation M", "activations M")
     ]
     for row in rows:
         params, paper = row["paper_params"], row["paper_multiply_adds"]
@@ -141,6 +142,7 @@ def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, 
                 "×".join(map(str, row["image_size"])),
                 f"{row['params'] / 1e6:.3f}",
                 f"{params / 1e6:.2f}" if params else "-",
+                f"{100 * (row['params'] / params - 1):+.2f} %" if params else "-",
                 f"{row['multiply_adds'] * scale:.{digits}f}",
                 f"{paper * scale:.0f}" if paper else "-",
                 f"{100 * (row['multiply_adds'] / paper - 1):+.2f} %" if paper else "-",

@@ -7,8 +7,6 @@ from torch import nn
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, RoutedWeighting, Topology, record_connectivity, use_connectivity
 from dgnet.graph.topology import complete
-from dgnet.models.cifar_resnet import CifarResNet, DynamicCifarResNet
-from dgnet.models.resnet import BasicBlock, Bottleneck, DynamicResNet, StridedResNet
 from tests.conftest import close_some
 from tests.graph.twin import run_stage_by_edges
 
@@ -183,39 +181,6 @@ def test_an_output_node_without_open_in_edges_sums_to_zero(tiny):
     stage = tiny().stages[0].eval()
     with use_connectivity(stage, [torch.zeros(5, 5)]):
         assert stage(torch.randn(2, 4, 6, 6)).abs().max() == 0
-
-
-STATIC_TWINS = {
-    "cifar": (lambda: CifarResNet((3, 3, 3)), lambda **kw: DynamicCifarResNet((3, 3, 3), **kw)),
-    "resnet18": (lambda: StridedResNet(BasicBlock, (2, 2, 2, 2)), lambda **kw: DynamicResNet(BasicBlock, (2, 2, 2, 2), **kw)),
-    "resnet50": (lambda: StridedResNet(Bottleneck, (3, 4, 6, 3)), lambda **kw: DynamicResNet(Bottleneck, (3, 4, 6, 3), **kw)),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", STATIC_TWINS)
-@pytest.mark.parametrize("training", [True, False])
-def test_chain_fixed_with_the_shortcut_in_the_node_is_the_static_network(family, training):
-    build_static, build_dynamic = STATIC_TWINS[family]
-    static = build_static()
-    dynamic = build_dynamic(topology="chain", weighting="fixed", shortcut="node")
-    for module in static.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1)
-            nn.init.normal_(module.bias, std=0.1)
-    state = static.state_dict()
-    renamed = {}
-    for name, value in state.items():
-        parts = name.split(".")
-        if parts[0].startswith("layer"):
-            is_projection = parts[2] == "downsample"
-            parts[1:3] = ["input"] if is_projection else ["nodes", parts[1], parts[2]]
-        renamed[".".join(parts)] = value
-    dynamic.load_state_dict(renamed)
-    static.train(training)
-    dynamic.train(training)
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(dynamic(images), static(images))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import find_stages
+from dgnet.graph import Topology, Weighting, find_stages
 from dgnet.models.resnet import StridedResNet
 
 DYNAMIC = [name for name in dgnet.list_models() if dgnet.create_model(name, num_classes=2).__class__.__name__ != "CifarResNet"]
@@ -32,6 +32,10 @@ STRIDED = {
     "dg_resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
     "dg_resnext50_32x4d": {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
 }
+
+
+# Two sources, which both claim to read the raw input; ResNet's second block cannot.
+TWO_ENTRIES = Topology(torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]]), entry=(1, 2))
 
 
 def static_counterpart(name: str) -> nn.Module:
@@ -57,7 +61,7 @@ def test_chain_fixed_with_the_shortcut_in_the_node_is_the_static_network(name):
     assert dgnet.load_static_weights(dynamic, static.state_dict()) == []
     images = torch.randn(2, 3, 64, 64)
     for training in (True, False):
-        torch.testing.assert_close(dynamic.train(training)(images), static.train(training)(images), rtol=1e-5, atol=1e-5)
+        assert torch.equal(dynamic.train(training)(images), static.train(training)(images))
 
 
 @torch.no_grad()
@@ -87,7 +91,8 @@ TORCHVISION = {
 def test_weights_of_torchvision(name):
     static = shake_norms(TORCHVISION[name]()).eval()
     dynamic = dgnet.create_model(name, topology="chain", weighting="fixed", shortcut="node").eval()
-    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    in_another_order = dict(sorted(static.state_dict().items()))  # as a safetensors file gives them
+    initial = dgnet.load_static_weights(dynamic, in_another_order)
     # A ResNet-18 has no projection in stage 1.
     assert {name.rpartition(".")[0] for name in initial} == ({"layer1.input.0", "layer1.input.1"} if "18" in name else set())
     if name in STRIDED:  # another stem; the twin on DG's takes the same weights
@@ -124,6 +129,11 @@ def test_static_weights_of_another_family_are_refused():
     del weights["bn1.bias"]
     with pytest.raises(UsageError, match=r"0 have no place or another shape, 1 are missing \(it lacks bn1\.bias\)"):
         dgnet.load_static_weights(dynamic, weights)
+    weights = {name: tensor for name, tensor in timm.create_model("resnet18").state_dict().items() if "downsample" not in name}
+    with pytest.raises(UsageError, match=r"it lacks layer2\.input\.0\.weight"):
+        dgnet.load_static_weights(dynamic, weights)
+    with pytest.raises(UsageError, match="the weights of a dynamic network; load them with load_state_dict"):
+        dgnet.load_static_weights(dynamic, dgnet.create_model("dg_resnet18", topology="chain").state_dict())
     assert all(torch.equal(value, before[name]) for name, value in dynamic.state_dict().items())
     for model in (dgnet.create_model("resnet20"), dgnet.create_model("dg_randwire_small", num_blocks=2, channels=4)):
         with pytest.raises(UsageError, match="has no static counterpart"):
@@ -135,6 +145,18 @@ def test_static_weights_of_another_family_are_refused():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_gets_a_finite_gradient(name, topology, weighting):
     check_step(dgnet.create_model(name, topology=topology, weighting=weighting, num_classes=5, **FAMILIES[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "randwire" not in name])
+def test_every_parameter_gets_a_finite_gradient_with_the_shortcut_in_the_node(name):
+    check_step(dgnet.create_model(name, shortcut="node", num_classes=5))
+
+
+@pytest.mark.parametrize("weighting", ["routed", "learned", "fixed"])
+@pytest.mark.parametrize("topology", ["ba", "ws"])
+def test_every_parameter_of_a_random_graph_gets_a_finite_gradient(topology, weighting):
+    options = FAMILIES["dg_randwire_small"]
+    check_step(dgnet.create_model("dg_randwire_small", topology=topology, weighting=weighting, num_classes=5, **options))
 
 
 @pytest.mark.slow
@@ -282,13 +304,47 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
         ("randwire_small_ws", {"topology_seed": 1.5}, "topology_seed must be a whole number, got 1.5"),
         ("randwire_small_ba", {"ba_m": 0}, "ba_m must be at least 1, got 0"),
         ("dg_resnet20", {"topology": "chain,star,chain"}, "unknown topology 'star'"),
-        ("dg_resnet20", {"topology": ["chain"]}, "topology lists 1 stages, the network has more"),
+        ("dg_resnet20", {"topology": ["chain"]}, "topology lists 1 stages, the network has 3"),
+        ("dg_resnet20", {"topology": "chain,chain,chain,chain"}, "topology lists 4 stages, the network has 3"),
+        ("dg_resnet18", {"topology": Topology(torch.ones(4, 4).tril(-1), entry=())}, "node 1 changes the shape and must be"),
+        ("dg_resnet18", {"topology": TWO_ENTRIES}, "node 2 cannot read the raw stage input and must not be an entry"),
+        ("dg_randwire_small", {"shortcut": "node"}, "shortcut='node' cannot be had: the blocks of this network have no"),
+        ("dg_mobilenetv2_100", {"router_reads": "activation"}, "router_reads='activation' has no effect: nothing follows"),
+        ("dg_resnet20", {"weighting": "learned", "learned_start": 0}, "learned_start must not be 0"),
+        ("dg_resnet20", {"topology": {"num_nodes": 5, "edges": [[-1, 2]]}}, "a topology is"),
+        ("dg_resnet20", {"topology": {"num_nodes": 3, "edges": [[0, 1, 2]]}}, "a topology is"),
+        ("randwire_small_ws", {"ws_k": 3}, "ws_k must be even"),
+        ("randwire_small_er", {"channels": 1}, "channels must be at least 2, got 1"),
+        (
+            "dg_resnet20",
+            {"topology": torch.ones(5, 5).tril(-1), "channels": [4]},
+            "^dg_resnet20 cannot be built with topology=",
+        ),
+        ("dg_resnet20", {"checkpoint_path": "nowhere.pth"}, "dg_resnet20 cannot be built with checkpoint_path='nowhere.pth'"),
         ("dg_resnet20", {"topology": {"edges": [[0, 1]]}}, r"stage 1: a topology is \{num_nodes, edges"),
         ("dg_resnet20", {"topology": torch.ones(5, 5)}, "stage 1: node 0 is the input node and has no in-edges"),
         ("dg_resnet20", {"topology": torch.eye(4).roll(1, 0).tril(-1)}, "the stage has 5 nodes"),
-        ("randwire_small_er", {"num_block": 3}, "randwire_small_er has no option 'num_block'"),
+        ("randwire_small_er", {"num_block": 3}, "randwire_small_er has no option 'num_block'; did you mean 'num_blocks'"),
     ],
 )
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(UsageError, match=message):
         dgnet.create_model(name, **options)
+
+
+def test_networks_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        models = [dgnet.create_model(name) for name in ("dg_resnet18", "dg_mobilenetv2_100", "randwire_small_er")]
+    assert all(parameter.is_meta for model in models for parameter in model.parameters())
+
+
+def test_a_weighting_of_the_users_own_sees_the_projection_on_every_topology():
+    class Pooled(Weighting):
+        def __init__(self, topology, channels):
+            super().__init__(topology, channels)
+            self.linear = nn.Linear(channels, 1)
+
+        def predict(self, node, feature):
+            return self.linear(feature.mean((2, 3))).expand(-1, len(self.topology.free_receivers(node)))
+
+    check_step(dgnet.create_model("dg_resnet20", topology="chain", weighting=Pooled))

@@ -1,4 +1,4 @@
-"""§3 of the paper: topology, weighting, aggregation, stage. Imports torch only, knows no backbone."""
+"""§3 of the paper: topology, weighting, aggregation, stage. Imports torch and networkx, knows no backbone."""
 
 from dgnet.graph.aggregate import aggregate as aggregate
 from dgnet.graph.record import Record as Record

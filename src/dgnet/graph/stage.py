@@ -71,8 +71,9 @@ class DynamicGraph(nn.Module):
         self._imposed: Tensor | None = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.setdefault(f"{prefix}mask", self.mask)  # weights of a static network bring none
-        if stored.shape != self.mask.shape or not torch.equal(stored.to(self.mask.device), self.mask):
+        mask = self.topology.mask  # the buffer may lie on the meta device
+        stored = state_dict.setdefault(f"{prefix}mask", mask)  # weights of a static network bring none
+        if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
             error_messages = args[-1]
             error_messages.append(
                 f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"

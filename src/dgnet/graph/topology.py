@@ -5,6 +5,7 @@ N nodes in topological order: node 0 is the *input node*, node N - 1 the *output
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -35,7 +36,7 @@ class Topology:
     _receivers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        mask = torch.as_tensor(self.mask)
+        mask = self.mask if isinstance(self.mask, Tensor) else torch.as_tensor(self.mask, device="cpu")
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
             raise UsageError(f"a topology is a square matrix, got shape {tuple(mask.shape)}")
         if len(mask) < 3:
@@ -57,6 +58,11 @@ class Topology:
                 raise UsageError(f"an entry node is a block node, 1 to {self.num_nodes - 2}, got {node}")
             if self.senders(node) != (0,):
                 raise UsageError(f"entry node {node} reads the raw stage input only, got in-edges {self.senders(node)}")
+        for node, weight in self.pinned.items():
+            if node not in range(1, self.num_nodes) or not math.isfinite(weight):
+                raise UsageError(
+                    f"a topology pins a receiving node, 1 to {self.num_nodes - 1}, to a number, got {node}: {weight}"
+                )
         self._check_paths()
 
     def _check_paths(self) -> None:
@@ -105,12 +111,17 @@ class Topology:
     def from_dict(cls, values: Mapping[str, Any]) -> Topology:
         """The inverse of `to_dict`. Raises UsageError for values that describe no topology."""
         try:
-            mask = torch.zeros(values["num_nodes"], values["num_nodes"], dtype=torch.bool)
+            num_nodes = int(values["num_nodes"])
+            mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device="cpu")
             for i, j in values["edges"]:
+                if not 0 <= min(i, j) <= max(i, j) < num_nodes:
+                    raise IndexError(f"edge [{i}, {j}] of {num_nodes} nodes")
                 mask[j, i] = True
             pinned = {int(node): float(weight) for node, weight in values.get("pinned", {}).items()}
             return cls(mask, tuple(values.get("entry", (1,))), pinned)
-        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        except UsageError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UsageError(f"a topology is {{num_nodes, edges: [[i, j], …]}}, got {str(values)[:80]} ({error})") from None
 
     @property
@@ -121,17 +132,22 @@ class Topology:
 
 def complete(num_nodes: int) -> Topology:
     """All edges (i, j), i < j: DG-Net's stages (§3.2)."""
-    return Topology(torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril(-1))
+    return Topology(_all_edges(num_nodes))
 
 
 def residual(num_nodes: int) -> Topology:
     """Edges (i, i + 1) and (i, i + 2): E_res of §3.1."""
-    return Topology(torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril(-1).triu(-2))
+    return Topology(_all_edges(num_nodes).triu(-2))
 
 
 def chain(num_nodes: int) -> Topology:
     """Edges (i, i + 1): E_vgg of §3.1."""
-    return Topology(torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril(-1).triu(-1))
+    return Topology(_all_edges(num_nodes).triu(-1))
+
+
+def _all_edges(num_nodes: int) -> Tensor:
+    # On the CPU also where models are built on the meta device: a stage looks its edges up when it is built.
+    return torch.ones(num_nodes, num_nodes, dtype=torch.bool, device="cpu").tril(-1)
 
 
 def erdos_renyi(num_nodes: int, er_p: float = 0.2, rng: Random | None = None) -> Topology:
@@ -152,6 +168,8 @@ def barabasi_albert(num_nodes: int, ba_m: int = 5, rng: Random | None = None) ->
 def watts_strogatz(num_nodes: int, ws_k: int = 4, ws_p: float = 0.75, rng: Random | None = None) -> Topology:
     """WS(K, P): a ring with `ws_k` neighbours each, every edge rewired with probability `ws_p` (Xie et al., 2019, §3.4)."""
     check_range("ws_k", ws_k, 2)
+    if ws_k % 2:
+        raise UsageError(f"ws_k must be even, half of the neighbours on each side, got {ws_k}")
     check_range("ws_p", ws_p, 0, 1)
     settings = f"ws_k={ws_k}, ws_p={ws_p}"
     return _draw("ws", settings, num_nodes, ws_k + 1, rng, lambda b, rng: nx.watts_strogatz_graph(b, ws_k, ws_p, seed=rng))
@@ -178,7 +196,7 @@ def _draw(
             f"topology {name!r} with {settings} gave no connected graph of {blocks} blocks in {_DRAWS} draws;"
             " ask for more edges"
         )
-    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool)
+    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device="cpu")
     for i, j in graph.edges:
         mask[max(i, j) + 1, min(i, j) + 1] = True
     sources = [j for j in range(1, num_nodes - 1) if not mask[j].any()]
@@ -206,10 +224,10 @@ def build_topology(topology: TopologyLike, num_nodes: int, **options: Any) -> To
     `options`: arguments of a named topology. Raises UsageError for an unknown name, a bad mask, or a size other than
     `num_nodes`.
     """
+    if callable(topology):
+        topology = topology(num_nodes)
     if isinstance(topology, str):
         topology = lookup("topology", topology, TOPOLOGIES)(num_nodes, **options)
-    elif callable(topology):
-        topology = topology(num_nodes)
     if isinstance(topology, Mapping):
         topology = Topology.from_dict(topology)
     if not isinstance(topology, Topology):

@@ -21,7 +21,7 @@ class Weighting(nn.Module):
     α is set at the sending node (`predict`) and becomes the weight that is aggregated at the receiving node (`gate`).
     """
 
-    reads_features = False
+    reads_features = True
     """Whether `predict` looks at the feature; if not, a stage whose input node nobody else reads does without one."""
 
     def __init__(self, topology: Topology, channels: int) -> None:
@@ -55,6 +55,8 @@ class Weighting(nn.Module):
 class FixedWeighting(Weighting):
     """Every edge weighs 1."""
 
+    reads_features = False
+
     def predict(self, node: int, feature: Tensor) -> Tensor:
         return feature.new_ones(len(feature), len(self.topology.free_receivers(node)))
 
@@ -64,6 +66,8 @@ class LearnedWeighting(Weighting):
 
     `start`: the parameter's first value; `activation`: "identity" or "sigmoid" (as RandWire has it).
     """
+
+    reads_features = False
 
     def __init__(self, topology: Topology, channels: int, start: float = 1.0, activation: str = "identity") -> None:
         super().__init__(topology, channels)
@@ -125,8 +129,6 @@ class RoutedWeighting(Weighting):
     `threshold`, `learn_threshold`: where τ starts, and whether it moves.
     `inference_weight`: what an open edge weighs in evaluation: "gated" as in training, or "raw" α as in Eq. (5).
     """
-
-    reads_features = True
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 from timm.models.resnet import downsample_conv
@@ -68,6 +69,10 @@ class Connectivity:
         for name in ("router_bias", "threshold", "learned_start"):
             check_range(name, getattr(self, name))
         check_range("router_std", self.router_std, 0)
+        if self.learned_start == 0 and self.learned_activation == "identity":
+            raise UsageError(
+                "learned_start must not be 0: edges that weigh 0 count as closed, and nothing would reach the output"
+            )
         for name in ("topology_seed", "ba_m", "ws_k"):
             if not isinstance(getattr(self, name), int):
                 raise UsageError(f"{name} must be a whole number, got {getattr(self, name)!r}")
@@ -112,18 +117,21 @@ class Connectivity:
         """Remove the options of this class from a model's keyword arguments and make one of them."""
         return cls(**{f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs})
 
-    def build_topology(self, stage: int, num_nodes: int) -> Topology:
-        """The topology of one stage, counted from 1. A random one differs from stage to stage.
+    def build_topologies(self, nodes: Sequence[int]) -> list[Topology]:
+        """The topology of each stage, from its number of nodes. A random one differs from stage to stage.
 
-        Raises UsageError, naming the stage, where it does not fit.
+        Raises UsageError, naming the stage, where one does not fit.
         """
-        topology, options = self.topology, {}
-        if isinstance(topology, str) and "," in topology:
-            topology = self._topology_names()
-        if isinstance(topology, list):
-            if not stage <= len(topology):
-                raise UsageError(f"topology lists {len(topology)} stages, the network has more")
-            topology = topology[stage - 1]
+        listed = self.topology
+        if isinstance(listed, str) and "," in listed:
+            listed = self._topology_names()
+        if isinstance(listed, list) and len(listed) != len(nodes):
+            raise UsageError(f"topology lists {len(listed)} stages, the network has {len(nodes)}")
+        each = listed if isinstance(listed, list) else [listed] * len(nodes)
+        return [self._build_topology(one, stage, n) for stage, (one, n) in enumerate(zip(each, nodes, strict=True), start=1)]
+
+    def _build_topology(self, topology: TopologyLike, stage: int, num_nodes: int) -> Topology:
+        options: dict[str, Any] = {}
         if isinstance(topology, str) and TOPOLOGY_OPTIONS.get(topology):
             options = {name: getattr(self, name) for name in TOPOLOGY_OPTIONS[topology] if name != "topology_seed"}
             options["rng"] = Random(f"{self.topology_seed}/{stage}")
@@ -224,15 +232,27 @@ def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Mod
     return projection
 
 
-def build_stage(
-    parts: Sequence[BlockParts], topology: Topology, weighting: Weighting, connectivity: Connectivity
-) -> DynamicGraph:
+def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity) -> DynamicGraph:
     """A stage of static blocks as a graph of N = blocks + 2 nodes.
 
     The first block's shortcut becomes the input node; where it has none and the shape changes, a projection is added. It is
-    built only if something reads it.
+    built only if something reads it. Raises UsageError where blocks, topology and options do not fit together.
     """
+    weighting = connectivity.build_weighting(topology, parts[0].out_channels)
     first = parts[0]
+    for node, part in enumerate(parts, start=1):
+        reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
+        if reads_raw and node not in topology.entry:
+            raise UsageError(
+                f"node {node} changes the shape and must be an entry node of the topology, which has {topology.entry}"
+            )
+        if node in topology.entry and (part.in_channels, part.stride) != (first.in_channels, first.stride):
+            raise UsageError(f"node {node} cannot read the raw stage input and must not be an entry node of the topology")
+        if connectivity.shortcut == "node" and part.shortcut is None and node not in topology.entry:
+            raise UsageError("shortcut='node' cannot be had: the blocks of this network have no shortcut; leave it out")
+    activation = parts[-1].activation
+    if connectivity.router_reads == "activation" and isinstance(activation, nn.Identity):
+        raise UsageError("router_reads='activation' has no effect: nothing follows the addition in this network; leave it out")
     entry_shortcut = first.shortcut is not None
     is_read = topology.reads_input_node or (weighting.reads_features and bool(topology.free_receivers(0)))
     input: nn.Module = nn.Identity()
@@ -246,7 +266,7 @@ def build_stage(
         weighting,
         input=input,
         nodes=[part.transform for part in parts],
-        activation=parts[-1].activation,
+        activation=activation,
         shortcut=connectivity.shortcut,
         entry_shortcut=entry_shortcut,
         router_reads=connectivity.router_reads,
@@ -259,7 +279,7 @@ class DynamicNetwork(nn.Module):
     stage_names: tuple[str, ...]
     connectivity_options: dict[str, Any]
     """`Connectivity.plain_options` of the network."""
-    static_names: dict[str, str]
+    static_names: Mapping[str, str] = MappingProxyType({})
     """How the static network's parameter names begin, and how the same parameters' names begin here."""
 
     @property
@@ -270,17 +290,17 @@ class DynamicNetwork(nn.Module):
     def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
         """Replace the static stages, each a sequence of blocks, by graphs."""
         self.connectivity_options = connectivity.plain_options()
-        self.static_names = {}
-        for index, name in enumerate(self.stage_names, start=1):
-            blocks = dict(self.get_submodule(name).named_children())
+        static_names: dict[str, str] = {}
+        stages = {name: dict(self.get_submodule(name).named_children()) for name in self.stage_names}
+        topologies = connectivity.build_topologies([len(blocks) + 2 for blocks in stages.values()])
+        for (name, blocks), topology in zip(stages.items(), topologies, strict=True):
             parts = [split_block(block) for block in blocks.values()]
-            topology = connectivity.build_topology(index, len(parts) + 2)
-            weighting = connectivity.build_weighting(topology, parts[0].out_channels)
-            self.set_submodule(name, build_stage(parts, topology, weighting, connectivity))
+            self.set_submodule(name, build_stage(parts, topology, connectivity))
             for position, (block_name, part) in enumerate(zip(blocks, parts, strict=True)):
                 if part.shortcut_name and position == 0:
-                    self.static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
-                self.static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
+                    static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
+                static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
+        self.static_names = static_names
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A static checkpoint under timm's names; a family whose torchvision names differ overrides this."""
@@ -289,7 +309,8 @@ class DynamicNetwork(nn.Module):
     def stored_options(self) -> dict[str, Any]:
         """Plain arguments of `create_model` that give the same connectivity; graphs without a fixed name by their edges.
 
-        They stand in place of the options of `Connectivity` that the network was built with.
+        They stand in place of the options of `Connectivity` that the network was built with. A weighting or router of the
+        user's own has no plain form and is left out.
         """
         drawn = {option for options in TOPOLOGY_OPTIONS.values() for option in options}
         options = {name: value for name, value in self.connectivity_options.items() if name not in drawn}

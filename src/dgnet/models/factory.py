@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from typing import Any
@@ -53,7 +54,7 @@ def build_model(
         return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
     except TypeError as error:
         if _UNKNOWN_OPTION.search(str(error)):
-            raise _explain(error, name, kwargs, issubclass(cls, DynamicNetwork)) from error
+            raise _explain(error, name, kwargs, cls) from error
         raise
 
 
@@ -73,18 +74,19 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
 
 
 # What a constructor may make of a value that it cannot use.
-_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
 _UNKNOWN_OPTION = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
-def _explain(error: Exception, name: str, kwargs: dict[str, Any], is_dynamic: bool = False) -> UsageError:
+def _explain(error: Exception, name: str, kwargs: dict[str, Any], cls: type[nn.Module] | None = None) -> UsageError:
     unknown = _UNKNOWN_OPTION.search(str(error))
     if unknown is None:
-        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
         return UsageError(f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}")
     option, connectivity = unknown[1], [f.name for f in fields(Connectivity)]
-    if is_dynamic:
-        known = [*connectivity, "num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last"]
+    if cls is not None and issubclass(cls, DynamicNetwork):
+        arguments = {argument for base in cls.__mro__[:-1] for argument in inspect.signature(base).parameters}
+        known = [*connectivity, *(arguments - {option, "self", "args", "kwargs", "options"})]
         return UsageError(
             f"{name} has no option {option!r}{did_you_mean(option, known)}; connectivity options: {', '.join(connectivity)}"
         )

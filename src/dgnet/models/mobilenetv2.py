@@ -56,12 +56,24 @@ class DynamicMobileNetV2(DynamicNetwork, EfficientNet):
         self.build_stages(split_block, connectivity)
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """torchvision's MobileNetV2 has the same modules in the same order, under other names."""
+        """torchvision numbers stem, blocks and head as features.0, features.1, …."""
         if "features.0.0.weight" not in state_dict:
             return state_dict
-        added = tuple(f"{name}.{part}" for name in self.stage_names for part in ("input", "weighting", "mask"))
-        names = [name for name in self.state_dict() if not name.startswith(added)]
-        return dict(zip(names, state_dict.values(), strict=True)) if len(names) == len(state_dict) else state_dict
+        depths = {name: stage.topology.num_nodes - 2 for name, stage in zip(self.stage_names, self.stages, strict=True)}
+        blocks = [f"{name}.nodes.{node}" for name, depth in depths.items() for node in range(depth)]
+        head = f"features.{len(blocks) + 1}"
+        modules = {"features.0.0": "conv_stem", "features.0.1": "bn1", f"{head}.0": "conv_head", f"{head}.1": "bn2"}
+        modules["classifier.1"] = "classifier"
+        separable = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+        inverted = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+        for index, block in enumerate(blocks, start=1):
+            for theirs, ours in (separable if index == 1 else inverted).items():
+                modules[f"features.{index}.conv.{theirs}"] = f"{block}.{ours}"
+        translated = {}
+        for name, tensor in state_dict.items():
+            module, _, parameter = name.rpartition(".")
+            translated[f"{modules.get(module, module)}.{parameter}"] = tensor
+        return translated
 
 
 default_cfgs = generate_default_cfgs({"dg_mobilenetv2_100": imagenet_cfg(first_conv="conv_stem", classifier="classifier")})

@@ -11,6 +11,8 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from dgnet.errors import check_range
+from dgnet.graph import Topology
 from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, Transform, build_stage
 from dgnet.models.factory import build_model, imagenet_cfg
 from dgnet.models.staged import StagedNetwork
@@ -57,16 +59,19 @@ class RandWire(DynamicNetwork, StagedNetwork):
         connectivity = Connectivity.take_from(options)
         if options:
             raise TypeError(f"__init__() got an unexpected keyword argument '{next(iter(options))}'")
+        check_range("num_blocks", num_blocks, 1)
+        check_range("channels", channels, 2)
+        check_range("head_channels", head_channels, 1)
         self.in_chans = in_chans
         self.conv1 = build_convolution(in_chans, channels // 2, 3, stride=2, act=False)
         self.conv2 = build_convolution(channels // 2, channels, 3, stride=2)
         self.feature_info = [{"num_chs": channels, "reduction": 4, "module": "conv2"}]
         self.connectivity_options = connectivity.plain_options()
-        self.static_names = {}
         width = channels
-        for index, name in enumerate(self.stage_names, start=1):
+        topologies = connectivity.build_topologies([num_blocks + 2] * len(self.stage_names))
+        for index, (name, topology) in enumerate(zip(self.stage_names, topologies, strict=True), start=1):
             planes = channels * 2 ** (index - 1)
-            self.add_module(name, build_wired_stage(index, num_blocks, width, planes, connectivity))
+            self.add_module(name, build_wired_stage(topology, width, planes, connectivity))
             width = planes
             self.feature_info.append({"num_chs": width, "reduction": 4 * 2**index, "module": name})
         self.conv3 = build_convolution(width, head_channels, 1, stride=1)
@@ -76,16 +81,15 @@ class RandWire(DynamicNetwork, StagedNetwork):
         self.init_weights()
 
 
-def build_wired_stage(index: int, num_blocks: int, in_channels: int, channels: int, connectivity: Connectivity) -> nn.Module:
+def build_wired_stage(topology: Topology, in_channels: int, channels: int, connectivity: Connectivity) -> nn.Module:
     """A stage whose entry nodes are all the nodes that hear from nothing but its input."""
-    topology = connectivity.build_topology(index, num_blocks + 2)
-    entry = tuple(node for node in range(1, num_blocks + 1) if topology.senders(node) == (0,))
-    topology = replace(topology, entry=entry)
+    blocks = range(1, topology.num_nodes - 1)
+    entry = tuple(node for node in blocks if topology.senders(node) == (0,))
     parts = []
-    for node in range(1, num_blocks + 1):
+    for node in blocks:
         in_width, stride = (in_channels, 2) if node in entry else (channels, 1)
         parts.append(BlockParts(build_node(in_width, channels, stride), None, nn.Identity(), in_width, channels, stride))
-    return build_stage(parts, topology, connectivity.build_weighting(topology, channels), connectivity)
+    return build_stage(parts, replace(topology, entry=entry), connectivity)
 
 
 _NAMES = ("randwire_small_er", "randwire_small_ba", "randwire_small_ws", "dg_randwire_small")

@@ -22,20 +22,22 @@ class StagedNetwork(nn.Module):
     neck_names: tuple[str, ...] = ()
     feature_info: list[dict[str, Any]]
     num_features: int
+    grad_checkpointing = False
 
     def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Pooling and classifier over `num_features` channels."""
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def init_weights(self) -> None:
-        """Convolutions as He et al. (2015); normalisations as the identity."""
+        """Convolutions as He et al. (2015), normalisations as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem, each block, neck."""

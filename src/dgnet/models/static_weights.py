@@ -21,6 +21,8 @@ def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> l
     """
     if not isinstance(model, DynamicNetwork) or not model.static_names:
         raise UsageError(f"{type(model).__name__} has no static counterpart to take weights from; load its own state dict")
+    if not is_static(model, state_dict):
+        raise UsageError("these are the weights of a dynamic network; load them with load_state_dict")
     own = model.state_dict()
     heads = classifier_prefixes(model)
     loaded: dict[str, Tensor] = {}
@@ -57,7 +59,7 @@ def is_static(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     return not any(".nodes." in name for name in state_dict)
 
 
-def _rename(name: str, static_names: dict[str, str]) -> str:
+def _rename(name: str, static_names: Mapping[str, str]) -> str:
     for static, dynamic in static_names.items():  # a projection's prefix stands before its block's
         if name.startswith(static):
             return dynamic + name.removeprefix(static)
@@ -70,7 +72,13 @@ def _is_unused_projection(name: str, own: Mapping[str, Tensor]) -> bool:
 
 
 def _parts_without_static_counterpart(model: DynamicNetwork, loaded: Mapping[str, Tensor]) -> list[str]:
-    """Weightings, and projections of which the static network has nothing."""
-    inputs = [f"{name}.input." for name in model.stage_names]
-    added = [prefix for prefix in inputs if not any(name.startswith(prefix) for name in loaded)]
+    """Weightings, and projections that the static network lacks."""
+    own, taken = model.state_dict(), set(model.static_names.values())
+    added = []
+    for prefix in (f"{name}.input." for name in model.stage_names):
+        weight = own.get(f"{prefix}0.weight")
+        # ResNet-18's stage 1 keeps its channels: the static network needs a projection only for DG's stride.
+        keeps_channels = weight is not None and weight.shape[0] == weight.shape[1]
+        if prefix not in taken or (keeps_channels and not any(name.startswith(prefix) for name in loaded)):
+            added.append(prefix)
     return [*(f"{name}.weighting." for name in model.stage_names), *added]

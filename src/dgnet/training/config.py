@@ -10,7 +10,7 @@ from torch import nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 
-_AXES = ("weighting", "topology", "shortcut")
+_OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
 # Model options that the rest of the configuration decides, and how.
 _TAKEN = {
@@ -19,7 +19,7 @@ _TAKEN = {
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "a classifier is trained",
-    **{name: f"use --{name}" for name in _AXES},
+    **{name: f"use --{name}" for name in _OWN_OPTIONS},
 }
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
@@ -64,7 +64,9 @@ class TrainConfig:
         None, "which edges exist: complete (the default), residual, chain, er, ba, ws; one a stage with commas"
     )
     shortcut: str | None = option(None, "where the residual shortcut is: edge (the default) or node")
-    model_kwargs: dict[str, Any] = option({}, "further model options as a dict, e.g. '{router_bias: 0, drop_rate: 0.2}'")
+    model_kwargs: dict[str, Any] = option(
+        {}, "further model options as a dict; one by one, beside a recipe's: --model-kwargs.router_bias 0"
+    )
     data: str = option("digits", "training data: digits, a folder of class folders, shards (…{000..004}.tar), torch/…, hfds/…")
     val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
     data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
@@ -115,11 +117,11 @@ class TrainConfig:
     @property
     def network_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
-        axes = {name: getattr(self, name) for name in _AXES}
+        axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
         return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
 
     def resolve(self, network: nn.Module, image_size: int | None, augment: str) -> TrainConfig:
         """This configuration with what it left open filled in: every value that decides the result is written out."""
         options = dict(getattr(network, "connectivity_options", {}))
-        axes = {name: options.pop(name) for name in _AXES if name in options}
+        axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
         return replace(self, image_size=image_size, augment=augment, model_kwargs={**self.model_kwargs, **options}, **axes)

@@ -72,7 +72,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
-        network.set_grad_checkpointing(True)  # type: ignore[operator]
+        try:
+            network.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError):
+            raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.compile:
