@@ -1,21 +1,99 @@
-"""x̂_j = Σ α_ij x_i: a node's input (Eq. 3)."""
+"""x̂_j = Σ α_ij x_i: a node's input (Eq. 3).
+
+Letters: B batch, E in-edges of a node, C channels, H and W height and width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_BLOCK_ELEMENTS = 512 * 1024
+"""Elements of a sum on the CPU that stay in its cache while the edges pass by."""
 
-def aggregate(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+
+def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
-    `features`: one (B, C, H, W) tensor for each in-edge, E of them; `weights`: (B, E), 0 where closed.
-    Returns (B, C, H, W) in the features' dtype.
+    `features`: one (B, C, H, W) tensor for each in-edge, E of them; `weights`: (B, E); `is_open`: (B, E), None for all
+    open. What a closed edge brings never reaches the sum, be it infinite or NaN.
+
+    Sums in float32 where features are half precision, else in their own precision. Returns (B, C, H, W) in the features'
+    dtype. `torch.func.vmap` over it is refused with a RuntimeError.
     """
-    columns = weights.to(features[0].dtype).unbind(1)
-    total = features[0] * columns[0][:, None, None, None]
-    for feature, column in zip(features[1:], columns[1:], strict=True):
-        total = torch.addcmul(total, feature, column[:, None, None, None])
+    # The compiler makes one pass of the loop. On other devices the host should not wait to learn what is open.
+    if torch.compiler.is_compiling() or features[0].is_meta or (is_open is not None and not features[0].is_cpu):
+        return aggregate_by_loop(features, weights, is_open)
+    total: Tensor = _Aggregate.apply(weights, is_open, *features)
     return total
+
+
+def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
+    """`aggregate` edge by edge in plain operations: its form under the compiler, and its twin in the tests."""
+    dtype = _sum_dtype(features[0])
+    total: Any = None
+    for edge, feature in enumerate(features):
+        if is_open is not None:
+            feature = torch.where(is_open[:, edge, None, None, None], feature, 0)
+        term = feature.to(dtype) * weights[:, edge, None, None, None].to(dtype)
+        total = term if total is None else total + term
+    summed: Tensor = total.to(features[0].dtype)
+    return summed
+
+
+class _Aggregate(torch.autograd.Function):
+    """`aggregate` without the compiler: no term is written out; only the features are kept for the backward pass."""
+
+    @staticmethod
+    def forward(weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
+        first, dtype = features[0], _sum_dtype(features[0])
+        out = torch.empty_like(first)  # in the memory format of the features
+        rows = max(_BLOCK_ELEMENTS // max(first[0].numel(), 1), 1) if first.is_cpu else len(first)
+        openness = None if is_open is None else is_open.tolist()
+        for start in range(0, len(first), rows):
+            block = slice(start, start + rows)
+            target = out[block]
+            total = target.zero_() if out.dtype == dtype else torch.zeros_like(target, dtype=dtype)
+            for edge, feature in enumerate(features):
+                opens = [True] if openness is None else [row[edge] for row in openness[block]]
+                if rows == 1 and first.is_cpu:
+                    if opens[0]:
+                        total.add_(feature[block], alpha=weights[start, edge].item())
+                elif any(opens):
+                    seen = feature[block]
+                    if is_open is not None and not all(opens):
+                        seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
+                    total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
+            if total is not target:
+                target.copy_(total)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, is_open, *features = ctx.saved_tensors
+        dtype = _sum_dtype(grad)
+        grad_sum = grad.to(dtype)
+        columns: list[Tensor | None] = []
+        feature_grads: list[Tensor | None] = []
+        for edge, (feature, needed) in enumerate(zip(features, ctx.needs_input_grad[2:], strict=True)):
+            weight = weights[:, edge, None, None, None].to(dtype)
+            product = grad_sum * feature.to(dtype) if ctx.needs_input_grad[0] else None
+            if is_open is not None:
+                edge_is_open = is_open[:, edge, None, None, None]
+                weight = torch.where(edge_is_open, weight, 0)
+                product = None if product is None else torch.where(edge_is_open, product, 0)
+            columns.append(None if product is None else product.sum((1, 2, 3)).to(weights.dtype))
+            feature_grads.append((grad_sum * weight).to(feature.dtype) if needed else None)
+        weight_grad = torch.stack(columns, 1) if ctx.needs_input_grad[0] else None  # type: ignore[arg-type]
+        return weight_grad, None, *feature_grads
+
+
+def _sum_dtype(feature: Tensor) -> torch.dtype:
+    return torch.promote_types(feature.dtype, torch.float32)

@@ -32,6 +32,9 @@ class DynamicGraph(nn.Module):
 
     `router_reads`: whether routers see x_j ("feature") or activation(x_j) ("activation").
 
+    A node may compute f_j(scale · x) from x and scale, (B,), more cheaply than from their product: with an attribute
+    `takes_scale` that is true it is called as `node(x, scale=scale)` where it is an entry node, in training.
+
     **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it: x_j = 0 and its out-edges are
     closed. Input and output node always run; an output node without an open in-edge sums to 0.
 
@@ -92,15 +95,15 @@ class DynamicGraph(nn.Module):
             self._predict(node - 1, features[-1], edges)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
-            weights, is_alive = remove(weights, is_open, [alive[i] for i in senders])
+            weights, is_open, is_alive = remove(weights, is_open, [alive[i] for i in senders])
             alpha_rows.append(alpha)
             weight_rows.append(weights)
 
             sources = (x, features[0]) if node in topology.entry else tuple(features[i] for i in senders)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                feature = checkpoint(self._compute, node, weights, *sources, use_reentrant=False)
+                feature = checkpoint(self._compute, node, weights, is_open, *sources, use_reentrant=False)
             else:
-                feature = self._compute(node, weights, *sources)
+                feature = self._compute(node, weights, is_open, *sources)
             if is_alive is not None and node != last:
                 feature = torch.where(is_alive[:, None, None, None], feature, 0)
             features.append(feature)
@@ -134,38 +137,45 @@ class DynamicGraph(nn.Module):
         weights, is_open = self.weighting.gate(node, alpha)
         return alpha, weights, is_open
 
-    def _compute(self, node: int, weights: Tensor, *sources: Tensor) -> Tensor:
+    def _compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
         """Aggregate and transform: x_j, or the stage's output for the output node."""
-        is_entry = node in self.topology.entry
+        if node in self.topology.entry:
+            return self._compute_entry(node, weights, is_open, *sources)
+        x = aggregate(sources, weights, is_open)
         is_output = node == self.topology.num_nodes - 1
-        if is_entry:
-            raw, projected = sources
-            x = aggregate([raw], weights)
-        else:
-            x = aggregate(sources, weights)
         if self.shortcut == "edge":
-            if not is_entry:
-                x = self.activation(x)
-            return x if is_output else self.nodes[node - 1](x)
+            x = self.activation(x)
         if is_output:
             return x
         y = self.nodes[node - 1](x)
-        if not is_entry:
-            y = y + x
-        elif self.entry_shortcut:
-            y = y + aggregate([projected], weights)
+        return y if self.shortcut == "edge" else self.activation(y + x)
+
+    def _compute_entry(self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor) -> Tensor:
+        """x_j of an entry node, f_j(α · stage input)."""
+        transform = self.nodes[node - 1]
+        if self.training and getattr(transform, "takes_scale", False):
+            y: Tensor = transform(raw, scale=weights[:, 0])
+        else:
+            y = transform(aggregate([raw], weights, is_open))
+        if self.shortcut == "edge":
+            return y
+        if self.entry_shortcut:
+            y = y + aggregate([projected], weights, is_open)
         return self.activation(y)
 
 
-def remove(weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Close what is not open and what leaves a dead node; returns the weights and whether the node is alive, (B,).
+def remove(
+    weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Close what is not open and what leaves a dead node.
 
     `weights`, `is_open`: (B, E), None for all open; `senders`: whether each sending node is alive, (B,), None for alive.
+    Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,).
     """
     if is_open is None and all(sender is None for sender in senders):
-        return weights, None
+        return weights, None, None
     if is_open is None:
         is_open = torch.ones_like(weights, dtype=torch.bool)
     columns = [column if sender is None else column & sender for column, sender in zip(is_open.unbind(1), senders, strict=True)]
     is_open = torch.stack(columns, dim=1)
-    return torch.where(is_open, weights, 0), is_open.any(1)
+    return torch.where(is_open, weights, 0), is_open, is_open.any(1)

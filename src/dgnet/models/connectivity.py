@@ -8,6 +8,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
+from timm.layers import ConvNormAct
 from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from dgnet.graph import (
     RoutedWeighting,
     Topology,
     Weighting,
+    aggregate,
     build_topology,
     global_average_pool,
 )
@@ -207,6 +209,25 @@ class BlockParts:
 
 class Transform(nn.Sequential):
     """f_j: a block's convolution path up to its last normalisation, under the static block's own module names."""
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether f_j begins with a convolution without bias, which commutes with a scale."""
+        first: Any = self[0].conv if isinstance(self[0], ConvNormAct) else self[0]
+        return isinstance(first, nn.Conv2d) and first.bias is None
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """f_j(x), or f_j(scale · x) for `scale` (B,), without a scaled copy of x for the backward pass to keep."""
+        if scale is None:
+            return super().forward(x)
+        first: Any
+        first, *rest = self
+        if isinstance(first, ConvNormAct):
+            first, *rest = [*first.children(), *rest]  # convolution, normalisation with activation
+        x = aggregate([first(x)], scale[:, None])
+        for module in rest:
+            x = module(x)
+        return x
 
     def zero_init_last(self) -> None:
         """Start the last normalisation at γ = 0, as timm's blocks do; timm's `init_weights` calls this."""
