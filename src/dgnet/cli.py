@@ -95,6 +95,25 @@ def _cost_parser() -> Parser:
     return parser
 
 
+def _bench_parser() -> Parser:
+    parser = Parser(description="Measure two networks against each other: time, throughput and memory, as ratios of one run.")
+    parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")
+    parser.add_argument("--against", type=str | None, default=None, help="the other network; by default the static baseline")
+    parser.add_argument("--task", type=str, default="train", help="train: a training step; infer: a forward pass, BN folded")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in a step")
+    parser.add_argument("--image-size", type=int | None, default=None, help="side in pixels; by default the model's own")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16; autocast in training")
+    parser.add_argument("--compile", type=bool, default=False, help="compile both networks with torch.compile")
+    parser.add_argument("--cuda-graphs", type=bool, default=False, help="compile with CUDA graphs, which small batches need")
+    parser.add_argument("--channels-last", type=bool, default=True, help="channels_last memory format")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds in which the two alternate")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; by default torch's own choice")
+    parser.add_argument("--model-kwargs", type=dict[str, Any], default={}, help="options of MODEL, not of the other")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dgnet`; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -210,6 +229,18 @@ def run_cost(args: Namespace) -> None:
         print(format_cost_table(rows, args.table, args.markdown))
 
 
+def run_bench(args: Namespace) -> None:
+    """`dgnet bench`."""
+    from dgnet.bench import BenchConfig, bench, format_bench
+
+    values = {f.name: args[f.name] for f in fields(BenchConfig) if f.name in args}
+    result = bench(BenchConfig(**{**values, "device": _device(args.device)}))
+    if args.json:
+        _print_json(asdict(result))
+    else:
+        print(format_bench(result))
+
+
 def _print_json(document: Any) -> None:
     """One JSON document, a list with a line an item; JSON has no NaN, a loss that diverged is null."""
     plain = json.loads(json.dumps(document), parse_constant=lambda constant: None)
@@ -237,6 +268,7 @@ _COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Namespace], None]]] =
     "evaluate": (_evaluate_parser, run_evaluate),
     "predict": (_predict_parser, run_predict),
     "cost": (_cost_parser, run_cost),
+    "bench": (_bench_parser, run_bench),
 }
 
 

@@ -68,5 +68,4 @@ def test_no_feature_map_is_kept_twice(autocast):
             for node in (module.input, *module.nodes):
                 node.register_forward_hook(count_output)
     network(images)
-    print(kept, needed)
     assert kept["elements"] <= needed

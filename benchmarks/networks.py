@@ -1,0 +1,169 @@
+"""DG / static of the paper's seven networks: training step and inference, time and memory.
+
+    python benchmarks/networks.py --tasks train --dtypes bfloat16 --forms compiled
+    python benchmarks/networks.py --table          # print the Markdown tables of what is there
+
+Each row is one `dgnet bench` in a process of its own, kept in a JSON file as soon as it is measured; rows that are there are
+not measured again, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dgnet
+from dgnet.graph import DynamicGraph
+
+MODELS = ("regnetx_006", "regnetx_016", "resnet18", "resnet50", "mobilenetv2_100", "resnext50_32x4d", "resnet101")
+TARGETS = dict(zip(MODELS, (1.06, 1.06, 1.06, 1.08, 1.12, 1.12, 1.15), strict=True))  # of a training step
+KEY = ("model", "task", "batch_size", "dtype", "compile", "cuda_graphs", "image_size")
+
+
+def main() -> None:
+    """Measure what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--tasks", nargs="+", default=["train", "infer"], choices=["train", "infer"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--forms", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled", "cuda-graphs"])
+    parser.add_argument("--train-batch-size", type=int, default=32)
+    parser.add_argument("--infer-batch-sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
+    parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
+    args = parser.parse_args()
+    results = json.loads(args.output.read_text()) if args.output.exists() else []
+    if args.table:
+        print(format_tables(results))
+        return
+    wanted = [row for row in list_rows(args) if not any(all(r[k] == row[k] for k in KEY) for r in results)]
+    for number, row in enumerate(wanted, start=1):
+        print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in row.items() if name != "model"]
+        options += [f"--rounds={args.rounds}", f"--device={args.device}", "--json"]
+        started = time.time()
+        done = subprocess.run(
+            [sys.executable, "-m", "dgnet", "bench", row["model"], *options], stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            print(f"  failed with status {done.returncode}", file=sys.stderr)
+            continue
+        result = json.loads(done.stdout)
+        result["floor_seconds"] = floor_seconds(result, args.device)
+        results.append(result)
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in results) + "\n]\n")
+        print(f"  ratio {result['ratio']:.3f}, {time.time() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows asked for, as options of `dgnet bench`."""
+    rows = []
+    for task in args.tasks:
+        for dtype in args.dtypes:
+            for form in args.forms:
+                for batch_size in [args.train_batch_size] if task == "train" else args.infer_batch_sizes:
+                    for model in args.models:
+                        row = {"model": f"dg_{model}", "task": task, "batch_size": batch_size, "dtype": dtype}
+                        row |= {"compile": form != "eager", "cuda_graphs": form == "cuda-graphs"}
+                        rows.append(row | {"image_size": args.image_size})
+    return rows
+
+
+def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
+    """The least time that DG's difference can take: bytes over copy bandwidth and multiply-adds over the static network's rate.
+
+    Bytes: forward, each edge reads its map, where the static network reads one shortcut a block; backward, each edge reads
+    its consumer's gradient and each node its own map, and writes that one's gradient. A map that a convolution writes more than
+    in the static network is written once and read once in each direction.
+    """
+    model, against = dgnet.create_model(result["model"]), dgnet.create_model(result["against"])
+    ours, theirs = (dgnet.cost(network, result["image_size"]) for network in (model, against))
+    blocks = _count_block_elements(model, result["image_size"])
+    edges = ours.aggregation_multiply_adds
+    passes = 4 if result["task"] == "train" else 2
+    elements = edges - blocks + (ours.activations - theirs.activations) * passes
+    if result["task"] == "train":
+        elements += edges + 2 * blocks
+    size = 4 if result["dtype"] == "float32" else 2
+    bandwidth = copy_bandwidth(device)
+    memory = elements * size * result["batch_size"] / bandwidth
+    arithmetic = result["against_seconds"] * max(ours.multiply_adds / theirs.multiply_adds - 1, 0)
+    return {"memory": memory, "arithmetic": arithmetic, "bandwidth": bandwidth}
+
+
+def _count_block_elements(model: torch.nn.Module, image_size: int) -> int:
+    """Elements of the maps that blocks write, of one image."""
+    counted = 0
+
+    def count(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal counted
+        counted += output[0].numel() * (stage.topology.num_nodes - 2)
+
+    model = model.to("meta")
+    for stage in dgnet.graph.find_stages(model):
+        stage.register_forward_hook(count)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counted
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a copy of 256 MiB, the best of ten."""
+    source = torch.empty(64 * 2**20, device=device).normal_()
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(11):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
+def format_tables(results: list[dict[str, Any]]) -> str:
+    """One Markdown table for each task, batch size, dtype and form."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        form = "CUDA graphs" if result["cuda_graphs"] else "compiled" if result["compile"] else "eager"
+        groups.setdefault(f"{result['task']}, batch {result['batch_size']}, {result['dtype']}, {form}", []).append(result)
+    lines = []
+    for title, rows in groups.items():
+        lines += [f"### {title}", ""]
+        lines += [
+            "| network | static ms | DG ms | ratio | quartiles | target | (DG − static) / floor | peak memory | static MiB |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for r in rows:
+            target = TARGETS[r["against"]] if r["task"] == "train" else 1.10
+            floor = r["floor_seconds"]["memory"] + r["floor_seconds"]["arithmetic"]
+            low, high = r["ratio_quartiles"]
+            memory = "–" if r["peak_memory_ratio"] is None else f"{r['peak_memory_ratio']:.3f}"
+            static = "–" if r["against_side"]["peak_memory"] is None else f"{r['against_side']['peak_memory'] / 2**20:,.0f}"
+            over_floor = (r["ratio"] - 1) * r["against_seconds"] / floor
+            cells = [
+                r["against"],
+                f"{1000 * r['against_seconds']:.1f}",
+                f"{1000 * r['model_seconds']:.1f}",
+                f"{r['ratio']:.3f}",
+            ]
+            cells += [f"{low:.3f} … {high:.3f}", f"{target:.2f}", f"{over_floor:.1f}", memory, static]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Batch normalisations folded into the convolutions before them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -> nn.Module:
+    """A copy of `model` in evaluation mode, each batch normalisation folded into the convolution whose output it reads.
+
+    Which follows which is seen in one forward pass on the meta device with an image of `image_size` pixels.
+    """
+    folded = deepcopy(model).eval()
+    for conv_name, norm_name in _find_pairs(model, image_size).items():
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(norm_name)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        # timm's normalisation may hold the activation that follows.
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.set_submodule(norm_name, rest)
+    return folded
+
+
+@torch.no_grad()
+def _find_pairs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, str]:
+    """Names of convolutions and of the normalisations that read their outputs."""
+    traced = deepcopy(model).to("meta").eval()
+    written: dict[int, tuple[str, Tensor]] = {}  # the tensors are held: an id may be given again
+    pairs: dict[str, str] = {}
+    for name, module in traced.named_modules():
+        if isinstance(module, nn.Conv2d):
+
+            def write(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                written[id(output)] = (name, output)
+
+            module.register_forward_hook(write)
+        elif isinstance(module, nn.BatchNorm2d):
+
+            def read(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                if id(inputs[0]) in written:
+                    pairs[written[id(inputs[0])][0]] = name
+
+            module.register_forward_pre_hook(read)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    traced(torch.empty(2, getattr(model, "in_chans", 3), height, width, device="meta"))
+    return pairs
