@@ -41,18 +41,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else []
     if args.table:
         print(format_tables(results))
         return
+    begun = time.monotonic()
     wanted = [row for row in list_rows(args) if not any(all(r[k] == row[k] for k in KEY) for r in results)]
     for number, row in enumerate(wanted, start=1):
+        if time.monotonic() - begun > 60 * args.minutes:
+            print(f"{len(wanted) - number + 1} rows are left; run again to go on", file=sys.stderr)
+            break
         print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
         options = [f"--{name.replace('_', '-')}={value}" for name, value in row.items() if name != "model"]
         options += [f"--rounds={args.rounds}", f"--device={args.device}", "--json"]
-        started = time.time()
+        started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "dgnet", "bench", row["model"], *options], stdout=subprocess.PIPE, text=True
         )
@@ -64,7 +69,7 @@ def main() -> None:
         results.append(result)
         args.output.parent.mkdir(exist_ok=True)
         args.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in results) + "\n]\n")
-        print(f"  ratio {result['ratio']:.3f}, {time.time() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"  ratio {result['ratio']:.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -110,12 +110,15 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     against = config.against or config.model.removeprefix("dg_")
+    torch.manual_seed(config.seed)
+    networks = dgnet.create_model(config.model, **config.model_kwargs), dgnet.create_model(against)
+    image_size = config.image_size or int(networks[0].pretrained_cfg["input_size"][-1])  # type: ignore[index]
     with tqdm(total=2 + config.rounds, disable=not show_progress, file=sys.stderr, unit="round", mininterval=1) as bar:
         bar.set_description(f"{config.model}: first call")
-        ours = _Side(config, config.model, config.model_kwargs)
+        ours = _Side(config, config.model, networks[0], image_size)
         bar.update()
         bar.set_description(f"{against}: first call")
-        theirs = _Side(config, against, {}, ours.image_size)
+        theirs = _Side(config, against, networks[1], image_size)
         bar.update()
         for number in range(config.rounds):
             bar.set_description("alternating rounds")
@@ -135,7 +138,7 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         against_seconds=against_side.seconds,
         peak_memory_ratio=model_side.peak_memory / against_side.peak_memory if known else None,  # type: ignore[operator]
         batch_size=config.batch_size,
-        image_size=ours.image_size,
+        image_size=image_size,
         device=config.device,
         dtype=config.dtype,
         compile=config.compile,
@@ -177,14 +180,11 @@ def format_bench(result: BenchResult) -> str:
 class _Side:
     """A network with everything that a step of it needs, warmed up."""
 
-    def __init__(self, config: BenchConfig, name: str, model_kwargs: dict[str, Any], image_size: int | None = None) -> None:
+    def __init__(self, config: BenchConfig, name: str, network: nn.Module, image_size: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
+        self.image_size = image_size
         self.seconds: list[float] = []
-        torch.manual_seed(config.seed)
-        network = dgnet.create_model(name, **model_kwargs)
-        own = getattr(network, "pretrained_cfg", None) or {}
-        self.image_size: int = config.image_size or image_size or own.get("input_size", (3, 224, 224))[-1]
         allocated = self._allocated()
         step = self._prepare(network)
         started = time.perf_counter()

@@ -7,7 +7,7 @@ import dgnet
 from dgnet.graph import DynamicGraph, find_stages
 
 
-@pytest.mark.parametrize("name", ["dg_resnet18", "dg_resnet50", "dg_regnetx_006", "dg_mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["dg_resnet18", "dg_resnet50", "dg_resnext50_32x4d"])
 def test_a_scale_commutes_with_the_entry_nodes_convolution(name):
     network = dgnet.create_model(name).double()
     entry = find_stages(network)[1].nodes[0]
@@ -23,6 +23,12 @@ def test_a_scale_commutes_with_the_entry_nodes_convolution(name):
         torch.autograd.grad(before, inputs, upstream), torch.autograd.grad(after, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(one, two)
+
+
+def test_a_convolution_that_widens_takes_no_scale():
+    """RegNet's first convolution writes twice what it reads, MobileNetV2's expansion six times."""
+    for name in ("dg_regnetx_006", "dg_mobilenetv2_100"):
+        assert not find_stages(dgnet.create_model(name))[1].nodes[0].takes_scale
 
 
 def count_kept(network: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:

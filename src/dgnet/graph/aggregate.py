@@ -38,7 +38,8 @@ def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tens
     for edge, feature in enumerate(features):
         if is_open is not None:
             feature = torch.where(is_open[:, edge, None, None, None], feature, 0)
-        term = feature.to(dtype) * weights[:, edge, None, None, None].to(dtype)
+        # Promoted by the product: of a cast, the compiler would keep the wider copy for the backward pass.
+        term = feature * weights[:, edge, None, None, None].to(dtype)
         total = term if total is None else total + term
     summed: Tensor = total.to(features[0].dtype)
     return summed

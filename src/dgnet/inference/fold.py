@@ -32,7 +32,7 @@ def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -
 @torch.no_grad()
 def _find_pairs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, str]:
     """Names of convolutions and of the normalisations that read their outputs."""
-    traced = deepcopy(model).to("meta").eval()
+    traced = deepcopy(model).to("meta", torch.float32).eval()
     written: dict[int, tuple[str, Tensor]] = {}  # the tensors are held: an id may be given again
     pairs: dict[str, str] = {}
     for name, module in traced.named_modules():

@@ -212,9 +212,11 @@ class Transform(nn.Sequential):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether f_j begins with a convolution without bias, which commutes with a scale."""
+        """Whether f_j begins with a convolution that commutes with a scale and writes no more than it reads."""
         first: Any = self[0].conv if isinstance(self[0], ConvNormAct) else self[0]
-        return isinstance(first, nn.Conv2d) and first.bias is None
+        if not isinstance(first, nn.Conv2d) or first.bias is not None:
+            return False
+        return first.out_channels <= first.in_channels * first.stride[0] * first.stride[1]
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """f_j(x), or f_j(scale · x) for `scale` (B,), without a scaled copy of x for the backward pass to keep."""

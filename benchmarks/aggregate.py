@@ -1,0 +1,153 @@
+"""Aggregation, forward and backward, as a share of the bandwidth of a copy of the same bytes in the same run.
+
+    python benchmarks/aggregate.py                 # every stage shape of every network, maps beyond the cache
+    python benchmarks/aggregate.py --table         # print the Markdown table of what is there
+
+One node that hears from every other node of its stage. Bytes are the fewest: forward reads each map and writes the sum;
+backward reads the sum's gradient and each map, and writes each map's gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dgnet
+from dgnet.bench import describe_hardware, versions
+from dgnet.graph import DynamicGraph, aggregate, find_stages
+from dgnet.graph.aggregate import aggregate_by_loop
+
+MODELS = ("regnetx_006", "regnetx_016", "resnet18", "resnet50", "mobilenetv2_100", "resnext50_32x4d", "resnet101")
+
+
+def main() -> None:
+    """Measure every shape, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--map-mib", type=float, default=48, help="least size of one map of a batch, MiB: beyond the cache")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no shape after so many minutes")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "aggregate_cpu.json")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(format_table(json.loads(args.output.read_text())))
+        return
+    begun = time.monotonic()
+    results = []
+    rows = [(shape, dtype) for dtype in args.dtypes for shape in list_shapes()]
+    for shape, dtype in tqdm(rows, file=sys.stderr):
+        if time.monotonic() - begun > 60 * args.minutes:
+            break
+        results.append(measure(*shape, getattr(torch, dtype), args))
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in results) + "\n]\n")
+    print(format_table(results))
+
+
+def list_shapes() -> list[tuple[int, int, int, int]]:
+    """(C, H, W, E) of the output node of every stage, each once."""
+    shapes: dict[tuple[int, int, int, int], None] = {}
+
+    def note(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, channels, height, width = output.shape
+        shapes[channels, height, width, stage.topology.num_nodes - 1] = None
+
+    for name in MODELS:
+        model = dgnet.create_model(f"dg_{name}").to("meta").eval()
+        for stage in find_stages(model):
+            stage.register_forward_hook(note)
+        with torch.no_grad():
+            model(torch.empty(1, 3, 224, 224, device="meta"))
+    return list(shapes)
+
+
+def measure(channels: int, height: int, width: int, edges: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    """One shape: every form and the copy in alternating rounds."""
+    torch._dynamo.reset()
+    size = channels * height * width * dtype.itemsize
+    batch = max(1, round(args.map_mib * 2**20 / size))
+    options: dict[str, Any] = {"device": args.device, "dtype": dtype}
+
+    def draw() -> Tensor:
+        return torch.randn(batch, channels, height, width, **options).to(memory_format=torch.channels_last)
+
+    features = [draw().requires_grad_() for _ in range(edges)]
+    weights = torch.rand(batch, edges, device=args.device).requires_grad_()
+    upstream = draw()
+    forms: dict[str, Callable[..., Tensor]] = {
+        "loop": aggregate_by_loop,
+        "eager": aggregate,
+        "compiled": torch.compile(aggregate),
+    }
+    sources = [feature.detach() for feature in features]
+    targets = [torch.empty_like(source) for source in sources]
+
+    def copy() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    def both(form: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(form(features, weights), [weights, *features], upstream)
+
+    def forward(form: Callable[..., Tensor]) -> None:
+        with torch.no_grad():
+            form(features, weights)
+
+    runs: dict[str, Callable[[], None]] = {"copy": copy}
+    for name, form in forms.items():
+        runs[f"{name} forward"] = lambda form=form: forward(form)  # type: ignore[misc]
+        runs[f"{name} both"] = lambda form=form: both(form)  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(args.rounds + 2):  # two to warm up
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if args.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    maps = {"forward": edges + 1, "both": (edges + 1) + (2 * edges + 1)}
+    copy_rate = 2 * edges * batch * size / median["copy"]
+    shares = {name: maps[name.split()[1]] * batch * size / median[name] / copy_rate for name in runs if name != "copy"}
+    return {
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "edges": edges,
+        "batch_size": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_bytes_per_second": copy_rate,
+        "share_of_copy": shares,
+        "rounds": args.rounds,
+        "hardware": describe_hardware(args.device),
+        "versions": versions(args.device),
+    }
+
+
+def format_table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table: each form's rate as a percentage of the copy's."""
+    names = list(results[0]["share_of_copy"])
+    lines = [f"| C × H × W | edges | dtype | batch | copy GB/s | {' | '.join(f'{name} %' for name in names)} |"]
+    lines.append("|---|---|---|---|---|" + "---|" * len(names))
+    for r in results:
+        cells = [f"{r['channels']} × {r['height']} × {r['width']}", str(r["edges"]), r["dtype"], str(r["batch_size"])]
+        cells += [f"{r['copy_bytes_per_second'] / 1e9:.1f}", *(f"{100 * r['share_of_copy'][name]:.0f}" for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every GPU check and measurement on one GPU, in under ten minutes; run it again to go on with what is left.
+
+    python benchmarks/gpu.py --output OUT
+
+Writes networks_cuda.json, aggregate_cuda.json and checks.txt to OUT; they belong in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    """Checks first: a figure of code that is wrong is worth nothing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing after so many minutes")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "checks.txt").open("w") as log:
+        checks = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "gpu", HERE.parent / "tests"], stdout=log, stderr=subprocess.STDOUT
+        )
+    print((args.output / "checks.txt").read_text()[-2000:])
+    if checks.returncode:
+        return checks.returncode
+
+    def run(script: str, name: str, minutes: float, *options: str) -> None:
+        left = args.minutes - (time.monotonic() - begun) / 60
+        output = f"--output={args.output / name}"
+        if left > 0:
+            command = [sys.executable, HERE / script, "--device=cuda", f"--minutes={min(left, minutes)}", output, *options]
+            subprocess.run(command, check=True)
+
+    networks = ("networks.py", "networks_cuda.json")
+    if not (args.output / "aggregate_cuda.json").exists():
+        run("aggregate.py", "aggregate_cuda.json", 1.5, "--dtypes", "bfloat16", "--map-mib", "256")
+    large = ("--dtypes", "bfloat16", "--train-batch-size", "128", "--infer-batch-sizes", "64")
+    run(*networks, args.minutes, "--tasks", "train", "--forms", "compiled", *large)
+    run(*networks, args.minutes, "--tasks", "infer", "--forms", "compiled", *large)
+    run(
+        *networks,
+        args.minutes,
+        "--tasks",
+        "infer",
+        "--forms",
+        "cuda-graphs",
+        "--dtypes",
+        "bfloat16",
+        "--infer-batch-sizes",
+        "1",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.test_cli import ask, refuse
+
+QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
+
+
+@pytest.mark.parametrize("task", ["train", "infer"])
+def test_a_measurement(capsys, task):
+    result = json.loads(ask(capsys, "bench", "dg_resnet20", "--task", task, *QUICK, "--json"))
+    assert (result["model"], result["against"], result["task"]) == ("dg_resnet20", "resnet20", task)
+    assert (result["batch_size"], result["image_size"], result["device"], result["dtype"]) == (
+        4,
+        16,
+        result["device"],
+        "float32",
+    )
+    assert result["ratio_quartiles"][0] <= result["ratio"] <= result["ratio_quartiles"][1]
+    for side in ("model", "against"):
+        measured = result[f"{side}_side"]
+        assert measured["seconds"] == result[f"{side}_seconds"] > 0
+        assert measured["images_per_second"] == pytest.approx(4 / measured["seconds"])
+    assert {"dgnet", "python", "torch", "torchvision", "timm"} <= result["versions"].keys()
+    assert result["hardware"]
+
+
+def test_any_two_networks_and_the_table(capsys):
+    options = ["--against", "dg_resnet20", "--task", "infer", "--model-kwargs", "{weighting: fixed}"]
+    text = ask(capsys, "bench", "dg_resnet20", *options, *QUICK)
+    assert "dg_resnet20 / dg_resnet20: time " in text
+    assert "images/s" in text
+
+
+def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys):
+    peaks = []
+    for batch_size in (8, 40):
+        text = ask(capsys, "bench", "resnet20", "--against", "resnet20", "--batch-size", batch_size, "--rounds", 1, "--json")
+        peaks.append(json.loads(text)["model_side"]["peak_memory"])
+    if None in peaks:
+        pytest.skip("this system does not tell the peak memory of a process")
+    # resnet20 at 32×32: each convolution's output, and each normalisation's, whose ReLU works in place.
+    per_image = 2 * 4 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2)
+    assert 0.8 < (peaks[1] - peaks[0]) / (32 * per_image) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dg_resnet19"], "unknown model 'dg_resnet19'; did you mean"),
+        (["resnet20"], "name the other model with --against"),
+        (["dg_resnet20", "--against", "resnet2"], "unknown model 'resnet2'"),
+        (["dg_resnet20", "--task", "fly"], "unknown --task 'fly'; allowed: train, infer"),
+        (["dg_resnet20", "--dtype", "int8"], "unknown --dtype 'int8'"),
+        (["dg_resnet20", "--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["dg_resnet20", "--batch-size", 1], "--batch-size 2 or more"),
+        (["dg_resnet20", "--rounds", 0], "--rounds must be at least 1, got 0"),
+        (["dg_resnet20", "--cuda-graphs", "true", "--device", "cpu"], "--cuda-graphs needs --compile true and a CUDA device"),
+        (["dg_resnet20", "--model-kwargs", "{router_bias: x}"], "router_bias must be a number"),
+    ],
+    ids=str,
+)
+def test_refusals(capsys, arguments, message):
+    assert message in refuse(capsys, "bench", *arguments)
