@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import MODELS, stage_shapes, write_rows
 from torch import Tensor
 from tqdm import tqdm
 
 import dgnet
 from dgnet.bench import describe_hardware, versions
-from dgnet.graph import DynamicGraph, aggregate, find_stages
+from dgnet.graph import aggregate
 from dgnet.graph.aggregate import aggregate_by_loop
-
-MODELS = ("regnetx_006", "regnetx_016", "resnet18", "resnet50", "mobilenetv2_100", "resnext50_32x4d", "resnet101")
 
 
 def main() -> None:
@@ -51,26 +50,14 @@ def main() -> None:
         if time.monotonic() - begun > 60 * args.minutes:
             break
         results.append(measure(*shape, getattr(torch, dtype), args))
-        args.output.parent.mkdir(exist_ok=True)
-        args.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in results) + "\n]\n")
+        write_rows(args.output, results)
     print(format_table(results))
 
 
 def list_shapes() -> list[tuple[int, int, int, int]]:
     """(C, H, W, E) of the output node of every stage, each once."""
-    shapes: dict[tuple[int, int, int, int], None] = {}
-
-    def note(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, channels, height, width = output.shape
-        shapes[channels, height, width, stage.topology.num_nodes - 1] = None
-
-    for name in MODELS:
-        model = dgnet.create_model(f"dg_{name}").to("meta").eval()
-        for stage in find_stages(model):
-            stage.register_forward_hook(note)
-        with torch.no_grad():
-            model(torch.empty(1, 3, 224, 224, device="meta"))
-    return list(shapes)
+    stages = (stage for name in MODELS for stage in stage_shapes(dgnet.create_model(f"dg_{name}"), 224))
+    return list(dict.fromkeys((channels, height, width, nodes - 1) for nodes, channels, height, width in stages))
 
 
 def measure(channels: int, height: int, width: int, edges: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:

@@ -18,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from common import MODELS, stage_shapes, write_rows
 
 import dgnet
-from dgnet.graph import DynamicGraph
 
-MODELS = ("regnetx_006", "regnetx_016", "resnet18", "resnet50", "mobilenetv2_100", "resnext50_32x4d", "resnet101")
-TARGETS = dict(zip(MODELS, (1.06, 1.06, 1.06, 1.08, 1.12, 1.12, 1.15), strict=True))  # of a training step
+TARGETS = {  # of a training step
+    "regnetx_006": 1.06,
+    "regnetx_016": 1.06,
+    "resnet18": 1.06,
+    "resnet50": 1.08,
+    "mobilenetv2_100": 1.12,
+    "resnext50_32x4d": 1.12,
+    "resnet101": 1.15,
+}
 KEY = ("model", "task", "batch_size", "dtype", "compile", "cuda_graphs", "image_size")
 
 
@@ -67,8 +73,7 @@ def main() -> None:
         result = json.loads(done.stdout)
         result["floor_seconds"] = floor_seconds(result, args.device)
         results.append(result)
-        args.output.parent.mkdir(exist_ok=True)
-        args.output.write_text("[\n" + ",\n".join(json.dumps(one) for one in results) + "\n]\n")
+        write_rows(args.output, results)
         print(f"  ratio {result['ratio']:.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -95,7 +100,8 @@ def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
     """
     model, against = dgnet.create_model(result["model"]), dgnet.create_model(result["against"])
     ours, theirs = (dgnet.cost(network, result["image_size"]) for network in (model, against))
-    blocks = _count_block_elements(model, result["image_size"])
+    shapes = stage_shapes(model, result["image_size"])
+    blocks = sum((nodes - 2) * channels * height * width for nodes, channels, height, width in shapes)
     edges = ours.aggregation_multiply_adds
     passes = 4 if result["task"] == "train" else 2
     elements = edges - blocks + (ours.activations - theirs.activations) * passes
@@ -106,22 +112,6 @@ def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
     memory = elements * size * result["batch_size"] / bandwidth
     arithmetic = result["against_seconds"] * max(ours.multiply_adds / theirs.multiply_adds - 1, 0)
     return {"memory": memory, "arithmetic": arithmetic, "bandwidth": bandwidth}
-
-
-def _count_block_elements(model: torch.nn.Module, image_size: int) -> int:
-    """Elements of the maps that blocks write, of one image."""
-    counted = 0
-
-    def count(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal counted
-        counted += output[0].numel() * (stage.topology.num_nodes - 2)
-
-    model = model.to("meta")
-    for stage in dgnet.graph.find_stages(model):
-        stage.register_forward_hook(count)  # type: ignore[arg-type]
-    with torch.no_grad():
-        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counted
 
 
 def copy_bandwidth(device: str) -> float:

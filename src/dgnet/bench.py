@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dgnet
-from dgnet.errors import UsageError, check_choice, check_range, reason
+from dgnet.errors import UsageError, check_range, reason
 from dgnet.inference import fold_batch_norms
+from dgnet.options import check_choices, flag, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUND_SECONDS = 0.5  # a round repeats short steps until it lasts this long
@@ -37,26 +38,25 @@ class BenchConfig:
     """
 
     model: str
-    against: str | None = None
-    task: str = "train"
-    batch_size: int = 32
-    image_size: int | None = None  # pixels; None: the model's own
+    against: str | None = option(None, "the other network; by default the static baseline")
+    task: str = option("train", "train: a training step; infer: a forward pass, BN folded", ("train", "infer"))
+    batch_size: int = option(32, "images in a step")
+    image_size: int | None = option(None, "side in pixels; by default the model's own")
     device: str = "cpu"
-    dtype: str = "float32"
-    compile: bool = False
-    cuda_graphs: bool = False  # the compiler's mode for small batches
-    channels_last: bool = True
-    rounds: int = 10
-    threads: int | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)  # of `model` only
+    dtype: str = option("float32", "float32, bfloat16 or float16; autocast in training", tuple(DTYPES))
+    compile: bool = option(False, "compile both networks with torch.compile")
+    cuda_graphs: bool = option(False, "compile with CUDA graphs, which small batches need")
+    channels_last: bool = option(True, "channels_last memory format")
+    rounds: int = option(10, "rounds in which the two alternate")
+    threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
+    model_kwargs: dict[str, Any] = option({}, "options of MODEL, not of the other")
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("--task", self.task, ("train", "infer"))
-        check_choice("--dtype", self.dtype, DTYPES)
+        check_choices(self)
         for name in ("batch_size", "rounds", "image_size", "threads"):
             if getattr(self, name) is not None:
-                check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+                check_range(flag(name), getattr(self, name), 1)
         if self.against is None and not self.model.startswith("dg_"):
             raise UsageError(f"{self.model} has no static baseline of its own; name the other model with --against")
         if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):
@@ -120,8 +120,8 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         bar.set_description(f"{against}: first call")
         theirs = _Side(config, against, networks[1], image_size)
         bar.update()
+        bar.set_description("alternating rounds")
         for number in range(config.rounds):
-            bar.set_description("alternating rounds")
             for side in (ours, theirs) if number % 2 else (theirs, ours):
                 side.run_round()
             bar.update()

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import dgnet
 from dgnet.errors import UsageError, check_range, did_you_mean, reason
+from dgnet.options import flag
 
 
 class Parser(ArgumentParser):
@@ -50,11 +51,21 @@ def _train_parser() -> Parser:
 
     parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    hints, defaults = get_type_hints(TrainConfig), TrainConfig()
-    for f in fields(TrainConfig):
-        default = getattr(defaults, f.name)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=hints[f.name], default=default, help=f.metadata["help"])
+    _add_fields(parser, TrainConfig)
     return parser
+
+
+def _add_fields(parser: Parser, config: type[Any]) -> None:
+    """An option for each field of the dataclass `config` that was made with `dgnet.options.option`."""
+    hints = get_type_hints(config)
+    for f in fields(config):
+        if "help" in f.metadata:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            parser.add_argument(flag(f.name), type=hints[f.name], default=default, help=f.metadata["help"])
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
 
 
 def _evaluate_parser() -> Parser:
@@ -70,7 +81,7 @@ def _evaluate_parser() -> Parser:
 def _add_loader_options(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images a forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
+    _add_device(parser)
 
 
 def _predict_parser() -> Parser:
@@ -78,7 +89,7 @@ def _predict_parser() -> Parser:
     parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top-k", type=int, default=5, help="classes to print for an image")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
+    _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
@@ -96,20 +107,12 @@ def _cost_parser() -> Parser:
 
 
 def _bench_parser() -> Parser:
+    from dgnet.bench import BenchConfig
+
     parser = Parser(description="Measure two networks against each other: time, throughput and memory, as ratios of one run.")
     parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")
-    parser.add_argument("--against", type=str | None, default=None, help="the other network; by default the static baseline")
-    parser.add_argument("--task", type=str, default="train", help="train: a training step; infer: a forward pass, BN folded")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a step")
-    parser.add_argument("--image-size", type=int | None, default=None, help="side in pixels; by default the model's own")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16 or float16; autocast in training")
-    parser.add_argument("--compile", type=bool, default=False, help="compile both networks with torch.compile")
-    parser.add_argument("--cuda-graphs", type=bool, default=False, help="compile with CUDA graphs, which small batches need")
-    parser.add_argument("--channels-last", type=bool, default=True, help="channels_last memory format")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds in which the two alternate")
-    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; by default torch's own choice")
-    parser.add_argument("--model-kwargs", type=dict[str, Any], default={}, help="options of MODEL, not of the other")
+    _add_fields(parser, BenchConfig)
+    _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 

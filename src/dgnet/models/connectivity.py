@@ -213,7 +213,7 @@ class Transform(nn.Sequential):
     @property
     def takes_scale(self) -> bool:
         """Whether f_j begins with a convolution that commutes with a scale and writes no more than it reads."""
-        first: Any = self[0].conv if isinstance(self[0], ConvNormAct) else self[0]
+        first, _ = self._split()
         if not isinstance(first, nn.Conv2d) or first.bias is not None:
             return False
         return first.out_channels <= first.in_channels * first.stride[0] * first.stride[1]
@@ -222,14 +222,18 @@ class Transform(nn.Sequential):
         """f_j(x), or f_j(scale · x) for `scale` (B,), without a scaled copy of x for the backward pass to keep."""
         if scale is None:
             return super().forward(x)
-        first: Any
-        first, *rest = self
-        if isinstance(first, ConvNormAct):
-            first, *rest = [*first.children(), *rest]  # convolution, normalisation with activation
+        first, rest = self._split()
         x = aggregate([first(x)], scale[:, None])
         for module in rest:
             x = module(x)
         return x
+
+    def _split(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The first module and the others, timm's convolution with normalisation and activation taken apart."""
+        first, *rest = self
+        if isinstance(first, ConvNormAct):
+            first, *rest = [*first.children(), *rest]
+        return first, rest
 
     def zero_init_last(self) -> None:
         """Start the last normalisation at γ = 0, as timm's blocks do; timm's `init_weights` calls this."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.optim import list_optimizers
 from torch import nn
 
 from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.options import check_choices, flag, option
 
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
@@ -44,14 +45,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, str | bool | int | float)
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its help text, and the values allowed where they are few."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -95,13 +88,11 @@ class TrainConfig:
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.metadata["choices"]:
-                check_choice(f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.metadata["choices"])
+        check_choices(self)
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
         for name, bounds in _BOUNDS.items():
             if getattr(self, name) is not None:
-                check_range(f"--{name.replace('_', '-')}", getattr(self, name), *bounds)
+                check_range(flag(name), getattr(self, name), *bounds)
         check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
         if self.lr == 0:
             raise UsageError("--lr must be above 0, got 0")

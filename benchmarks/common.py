@@ -1,0 +1,38 @@
+"""What the benchmarks share: the networks, their stages' shapes, and files of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.graph import DynamicGraph, find_stages
+from dgnet.tables import TABLES
+
+MODELS = tuple(row.model for row in TABLES["1"].rows if not row.model.startswith("dg_"))
+"""The static networks of Table 1; each has a `dg_` form."""
+
+
+def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int, int, int]]:
+    """(N, C, H, W) of each stage: its nodes and the maps that it writes. The model goes to the meta device."""
+    shapes = []
+
+    def note(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, channels, height, width = output.shape
+        shapes.append((stage.topology.num_nodes, channels, height, width))
+
+    model = model.to("meta").eval()
+    for stage in find_stages(model):
+        stage.register_forward_hook(note)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return shapes
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A JSON list with a line a row."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
