@@ -31,7 +31,7 @@ TARGETS = {  # of a training step
     "resnext50_32x4d": 1.12,
     "resnet101": 1.15,
 }
-KEY = ("model", "task", "batch_size", "dtype", "compile", "cuda_graphs", "image_size")
+KEY = ("model", "task", "batch_size", "dtype", "compile", "cuda_graphs", "image_size", "allocator")
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--infer-batch-sizes", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--allocators", nargs="+", default=["keep"], choices=["keep", "system"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
@@ -84,10 +85,10 @@ def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         for dtype in args.dtypes:
             for form in args.forms:
                 for batch_size in [args.train_batch_size] if task == "train" else args.infer_batch_sizes:
-                    for model in args.models:
-                        row = {"model": f"dg_{model}", "task": task, "batch_size": batch_size, "dtype": dtype}
-                        row |= {"compile": form != "eager", "cuda_graphs": form == "cuda-graphs"}
-                        rows.append(row | {"image_size": args.image_size})
+                    for allocator in args.allocators:
+                        row = {"task": task, "batch_size": batch_size, "dtype": dtype, "compile": form != "eager"}
+                        row |= {"cuda_graphs": form == "cuda-graphs", "allocator": allocator, "image_size": args.image_size}
+                        rows += [{"model": f"dg_{model}", **row} for model in args.models]
     return rows
 
 
@@ -133,7 +134,10 @@ def format_tables(results: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         form = "CUDA graphs" if result["cuda_graphs"] else "compiled" if result["compile"] else "eager"
-        groups.setdefault(f"{result['task']}, batch {result['batch_size']}, {result['dtype']}, {form}", []).append(result)
+        title = f"{result['task']}, batch {result['batch_size']}, {result['dtype']}, {form}"
+        if result["allocator"] != "keep":
+            title += f", allocator {result['allocator']}"
+        groups.setdefault(title, []).append(result)
     lines = []
     for title, rows in groups.items():
         lines += [f"### {title}", ""]

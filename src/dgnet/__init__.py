@@ -7,6 +7,7 @@ from dgnet.cost import cost as cost
 from dgnet.errors import UsageError as UsageError
 from dgnet.graph import record_connectivity as record_connectivity
 from dgnet.graph import use_connectivity as use_connectivity
+from dgnet.memory import keep_freed_memory as keep_freed_memory
 from dgnet.models import create_model as create_model
 from dgnet.models import list_models as list_models
 from dgnet.models import load_static_weights as load_static_weights

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import dgnet
 from dgnet.errors import UsageError, check_range, reason
 from dgnet.inference import fold_batch_norms
+from dgnet.memory import keep_freed_memory
 from dgnet.options import check_choices, flag, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +50,9 @@ class BenchConfig:
     channels_last: bool = option(True, "channels_last memory format")
     rounds: int = option(10, "rounds in which the two alternate")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
+    allocator: str = option(
+        "keep", "memory freed on the CPU: keep it for the next step, or system: give it back", ("keep", "system")
+    )
     model_kwargs: dict[str, Any] = option({}, "options of MODEL, not of the other")
     seed: int = 0
 
@@ -99,6 +103,7 @@ class BenchResult:
     channels_last: bool
     rounds: int
     threads: int
+    allocator: str
     model_side: Measured
     against_side: Measured
     hardware: str
@@ -109,6 +114,8 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
     """Measure two networks in alternating rounds. Raises UsageError where one cannot be built or run."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.allocator == "keep":
+        keep_freed_memory()
     against = config.against or config.model.removeprefix("dg_")
     torch.manual_seed(config.seed)
     networks = dgnet.create_model(config.model, **config.model_kwargs), dgnet.create_model(against)
@@ -146,6 +153,7 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         channels_last=config.channels_last,
         rounds=config.rounds,
         threads=torch.get_num_threads(),
+        allocator=config.allocator,
         model_side=model_side,
         against_side=against_side,
         hardware=describe_hardware(config.device),

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import dgnet
 from dgnet.errors import UsageError, check_range, did_you_mean, reason
+from dgnet.memory import keep_freed_memory
 from dgnet.options import flag
 
 
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         _check_options(command, arguments[arguments.index(command) + 1 :], subparsers[command])
         _, run = _COMMANDS[command]
+        if command != "bench":  # there it is an option
+            keep_freed_memory()
         run(parser.parse_args(arguments)[command])
     except UsageError as error:
         print(f"dgnet: {error}", file=sys.stderr)
