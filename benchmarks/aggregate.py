@@ -4,13 +4,13 @@
     python benchmarks/aggregate.py --table         # print the Markdown table of what is there
 
 One node that hears from every other node of its stage. Bytes are the fewest: forward reads each map and writes the sum;
-backward reads the sum's gradient and each map, and writes each map's gradient.
+backward reads the sum's gradient and each map, and writes each map's gradient. A shape that is in the file is not measured
+again, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, stage_shapes, write_rows
+from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,32 +40,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "aggregate_cpu.json")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
     args = parser.parse_args()
+    results = read_rows(args.output)
     if args.table:
-        print(format_table(json.loads(args.output.read_text())))
+        print(format_table(results))
         return
+    dgnet.keep_freed_memory()
     begun = time.monotonic()
-    results = []
-    rows = [(shape, dtype) for dtype in args.dtypes for shape in list_shapes()]
-    for shape, dtype in tqdm(rows, file=sys.stderr):
+    for row in tqdm(missing_rows(list_rows(args), results), file=sys.stderr):
         if time.monotonic() - begun > 60 * args.minutes:
             break
-        results.append(measure(*shape, getattr(torch, dtype), args))
+        results.append(row | measure(**row, args=args))
         write_rows(args.output, results)
     print(format_table(results))
 
 
-def list_shapes() -> list[tuple[int, int, int, int]]:
-    """(C, H, W, E) of the output node of every stage, each once."""
+def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The shape of the output node of every stage, each once, in each dtype."""
     stages = (stage for name in MODELS for stage in stage_shapes(dgnet.create_model(f"dg_{name}"), 224))
-    return list(dict.fromkeys((channels, height, width, nodes - 1) for nodes, channels, height, width in stages))
+    shapes = dict.fromkeys((channels, height, width, nodes - 1) for nodes, channels, height, width in stages)
+    names = ("channels", "height", "width", "edges")
+    return [dict(zip(names, shape, strict=True)) | {"dtype": dtype} for dtype in args.dtypes for shape in shapes]
 
 
-def measure(channels: int, height: int, width: int, edges: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+def measure(channels: int, height: int, width: int, edges: int, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """One shape: every form and the copy in alternating rounds."""
     torch._dynamo.reset()
-    size = channels * height * width * dtype.itemsize
+    options: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, dtype)}
+    size = channels * height * width * options["dtype"].itemsize
     batch = max(1, round(args.map_mib * 2**20 / size))
-    options: dict[str, Any] = {"device": args.device, "dtype": dtype}
 
     def draw() -> Tensor:
         return torch.randn(batch, channels, height, width, **options).to(memory_format=torch.channels_last)
@@ -110,12 +112,7 @@ def measure(channels: int, height: int, width: int, edges: int, dtype: torch.dty
     copy_rate = 2 * edges * batch * size / median["copy"]
     shares = {name: maps[name.split()[1]] * batch * size / median[name] / copy_rate for name in runs if name != "copy"}
     return {
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "edges": edges,
         "batch_size": batch,
-        "dtype": str(dtype).removeprefix("torch."),
         "copy_bytes_per_second": copy_rate,
         "share_of_copy": shares,
         "rounds": args.rounds,

@@ -32,6 +32,17 @@ def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int, int,
     return shapes
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What `write_rows` has written; an empty list where there is nothing yet."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
+def missing_rows(wanted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The wanted rows, each told by some of its fields, that `rows` does not hold."""
+    return [row for row in wanted if not any(all(r[key] == value for key, value in row.items()) for r in rows)]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """A JSON list with a line a row."""
     path.parent.mkdir(exist_ok=True)

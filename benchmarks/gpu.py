@@ -40,8 +40,7 @@ def main() -> int:
             subprocess.run(command, check=True)
 
     networks = ("networks.py", "networks_cuda.json")
-    if not (args.output / "aggregate_cuda.json").exists():
-        run("aggregate.py", "aggregate_cuda.json", 1.5, "--dtypes", "bfloat16", "--map-mib", "256")
+    run("aggregate.py", "aggregate_cuda.json", 1.5, "--dtypes", "bfloat16", "--map-mib", "256")
     large = ("--dtypes", "bfloat16", "--train-batch-size", "128", "--infer-batch-sizes", "64")
     run(*networks, args.minutes, "--tasks", "train", "--forms", "compiled", *large)
     run(*networks, args.minutes, "--tasks", "infer", "--forms", "compiled", *large)

@@ -1,6 +1,7 @@
 """DG / static of the paper's seven networks: training step and inference, time and memory.
 
     python benchmarks/networks.py --tasks train --dtypes bfloat16 --forms compiled
+    python benchmarks/networks.py --tasks train --dtypes bfloat16 --forms compiled --stem      # what DG's stem costs a ResNet
     python benchmarks/networks.py --table          # print the Markdown tables of what is there
 
 Each row is one `dgnet bench` in a process of its own, kept in a JSON file as soon as it is measured; rows that are there are
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, stage_shapes, write_rows
+from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 
 import dgnet
+from dgnet.options import flag
 
+STEM = {"topology": "chain", "weighting": "fixed", "shortcut": "node"}
+"""The static network as DG-Net begins it: with a max-pool less and its stride in the first stage (ResNets)."""
 TARGETS = {  # of a training step
     "regnetx_006": 1.06,
     "regnetx_016": 1.06,
@@ -31,7 +35,6 @@ TARGETS = {  # of a training step
     "resnext50_32x4d": 1.12,
     "resnet101": 1.15,
 }
-KEY = ("model", "task", "batch_size", "dtype", "compile", "cuda_graphs", "image_size", "allocator")
 
 
 def main() -> None:
@@ -48,26 +51,26 @@ def main() -> None:
     parser.add_argument("--allocators", nargs="+", default=["keep"], choices=["keep", "system"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
+    parser.add_argument("--stem", action="store_true", help="in place of DG-Nets, the static ResNets on DG's stem")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
     args = parser.parse_args()
-    results = json.loads(args.output.read_text()) if args.output.exists() else []
+    results = read_rows(args.output)
     if args.table:
         print(format_tables(results))
         return
     begun = time.monotonic()
-    wanted = [row for row in list_rows(args) if not any(all(r[k] == row[k] for k in KEY) for r in results)]
+    wanted = missing_rows(list_rows(args), results)
     for number, row in enumerate(wanted, start=1):
         if time.monotonic() - begun > 60 * args.minutes:
             print(f"{len(wanted) - number + 1} rows are left; run again to go on", file=sys.stderr)
             break
         print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in row.items() if name != "model"]
+        model = row.pop("model")
+        options = [flag(name) + f"={json.dumps(value) if isinstance(value, dict) else value}" for name, value in row.items()]
         options += [f"--rounds={args.rounds}", f"--device={args.device}", "--json"]
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "dgnet", "bench", row["model"], *options], stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run([sys.executable, "-m", "dgnet", "bench", model, *options], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"  failed with status {done.returncode}", file=sys.stderr)
             continue
@@ -88,7 +91,8 @@ def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                     for allocator in args.allocators:
                         row = {"task": task, "batch_size": batch_size, "dtype": dtype, "compile": form != "eager"}
                         row |= {"cuda_graphs": form == "cuda-graphs", "allocator": allocator, "image_size": args.image_size}
-                        rows += [{"model": f"dg_{model}", **row} for model in args.models]
+                        row |= {"model_kwargs": STEM if args.stem else {}}
+                        rows += [{"model": f"dg_{model}", **row} for model in args.models if "resne" in model or not args.stem]
     return rows
 
 
@@ -99,7 +103,7 @@ def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
     its consumer's gradient and each node its own map, and writes that one's gradient. A map that a convolution writes more than
     in the static network is written once and read once in each direction.
     """
-    model, against = dgnet.create_model(result["model"]), dgnet.create_model(result["against"])
+    model, against = dgnet.create_model(result["model"], **result["model_kwargs"]), dgnet.create_model(result["against"])
     ours, theirs = (dgnet.cost(network, result["image_size"]) for network in (model, against))
     shapes = stage_shapes(model, result["image_size"])
     blocks = sum((nodes - 2) * channels * height * width for nodes, channels, height, width in shapes)
@@ -130,22 +134,31 @@ def copy_bandwidth(device: str) -> float:
 
 
 def format_tables(results: list[dict[str, Any]]) -> str:
-    """One Markdown table for each task, batch size, dtype and form."""
+    """One Markdown table for each task, batch size, dtype and form.
+
+    What the paper's own structure adds, and "less structure" takes off: for ResNets what DG's stem makes of the static network
+    (rows of --stem); for others the share of additional multiply-adds (MobileNetV2's projections, routers).
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
+    stems: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         form = "CUDA graphs" if result["cuda_graphs"] else "compiled" if result["compile"] else "eager"
         title = f"{result['task']}, batch {result['batch_size']}, {result['dtype']}, {form}"
         if result["allocator"] != "keep":
             title += f", allocator {result['allocator']}"
-        groups.setdefault(title, []).append(result)
+        if result["model_kwargs"] == STEM:
+            stems[title, result["against"]] = result
+        else:
+            groups.setdefault(title, []).append(result)
     lines = []
     for title, rows in groups.items():
         lines += [f"### {title}", ""]
         lines += [
-            "| network | static ms | DG ms | ratio | quartiles | target | (DG − static) / floor | peak memory | static MiB |"
+            "| network | static ms | DG ms | ratio | quartiles | target | (DG − static) / floor | ratio less structure"
+            " | peak memory | less structure | static MiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
-        for r in rows:
+        for r in sorted(rows, key=lambda row: MODELS.index(row["against"])):
             target = TARGETS[r["against"]] if r["task"] == "train" else 1.10
             floor = r["floor_seconds"]["memory"] + r["floor_seconds"]["arithmetic"]
             low, high = r["ratio_quartiles"]
@@ -158,7 +171,13 @@ def format_tables(results: list[dict[str, Any]]) -> str:
                 f"{1000 * r['model_seconds']:.1f}",
                 f"{r['ratio']:.3f}",
             ]
-            cells += [f"{low:.3f} … {high:.3f}", f"{target:.2f}", f"{over_floor:.1f}", memory, static]
+            stem = stems.get((title, r["against"]))
+            structure = stem["ratio"] - 1 if stem else r["floor_seconds"]["arithmetic"] / r["against_seconds"]
+            kept = stem["peak_memory_ratio"] - 1 if stem and stem["peak_memory_ratio"] else 0
+            bare = "–" if r["peak_memory_ratio"] is None else f"{r['peak_memory_ratio'] - kept:.3f}"
+            known = stem or "resne" not in r["against"]
+            cells += [f"{low:.3f} … {high:.3f}", f"{target:.2f}", f"{over_floor:.1f}"]
+            cells += [f"{r['ratio'] - structure:.3f}" if known else "–", memory, bare if known else "–", static]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

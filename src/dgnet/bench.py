@@ -104,6 +104,7 @@ class BenchResult:
     rounds: int
     threads: int
     allocator: str
+    model_kwargs: dict[str, Any]
     model_side: Measured
     against_side: Measured
     hardware: str
@@ -154,6 +155,7 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         rounds=config.rounds,
         threads=torch.get_num_threads(),
         allocator=config.allocator,
+        model_kwargs=config.model_kwargs,
         model_side=model_side,
         against_side=against_side,
         hardware=describe_hardware(config.device),
