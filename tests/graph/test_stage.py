@@ -42,7 +42,7 @@ def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):
     expected, adjacency, alpha = run_stage_by_edges(stage, x)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(record.adjacency[0], adjacency, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(record.alpha[0], alpha, rtol=1e-4, atol=1e-6)  # a dead node's are those of x_j = 0
+    torch.testing.assert_close(record.alpha[0], alpha, rtol=1e-4, atol=1e-6)  # a dead node's are 0
     closed = (adjacency == 0)[:, stage.topology.mask].float().mean()
     assert closed == 0 if training else 0.1 < closed < 0.9  # the case is not a trivial one
 

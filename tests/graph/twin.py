@@ -32,7 +32,7 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             pooled = [seen[b, c].mean().item() for c in range(seen.shape[1])]
             for row, k in enumerate(out_edges):
                 z = sum(w * v for w, v in zip(router.weight[row].tolist(), pooled, strict=True)) + router.bias[row].item()
-                alpha.setdefault((i, k), []).append(sigmoid(z))
+                alpha.setdefault((i, k), []).append(sigmoid(z) if alive[i][b] else 0.0)
         tau = stage.weighting.tau[j].item()
         alive[j] = []
         rows = []

@@ -35,8 +35,8 @@ class DynamicGraph(nn.Module):
     A node may compute f_j(scale · x) from x and scale, (B,), more cheaply than from their product: with an attribute
     `takes_scale` that is true it is called as `node(x, scale=scale)` where it is an entry node, in training.
 
-    **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it: x_j = 0 and its out-edges are
-    closed. Input and output node always run; an output node without an open in-edge sums to 0.
+    **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it: its out-edges are closed, with α = 0,
+    and nothing reads what it computes. Input and output node always run; an output node without an open in-edge sums to 0.
 
     Maps (B, C_in, H_in, W_in) to (B, C, H, W).
     """
@@ -85,14 +85,13 @@ class DynamicGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         topology = self.topology
-        last = topology.num_nodes - 1
         features = [self.input(x)]
         alive: list[Tensor | None] = [None]  # (B,) a node; None: alive for every sample
         edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
         alpha_rows: list[Tensor] = []
         weight_rows: list[Tensor] = []
         for node in range(1, topology.num_nodes):
-            self._predict(node - 1, features[-1], edges)
+            self._predict(node - 1, features[-1], alive[-1], edges)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
             weights, is_open, is_alive = remove(weights, is_open, [alive[i] for i in senders])
@@ -104,21 +103,21 @@ class DynamicGraph(nn.Module):
                 feature = checkpoint(self._compute, node, weights, is_open, *sources, use_reentrant=False)
             else:
                 feature = self._compute(node, weights, is_open, *sources)
-            if is_alive is not None and node != last:
-                feature = torch.where(is_alive[:, None, None, None], feature, 0)
             features.append(feature)
             alive.append(is_alive)
         for record in self._records:
             record.append(self, alpha_rows, weight_rows)
         return features[-1]
 
-    def _predict(self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor]) -> None:
-        """Put α of the node's free out-edges into `edges`."""
+    def _predict(self, node: int, feature: Tensor, is_alive: Tensor | None, edges: dict[tuple[int, int], Tensor]) -> None:
+        """Put α of the node's free out-edges into `edges`: 0 where the node is dead."""
         if self._imposed is not None:
             return
         if self.router_reads == "activation" and self.weighting.reads_features:
             feature = self.activation(feature.clone())  # a clone: timm's activations work in place
         alpha = self.weighting.predict(node, feature)
+        if is_alive is not None:
+            alpha = torch.where(is_alive[:, None], alpha, 0)
         for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
             edges[node, receiver] = column
 
