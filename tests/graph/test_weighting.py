@@ -56,12 +56,11 @@ def test_routing_runs_in_float32_under_autocast(dtype):
 def test_learned_weights_are_one_an_edge_and_start_at_one():
     weighting = LearnedWeighting(complete(5), 8)
     assert weighting.alpha.shape == (10,)
-    feature = torch.randn(2, 8, 3, 3)
-    columns = [weighting.predict(i, feature) for i in range(4)]
-    assert [column.shape for column in columns] == [(2, 4), (2, 3), (2, 2), (2, 1)]
-    assert all(bool((column == 1).all()) for column in columns)
+    rows = [weighting.share(j) for j in range(1, 5)]
+    assert [len(row) for row in rows] == [1, 2, 3, 4]
+    assert all(bool((row == 1).all()) for row in rows)
     sigmoid = LearnedWeighting(complete(5), 8, activation="sigmoid")
-    torch.testing.assert_close(sigmoid.predict(3, feature), torch.ones(2, 1).sigmoid())
+    torch.testing.assert_close(sigmoid.share(2), torch.ones(2).sigmoid())
 
 
 def test_thresholds_can_stay_where_they_are(tiny):

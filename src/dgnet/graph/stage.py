@@ -91,11 +91,12 @@ class DynamicGraph(nn.Module):
         alpha_rows: list[Tensor] = []
         weight_rows: list[Tensor] = []
         for node in range(1, topology.num_nodes):
-            self._predict(node - 1, features[-1], alive[-1], edges)
+            self._predict(node - 1, features[-1], edges)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
-            weights, is_open, is_alive = remove(weights, is_open, [alive[i] for i in senders])
-            alpha_rows.append(alpha)
+            sender_is_alive = [alive[i] for i in senders]
+            weights, is_open, is_alive = remove(weights, is_open, sender_is_alive)
+            alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
             weight_rows.append(weights)
 
             sources = (x, features[0]) if node in topology.entry else tuple(features[i] for i in senders)
@@ -109,15 +110,13 @@ class DynamicGraph(nn.Module):
             record.append(self, alpha_rows, weight_rows)
         return features[-1]
 
-    def _predict(self, node: int, feature: Tensor, is_alive: Tensor | None, edges: dict[tuple[int, int], Tensor]) -> None:
-        """Put α of the node's free out-edges into `edges`: 0 where the node is dead."""
-        if self._imposed is not None:
+    def _predict(self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor]) -> None:
+        """Put α of the node's free out-edges into `edges`, where they follow the features."""
+        if self._imposed is not None or not self.weighting.reads_features:
             return
-        if self.router_reads == "activation" and self.weighting.reads_features:
+        if self.router_reads == "activation":
             feature = self.activation(feature.clone())  # a clone: timm's activations work in place
         alpha = self.weighting.predict(node, feature)
-        if is_alive is not None:
-            alpha = torch.where(is_alive[:, None], alpha, 0)
         for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
             edges[node, receiver] = column
 
@@ -132,7 +131,10 @@ class DynamicGraph(nn.Module):
         if node in self.topology.pinned:
             weights = x.new_full((len(x), len(senders)), self.topology.pinned[node])
             return weights, weights, None
-        alpha = torch.stack([edges[i, node] for i in senders], dim=1)
+        if self.weighting.reads_features:
+            alpha = torch.stack([edges[i, node] for i in senders], dim=1)
+        else:  # not gathered from the senders: the compiler would index into the gathered row for every element of the sum
+            alpha = self.weighting.share(node).expand(len(x), -1)
         weights, is_open = self.weighting.gate(node, alpha)
         return alpha, weights, is_open
 

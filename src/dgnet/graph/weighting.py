@@ -16,13 +16,14 @@ from dgnet.graph.topology import Topology
 
 
 class Weighting(nn.Module):
-    """The weights of a stage's free edges. A new one subclasses this and overrides `predict`, and `gate` if it gates.
+    """The weights of a stage's free edges. A new one overrides `predict` or `share`, and `gate` if it gates.
 
-    α is set at the sending node (`predict`) and becomes the weight that is aggregated at the receiving node (`gate`).
+    α is set for each sample at the sending node (`predict`), or is the same for all samples (`share`, with `reads_features`
+    False). It becomes the weight that is aggregated at the receiving node (`gate`).
     """
 
     reads_features = True
-    """Whether `predict` looks at the feature; if not, a stage whose input node nobody else reads does without one."""
+    """Whether α follows the features; if not, a stage whose input node nobody else reads does without one."""
 
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
@@ -41,6 +42,10 @@ class Weighting(nn.Module):
         """
         raise NotImplementedError
 
+    def share(self, node: int) -> Tensor:
+        """α of the node's in-edges where features are not read, (E,), in the order of `topology.senders(node)`."""
+        raise NotImplementedError
+
     def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weights of the node's in-edges as aggregated, and which are open; both (B, E), as is `alpha`.
 
@@ -57,8 +62,13 @@ class FixedWeighting(Weighting):
 
     reads_features = False
 
-    def predict(self, node: int, feature: Tensor) -> Tensor:
-        return feature.new_ones(len(feature), len(self.topology.free_receivers(node)))
+    def __init__(self, topology: Topology, channels: int) -> None:
+        super().__init__(topology, channels)
+        self.one: Tensor
+        self.register_buffer("one", torch.ones(1), persistent=False)
+
+    def share(self, node: int) -> Tensor:
+        return self.one.expand(len(self.topology.senders(node)))
 
 
 class LearnedWeighting(Weighting):
@@ -74,20 +84,18 @@ class LearnedWeighting(Weighting):
         check_choice("learned_activation", activation, ("identity", "sigmoid"))
         self.start = start
         self.activation = activation
-        # Ordered by sending node, so that a node's out-edges are one slice.
-        degrees = [len(topology.free_receivers(i)) for i in range(topology.num_nodes)]
-        self.offsets = [sum(degrees[:i]) for i in range(topology.num_nodes + 1)]
+        # Ordered by receiving node, so that a node's in-edges are one slice.
+        degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
+        self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
         self.alpha = nn.Parameter(torch.empty(sum(degrees)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.alpha, self.start)
 
-    def predict(self, node: int, feature: Tensor) -> Tensor:
+    def share(self, node: int) -> Tensor:
         alpha = self.alpha[self.offsets[node] : self.offsets[node + 1]]
-        if self.activation == "sigmoid":
-            alpha = alpha.sigmoid()
-        return alpha.expand(len(feature), -1)
+        return alpha.sigmoid() if self.activation == "sigmoid" else alpha
 
 
 def global_average_pool(feature: Tensor) -> Tensor:
