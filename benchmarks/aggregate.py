@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from torch import Tensor
 from tqdm import tqdm
 
 import dgnet
+from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.graph import aggregate
 from dgnet.graph.aggregate import aggregate_by_loop

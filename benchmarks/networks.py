@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 
 import dgnet
+from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.options import flag
 
 STEM = {"topology": "chain", "weighting": "fixed", "shortcut": "node"}

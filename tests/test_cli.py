@@ -18,6 +18,7 @@ from torch import nn
 import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.data import TRAIN, hold_out, open_dataset
 from dgnet.errors import UsageError
 from dgnet.tables import TABLES
 from dgnet.training import TrainConfig
@@ -239,6 +240,58 @@ def test_a_random_graph_travels_with_its_checkpoint(images, tmp_path, monkeypatc
     assert json.loads(ask(capsys, "evaluate", tmp_path / "run", "--json"))["images"] == 6
 
 
+def test_images_held_out_of_training_are_those_evaluated(run, images, tmp_path, capsys):
+    options = ["--data", images / "train", "--holdout", 5, "--epochs", 1, *QUICK]
+    ask(capsys, "train", *options, "--output", tmp_path / "a")
+    (row,) = read_metrics(tmp_path / "a")
+    result = json.loads(ask(capsys, "evaluate", tmp_path / "a", "--json"))
+    assert result["images"] == 5
+    assert result["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-4)
+    assert f"on 5 held-out images of {images / 'train'}, 5 images" in ask(capsys, "evaluate", tmp_path / "a")
+    assert json.loads(ask(capsys, "evaluate", tmp_path / "a", "--data", images, "--json"))["images"] == 6
+    # The same images, whatever the seed: what is chosen on them is chosen on one set.
+    train, held = hold_out(open_dataset(str(images / "train"), TRAIN), 5)
+    assert (len(train), len(held)) == (7, 5)
+    assert {train.name(i) for i in range(7)} | {held.name(i) for i in range(5)} == {
+        str(path) for path in (images / "train").rglob("*.jpg")
+    }
+    again = hold_out(open_dataset(str(images / "train"), TRAIN), 5)[1]
+    assert [again.name(i) for i in range(5)] == [held.name(i) for i in range(5)]
+
+
+def test_evaluation_may_wait_for_the_last_epoch(images, tmp_path, capsys):
+    options = ["--data", images, "--epochs", 4, *QUICK]
+    for every in (1, 2, 4):
+        ask(capsys, "train", *options, "--evaluate-every", every, "--output", tmp_path / str(every))
+    each, second, last = (read_metrics(tmp_path / str(every)) for every in (1, 2, 4))
+    assert [[row["val_loss"] != "" for row in rows] for rows in (each, second, last)] == [
+        [True] * 4,
+        [False, True] * 2,
+        [False] * 3 + [True],
+    ]
+    for rows in (second, last):  # training goes the same way, and each epoch's figures are its own
+        assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in each]
+        assert rows[-1]["val_loss"] == each[-1]["val_loss"]
+    assert (tmp_path / "4" / "checkpoints" / "best.ckpt").exists()
+
+
+def test_decoding_once_trains_as_well(images, tmp_path, capsys):
+    options = ["--data", images, "--epochs", 20, *QUICK, "--augment", "pad-crop", "--hflip", 0.5]
+    output = ask(capsys, "train", *options, "--cache", "true", "--output", tmp_path / "run")
+    assert float(output.split()[1]) == 100
+    row = read_metrics(tmp_path / "run")[-1]
+    result = json.loads(ask(capsys, "evaluate", tmp_path / "run", "--json"))  # through the ordinary loader
+    assert result["loss"] == pytest.approx(float(row["val_loss"]), rel=1e-3)
+
+
+def test_adjacency_controls_are_printed(run, capsys):
+    output = ask(capsys, "evaluate", run, "--adjacency-controls")
+    assert "top-1 with the mean adjacency " in output
+    result = json.loads(ask(capsys, "evaluate", run, "--adjacency-controls", "--json"))
+    assert f"{result['top1_mean_adjacency']:.2f} %, with another image's {result['top1_other_adjacency']:.2f} %" in output
+    assert json.loads(ask(capsys, "evaluate", run, "--json"))["top1_mean_adjacency"] is None
+
+
 @pytest.mark.slow
 def test_digits_are_learned(tmp_path, capsys):
     """The default run in a third of its epochs."""
@@ -275,6 +328,15 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --batch-size 100000", "is more than the 1442 training images"),
         ("train --seed 5000000000", "--seed must be 0 to 4294967295"),
         ("train --warmup-epochs 30 --epochs 10", "--warmup-epochs must be 0 to 10, got 30"),
+        ("train --evaluate-every 3 --epochs 10", "--evaluate-every 3 leaves out the last of 10 epochs; use a divisor"),
+        ("train --holdout -1", "--holdout must be at least 0, got -1"),
+        ("train --holdout 5000", "--holdout 5000 leaves none of the 1442 training images; hold out fewer"),
+        ("train --holdout 5 --val-data digits", "--holdout takes the place of --val-data; leave one out"),
+        ("train --cache true --workers 1", "--cache true needs --devices 1, --workers 0 and another --augment than rrc"),
+        (
+            "train --cache true --image-size 96",
+            "--cache true augments with pad-crop or none, and images of (96, 96) call for rrc",
+        ),
         ("train --data a-{0..4.tar", "cannot be expanded"),
         ("train --lr inf", "--lr: Expected a 'float'. Got value: inf"),
         ("train --lr 0", "--lr must be above 0"),

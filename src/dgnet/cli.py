@@ -75,6 +75,9 @@ def _evaluate_parser() -> Parser:
     parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
     parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
     _add_loader_options(parser)
+    parser.add_argument(
+        "--adjacency-controls", action="store_true", help="also give every image the mean of all weights, and another image's"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
@@ -189,21 +192,27 @@ def run_train(args: Namespace) -> None:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.training import evaluate_checkpoint, evaluation_source
+    from dgnet.training import describe_source, evaluate_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
-    source = args.data or evaluation_source(checkpoint)
     options = {"batch_size": args.batch_size, "workers": args.workers, "device": _device(args.device)}
-    result = evaluate_checkpoint(checkpoint, source, args.data_root, **options)
+    options["adjacency_controls"] = args.adjacency_controls
+    result = evaluate_checkpoint(checkpoint, args.data, args.data_root, **options)
     if args.json:
         _print_json(asdict(result))
         return
-    print(f"{checkpoint.path}: {checkpoint.model} on {source}, {result.images:,} images")
+    print(f"{checkpoint.path}: {checkpoint.model} on {describe_source(checkpoint, args.data)}, {result.images:,} images")
     print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
     print(
         f"closed edges {100 * result.closed_edges:.2f} %, skippable nodes {100 * result.skippable_nodes:.2f} %,"
-        f" distinct wirings {result.distinct_wirings}, outputs without an open in-edge {result.empty_outputs}"
+        f" distinct wirings {result.distinct_wirings}, outputs without an open in-edge {result.empty_outputs},"
+        f" spread of an edge's weight {result.weight_std:.4f}"
     )
+    if args.adjacency_controls:
+        print(
+            f"top-1 with the mean adjacency {result.top1_mean_adjacency:.2f} %,"
+            f" with another image's {result.top1_other_adjacency:.2f} %"
+        )
 
 
 def run_predict(args: Namespace) -> None:

@@ -141,6 +141,34 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
+class Part(ImageDataset):
+    """The images of a data set at `indices`, with a transform of their own."""
+
+    def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, indices
+        self.class_names, self.flips = whole.class_names, whole.flips
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        return self.whole.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.indices[index])
+
+
+def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
+    """All but `count` images, and those: drawn at random, always the same ones of a data set.
+
+    Raises UsageError where none would be left.
+    """
+    if count >= len(train):
+        raise UsageError(f"--holdout {count} leaves none of the {len(train)} training images; hold out fewer")
+    order = np.random.default_rng(0).permutation(len(train)).tolist()
+    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
+
+
 def decode(content: bytes, name: str) -> Image.Image:
     """An RGB image from the bytes of an image file. Raises UsageError, with `name`, where they are none."""
     try:
@@ -432,12 +460,16 @@ def gives_both(source: str) -> bool:
 
 
 def open_train_and_evaluation(
-    source: str, val_source: str | None, data_root: str = "data"
+    source: str, val_source: str | None, data_root: str = "data", holdout: int = 0
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training images of `source` and the evaluation images of `val_source`, with one set of classes.
 
+    `holdout`: evaluate on so many of the training images instead, and train on the others.
+
     Raises UsageError where `val_source` is missing and `source` does not give both: data is never split silently.
     """
+    if holdout:
+        return hold_out(open_dataset(source, TRAIN, data_root=data_root), holdout)
     if val_source is None and not gives_both(source):
         open_dataset(source, TRAIN, data_root=data_root)  # a source that is not there is the first mistake to name
         raise UsageError(f"{source} has no evaluation images of its own; name them with --val-data SOURCE")

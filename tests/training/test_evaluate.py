@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dgnet.cli import _print_json
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError
-from dgnet.graph import FixedWeighting, record_connectivity
+from dgnet.graph import FixedWeighting, record_connectivity, use_connectivity
 from dgnet.models.cifar_resnet import CifarResNet
 from dgnet.training import evaluate
 from tests.conftest import close_some
@@ -72,6 +72,43 @@ def test_figures_equal_a_count_image_by_image(tiny, batch_size):
     assert 0 < closed < edges  # not a trivial case
     assert 0 < dead < nodes
     assert 1 < len(wirings) < 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_adjacency_controls_give_every_image_the_mean_and_anothers_weights(tiny, batch_size):
+    network = tiny()
+    images = torch.randn(7, 3, 12, 10)
+    close_some(network, images)
+    labels = [0, 1, 2, 3, 4, 0, 1]
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0)).tolist()
+    shown, logits = [], {}
+    for index in order:
+        with record_connectivity(network) as record:
+            logits[index] = network(images[index : index + 1])
+        shown.append(record.adjacency)
+    mean = [torch.cat([adjacency[stage] for adjacency in shown]).mean(0) for stage in range(3)]
+    hits = {"mean": 0, "other": 0}
+    for place, index in enumerate(order):
+        before = shown[place - 1] if place else shown[batch_size - 1]  # before the first: the last of its batch
+        for name, adjacency in (("mean", mean), ("other", before)):
+            with use_connectivity(network, adjacency):
+                hits[name] += int(network(images[index : index + 1]).argmax()) == labels[index]
+    result = evaluate(network, Images(images, labels), batch_size=batch_size, adjacency_controls=True)
+    assert result.top1_mean_adjacency == pytest.approx(100 * hits["mean"] / 7)
+    assert result.top1_other_adjacency == pytest.approx(100 * hits["other"] / 7)
+    assert result.top1 == pytest.approx(100 * sum(int(logits[i].argmax()) == labels[i] for i in range(7)) / 7)
+
+    weights = [torch.cat([adjacency[stage] for adjacency in shown]).double() for stage in range(3)]
+    masks = [stage.topology.mask for stage in network.stages]
+    spreads = torch.cat([w.std(0, correction=0)[mask] for w, mask in zip(weights, masks, strict=True)])
+    assert result.weight_std == pytest.approx(float(spreads.mean()), abs=1e-6)
+    assert result.weight_std > 0.01  # not a trivial case
+
+
+def test_controls_need_dynamic_stages():
+    with pytest.raises(UsageError, match="has no dynamic stages"):
+        evaluate(CifarResNet((1, 1, 1)), Images(torch.randn(2, 3, 8, 8), [0, 1]), adjacency_controls=True)
 
 
 @torch.no_grad()

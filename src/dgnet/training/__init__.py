@@ -2,8 +2,8 @@
 
 from dgnet.training.config import TrainConfig as TrainConfig
 from dgnet.training.evaluate import Evaluation as Evaluation
+from dgnet.training.evaluate import describe_source as describe_source
 from dgnet.training.evaluate import evaluate as evaluate
 from dgnet.training.evaluate import evaluate_checkpoint as evaluate_checkpoint
-from dgnet.training.evaluate import evaluation_source as evaluation_source
 from dgnet.training.train import is_main_process as is_main_process
 from dgnet.training.train import train as train

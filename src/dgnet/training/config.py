@@ -34,6 +34,8 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "momentum": (0, 1),
     "weight_decay": (0,),
     "seed": (0, 2**32 - 1),
+    "holdout": (0,),
+    "evaluate_every": (1,),
     "hflip": (0, 1),
     "label_smoothing": (0, 1),
 }
@@ -62,10 +64,12 @@ class TrainConfig:
     )
     data: str = option("digits", "training data: digits, a folder of class folders, shards (…{000..004}.tar), torch/…, hfds/…")
     val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
+    holdout: int = option(0, "evaluate on so many of the training images in place of --val-data, and train on the others")
     data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
     weights: str | None = option(None, "start from the weights in this file")
     output: str | None = option(None, "run folder, must not hold a run yet; by default the next free runs/MODEL-N")
     epochs: int = option(20, "passes over the training images")
+    evaluate_every: int = option(1, "evaluate after so many epochs; the last one must be among them")
     batch_size: int = option(32, "images in a training step, over all devices")
     seed: int = option(0, "seed of initialisation, order and augmentation")
     image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
@@ -84,6 +88,7 @@ class TrainConfig:
     grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
     devices: str = option("1", "how many devices to train on; auto: all of them")
+    cache: bool = option(False, "decode all images once and augment them on the device: for small images")
     workers: int = option(0, "processes that load images; 0 loads in the main process")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
 
@@ -94,6 +99,14 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_range(flag(name), getattr(self, name), *bounds)
         check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
+        if self.epochs % self.evaluate_every:
+            raise UsageError(
+                f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
+            )
+        if self.holdout and self.val_data:
+            raise UsageError("--holdout takes the place of --val-data; leave one out (a recipe's with --val-data null)")
+        if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1"):
+            raise UsageError("--cache true needs --devices 1, --workers 0 and another --augment than rrc")
         if self.lr == 0:
             raise UsageError("--lr must be above 0, got 0")
         for name in _TAKEN.keys() & self.model_kwargs.keys():

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from dgnet.checkpoint import Checkpoint
-from dgnet.data import EVALUATION, ImageDataset, open_dataset
+from dgnet.data import EVALUATION, TRAIN, ImageDataset, Part, hold_out, open_dataset
 from dgnet.errors import check_range
-from dgnet.graph import DynamicGraph, Record, record_connectivity
+from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
 from dgnet.training.metrics import build_metrics, update_metrics
 
 
@@ -29,6 +30,9 @@ class Evaluation:
     skippable_nodes: float  # share of block nodes × images without an open in-edge
     distinct_wirings: int  # patterns of open edges, over all stages at once
     empty_outputs: int  # output nodes × images without an open in-edge
+    weight_std: float  # spread of an edge's weight over the images, mean over the edges that the weighting weighs
+    top1_mean_adjacency: float | None = None  # percent, with every image given the mean of all images' weights
+    top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
 
 
 class WiringStatistics:
@@ -36,6 +40,9 @@ class WiringStatistics:
 
     def __init__(self, stages: list[DynamicGraph]) -> None:
         self.masks = [stage.topology.mask for stage in stages]
+        self.sums = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
+        self.squares = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
+        self.weighed = [_weighed_edges(stage.topology) for stage in stages]
         self.images = self.closed = self.dead = self.empty = 0
         self.wirings: set[bytes] = set()
 
@@ -43,8 +50,11 @@ class WiringStatistics:
         """`adjacency`: for each stage the weights as aggregated, (B, N, N)."""
         self.images += len(adjacency[0])
         patterns = []
-        for mask, matrix in zip(self.masks, adjacency, strict=True):
-            is_open = matrix.cpu() != 0
+        for mask, matrix, total, square in zip(self.masks, adjacency, self.sums, self.squares, strict=True):
+            matrix = matrix.cpu().double()
+            total += matrix.sum(0)
+            square += matrix.square().sum(0)
+            is_open = matrix != 0
             patterns.append(is_open[:, mask])
             has_input = is_open.any(2)
             self.closed += int((~is_open[:, mask]).sum())
@@ -52,22 +62,42 @@ class WiringStatistics:
             self.empty += int((~has_input[:, -1]).sum())
         self.wirings.update(row.tobytes() for row in torch.cat(patterns, dim=1).numpy())
 
+    def mean(self) -> list[Tensor]:
+        """For each stage the mean weight of every edge, (1, N, N)."""
+        return [(total / self.images).float()[None] for total in self.sums]
+
+    def std(self) -> list[Tensor]:
+        """For each stage the standard deviation of every edge's weight over the images, (N, N)."""
+        pairs = zip(self.sums, self.squares, strict=True)
+        return [(square / self.images - (total / self.images) ** 2).clamp(min=0).sqrt() for total, square in pairs]
+
     def summary(self) -> dict[str, Any]:
         """The connectivity figures of `Evaluation`."""
         edges = sum(int(mask.sum()) for mask in self.masks)
         nodes = sum(len(mask) - 2 for mask in self.masks)
+        spread = torch.cat([std[mask] for std, mask in zip(self.std(), self.weighed, strict=True)])
         return {
             "closed_edges": self.closed / (edges * self.images),
             "skippable_nodes": self.dead / (nodes * self.images),
             "distinct_wirings": len(self.wirings),
             "empty_outputs": self.empty,
+            "weight_std": float(spread.mean()) if len(spread) else 0.0,
         }
 
 
-def evaluation_source(checkpoint: Checkpoint) -> str:
-    """What the checkpoint's run was evaluated on."""
-    source: str = checkpoint.config.get("val_data") or checkpoint.config["data"]
-    return source
+def _weighed_edges(topology: Topology) -> Tensor:
+    """(N, N): the edges that the weighting weighs, all but the pinned ones."""
+    weighed = topology.mask.clone()
+    weighed[list(topology.pinned)] = False
+    return weighed
+
+
+def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
+    """The images that a checkpoint is evaluated on, in words: `source`, or what its run was evaluated on."""
+    config = checkpoint.config
+    if source is None and config.get("holdout"):
+        return f"{config['holdout']} held-out images of {config['data']}"
+    return str(source or config.get("val_data") or config["data"])
 
 
 def evaluate_checkpoint(
@@ -78,42 +108,88 @@ def evaluate_checkpoint(
     `options`: those of `evaluate`. Raises UsageError for a source that is not there or has classes unknown to it.
     """
     root = data_root or checkpoint.config.get("data_root", "data")
-    dataset = open_dataset(source or evaluation_source(checkpoint), EVALUATION, checkpoint.class_names, root)
+    config = checkpoint.config
+    if source is None and config.get("holdout"):
+        whole = open_dataset(config["data"], TRAIN, checkpoint.class_names, root)
+        dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
+    else:
+        source = source or config.get("val_data") or config["data"]
+        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return evaluate(checkpoint.build_network(), dataset, **options)
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, dataset: ImageDataset, batch_size: int = 128, workers: int = 0, device: str = "cpu"
+    network: nn.Module,
+    dataset: ImageDataset,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "cpu",
+    adjacency_controls: bool = False,
 ) -> Evaluation:
     """Evaluate `network` on `dataset`, whose transform is set; the network is left on `device`, in evaluation mode.
 
-    A static network has one wiring and closes nothing. Raises UsageError for a size or count that makes no sense.
+    A static network has one wiring and closes nothing. `adjacency_controls`: evaluate twice more, with every image given the
+    mean of all images' weights, and with every image given another's, drawn at random: what connectivity that follows the
+    image is worth.
+
+    Raises UsageError for a size or count that makes no sense, and for controls of a network without dynamic stages.
     """
     check_range("--batch-size", batch_size, 1)
     check_range("--workers", workers, 0)
     network = network.to(device).eval()
-    metrics = build_metrics(len(dataset.class_names)).to(device)
     stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+    if adjacency_controls:
+        find_stages(network)
+        # Neighbours in a data set are often of one class.
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        dataset = _Reordered(dataset, order.tolist())
+    own, other, mean = (build_metrics(len(dataset.class_names)).to(device) for _ in range(3))
     statistics = WiringStatistics(stages)
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    previous: list[Tensor] = []  # the image before a batch
     for images, labels in tqdm(loader, desc="evaluate", unit="batch"):
         images, labels = images.to(device), labels.to(device)
-        if stages:
-            record: Record
-            with record_connectivity(network) as record:
-                logits = network(images)
-            statistics.update(record.adjacency)
-        else:
-            logits = network(images)
-        update_metrics(metrics, logits, labels)
-    values = {name: float(value) for name, value in metrics.compute().items()}
-    wiring = (
-        statistics.summary()
-        if stages
-        else {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "empty_outputs": 0}
+        if not stages:
+            update_metrics(own, network(images), labels)
+            continue
+        record: Record
+        with record_connectivity(network) as record:
+            update_metrics(own, network(images), labels)
+        adjacency = record.adjacency
+        statistics.update(adjacency)
+        if adjacency_controls:
+            before = previous or [matrix[-1:] for matrix in adjacency]
+            shifted = [torch.cat([first, matrix[:-1]]) for first, matrix in zip(before, adjacency, strict=True)]
+            previous = [matrix[-1:] for matrix in adjacency]
+            with use_connectivity(network, shifted):
+                update_metrics(other, network(images), labels)
+    if adjacency_controls:
+        with use_connectivity(network, statistics.mean()):
+            for images, labels in tqdm(loader, desc="evaluate with the mean adjacency", unit="batch"):
+                update_metrics(mean, network(images.to(device)), labels.to(device))
+
+    def percent(metrics: MetricCollection, name: str) -> float:
+        # The metrics are float32; an accuracy is a count of images.
+        return 100 * round(float(metrics[name].compute()) * len(dataset)) / len(dataset)
+
+    return Evaluation(
+        top1=percent(own, "top1"),
+        top5=percent(own, "top5"),
+        loss=float(own["loss"].compute()),
+        images=len(dataset),
+        **(statistics.summary() if stages else _STATIC_WIRING),
+        top1_mean_adjacency=percent(mean, "top1") if adjacency_controls else None,
+        top1_other_adjacency=percent(other, "top1") if adjacency_controls else None,
     )
-    # The metrics are float32; an accuracy is a count of images.
-    top1, top5 = (100 * round(values[name] * len(dataset)) / len(dataset) for name in ("top1", "top5"))
-    return Evaluation(top1, top5, values["loss"], len(dataset), **wiring)
+
+
+_STATIC_WIRING = {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "empty_outputs": 0, "weight_std": 0.0}
+
+
+class _Reordered(Part):
+    """A data set in another order, images transformed as in the whole."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.whole[self.indices[index]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -11,9 +12,11 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
-from dgnet.data import ImageDataset
+from dgnet.data import ImageDataset, Preprocessing
 from dgnet.graph import DynamicGraph
+from dgnet.training.cached import CachedLoader
 from dgnet.training.config import TrainConfig
 from dgnet.training.metrics import build_metrics, update_metrics
 
@@ -52,11 +55,23 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
-        values = {**self.train_metrics.compute(), **self.val_metrics.compute()}
+        self._log_metrics(self.train_metrics, self.val_metrics)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        # Not at the epoch's end: callbacks, which print it, come before the module there.
+        if self.trainer.is_last_batch and not self.evaluates_in(self.current_epoch):
+            self._log_metrics(self.train_metrics, on_step=False, on_epoch=True)
+
+    def evaluates_in(self, epoch: int) -> bool:
+        """Whether the epoch, counted from 0, ends with an evaluation."""
+        return (epoch + 1) % self.config.evaluate_every == 0
+
+    def _log_metrics(self, *collections: MetricCollection, **options: Any) -> None:
+        values = {name: value for metrics in collections for name, value in metrics.compute().items()}
         percent = {name: value * 100 if "top" in name else value for name, value in values.items()}
-        self.log_dict({**percent, "lr": self.lr})
-        self.train_metrics.reset()
-        self.val_metrics.reset()
+        self.log_dict({**percent, "lr": self.lr}, **options)
+        for metrics in collections:
+            metrics.reset()
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -101,20 +116,35 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Loaders over data sets whose transforms are set. Training leaves out a last batch that is not full."""
+    """Loaders over data sets whose transforms are set. Training leaves out a last batch that is not full.
 
-    def __init__(self, train: ImageDataset, val: ImageDataset, batch_size: int, workers: int) -> None:
+    `batch_size`: of one device.
+    """
+
+    def __init__(
+        self, train: ImageDataset, val: ImageDataset, config: TrainConfig, preprocessing: Preprocessing, batch_size: int
+    ) -> None:
         super().__init__()
         self.train, self.val = train, val
+        self.config, self.preprocessing = config, preprocessing
         self.kwargs: dict[str, Any] = {
             "batch_size": batch_size,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
+            "num_workers": config.workers,
+            "persistent_workers": config.workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Iterable[Any]:
+        if self.config.cache:
+            hflip = self.config.hflip if self.train.flips else 0.0
+            return self._cache(self.train, training=True, augment=self.config.augment, hflip=hflip)
         return DataLoader(self.train, shuffle=True, drop_last=True, **self.kwargs)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Iterable[Any]:
+        if self.config.cache:
+            return self._cache(self.val)
         return DataLoader(self.val, **self.kwargs)
+
+    def _cache(self, dataset: ImageDataset, **options: Any) -> CachedLoader:
+        device = self.trainer.strategy.root_device  # type: ignore[union-attr]
+        return CachedLoader(dataset, self.preprocessing, self.kwargs["batch_size"], device=device, **options)

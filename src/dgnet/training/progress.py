@@ -41,16 +41,15 @@ class Progress(L.Callback):
             self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         if self.bar is None:
             return
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        tqdm.write(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
-            f" train loss {values['train_loss']:.3f}, top-1 {values['train_top1']:.2f} %;"
-            f" val loss {values['val_loss']:.3f}, top-1 {values['val_top1']:.2f} %",
-            file=sys.stderr,
-        )
+        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
+        line += f" train loss {values['train_loss']:.3f}, top-1 {values['train_top1']:.2f} %"
+        if module.evaluates_in(trainer.current_epoch):
+            line += f"; val loss {values['val_loss']:.3f}, top-1 {values['val_top1']:.2f} %"
+        tqdm.write(line, file=sys.stderr)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.bar is not None:

@@ -53,7 +53,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     is_main = is_main_process()
     folder = claim_folder(config) if is_main else Path(config.output or "runs")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root)
+    train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root, config.holdout)
     if len(train_set) < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
@@ -94,7 +94,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
         )
     try:
         with quiet_lightning():
-            data = ImageDataModule(train_set, val_set, config.batch_size // devices, config.workers)
+            data = ImageDataModule(train_set, val_set, config, preprocessing, config.batch_size // devices)
             trainer.fit(Classifier(network, config, carried), datamodule=data)
     except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
         if is_main and not any(folder.glob("checkpoints/*.ckpt")):
@@ -168,6 +168,8 @@ def prepare_data(
     augment = config.augment
     if augment == "auto":
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
+    if config.cache and augment == "rrc":
+        raise UsageError(f"--cache true augments with pad-crop or none, and images of {preprocessing.image_size} call for rrc")
     train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
     val.transform = preprocessing.evaluation_transform()
     height, width = preprocessing.image_size
@@ -179,7 +181,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     # Two callbacks: with a monitor, Lightning's `save_last` writes only the epochs that improve.
     options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     last = ModelCheckpoint(folder / "checkpoints", filename="last", **options)
-    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor="val_top1", mode="max", **options)
+    best = ModelCheckpoint(
+        folder / "checkpoints", filename="best", monitor="val_top1", mode="max", every_n_epochs=config.evaluate_every, **options
+    )
     devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
     try:
         with quiet_lightning():
@@ -189,6 +193,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
                 precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
                 max_epochs=config.epochs,
                 num_sanity_val_steps=0,
+                check_val_every_n_epoch=config.evaluate_every,
                 callbacks=[last, best, Progress()],
                 logger=[
                     CSVLogger(folder, name="", version=""),

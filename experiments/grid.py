@@ -1,0 +1,118 @@
+"""A grid of training runs as a YAML file: which runs it asks for, and the table of those that are done."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgnet.errors import UsageError, reason
+
+PLACES = ("data", "val_data", "data_root", "output", "threads")
+"""Options that do not decide the result."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm of the grid with one seed."""
+
+    group: str
+    arm: str
+    seed: int
+    options: dict[str, Any]  # of `dgnet train`, the recipe's included
+
+    @property
+    def digest(self) -> str:
+        """Of the options that decide the result: a run of another recipe is another run."""
+        decisive = {name: value for name, value in self.options.items() if name not in PLACES}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return f"{self.digest}-{self.options['model']}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a YAML file asks for."""
+
+    path: Path
+    runs: list[Run]
+    compare: list[tuple[str, str]]
+    data: str
+    test: str
+    image_size: int
+
+    @property
+    def table(self) -> Path:
+        """One row for each run that is done."""
+        return self.path.parent / "results" / f"{self.path.stem}.csv"
+
+    @property
+    def curves(self) -> Path:
+        """One row for each epoch of each run that is done."""
+        return self.path.parent / "results" / f"{self.path.stem}_curves.csv"
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid in a YAML file. Raises UsageError for one that cannot be read or lacks something."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        shared = yaml.safe_load((path.parent / values["recipe"]).read_text(encoding="utf-8")) | values["options"]
+        runs = [
+            Run(group, arm, seed, {**shared, **options, "seed": seed})
+            for group, part in values["groups"].items()
+            for seed in part["seeds"]
+            for arm, options in part["arms"].items()
+        ]
+        compare = [(str(first), str(second)) for first, second in values.get("compare", [])]
+        grid = Grid(path, runs, compare, values["data"], values["test"], int(values["image_size"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is no grid: {reason(error)}; see experiments/README.md") from None
+    arms = {run.arm for run in runs}
+    for name in (name for pair in compare for name in pair):
+        if name not in arms:
+            raise UsageError(f"{path} compares {name!r}, which is no arm; arms: {', '.join(sorted(arms))}")
+    seen: dict[tuple[str, int], str] = {}
+    for run in runs:
+        if seen.setdefault((run.arm, run.seed), run.group) != run.group:
+            raise UsageError(
+                f"{path}: arm {run.arm!r} with seed {run.seed} stands in groups {seen[run.arm, run.seed]}, {run.group}"
+            )
+    return grid
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where it is not there yet."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a table, written beside it and renamed: an interruption leaves the old table or the new one."""
+    table = [*read_rows(path), *rows]
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def missing_runs(grid: Grid) -> list[Run]:
+    """The runs that the table does not hold yet, in the grid's order."""
+    done = {(row["digest"], row["arm"]) for row in read_rows(grid.table)}
+    return [run for run in grid.runs if (run.digest, run.arm) not in done]

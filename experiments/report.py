@@ -1,0 +1,184 @@
+"""Tables and pictures of the runs that a grid has: mean, standard deviation, differences of the same seed, curves.
+
+python experiments/report.py experiments/cifar10.yaml     # prints Markdown, writes results/GRID_*.png and .svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from scipy.stats import t as student
+
+from dgnet.errors import UsageError
+from grid import Grid, read_grid, read_rows
+
+# Okabe and Ito's colours, told apart by all kinds of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MEASURES = {  # column: heading, digits
+    "test_top1": ("test top-1 %", 2),
+    "train_top1": ("train top-1 %", 2),
+    "train_loss": ("train loss", 4),
+}
+CONNECTIVITY = {
+    "closed_edges": ("closed edges", 5),
+    "skippable_nodes": ("skippable nodes", 5),
+    "distinct_wirings": ("distinct wirings", 0),
+    "weight_std": ("spread of a weight", 4),
+    "top1_mean_adjacency": ("top-1, mean adjacency", 2),
+    "top1_other_adjacency": ("top-1, another image's", 2),
+}
+
+
+def main() -> int:
+    """Print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="YAML file")
+    args = parser.parse_args()
+    try:
+        grid = read_grid(args.grid)
+        arms = collect(grid)
+        if not arms:
+            raise UsageError(f"{grid.table} holds no run of {args.grid}; run it: python experiments/run.py {args.grid}")
+    except UsageError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print("\n\n".join([format_arms(arms), format_differences(grid, arms), format_connectivity(arms)]))
+    for name, figure in (("accuracy", draw_accuracy(grid, arms)), ("curves", draw_curves(grid, arms))):
+        for ending in ("png", "svg"):
+            figure.savefig(grid.table.with_name(f"{args.grid.stem}_{name}.{ending}"), dpi=150, bbox_inches="tight")
+    return 0
+
+
+Arms = dict[str, dict[int, dict[str, str]]]
+"""For each arm, in the grid's order, its rows by seed."""
+
+
+def collect(grid: Grid) -> Arms:
+    """The rows of the table that the grid asks for; those of another recipe are left out."""
+    rows = {(row["arm"], row["digest"]): row for row in read_rows(grid.table)}
+    arms: Arms = {}
+    for run in grid.runs:
+        if (run.arm, run.digest) in rows:
+            arms.setdefault(run.arm, {})[run.seed] = rows[run.arm, run.digest]
+    return arms
+
+
+def column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
+    """A column's numbers, those that are there."""
+    return [float(row[name]) for row in rows.values() if row.get(name)]
+
+
+def format_mean(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def format_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def format_arms(arms: Arms) -> str:
+    """One row for each arm: what it costs and what it reached, mean ± standard deviation over seeds."""
+    heads = ["arm", "seeds", "epochs", "parameters", "multiply-adds M", *(head for head, _ in MEASURES.values()), "minutes"]
+    lines = []
+    for arm, rows in arms.items():
+        first = next(iter(rows.values()))
+        cells = [arm, str(len(rows)), first["epochs"], f"{int(first['parameters']):,}"]
+        cells.append(f"{int(first['multiply_adds']) / 1e6:.2f}")
+        cells += [format_mean(column(rows, name), digits) for name, (_, digits) in MEASURES.items()]
+        lines.append([*cells, format_mean(column(rows, "minutes"), 1)])
+    return format_table(heads, lines)
+
+
+def difference(first: dict[int, dict[str, str]], second: dict[int, dict[str, str]]) -> tuple[int, float, float]:
+    """Pairs of one seed; mean of second − first in points of test top-1; half of its 95 % interval (Student's t)."""
+    seeds = sorted(first.keys() & second.keys())
+    values = [float(second[seed]["test_top1"]) - float(first[seed]["test_top1"]) for seed in seeds]
+    if len(values) < 2:
+        return len(values), values[0] if values else math.nan, math.nan
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return len(values), statistics.fmean(values), half
+
+
+def format_differences(grid: Grid, arms: Arms) -> str:
+    """One row for each comparison of the grid that has runs on both sides."""
+    lines = []
+    for first, second in grid.compare:
+        pairs, mean, half = difference(arms.get(first, {}), arms.get(second, {}))
+        if not pairs:
+            continue
+        interval = "–" if math.isnan(half) else f"{mean - half:+.2f} … {mean + half:+.2f}"
+        decided = "–" if math.isnan(half) else "no" if abs(mean) <= half else "yes"
+        lines.append([f"{second} − {first}", str(pairs), f"{mean:+.2f}", interval, decided])
+    return format_table(["difference in test top-1", "seeds", "mean, points", "95 % interval", "beyond the noise"], lines)
+
+
+def format_connectivity(arms: Arms) -> str:
+    """One row for each arm with dynamic stages: what its connectivity did on the test images."""
+    lines = [
+        [arm, *(format_mean(column(rows, name), digits) for name, (_, digits) in CONNECTIVITY.items())]
+        for arm, rows in arms.items()
+        if column(rows, "top1_mean_adjacency")
+    ]
+    return format_table(["arm", *(head for head, _ in CONNECTIVITY.values())], lines)
+
+
+def draw_accuracy(grid: Grid, arms: Arms) -> Any:
+    """Test top-1 of every run and the mean of every arm."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.45 * len(arms)))
+    names = list(arms)[::-1]
+    for height, arm in enumerate(names):
+        values = column(arms[arm], "test_top1")
+        axes.plot(values, [height] * len(values), "o", color=COLOURS[0], alpha=0.5, markersize=5)
+        axes.plot([statistics.fmean(values)] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
+    axes.set_yticks(range(len(names)), [f"{arm} ({len(arms[arm])})" for arm in names])
+    axes.set_xlabel("test top-1, %; a dot a seed, a bar the mean")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_curves(grid: Grid, arms: Arms) -> Any:
+    """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    digests = {(arm, row["digest"]) for arm, rows in arms.items() for row in rows.values()}
+    for row in read_rows(grid.curves):
+        if (row["arm"], row["digest"]) in digests:
+            curves.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
+    groups: dict[str, list[str]] = {}
+    for run in grid.runs:
+        if run.arm in curves and run.arm not in groups.setdefault(run.group, []):
+            groups[run.group].append(run.arm)
+    groups = {group: names for group, names in groups.items() if names}
+    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.6), squeeze=False, sharey=True)
+    for axes, (group, names) in zip(panels[0], groups.items(), strict=True):
+        partners = [first for first, second in grid.compare if second in names and first not in names and first in curves]
+        for number, arm in enumerate([*dict.fromkeys(partners), *names]):
+            colour, style = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
+            epochs = sorted(curves[arm])
+            means = [statistics.fmean(curves[arm][epoch]) for epoch in epochs]
+            axes.plot(epochs, means, style, color=colour, label=arm)
+            lows, highs = ([bound(curves[arm][epoch]) for epoch in epochs] for bound in (min, max))
+            axes.fill_between(epochs, lows, highs, color=colour, alpha=0.15)
+        axes.set(title=group, xlabel="epoch", yscale="log")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("training loss")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

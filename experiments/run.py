@@ -1,0 +1,209 @@
+"""Run what a grid still lacks; each run is an ordinary `dgnet train` and `dgnet evaluate`.
+
+    python experiments/run.py experiments/cifar10.yaml --data FOLDER --output RUNS
+
+Interrupt it when you like and start it again, on another machine too: a run is done when it stands in results/GRID.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dgnet
+from dgnet.bench import describe_hardware, versions
+from dgnet.errors import UsageError, check_range
+from dgnet.options import flag
+from grid import Grid, Run, append_rows, missing_runs, read_grid
+
+
+def main() -> int:
+    """Parse and run; a mistake is one line and status 2, as with `dgnet`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="YAML file")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the grid's data")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for run folders and logs")
+    parser.add_argument("--groups", nargs="+", help="these groups only")
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default one a core, on a GPU four")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
+    parser.add_argument("--dry-run", action="store_true", help="list what is missing and run nothing")
+    args = parser.parse_args()
+    try:
+        return run_grid(args)
+    except UsageError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run.py: interrupted; start it again to go on", file=sys.stderr)
+        return 130
+
+
+def run_grid(args: argparse.Namespace) -> int:
+    """Run what is missing; returns 1 where a run failed."""
+    grid = read_grid(args.grid)
+    groups = list(dict.fromkeys(run.group for run in grid.runs))
+    for group in args.groups or []:
+        if group not in groups:
+            raise UsageError(f"unknown group {group!r}; groups of {args.grid}: {', '.join(groups)}")
+    missing = [run for run in missing_runs(grid) if args.groups is None or run.group in args.groups]
+    if args.dry_run:
+        for run in missing:
+            print(f"{run.group}: {run.arm}, seed {run.seed}")
+        return 0
+    if not (args.data / grid.test).exists():
+        raise UsageError(f"--data {args.data} does not hold {grid.test}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = args.jobs or (4 if device == "cuda" else len(os.sched_getaffinity(0)))
+    check_range("--jobs", jobs, 1)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with only_one(args.output / ".lock"), Workers(grid, args.data, args.output, device) as workers:
+        return workers.run(missing, jobs, args.minutes)
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Raises UsageError where another process is inside with the same path."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another run.py works in {path.parent}; give this one an --output of its own") from None
+        yield
+
+
+class Workers:
+    """Runs side by side, each a process of its own; leaving stops those that are under way."""
+
+    def __init__(self, grid: Grid, data: Path, output: Path, device: str) -> None:
+        self.grid, self.data, self.output, self.device = grid, data, output, device
+        self.lock = threading.Lock()
+        self.processes: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+        self.failed: list[str] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
+
+    def run(self, runs: list[Run], jobs: int, minutes: float) -> int:
+        """Run all; returns 1 where one failed."""
+        begun = time.monotonic()
+        self.jobs = jobs
+        self.threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
+        with (
+            tqdm(total=len(runs), desc=f"{jobs} at a time", unit="run", file=sys.stderr) as bar,
+            ThreadPoolExecutor(jobs) as pool,
+        ):
+
+            def work(run: Run) -> None:
+                if self.stopped or time.monotonic() - begun > 60 * minutes:
+                    return
+                row = self.run_one(run)
+                if row is not None:
+                    bar.write(f"{run.arm}, seed {run.seed}: test top-1 {row['test_top1']} %, {row['minutes']} min", sys.stderr)
+                bar.update()
+
+            try:
+                for future in [pool.submit(work, run) for run in runs]:
+                    future.result()
+            except BaseException:
+                self.__exit__()
+                raise
+        for line in self.failed:
+            print(line, file=sys.stderr)
+        return int(bool(self.failed))
+
+    def run_one(self, run: Run) -> dict[str, Any] | None:
+        """Train, evaluate on the test images, add to the table. None where it failed."""
+        folder = self.output / run.name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        log = self.output / f"{run.name}.log"
+        log.unlink(missing_ok=True)
+        options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
+        options["val_data"] = str(self.data / self.grid.test)
+        if self.device == "cpu":
+            options["threads"] = self.threads
+        started = time.monotonic()
+        words = [f"{flag(name)}={json.dumps(v) if isinstance(v, dict | bool) else v}" for name, v in options.items()]
+        if self.call(["train", *words], log) is None:
+            return None
+        minutes = (time.monotonic() - started) / 60
+        network = dgnet.create_model(run.options["model"], num_classes=10, **network_options(run.options))
+        is_dynamic = run.options["model"].startswith("dg_")
+        controls = ["--adjacency-controls"] if is_dynamic else []
+        found = self.call(["evaluate", str(folder), f"--device={self.device}", "--json", *controls], log)
+        if found is None:
+            return None
+        cost = dgnet.cost(network, self.grid.image_size)
+        evaluation = json.loads(found)
+        row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
+        row |= {"epochs": run.options["epochs"], "parameters": cost.parameters, "multiply_adds": cost.multiply_adds}
+        row |= {f"test_{name}": round(evaluation.pop(name), 4) for name in ("top1", "top5", "loss")}
+        curves = read_curve(folder)
+        row |= {name: round(float(curves[-1][name]), 4) for name in ("train_top1", "train_loss")}
+        row |= {name: round(value, 6) if isinstance(value, float) else value for name, value in evaluation.items()}
+        row |= {"minutes": round(minutes, 2), "jobs": self.jobs, "hardware": describe_hardware(self.device)}
+        row |= {"versions": " ".join(f"{name} {version}" for name, version in versions(self.device).items())}
+        labels = {"arm": run.arm, "seed": run.seed, "digest": run.digest}
+        with self.lock:
+            append_rows(self.grid.curves, [labels | curve for curve in curves])
+            append_rows(self.grid.table, [row])
+        return row
+
+    def call(self, words: list[str], log: Path) -> str | None:
+        """stdout of a `dgnet` command; None where it failed or was stopped."""
+        with log.open("a", encoding="utf-8") as errors:
+            with self.lock:
+                if self.stopped:
+                    return None
+                environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+                command = [sys.executable, "-m", "dgnet", *words]
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+                self.processes.add(process)
+            out, _ = process.communicate()
+            with self.lock:
+                self.processes.discard(process)
+        if process.returncode:
+            if not self.stopped:
+                self.failed.append(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}")
+            return None
+        return out
+
+
+def network_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_model` among the options of `dgnet train`."""
+    axes = {name: options[name] for name in ("weighting", "topology", "shortcut") if options.get(name) is not None}
+    return {**axes, **options.get("model_kwargs", {})}
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    """One row for each epoch of a run: its number from 1, and losses and accuracies, empty where it was not evaluated."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("train_loss", "train_top1", "val_loss", "val_top1")
+    return [{"epoch": int(row["epoch"]) + 1, **{name: row.get(name, "") for name in names}} for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

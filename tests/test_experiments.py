@@ -1,0 +1,173 @@
+"""The runner and the report of experiments/."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import yaml
+
+from dgnet.errors import UsageError
+from tests.test_data import jpeg, write_shard
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import grid as grids  # noqa: E402
+import report  # noqa: E402
+
+RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A grid of two arms with two seeds, and its data: dark and light images."""
+    shard = [{"jpg": jpeg(200 * (i % 2) + i), "cls": str(i % 2).encode()} for i in range(12)]
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "train-000000.tar", shard)
+    write_shard(tmp_path / "data" / "test.tar", shard[:6])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_grid(tmp_path)
+    return tmp_path
+
+
+def write_grid(folder: Path, **changes: object) -> Path:
+    values = {
+        "recipe": "recipe.yaml",
+        "data": "train-{000000..000000}.tar",
+        "test": "test.tar",
+        "image_size": 8,
+        "options": {"epochs": 2, "evaluate_every": 2, "cache": True},
+        "groups": {"a": {"seeds": [3, 4], "arms": {"static": {"model": "resnet20"}, "dynamic": {"model": "dg_resnet20"}}}},
+        "compare": [["static", "dynamic"]],
+    }
+    (folder / "grid.yaml").write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
+    return folder / "grid.yaml"
+
+
+def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "experiments" / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
+    command = ("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs", "--jobs", 2)
+    listed = call(*command, "--dry-run").stdout.splitlines()
+    assert listed == ["a: static, seed 3", "a: dynamic, seed 3", "a: static, seed 4", "a: dynamic, seed 4"]
+    first = call(*command)
+    assert first.returncode == 0, first.stderr
+    rows = grids.read_rows(folder / "results" / "grid.csv")
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [
+        ("dynamic", "3"),
+        ("dynamic", "4"),
+        ("static", "3"),
+        ("static", "4"),
+    ]
+    for row in rows:
+        assert 0 <= float(row["test_top1"]) <= 100
+        assert (row["top1_mean_adjacency"] != "") == (row["arm"] == "dynamic")
+    curves = grids.read_rows(folder / "results" / "grid_curves.csv")
+    assert len(curves) == 4 * 2
+    # The last checkpoint's accuracy is the one that training measured at its end; test images were read in no other epoch.
+    for row in rows:
+        own = [curve for curve in curves if (curve["arm"], curve["seed"]) == (row["arm"], row["seed"])]
+        assert [curve["val_top1"] != "" for curve in own] == [False, True]
+        assert float(own[1]["val_top1"]) == pytest.approx(float(row["test_top1"]), abs=1e-3)
+
+    again = call(*command)
+    assert again.returncode == 0
+    assert grids.read_rows(folder / "results" / "grid.csv") == rows
+    # One row lost, as by an interruption: that run alone is run again, and gives the same.
+    with (folder / "results" / "grid.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row for row in rows if (row["arm"], row["seed"]) != ("dynamic", "3"))
+    assert call(*command, "--dry-run").stdout == "a: dynamic, seed 3\n"
+    assert call(*command).returncode == 0
+    redone = {(row["arm"], row["seed"]): row for row in grids.read_rows(folder / "results" / "grid.csv")}
+    assert (
+        redone["dynamic", "3"]["test_loss"] == next(r for r in rows if (r["arm"], r["seed"]) == ("dynamic", "3"))["test_loss"]
+    )
+
+    printed = call("report.py", folder / "grid.yaml")
+    assert printed.returncode == 0, printed.stderr
+    assert "| dynamic − static | 2 |" in printed.stdout
+    for name in ("accuracy", "curves"):
+        for ending in ("png", "svg"):
+            assert (folder / "results" / f"grid_{name}.{ending}").stat().st_size > 1000
+
+
+def test_another_recipe_is_another_run(folder):
+    before = grids.read_grid(folder / "grid.yaml")
+    rows = [{"digest": run.digest, "arm": run.arm, "seed": run.seed} for run in before.runs]
+    grids.append_rows(before.table, rows[:3])
+    assert [(run.arm, run.seed) for run in grids.missing_runs(before)] == [("dynamic", 4)]
+    write_grid(folder, options={"epochs": 3})
+    assert len(grids.missing_runs(grids.read_grid(folder / "grid.yaml"))) == 4
+
+
+def test_where_the_data_lie_makes_no_other_run(folder):
+    run = grids.read_grid(folder / "grid.yaml").runs[0]
+    moved = grids.Run(run.group, run.arm, run.seed, {**run.options, "data": "elsewhere", "threads": 1})
+    assert moved.digest == run.digest
+    assert grids.Run(run.group, run.arm, run.seed, {**run.options, "lr": 0.1}).digest != run.digest
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    first = {seed: {"test_top1": str(value)} for seed, value in enumerate([80.0, 81.0, 79.5, 80.2])}
+    second = {seed: {"test_top1": str(value)} for seed, value in enumerate([80.9, 81.2, 80.6, 80.1, 99.0])}
+    pairs, mean, half = report.difference(first, second)
+    ours = [80.9, 81.2, 80.6, 80.1]
+    expected = scipy.stats.ttest_rel(ours, [80.0, 81.0, 79.5, 80.2]).confidence_interval(0.95)
+    assert pairs == 4
+    assert (mean - half, mean + half) == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "absent.yaml"}, "is no grid"),
+        ({"groups": None}, "is no grid"),
+        ({"compare": [["static", "fixed"]]}, "compares 'fixed', which is no arm"),
+        (
+            {"groups": {g: {"seeds": [3], "arms": {"static": {"model": "resnet20"}}} for g in "ab"}, "compare": []},
+            "arm 'static' with seed 3 stands in groups a, b",
+        ),
+    ],
+    ids=str,
+)
+def test_grids_that_cannot_be(folder, changes, message):
+    with pytest.raises(UsageError, match=message):
+        grids.read_grid(write_grid(folder, **changes))
+
+
+def test_mistakes_end_in_one_line(folder):
+    for arguments, message in [
+        ((folder / "absent.yaml", "--data", folder / "data"), "absent.yaml is no grid"),
+        ((folder / "grid.yaml", "--data", folder / "nowhere"), "does not hold test.tar"),
+        ((folder / "grid.yaml", "--data", folder / "data", "--groups", "b"), "unknown group 'b'; groups of"),
+    ]:
+        done = call("run.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = call("report.py", folder / "grid.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "holds no run of" in done.stderr
+
+
+def test_every_arm_of_the_grids_in_the_repository_is_a_network_that_can_be_built():
+    import dgnet
+    from dgnet.training import TrainConfig
+
+    for path in (ROOT / "experiments").glob("*.yaml"):
+        for run in grids.read_grid(path).runs:
+            config = TrainConfig(**{**run.options, "val_data": None})
+            dgnet.create_model(config.model, **config.network_kwargs)
+            json.dumps(run.options)
