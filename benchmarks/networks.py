@@ -24,8 +24,8 @@ import dgnet
 from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.options import flag
 
-STEM = {"topology": "chain", "weighting": "fixed", "shortcut": "node"}
-"""The static network as DG-Net begins it: with a max-pool less and its stride in the first stage (ResNets)."""
+STRIDED = "strided_"
+"""Prefix of the static ResNets on DG's stem, without max-pool and with its stride in the first stage."""
 TARGETS = {  # of a training step
     "regnetx_006": 1.06,
     "regnetx_016": 1.06,
@@ -67,7 +67,7 @@ def main() -> None:
             break
         print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
         model = row.pop("model")
-        options = [flag(name) + f"={json.dumps(value) if isinstance(value, dict) else value}" for name, value in row.items()]
+        options = [f"{flag(name)}={value}" for name, value in row.items()]
         options += [f"--rounds={args.rounds}", f"--device={args.device}", "--json"]
         started = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "dgnet", "bench", model, *options], stdout=subprocess.PIPE, text=True)
@@ -91,8 +91,10 @@ def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                     for allocator in args.allocators:
                         row = {"task": task, "batch_size": batch_size, "dtype": dtype, "compile": form != "eager"}
                         row |= {"cuda_graphs": form == "cuda-graphs", "allocator": allocator, "image_size": args.image_size}
-                        row |= {"model_kwargs": STEM if args.stem else {}}
-                        rows += [{"model": f"dg_{model}", **row} for model in args.models if "resne" in model or not args.stem]
+                        names = [name for name in args.models if "resne" in name] if args.stem else args.models
+                        rows += [
+                            {"model": f"{STRIDED if args.stem else 'dg_'}{name}", "against": name, **row} for name in names
+                        ]
     return rows
 
 
@@ -103,9 +105,9 @@ def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
     its consumer's gradient and each node its own map, and writes that one's gradient. A map that a convolution writes more than
     in the static network is written once and read once in each direction.
     """
-    model, against = dgnet.create_model(result["model"], **result["model_kwargs"]), dgnet.create_model(result["against"])
+    model, against = dgnet.create_model(result["model"]), dgnet.create_model(result["against"])
     ours, theirs = (dgnet.cost(network, result["image_size"]) for network in (model, against))
-    shapes = stage_shapes(model, result["image_size"])
+    shapes = [] if result["model"].startswith(STRIDED) else stage_shapes(model, result["image_size"])
     blocks = sum((nodes - 2) * channels * height * width for nodes, channels, height, width in shapes)
     edges = ours.aggregation_multiply_adds
     passes = 4 if result["task"] == "train" else 2
@@ -146,7 +148,7 @@ def format_tables(results: list[dict[str, Any]]) -> str:
         title = f"{result['task']}, batch {result['batch_size']}, {result['dtype']}, {form}"
         if result["allocator"] != "keep":
             title += f", allocator {result['allocator']}"
-        if result["model_kwargs"] == STEM:
+        if result["model"].startswith(STRIDED):
             stems[title, result["against"]] = result
         else:
             groups.setdefault(title, []).append(result)

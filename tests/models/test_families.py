@@ -8,15 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import Topology, Weighting, find_stages
-from dgnet.models.resnet import StridedResNet
+from dgnet.models.connectivity import DynamicNetwork
 
-DYNAMIC = [name for name in dgnet.list_models() if dgnet.create_model(name, num_classes=2).__class__.__name__ != "CifarResNet"]
+DYNAMIC = [name for name in dgnet.list_models() if isinstance(dgnet.create_model(name, num_classes=2), DynamicNetwork)]
 WITH_STATIC = [name for name in DYNAMIC if "randwire" not in name]
 # One a family, as small as it comes, with the least size of image that its strides allow.
 FAMILIES: dict[str, dict[str, object]] = {
@@ -26,12 +25,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "dg_regnety_006": {},
     "dg_randwire_small": {"num_blocks": 7, "channels": 8, "head_channels": 16},
 }
-STRIDED = {
-    "dg_resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
-    "dg_resnet50": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
-    "dg_resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
-    "dg_resnext50_32x4d": {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
-}
+STRIDED = ("dg_resnet18", "dg_resnet50", "dg_resnet101", "dg_resnext50_32x4d")
 
 
 # Two sources, which both claim to read the raw input; ResNet's second block cannot.
@@ -40,7 +34,7 @@ TWO_ENTRIES = Topology(torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [
 
 def static_counterpart(name: str) -> nn.Module:
     """timm's network; for ResNet and ResNeXt on DG's stem."""
-    return StridedResNet(**STRIDED[name]) if name in STRIDED else dgnet.create_model(name.removeprefix("dg_"))
+    return dgnet.create_model(name.replace("dg_", "strided_" if name in STRIDED else ""))
 
 
 def shake_norms(network: nn.Module) -> nn.Module:

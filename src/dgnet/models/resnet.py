@@ -73,30 +73,68 @@ class DynamicResNet(DynamicNetwork, StridedResNet):
         self.init_weights(zero_init_last=zero_init_last)
 
 
-_NAMES = ("dg_resnet18", "dg_resnet50", "dg_resnet101", "dg_resnext50_32x4d")
-default_cfgs = generate_default_cfgs({name: imagenet_cfg(first_conv="conv1", classifier="fc") for name in _NAMES})
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+    "resnet50": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+    "resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
+    "resnext50_32x4d": {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
+}
+default_cfgs = generate_default_cfgs(
+    {
+        f"{prefix}_{name}": imagenet_cfg(first_conv="conv1", classifier="fc")
+        for prefix in ("dg", "strided")
+        for name in _NETWORKS
+    }
+)
+
+
+def _create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model(cls, name, pretrained, **_NETWORKS[name.partition("_")[2]], **kwargs)
 
 
 @register_model
 def dg_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DG-ResNet-18, 11.70 M parameters, 1826 M multiply-adds (Table 1)."""
-    return build_model(DynamicResNet, "dg_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
+    return _create(DynamicResNet, "dg_resnet18", pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DG-ResNet-50, 25.62 M parameters, 4126 M multiply-adds (Table 1)."""
-    return build_model(DynamicResNet, "dg_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)
+    return _create(DynamicResNet, "dg_resnet50", pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DG-ResNet-101, 44.89 M parameters, 7838 M multiply-adds (Table 1)."""
-    return build_model(DynamicResNet, "dg_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs)
+    return _create(DynamicResNet, "dg_resnet101", pretrained, **kwargs)
 
 
 @register_model
 def dg_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DG-ResNeXt-50-32x4d, 25.09 M parameters, 4306 M multiply-adds (Table 1)."""
-    options: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4}
-    return build_model(DynamicResNet, "dg_resnext50_32x4d", pretrained, **options, **kwargs)
+    return _create(DynamicResNet, "dg_resnext50_32x4d", pretrained, **kwargs)
+
+
+@register_model
+def strided_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-18's static twin: ResNet-18 with stride 2 in stage 1 in place of the stem's max-pool."""
+    return _create(StridedResNet, "strided_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def strided_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-50's static twin: ResNet-50 with stride 2 in stage 1 in place of the stem's max-pool."""
+    return _create(StridedResNet, "strided_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def strided_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNet-101's static twin: ResNet-101 with stride 2 in stage 1 in place of the stem's max-pool."""
+    return _create(StridedResNet, "strided_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def strided_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DG-ResNeXt-50's static twin: ResNeXt-50 with stride 2 in stage 1 in place of the stem's max-pool."""
+    return _create(StridedResNet, "strided_resnext50_32x4d", pretrained, **kwargs)
