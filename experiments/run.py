@@ -158,7 +158,7 @@ class Workers:
         cost = dgnet.cost(network, self.grid.image_size)
         evaluation = json.loads(found)
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
-        row |= {"epochs": run.options["epochs"], "parameters": cost.parameters, "multiply_adds": cost.multiply_adds}
+        row |= {"epochs": run.options["epochs"], "parameters": cost.params, "multiply_adds": cost.multiply_adds}
         row |= {f"test_{name}": round(evaluation.pop(name), 4) for name in ("top1", "top5", "loss")}
         curves = read_curve(folder)
         row |= {name: round(float(curves[-1][name]), 4) for name in ("train_top1", "train_loss")}

@@ -122,7 +122,11 @@ class Router(nn.Linear):
 
     def forward(self, pooled: Tensor) -> Tensor:
         # The parameters of a model cast to half precision are lifted: α near a hard threshold must not be rounded.
-        return F.linear(pooled, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype)).sigmoid()
+        weight, bias = self.weight.to(pooled.dtype), self.bias.to(pooled.dtype)
+        if torch.compiler.is_compiling() and not self.training:
+            # A sum of products goes into one kernel with pooling and gate: a few edges are not worth a call of their own.
+            return ((pooled[:, None] * weight).sum(2) + bias).sigmoid()
+        return F.linear(pooled, weight, bias).sigmoid()
 
 
 class RoutedWeighting(Weighting):
