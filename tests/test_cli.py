@@ -166,6 +166,9 @@ def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):
             "skippable_nodes",
             "distinct_wirings",
             "empty_outputs",
+            "weight_std",
+            "top1_mean_adjacency",
+            "top1_other_adjacency",
         }
         assert result["images"] == 6
         assert result["top1"] == pytest.approx(float(row["val_top1"]))

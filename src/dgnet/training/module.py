@@ -143,7 +143,8 @@ class ImageDataModule(L.LightningDataModule):
     def val_dataloader(self) -> Iterable[Any]:
         if self.config.cache:
             return self._cache(self.val)
-        return DataLoader(self.val, **self.kwargs)
+        # A generator of its own: training goes the same way, however often it is evaluated.
+        return DataLoader(self.val, generator=torch.Generator(), **self.kwargs)
 
     def _cache(self, dataset: ImageDataset, **options: Any) -> CachedLoader:
         device = self.trainer.strategy.root_device  # type: ignore[union-attr]
