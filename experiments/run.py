@@ -52,6 +52,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("run.py: interrupted; start it again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe had enough
+        return 0
 
 
 def run_grid(args: argparse.Namespace) -> int:
