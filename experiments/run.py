@@ -30,6 +30,7 @@ import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.errors import UsageError, check_range
 from dgnet.options import flag
+from dgnet.training import TrainConfig
 from grid import Grid, Run, append_rows, missing_runs, read_grid
 
 
@@ -151,7 +152,7 @@ class Workers:
         if self.call(["train", *words], log) is None:
             return None
         minutes = (time.monotonic() - started) / 60
-        network = dgnet.create_model(run.options["model"], num_classes=10, **network_options(run.options))
+        network = dgnet.create_model(run.options["model"], num_classes=10, **TrainConfig(**run.options).network_kwargs)
         is_dynamic = run.options["model"].startswith("dg_")
         controls = ["--adjacency-controls"] if is_dynamic else []
         found = self.call(["evaluate", str(folder), f"--device={self.device}", "--json", *controls], log)
@@ -191,12 +192,6 @@ class Workers:
                 self.failed.append(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}")
             return None
         return out
-
-
-def network_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `create_model` among the options of `dgnet train`."""
-    axes = {name: options[name] for name in ("weighting", "topology", "shortcut") if options.get(name) is not None}
-    return {**axes, **options.get("model_kwargs", {})}
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:

@@ -134,10 +134,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """Where the image is: a path, or a shard and key."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image, decoded, and its label."""
         image, label = self.read(index)
-        if isinstance(image, bytes):
-            image = decode(image, self.name(index))
+        return decode(image, self.name(index)) if isinstance(image, bytes) else image, label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.load(index)
         return self.transform(image), label
 
 

@@ -96,8 +96,9 @@ class DynamicGraph(nn.Module):
             senders = topology.senders(node)
             sender_is_alive = [alive[i] for i in senders]
             weights, is_open, is_alive = remove(weights, is_open, sender_is_alive)
-            alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
-            weight_rows.append(weights)
+            if self._records:
+                alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
+                weight_rows.append(weights)
 
             sources = (x, features[0]) if node in topology.entry else tuple(features[i] for i in senders)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from dgnet.data import ImageDataset, Preprocessing, decode
+from dgnet.data import ImageDataset, Preprocessing
 
 
 class CachedLoader:
@@ -77,9 +77,7 @@ def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: tor
     images = torch.empty((len(dataset), 3, *preprocessing.image_size), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.long)
     for index in tqdm(range(len(dataset)), desc="decoding images", leave=False, disable=None, file=sys.stderr):
-        image, label = dataset.read(index)
-        if isinstance(image, bytes):
-            image = decode(image, dataset.name(index))
+        image, label = dataset.load(index)
         images[index] = TF.pil_to_tensor(resize_and_crop(image))
         labels[index] = label
     return images.to(device), labels.to(device)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from dgnet.checkpoint import Checkpoint
-from dgnet.data import EVALUATION, TRAIN, ImageDataset, Part, hold_out, open_dataset
+from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
 from dgnet.training.metrics import build_metrics, update_metrics
@@ -143,11 +143,11 @@ def evaluate(
     if adjacency_controls:
         find_stages(network)
         # Neighbours in a data set are often of one class.
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        dataset = _Reordered(dataset, order.tolist())
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     own, other, mean = (build_metrics(len(dataset.class_names)).to(device) for _ in range(3))
     statistics = WiringStatistics(stages)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    shown = Subset(dataset, order) if adjacency_controls else dataset
+    loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers)
     previous: list[Tensor] = []  # the image before a batch
     for images, labels in tqdm(loader, desc="evaluate", unit="batch"):
         images, labels = images.to(device), labels.to(device)
@@ -186,10 +186,3 @@ def evaluate(
 
 
 _STATIC_WIRING = {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "empty_outputs": 0, "weight_std": 0.0}
-
-
-class _Reordered(Part):
-    """A data set in another order, images transformed as in the whole."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.whole[self.indices[index]]
