@@ -47,8 +47,13 @@ class Grid:
     runs: list[Run]
     compare: list[tuple[str, str]]
     data: str
-    test: str
+    test: str | None  # None: runs are evaluated on training images that they hold out
     image_size: int
+
+    @property
+    def evaluated(self) -> str:
+        """What images the accuracies are of."""
+        return "held-out" if self.test is None else "test"
 
     @property
     def table(self) -> Path:
@@ -67,15 +72,20 @@ def read_grid(path: Path) -> Grid:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         shared = yaml.safe_load((path.parent / values["recipe"]).read_text(encoding="utf-8")) | values["options"]
         runs = [
-            Run(group, arm, seed, {**shared, **options, "seed": seed})
+            Run(group, arm, seed, fill_seed({**shared, **options, "seed": seed}, seed))
             for group, part in values["groups"].items()
             for seed in part["seeds"]
             for arm, options in part["arms"].items()
         ]
         compare = [(str(first), str(second)) for first, second in values.get("compare", [])]
-        grid = Grid(path, runs, compare, values["data"], values["test"], int(values["image_size"]))
+        grid = Grid(path, runs, compare, values["data"], values.get("test"), int(values["image_size"]))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is no grid: {reason(error)}; see experiments/README.md") from None
+    for run in runs:
+        if (grid.test is None) != bool(run.options.get("holdout")):
+            raise UsageError(
+                f"{path}: arm {run.arm!r} needs either `test` in the grid or `holdout` among its options, not both"
+            )
     arms = {run.arm for run in runs}
     for name in (name for pair in compare for name in pair):
         if name not in arms:
@@ -87,6 +97,13 @@ def read_grid(path: Path) -> Grid:
                 f"{path}: arm {run.arm!r} with seed {run.seed} stands in groups {seen[run.arm, run.seed]}, {run.group}"
             )
     return grid
+
+
+def fill_seed(value: Any, seed: int) -> Any:
+    """`value` with the run's seed in place of each "$seed": a random graph of its own for each run."""
+    if isinstance(value, dict):
+        return {name: fill_seed(item, seed) for name, item in value.items()}
+    return seed if value == "$seed" else value
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ from grid import Grid, read_grid, read_rows
 # Okabe and Ito's colours, told apart by all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MEASURES = {  # column: heading, digits
-    "test_top1": ("test top-1 %", 2),
+    "top1": ("{evaluated} top-1 %", 2),
     "train_top1": ("train top-1 %", 2),
     "train_loss": ("train loss", 4),
 }
@@ -51,7 +51,7 @@ def main() -> int:
     except UsageError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join([format_arms(arms), format_differences(grid, arms), format_connectivity(arms)]))
+    print("\n\n".join([format_arms(grid, arms), format_differences(grid, arms), format_connectivity(arms)]))
     for name, figure in (("accuracy", draw_accuracy(grid, arms)), ("curves", draw_curves(grid, arms))):
         for ending in ("png", "svg"):
             figure.savefig(grid.table.with_name(f"{args.grid.stem}_{name}.{ending}"), dpi=150, bbox_inches="tight")
@@ -91,9 +91,10 @@ def format_table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def format_arms(arms: Arms) -> str:
+def format_arms(grid: Grid, arms: Arms) -> str:
     """One row for each arm: what it costs and what it reached, mean ± standard deviation over seeds."""
-    heads = ["arm", "seeds", "epochs", "parameters", "multiply-adds M", *(head for head, _ in MEASURES.values()), "minutes"]
+    measures = [head.format(evaluated=grid.evaluated) for head, _ in MEASURES.values()]
+    heads = ["arm", "seeds", "epochs", "parameters", "multiply-adds M", *measures, "minutes"]
     lines = []
     for arm, rows in arms.items():
         first = next(iter(rows.values()))
@@ -105,9 +106,9 @@ def format_arms(arms: Arms) -> str:
 
 
 def difference(first: dict[int, dict[str, str]], second: dict[int, dict[str, str]]) -> tuple[int, float, float]:
-    """Pairs of one seed; mean of second − first in points of test top-1; half of its 95 % interval (Student's t)."""
+    """Pairs of one seed; mean of second − first in points of top-1; half of its 95 % interval (Student's t)."""
     seeds = sorted(first.keys() & second.keys())
-    values = [float(second[seed]["test_top1"]) - float(first[seed]["test_top1"]) for seed in seeds]
+    values = [float(second[seed]["top1"]) - float(first[seed]["top1"]) for seed in seeds]
     if len(values) < 2:
         return len(values), values[0] if values else math.nan, math.nan
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
@@ -124,7 +125,9 @@ def format_differences(grid: Grid, arms: Arms) -> str:
         interval = "–" if math.isnan(half) else f"{mean - half:+.2f} … {mean + half:+.2f}"
         decided = "–" if math.isnan(half) else "no" if abs(mean) <= half else "yes"
         lines.append([f"{second} − {first}", str(pairs), f"{mean:+.2f}", interval, decided])
-    return format_table(["difference in test top-1", "seeds", "mean, points", "95 % interval", "beyond the noise"], lines)
+    return format_table(
+        [f"difference in {grid.evaluated} top-1", "seeds", "mean, points", "95 % interval", "beyond the noise"], lines
+    )
 
 
 def format_connectivity(arms: Arms) -> str:
@@ -138,15 +141,15 @@ def format_connectivity(arms: Arms) -> str:
 
 
 def draw_accuracy(grid: Grid, arms: Arms) -> Any:
-    """Test top-1 of every run and the mean of every arm."""
+    """Top-1 of every run and the mean of every arm."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.45 * len(arms)))
     names = list(arms)[::-1]
     for height, arm in enumerate(names):
-        values = column(arms[arm], "test_top1")
+        values = column(arms[arm], "top1")
         axes.plot(values, [height] * len(values), "o", color=COLOURS[0], alpha=0.5, markersize=5)
         axes.plot([statistics.fmean(values)] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
     axes.set_yticks(range(len(names)), [f"{arm} ({len(arms[arm])})" for arm in names])
-    axes.set_xlabel("test top-1, %; a dot a seed, a bar the mean")
+    axes.set_xlabel(f"{grid.evaluated} top-1, %; a dot a seed, a bar the mean")
     axes.grid(axis="x", alpha=0.3)
     return figure
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import dgnet
 from dgnet.bench import describe_hardware, versions
+from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.options import flag
 from dgnet.training import TrainConfig
@@ -69,8 +70,8 @@ def run_grid(args: argparse.Namespace) -> int:
         for run in missing:
             print(f"{run.group}: {run.arm}, seed {run.seed}")
         return 0
-    if not (args.data / grid.test).exists():
-        raise UsageError(f"--data {args.data} does not hold {grid.test}")
+    for shards in filter(None, (grid.data, grid.test)):
+        expand_shards(str(args.data / shards))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     jobs = args.jobs or (4 if device == "cuda" else len(os.sched_getaffinity(0)))
     check_range("--jobs", jobs, 1)
@@ -124,7 +125,10 @@ class Workers:
                     return
                 row = self.run_one(run)
                 if row is not None:
-                    bar.write(f"{run.arm}, seed {run.seed}: test top-1 {row['test_top1']} %, {row['minutes']} min", sys.stderr)
+                    bar.write(
+                        f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %, {row['minutes']} min",
+                        sys.stderr,
+                    )
                 bar.update()
 
             try:
@@ -144,11 +148,11 @@ class Workers:
         log = self.output / f"{run.name}.log"
         log.unlink(missing_ok=True)
         options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
-        options["val_data"] = str(self.data / self.grid.test)
+        options["val_data"] = None if self.grid.test is None else str(self.data / self.grid.test)
         if self.device == "cpu":
             options["threads"] = self.threads
         started = time.monotonic()
-        words = [f"{flag(name)}={json.dumps(v) if isinstance(v, dict | bool) else v}" for name, v in options.items()]
+        words = [f"{flag(name)}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
         if self.call(["train", *words], log) is None:
             return None
         minutes = (time.monotonic() - started) / 60
@@ -162,7 +166,7 @@ class Workers:
         evaluation = json.loads(found)
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
         row |= {"epochs": run.options["epochs"], "parameters": cost.params, "multiply_adds": cost.multiply_adds}
-        row |= {f"test_{name}": round(evaluation.pop(name), 4) for name in ("top1", "top5", "loss")}
+        row |= {name: round(evaluation.pop(name), 4) for name in ("top1", "top5", "loss")}
         curves = read_curve(folder)
         row |= {name: round(float(curves[-1][name]), 4) for name in ("train_top1", "train_loss")}
         row |= {name: round(value, 6) if isinstance(value, float) else value for name, value in evaluation.items()}

@@ -70,7 +70,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
         ("static", "4"),
     ]
     for row in rows:
-        assert 0 <= float(row["test_top1"]) <= 100
+        assert 0 <= float(row["top1"]) <= 100
         assert (row["top1_mean_adjacency"] != "") == (row["arm"] == "dynamic")
     curves = grids.read_rows(folder / "results" / "grid_curves.csv")
     assert len(curves) == 4 * 2
@@ -78,7 +78,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
     for row in rows:
         own = [curve for curve in curves if (curve["arm"], curve["seed"]) == (row["arm"], row["seed"])]
         assert [curve["val_top1"] != "" for curve in own] == [False, True]
-        assert float(own[1]["val_top1"]) == pytest.approx(float(row["test_top1"]), abs=1e-3)
+        assert float(own[1]["val_top1"]) == pytest.approx(float(row["top1"]), abs=1e-3)
 
     again = call(*command)
     assert again.returncode == 0
@@ -91,9 +91,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
     assert call(*command, "--dry-run").stdout == "a: dynamic, seed 3\n"
     assert call(*command).returncode == 0
     redone = {(row["arm"], row["seed"]): row for row in grids.read_rows(folder / "results" / "grid.csv")}
-    assert (
-        redone["dynamic", "3"]["test_loss"] == next(r for r in rows if (r["arm"], r["seed"]) == ("dynamic", "3"))["test_loss"]
-    )
+    assert redone["dynamic", "3"]["loss"] == next(r for r in rows if (r["arm"], r["seed"]) == ("dynamic", "3"))["loss"]
 
     printed = call("report.py", folder / "grid.yaml")
     assert printed.returncode == 0, printed.stderr
@@ -119,9 +117,28 @@ def test_where_the_data_lie_makes_no_other_run(folder):
     assert grids.Run(run.group, run.arm, run.seed, {**run.options, "lr": 0.1}).digest != run.digest
 
 
+def test_a_seed_stands_for_the_runs_own(folder):
+    arm = {"model": "randwire_small_er", "model_kwargs": {"topology_seed": "$seed", "channels": 8}}
+    grid = grids.read_grid(write_grid(folder, groups={"a": {"seeds": [3, 4], "arms": {"er": arm}}}, compare=[]))
+    assert [run.options["model_kwargs"]["topology_seed"] for run in grid.runs] == [3, 4]
+
+
+@pytest.mark.slow
+def test_without_test_images_a_run_is_judged_on_those_it_holds_out(folder):
+    arms = {"dynamic": {"model": "dg_resnet20"}}
+    options = {"epochs": 1, "holdout": 4}
+    write_grid(folder, test=None, options=options, groups={"a": {"seeds": [3], "arms": arms}}, compare=[])
+    (folder / "data" / "test.tar").unlink()
+    done = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
+    assert done.returncode == 0, done.stderr
+    (row,) = grids.read_rows(folder / "results" / "grid.csv")
+    assert row["images"] == "4"
+    assert "held-out top-1 %" in call("report.py", folder / "grid.yaml").stdout
+
+
 def test_the_interval_is_that_of_a_paired_t_test():
-    first = {seed: {"test_top1": str(value)} for seed, value in enumerate([80.0, 81.0, 79.5, 80.2])}
-    second = {seed: {"test_top1": str(value)} for seed, value in enumerate([80.9, 81.2, 80.6, 80.1, 99.0])}
+    first = {seed: {"top1": str(value)} for seed, value in enumerate([80.0, 81.0, 79.5, 80.2])}
+    second = {seed: {"top1": str(value)} for seed, value in enumerate([80.9, 81.2, 80.6, 80.1, 99.0])}
     pairs, mean, half = report.difference(first, second)
     ours = [80.9, 81.2, 80.6, 80.1]
     expected = scipy.stats.ttest_rel(ours, [80.0, 81.0, 79.5, 80.2]).confidence_interval(0.95)
@@ -134,6 +151,8 @@ def test_the_interval_is_that_of_a_paired_t_test():
     [
         ({"recipe": "absent.yaml"}, "is no grid"),
         ({"groups": None}, "is no grid"),
+        ({"test": None}, "arm 'static' needs either `test` in the grid or `holdout` among its options, not both"),
+        ({"options": {"holdout": 4}}, "arm 'static' needs either `test` in the grid or `holdout`"),
         ({"compare": [["static", "fixed"]]}, "compares 'fixed', which is no arm"),
         (
             {"groups": {g: {"seeds": [3], "arms": {"static": {"model": "resnet20"}}} for g in "ab"}, "compare": []},
@@ -150,7 +169,7 @@ def test_grids_that_cannot_be(folder, changes, message):
 def test_mistakes_end_in_one_line(folder):
     for arguments, message in [
         ((folder / "absent.yaml", "--data", folder / "data"), "absent.yaml is no grid"),
-        ((folder / "grid.yaml", "--data", folder / "nowhere"), "does not hold test.tar"),
+        ((folder / "grid.yaml", "--data", folder / "nowhere"), "train-000000.tar does not exist"),
         ((folder / "grid.yaml", "--data", folder / "data", "--groups", "b"), "unknown group 'b'; groups of"),
     ]:
         done = call("run.py", *arguments)

@@ -29,6 +29,21 @@ def test_parameters_fall_into_groups_once_and_thresholds_take_their_share_of_the
     assert abs(rates[True] - 0.1 * rates[False]) < 1e-9
 
 
+def test_routing_decays_as_asked():
+    def decaying(choice: str) -> set[str]:
+        network = dgnet.create_model("dg_resnet20")
+        groups = build_parameter_groups(network, TrainConfig(routing_decay=choice, weight_decay=0.5, threshold_lr=0.1))
+        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in network.parameters())
+        ids = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        return {name for name, parameter in network.named_parameters() if id(parameter) in ids}
+
+    matrices = {name for name, p in dgnet.create_model("dg_resnet20").named_parameters() if p.ndim > 1}
+    routing = {name for name, _ in dgnet.create_model("dg_resnet20").named_parameters() if "weighting" in name}
+    assert decaying("weights") == matrices
+    assert decaying("none") == matrices - routing
+    assert decaying("all") == matrices | routing
+
+
 def test_without_thresholds_there_is_nothing_to_set_apart():
     for name, options in (
         ("resnet20", {}),

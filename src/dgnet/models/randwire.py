@@ -37,7 +37,8 @@ def build_convolution(in_channels: int, out_channels: int, kernel_size: int, str
 class RandWire(DynamicNetwork, StagedNetwork):
     """Two strided convolutions, three wired stages of C, 2C and 4C channels, a 1×1 convolution, pooling, classifier.
 
-    `num_blocks`: blocks of each stage (N of Xie et al.); `channels`: C. Takes the options of `Connectivity`.
+    `num_blocks`: blocks of each stage (N of Xie et al.); `channels`: C; `stem_stride`: of each of the two convolutions, 1 for
+    small images. Takes the options of `Connectivity`.
     """
 
     stem_names = ("conv1", "conv2")
@@ -51,6 +52,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
         num_classes: int = 1000,
         in_chans: int = 3,
         head_channels: int = 1280,
+        stem_stride: int = 2,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         **options: Any,
@@ -62,10 +64,11 @@ class RandWire(DynamicNetwork, StagedNetwork):
         check_range("num_blocks", num_blocks, 1)
         check_range("channels", channels, 2)
         check_range("head_channels", head_channels, 1)
+        check_range("stem_stride", stem_stride, 1, 2)
         self.in_chans = in_chans
-        self.conv1 = build_convolution(in_chans, channels // 2, 3, stride=2, act=False)
-        self.conv2 = build_convolution(channels // 2, channels, 3, stride=2)
-        self.feature_info = [{"num_chs": channels, "reduction": 4, "module": "conv2"}]
+        self.conv1 = build_convolution(in_chans, channels // 2, 3, stem_stride, act=False)
+        self.conv2 = build_convolution(channels // 2, channels, 3, stem_stride)
+        self.feature_info = [{"num_chs": channels, "reduction": stem_stride**2, "module": "conv2"}]
         self.connectivity_options = connectivity.plain_options()
         width = channels
         topologies = connectivity.build_topologies([num_blocks + 2] * len(self.stage_names))
@@ -73,7 +76,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
             planes = channels * 2 ** (index - 1)
             self.add_module(name, build_wired_stage(topology, width, planes, connectivity))
             width = planes
-            self.feature_info.append({"num_chs": width, "reduction": 4 * 2**index, "module": name})
+            self.feature_info.append({"num_chs": width, "reduction": stem_stride**2 * 2**index, "module": name})
         self.conv3 = build_convolution(width, head_channels, 1, stride=1)
         self.act3 = nn.ReLU()
         self.num_features = head_channels

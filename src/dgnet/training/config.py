@@ -11,6 +11,7 @@ from torch import nn
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.options import check_choices, flag, option
 
+ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
 # Model options that the rest of the configuration decides, and how.
@@ -79,7 +80,10 @@ class TrainConfig:
     lr: float = option(0.1, "peak learning rate")
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
     momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(5e-4, "weight decay; never on normalisation, biases, thresholds and learned edge weights")
+    weight_decay: float = option(5e-4, "weight decay; never on normalisation, biases and learned edge weights")
+    routing_decay: str = option(
+        "weights", "what of the routing decays too: routers' weights, all (biases and thresholds too), none", ROUTING_DECAY
+    )
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
     precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))

@@ -102,17 +102,24 @@ class Classifier(L.LightningModule):
 
 
 def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups with and without weight decay; thresholds apart, with their share of the learning rate."""
+    """Groups with and without weight decay; routing apart where it decays otherwise, thresholds with their learning rate."""
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
-    stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
-    thresholds = [tau for stage in stages if isinstance(tau := stage.weighting.threshold, nn.Parameter) and tau.requires_grad]
-    if config.threshold_lr == 1 or not thresholds:
-        return groups
-    apart = {id(tau) for tau in thresholds}
+    weightings = [m.weighting for m in network.modules() if isinstance(m, DynamicGraph) and m.weighting.reads_features]
+    routing = [parameter for weighting in weightings for parameter in weighting.parameters() if parameter.requires_grad]
+    ids = {id(weighting.threshold) for weighting in weightings}
+    thresholds = [parameter for parameter in routing if id(parameter) in ids]
+    routers = [parameter for parameter in routing if id(parameter) not in ids]
+    decay = config.weight_decay if config.routing_decay == "all" else 0.0
+    apart: list[dict[str, Any]] = []
+    if config.routing_decay != "weights":
+        apart.append({"params": routers, "weight_decay": decay})
+    if config.routing_decay == "all" or config.threshold_lr != 1:
+        apart.append({"params": thresholds, "weight_decay": decay, "lr_scale": config.threshold_lr})
+    moved = {id(parameter) for group in apart for parameter in group["params"]}
     for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
-    return [*groups, {"params": thresholds, "weight_decay": 0.0, "lr_scale": config.threshold_lr}]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    return [group for group in [*groups, *apart] if group["params"]]
 
 
 class ImageDataModule(L.LightningDataModule):
