@@ -1,17 +1,17 @@
-"""Parameters and multiply-adds of a network, in total and where they come from (Table 1)."""
+"""Parameters and multiply-adds of a network, in total, node by node, and for each sample (Table 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, reason
-from dgnet.graph import DynamicGraph, Weighting
+from dgnet.graph import DynamicGraph, Topology
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,66 @@ class Cost:
 
     params: int  # all parameters, routers and thresholds included
     multiply_adds: int  # of convolutions outside routers: what Table 1 counts
-    router_multiply_adds: int  # of the routers' fully-connected layers
+    router_multiply_adds: int  # of the fully-connected layers and convolutions of routers and of gates on nodes
     aggregation_multiply_adds: int  # one for each element of each edge's feature
     activations: int  # elements that convolutions write
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Multiply-adds of one stage on one image: of each of its N nodes where it runs, of each edge where it is open."""
+
+    topology: Topology
+    nodes: list[int]  # convolutions; the input node's are its projection, the output node has none
+    routers: list[int]  # of the sending node
+    edges: list[int]  # of one in-edge of the receiving node
+
+    @property
+    def dense(self) -> int:
+        """With every node alive and every edge open."""
+        senders = [len(self.topology.senders(node)) for node in range(self.topology.num_nodes)]
+        return sum(self.nodes) + sum(self.routers) + sum(n * cost for n, cost in zip(senders, self.edges, strict=True))
+
+    @property
+    def least(self) -> int:
+        """With every block dead: input node, its router, and an edge to the output node where there is one."""
+        last = self.topology.num_nodes - 1
+        return self.nodes[0] + self.routers[0] + self.edges[last] * (0 in self.topology.senders(last))
+
+    def executed(self, ran: Tensor, is_open: Tensor | None = None) -> Tensor:
+        """For each sample, (B,), from which nodes ran, (B, N), 0 or 1, and which edges were open, (B, N, N).
+
+        Without `is_open`, an edge is open where both its nodes ran. Differentiable in `ran`.
+        """
+        ran = ran if ran.is_floating_point() else ran.float()
+        nodes, routers, edges = (ran.new_tensor(costs) for costs in (self.nodes, self.routers, self.edges))
+        mask = self.topology.mask.to(ran.device, ran.dtype)
+        heard = ran @ mask.T if is_open is None else is_open.to(ran.dtype).sum(2)  # open in-edges of each node
+        return (ran * (nodes + routers + edges * heard)).sum(1)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Where a network's multiply-adds are spent, on one image."""
+
+    fixed: int  # convolutions outside dynamic stages
+    stages: list[StageCost]
+
+    @property
+    def dense(self) -> int:
+        """With every node alive and every edge open: convolutions, routers and aggregation."""
+        return self.fixed + sum(stage.dense for stage in self.stages)
+
+    @property
+    def least(self) -> int:
+        """With every block dead."""
+        return self.fixed + sum(stage.least for stage in self.stages)
+
+    def executed(self, ran: Sequence[Tensor], is_open: Sequence[Tensor] | None = None) -> Tensor:
+        """Multiply-adds for each sample, (B,): see `StageCost.executed`; one tensor a stage."""
+        opens = [None] * len(self.stages) if is_open is None else is_open
+        costs = [stage.executed(r, o) for stage, r, o in zip(self.stages, ran, opens, strict=True)]
+        return torch.stack(costs).sum(0) + self.fixed
 
 
 def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
@@ -30,34 +87,85 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
 
     Raises UsageError for a size that the model cannot take.
     """
+    counts = _count(model, image_size)
+    stages = counts.stages.values()
+    return Cost(
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        multiply_adds=counts.fixed + sum(sum(stage.nodes) for stage in stages),
+        router_multiply_adds=sum(sum(stage.routers) for stage in stages),
+        aggregation_multiply_adds=sum(stage.dense - sum(stage.nodes) - sum(stage.routers) for stage in stages),
+        activations=counts.activations,
+    )
+
+
+def cost_model(model: nn.Module, image_size: int | tuple[int, int] = 224) -> CostModel:
+    """Count node by node what `model` costs on one image, on the meta device. Raises UsageError as `cost` does."""
+    counts = _count(model, image_size)
+    return CostModel(counts.fixed, list(counts.stages.values()))
+
+
+@dataclass
+class _Counts:
+    fixed: int = 0
+    activations: int = 0
+    stages: dict[int, StageCost] = field(default_factory=dict)  # by the id of the stage
+
+
+def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
     counted = deepcopy(model).to("meta").eval()
-    counts = {"multiply_adds": 0, "router_multiply_adds": 0, "aggregation_multiply_adds": 0, "activations": 0}
-    in_weightings = {id(child) for module in counted.modules() if isinstance(module, Weighting) for child in module.modules()}
+    counts = _Counts()
+    nodes: dict[int, tuple[StageCost, int]] = {}  # of each module inside a node: its stage and node
+    routing: set[int] = set()  # modules that decide
+    deciding: list[tuple[StageCost, int]] = []  # the stage and node whose out-edges are predicted now
 
     def count_convolution(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         multiply_adds = output[0].numel() * module.weight[0].numel()
-        if id(module) in in_weightings:
-            counts["router_multiply_adds"] += multiply_adds
+        if id(module) in routing:
+            stage, node = deciding[-1]
+            stage.routers[node] += multiply_adds
+            return
+        counts.activations += output[0].numel()
+        if id(module) in nodes:
+            stage, node = nodes[id(module)]
+            stage.nodes[node] += multiply_adds
         else:
-            counts["multiply_adds"] += multiply_adds
-            counts["activations"] += output[0].numel()
+            counts.fixed += multiply_adds
 
     def count_linear(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(module) in in_weightings:
-            counts["router_multiply_adds"] += output[0].numel() * module.in_features
+        if id(module) in routing:
+            stage, node = deciding[-1]
+            stage.routers[node] += output[0].numel() * module.in_features
 
-    def count_aggregation(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        entry_edges = len(module.topology.entry)
-        counts["aggregation_multiply_adds"] += entry_edges * inputs[0][0].numel()
-        counts["aggregation_multiply_adds"] += (module.topology.num_edges - entry_edges) * output[0].numel()
+    def count_edges(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for node in range(1, module.topology.num_nodes):
+            is_entry = node in module.topology.entry
+            counts.stages[id(module)].edges[node] = (inputs[0] if is_entry else output)[0].numel()
 
+    def watch(stage: StageCost, predict: Callable[[int, Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
+        def watched(node: int, feature: Tensor) -> Tensor:
+            deciding.append((stage, node))
+            return predict(node, feature)
+
+        return watched
+
+    for graph in counted.modules():
+        if isinstance(graph, DynamicGraph):
+            num_nodes = graph.topology.num_nodes
+            stage = StageCost(graph.topology, [0] * num_nodes, [0] * num_nodes, [0] * num_nodes)
+            counts.stages[id(graph)] = stage
+            for node, module in enumerate([graph.input, *graph.nodes]):
+                nodes |= {id(child): (stage, node) for child in module.modules()}
+            decider: Any
+            for decider in filter(None, (graph.weighting, graph.node_gates)):
+                routing |= {id(child) for child in decider.modules()}
+                decider.predict = watch(stage, decider.predict)
     hooks: dict[type[nn.Module], Callable[..., Any]] = {
         nn.Conv2d: count_convolution,
         nn.Linear: count_linear,
-        DynamicGraph: count_aggregation,
+        DynamicGraph: count_edges,
     }
     for module in counted.modules():
         for kind, hook in hooks.items():
@@ -69,4 +177,4 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
             counted(torch.empty(1, in_chans, height, width, device="meta"))
     except Exception as error:  # whatever a layer makes of a size that it cannot take
         raise UsageError(f"{type(model).__name__} cannot take an image of {height}×{width}: {reason(error)}") from error
-    return Cost(params=sum(parameter.numel() for parameter in model.parameters()), **counts)
+    return counts

@@ -26,6 +26,9 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
         {"gate": "alpha"},
         {"inference_weight": "raw"},
         {"router_reads": "activation"},
+        {"node_gate": "hard", "node_gate_bias": 1.0},
+        {"node_gate": "hard", "node_gate_bias": 2.0, "threshold_offset": 0.05},
+        {"node_gate": "hard", "node_gate_bias": 0.3, "topology": "residual"},
     ],
     ids=str,
 )
@@ -44,7 +47,11 @@ def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):
     torch.testing.assert_close(record.adjacency[0], adjacency, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(record.alpha[0], alpha, rtol=1e-4, atol=1e-6)  # a dead node's are 0
     closed = (adjacency == 0)[:, stage.topology.mask].float().mean()
-    assert closed == 0 if training else 0.1 < closed < 0.9  # the case is not a trivial one
+    if training:
+        assert closed == 0 or "node_gate" in options
+    else:
+        assert 0.1 < closed < 0.9  # the case is not a trivial one
+        assert torch.equal(record.ran[0][:, 1:-1], (adjacency[:, 1:-1] != 0).any(2))
 
 
 def small_stage(dtype: torch.dtype = torch.float64) -> DynamicGraph:

@@ -22,6 +22,8 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
     features = {0: stage.input(x)}
     alive = {0: [True] * len(x)}
     alpha: dict[tuple[int, int], list[float]] = {}
+    gates = stage.node_gates
+    votes = [[0.0] * (last + 1) for _ in x]  # of each sample, for each node's gate
     for j in range(1, last + 1):
         # Node j - 1 has run: it predicts its out-edges.
         i = j - 1
@@ -33,26 +35,30 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             for row, k in enumerate(out_edges):
                 z = sum(w * v for w, v in zip(router.weight[row].tolist(), pooled, strict=True)) + router.bias[row].item()
                 alpha.setdefault((i, k), []).append(sigmoid(z) if alive[i][b] else 0.0)
+            for row, k in enumerate([k for k in out_edges if k != last] if gates is not None and alive[i][b] else []):
+                column = gates.columns[str(i)].weight[row].tolist()
+                votes[b][k] += sum(w * v for w, v in zip(column, pooled, strict=True))
         tau = stage.weighting.tau[j].item()
         alive[j] = []
         rows = []
         for b in range(len(x)):
             total = torch.zeros_like(x[b] if j == 1 else features[0][b])
             is_alive = False
+            least = 0.5 if gates is None or stage.training else 0.5 + gates.offset
+            gate = gates is None or j == last or sigmoid(votes[b][j] + gates.bias[j].item()) >= least
             for i in range(j):
-                if not mask[j][i]:
+                if not mask[j][i] or not alive[i][b] or not (gate or stage.training):
                     continue
                 a = alpha[i, j][b]
                 psi = a * sigmoid(a - tau) if stage.weighting.gate_form == "psi" else a
                 if not stage.training and stage.weighting.inference_weight == "raw":
                     psi = a
-                if not stage.training:
-                    if a < tau or not alive[i][b]:
-                        continue
-                    is_alive = True
+                if not stage.training and a < tau + stage.weighting.offset:
+                    continue
+                is_alive = True
                 adjacency[b, j, i] = psi
                 total = total + psi * (x[b] if j == 1 else features[i][b])
-            alive[j].append(is_alive or stage.training)
+            alive[j].append(is_alive and gate)
             rows.append(total)
         x_hat = torch.stack(rows)
         if j > 1 and stage.shortcut == "edge":

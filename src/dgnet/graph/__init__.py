@@ -1,6 +1,7 @@
 """§3 of the paper: topology, weighting, aggregation, stage. Imports torch and networkx, knows no backbone."""
 
 from dgnet.graph.aggregate import aggregate as aggregate
+from dgnet.graph.node_gate import NodeGates as NodeGates
 from dgnet.graph.record import Record as Record
 from dgnet.graph.record import find_stages as find_stages
 from dgnet.graph.record import record_connectivity as record_connectivity

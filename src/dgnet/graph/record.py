@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,21 @@ def find_stages(model: nn.Module) -> list[DynamicGraph]:
     return stages
 
 
+class Observer(Protocol):
+    """What a stage calls at the end of a forward."""
+
+    def append(
+        self,
+        stage: DynamicGraph,
+        alpha_rows: Sequence[Tensor],
+        weight_rows: Sequence[Tensor],
+        alive: Sequence[Tensor | None],
+    ) -> None:
+        """`alpha_rows`, `weight_rows`: (B, E) for each node from node 1 on; `alive`: whether each node but the output node ran,
+        (B,), bool, or 0 and 1 where gates train; None for all samples.
+        """
+
+
 class Record:
     """Adjacency matrices of the forwards run under `record_connectivity`, detached, appended along B.
 
@@ -37,6 +53,7 @@ class Record:
         """Forget what was recorded."""
         self._alpha: list[list[Tensor]] = [[] for _ in self._stages]
         self._adjacency: list[list[Tensor]] = [[] for _ in self._stages]
+        self._ran: list[list[Tensor]] = [[] for _ in self._stages]
 
     @property
     def adjacency(self) -> list[Tensor]:
@@ -49,18 +66,32 @@ class Record:
         return [self._join(chunks) for chunks in self._alpha]
 
     @property
+    def ran(self) -> list[Tensor]:
+        """For each stage the nodes that ran, (B, N) bool: in dense mode those that are alive."""
+        return [self._join(chunks) for chunks in self._ran]
+
+    @property
     def threshold(self) -> list[Tensor | None]:
         """For each stage τ of each receiving node, (N,); None where the weighting has none."""
         return [None if s.weighting.threshold is None else s.weighting.threshold.detach() for s in self._stages]
 
-    def append(self, stage: DynamicGraph, alpha_rows: Sequence[Tensor], weight_rows: Sequence[Tensor]) -> None:
-        """Called by a stage at the end of its forward, with one (B, E) tensor a node, from node 1 on."""
+    def append(
+        self,
+        stage: DynamicGraph,
+        alpha_rows: Sequence[Tensor],
+        weight_rows: Sequence[Tensor],
+        alive: Sequence[Tensor | None],
+    ) -> None:
+        """See `Observer`."""
         # A checkpointed forward, run again by the backward pass, is not recorded again; the compiler cannot ask.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         index = self._stages.index(stage)
         self._alpha[index].append(to_matrix(stage, alpha_rows))
         self._adjacency[index].append(to_matrix(stage, weight_rows))
+        ones = torch.ones_like(weight_rows[0][:, 0], dtype=torch.bool)
+        ran = [ones if column is None else column.detach() > 0 for column in (*alive, None)]  # the output node always runs
+        self._ran[index].append(torch.stack(ran, dim=1))
 
     @staticmethod
     def _join(chunks: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ Letters: B batch, N nodes, E in-edges of a node, C channels, H and W height and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph.aggregate import aggregate
+from dgnet.graph.node_gate import NodeGates
 from dgnet.graph.topology import Topology
 from dgnet.graph.weighting import Weighting
 
 if TYPE_CHECKING:
-    from dgnet.graph.record import Record
+    from dgnet.graph.record import Observer
 
 
 class DynamicGraph(nn.Module):
@@ -34,6 +35,9 @@ class DynamicGraph(nn.Module):
 
     A node may compute f_j(scale · x) from x and scale, (B,), more cheaply than from their product: with an attribute
     `takes_scale` that is true it is called as `node(x, scale=scale)` where it is an entry node, in training.
+
+    `node_gates`: gates that close all in-edges of a block at once; None for none. In training a gated block computes for all
+    samples, on what its in-edges bring, and its out-edges pass on those for which it is open.
 
     **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it: its out-edges are closed, with α = 0,
     and nothing reads what it computes. Input and output node always run; an output node without an open in-edge sums to 0.
@@ -51,6 +55,7 @@ class DynamicGraph(nn.Module):
         shortcut: str = "edge",
         entry_shortcut: bool = True,
         router_reads: str = "feature",
+        node_gates: NodeGates | None = None,
     ) -> None:
         super().__init__()
         check_choice("shortcut", shortcut, ("edge", "node"))
@@ -69,9 +74,12 @@ class DynamicGraph(nn.Module):
         self.nodes = nn.ModuleList(nodes)
         self.activation = activation
         self.weighting = weighting
+        self.node_gates = node_gates
         # Set for the length of a `with` block by record.py; never buffers, they depend on the batch.
-        self._records: list[Record] = []
+        self._records: list[Observer] = []
         self._imposed: Tensor | None = None
+        # Runs the stage in evaluation in place of `forward`; see dgnet.inference.
+        self._executor: Callable[[DynamicGraph, Tensor], Tensor] | None = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mask = self.topology.mask  # the buffer may lie on the meta device
@@ -84,18 +92,22 @@ class DynamicGraph(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._executor is not None and not self.training:
+            return self._executor(self, x)
         topology = self.topology
         features = [self.input(x)]
-        alive: list[Tensor | None] = [None]  # (B,) a node; None: alive for every sample
+        alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: alive for every sample
         edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
+        votes: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what i says of j's gate, (B,)
         alpha_rows: list[Tensor] = []
         weight_rows: list[Tensor] = []
         for node in range(1, topology.num_nodes):
-            self._predict(node - 1, features[-1], edges)
+            self._predict(node - 1, features[-1], edges, votes)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
             sender_is_alive = [alive[i] for i in senders]
-            weights, is_open, is_alive = remove(weights, is_open, sender_is_alive)
+            gate = self._decide(node, votes, sender_is_alive)
+            weights, is_open, is_alive = remove(weights, is_open, sender_is_alive, gate)
             if self._records:
                 alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
                 weight_rows.append(weights)
@@ -108,18 +120,33 @@ class DynamicGraph(nn.Module):
             features.append(feature)
             alive.append(is_alive)
         for record in self._records:
-            record.append(self, alpha_rows, weight_rows)
+            record.append(self, alpha_rows, weight_rows, alive[:-1])
         return features[-1]
 
-    def _predict(self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor]) -> None:
-        """Put α of the node's free out-edges into `edges`, where they follow the features."""
-        if self._imposed is not None or not self.weighting.reads_features:
+    def _predict(
+        self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor], votes: dict[tuple[int, int], Tensor]
+    ) -> None:
+        """Put what follows from the node's feature into `edges` (α of its free out-edges) and `votes`."""
+        gates = self.node_gates
+        is_heard = gates is not None and bool(gates.receivers(node))
+        if self._imposed is not None or not (self.weighting.reads_features or is_heard):
             return
         if self.router_reads == "activation":
             feature = self.activation(feature.clone())  # a clone: timm's activations work in place
-        alpha = self.weighting.predict(node, feature)
-        for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
-            edges[node, receiver] = column
+        if self.weighting.reads_features:
+            alpha = self.weighting.predict(node, feature)
+            for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
+                edges[node, receiver] = column
+        if gates is not None and is_heard:
+            for receiver, column in zip(gates.receivers(node), gates.predict(node, feature).unbind(1), strict=True):
+                votes[node, receiver] = column
+
+    def _decide(self, node: int, votes: dict[tuple[int, int], Tensor], sender_is_alive: list[Tensor | None]) -> Tensor | None:
+        """Whether the gate of a block is open, (B,); None where it has none."""
+        if self.node_gates is None or self._imposed is not None or node == self.topology.num_nodes - 1:
+            return None
+        row = torch.stack([votes[i, node] for i in self.topology.senders(node)], dim=1)
+        return self.node_gates.decide(node, remove(row, None, sender_is_alive)[0])
 
     def _weigh(self, node: int, x: Tensor, edges: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
@@ -167,17 +194,27 @@ class DynamicGraph(nn.Module):
 
 
 def remove(
-    weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None]
+    weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None], gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Close what is not open and what leaves a dead node.
+    """Close what is not open, what leaves a dead node, and what enters a node whose gate is closed.
 
-    `weights`, `is_open`: (B, E), None for all open; `senders`: whether each sending node is alive, (B,), None for alive.
+    `weights`, `is_open`: (B, E), None for all open; `senders`: whether each sending node is alive, (B,), None for alive;
+    `gate`: whether the node's own gate is open, (B,), None for open.
     Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,).
+
+    Where gates train, senders and gate are 0 or 1 and pass gradients on: a closed edge's weight too is their product, and the
+    in-edges of a closed gate stay, for a block to say what it would have brought.
     """
-    if is_open is None and all(sender is None for sender in senders):
+    if is_open is None and gate is None and all(sender is None for sender in senders):
         return weights, None, None
-    if is_open is None:
-        is_open = torch.ones_like(weights, dtype=torch.bool)
-    columns = [column if sender is None else column & sender for column, sender in zip(is_open.unbind(1), senders, strict=True)]
-    is_open = torch.stack(columns, dim=1)
+    given = [tensor for tensor in (*senders, gate) if tensor is not None]
+    ones = torch.ones_like(given[0]) if given else weights.new_ones(len(weights), dtype=torch.bool)
+    passed = torch.stack([ones if sender is None else sender for sender in senders], dim=1)
+    if passed.is_floating_point():
+        is_alive = (passed > 0.5 if is_open is None else is_open & (passed > 0.5)).any(1).to(passed.dtype)
+        weights = weights * passed.to(weights.dtype)
+        weights = weights if is_open is None else torch.where(is_open, weights, 0)
+        return weights, is_open, is_alive if gate is None else is_alive * gate
+    is_open = passed if is_open is None else is_open & passed
+    is_open = is_open if gate is None else is_open & gate[:, None]
     return torch.where(is_open, weights, 0), is_open, is_open.any(1)

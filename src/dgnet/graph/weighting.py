@@ -105,7 +105,23 @@ def global_average_pool(feature: Tensor) -> Tensor:
     return feature.sum((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32)) / (height * width)
 
 
-class Router(nn.Linear):
+class PooledLinear(nn.Linear):
+    """A linear layer of pooled features in their precision, (B, C) -> (B, E).
+
+    The parameters of a model cast to half precision are lifted: what is compared with a hard threshold must not be rounded.
+    """
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        weight = self.weight.to(pooled.dtype)
+        bias = None if self.bias is None else self.bias.to(pooled.dtype)
+        if not torch.compiler.is_compiling() or self.training:
+            return F.linear(pooled, weight, bias)
+        # A sum of products goes into one kernel with pooling and gate: a few edges are not worth a call of their own.
+        summed = (pooled[:, None] * weight).sum(2)
+        return summed if bias is None else summed + bias
+
+
+class Router(PooledLinear):
     """α = σ(Wᵀφ + b), one row of W for each out-edge (Eq. 4): (B, C) -> (B, E).
 
     W starts at N(0, `std`); b at `bias`: +3 lets every edge start open, σ(3) = 0.953 (§6.4).
@@ -121,12 +137,7 @@ class Router(nn.Linear):
         nn.init.constant_(self.bias, bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        # The parameters of a model cast to half precision are lifted: α near a hard threshold must not be rounded.
-        weight, bias = self.weight.to(pooled.dtype), self.bias.to(pooled.dtype)
-        if torch.compiler.is_compiling() and not self.training:
-            # A sum of products goes into one kernel with pooling and gate: a few edges are not worth a call of their own.
-            return ((pooled[:, None] * weight).sum(2) + bias).sigmoid()
-        return F.linear(pooled, weight, bias).sigmoid()
+        return super().forward(pooled).sigmoid()
 
 
 class RoutedWeighting(Weighting):
@@ -140,6 +151,7 @@ class RoutedWeighting(Weighting):
     `gate`: "psi", or "alpha" for the plain α; the latter gives τ no gradient, so τ stays at its start.
     `threshold`, `learn_threshold`: where τ starts, and whether it moves.
     `inference_weight`: what an open edge weighs in evaluation: "gated" as in training, or "raw" α as in Eq. (5).
+    `offset`: in evaluation an edge closes under τ + offset; its weight's τ stays.
     """
 
     def __init__(
@@ -154,6 +166,7 @@ class RoutedWeighting(Weighting):
         threshold: float = 0.0,
         learn_threshold: bool = True,
         inference_weight: str = "gated",
+        offset: float = 0.0,
     ) -> None:
         super().__init__(topology, channels)
         check_choice("gate", gate, ("psi", "alpha"))
@@ -162,6 +175,7 @@ class RoutedWeighting(Weighting):
         self.gate_form = gate
         self.inference_weight = inference_weight
         self.threshold_start = threshold
+        self.offset = offset
         build = router or (lambda channels, num_edges: Router(channels, num_edges, bias, std))
         self.routers = nn.ModuleDict(
             {
@@ -197,4 +211,4 @@ class RoutedWeighting(Weighting):
         gated = alpha * torch.sigmoid(alpha - tau) if self.gate_form == "psi" else alpha
         if self.training:
             return gated, None
-        return gated if self.inference_weight == "gated" else alpha, alpha >= tau
+        return gated if self.inference_weight == "gated" else alpha, alpha >= tau + self.offset

@@ -17,6 +17,7 @@ from dgnet.graph import (
     DynamicGraph,
     FixedWeighting,
     LearnedWeighting,
+    NodeGates,
     RoutedWeighting,
     Topology,
     Weighting,
@@ -56,6 +57,10 @@ class Connectivity:
     threshold: float = 0.0  # τ at start
     learn_threshold: bool = True
     inference_weight: str = "gated"  # an open edge in evaluation weighs as in training, or its "raw" α (Eq. 5)
+    # Gates on blocks, whatever the weighting
+    node_gate: str = "none"  # "hard", or "gumbel" with noise in training: a block runs for a sample or does not
+    node_gate_bias: float = 2.0  # at start: a gate is open with probability σ(2) = 0.88
+    threshold_offset: float = 0.0  # in evaluation edges close under τ + offset, gates under ½ + offset
     # Learned weighting
     learned_start: float = 1.0
     learned_activation: str = "identity"  # or "sigmoid"
@@ -68,7 +73,8 @@ class Connectivity:
         for name in ("router", "router_pool"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
-        for name in ("router_bias", "threshold", "learned_start"):
+        check_choice("node_gate", self.node_gate, _NODE_GATE_OPTIONS)
+        for name in ("router_bias", "threshold", "threshold_offset", "node_gate_bias", "learned_start"):
             check_range(name, getattr(self, name))
         check_range("router_std", self.router_std, 0)
         if self.learned_start == 0 and self.learned_activation == "identity":
@@ -80,25 +86,21 @@ class Connectivity:
                 raise UsageError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not isinstance(self.learn_threshold, bool):
             raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
-        for axis, name in self._idle_options().items():
-            if getattr(self, axis) != getattr(type(self), axis):
-                allowed = " or ".join(f"{name}={value!r}" for value in _AXES[name] if axis in _AXES[name][value])
+        for option, axis in self._idle_options().items():
+            if getattr(self, option) != getattr(type(self), option):
+                allowed = " or ".join(f"{axis}={value!r}" for value in _AXES[axis] if option in _AXES[axis][value])
                 raise UsageError(
-                    f"{axis}={getattr(self, axis)!r} has no effect with {name}={getattr(self, name)!r};"
+                    f"{option}={getattr(self, option)!r} has no effect with {axis}={getattr(self, axis)!r};"
                     f" leave it out, or use {allowed}"
                 )
 
     def _idle_options(self) -> dict[str, str]:
-        """Options without effect on the chosen values of the axes, and the axis that each belongs to."""
+        """Options without effect on the chosen values of the axes, and an axis that each belongs to."""
         weightings = [self.weighting] if isinstance(self.weighting, str) else []
-        chosen = {"topology": self._topology_names(), "weighting": weightings}
-        return {
-            option: axis
-            for axis, options in _AXES.items()
-            for named in options.values()
-            for option in named
-            if not any(option in options[name] for name in chosen[axis])
-        }
+        chosen = {"topology": self._topology_names(), "weighting": weightings, "node_gate": [self.node_gate]}
+        used = {option for axis, names in chosen.items() for name in names for option in _AXES[axis][name]}
+        belongs = {option: axis for axis, options in _AXES.items() for named in options.values() for option in named}
+        return {option: axis for option, axis in belongs.items() if option not in used}
 
     def _topology_names(self) -> list[str]:
         if isinstance(self.topology, str):
@@ -161,7 +163,14 @@ class Connectivity:
             threshold=self.threshold,
             learn_threshold=self.learn_threshold,
             inference_weight=self.inference_weight,
+            offset=self.threshold_offset,
         )
+
+    def build_node_gates(self, topology: Topology, channels: int) -> NodeGates | None:
+        """The gates of one stage's blocks, if any."""
+        if self.node_gate == "none":
+            return None
+        return NodeGates(topology, channels, self.node_gate, self.node_gate_bias, offset=self.threshold_offset)
 
 
 # Which options have an effect on which value of an axis.
@@ -184,11 +193,14 @@ _WEIGHTING_OPTIONS: dict[str, tuple[str, ...]] = {
         "threshold",
         "learn_threshold",
         "inference_weight",
+        "threshold_offset",
     ),
     "learned": ("learned_start", "learned_activation"),
     "fixed": (),
 }
-_AXES = {"topology": TOPOLOGY_OPTIONS, "weighting": _WEIGHTING_OPTIONS}
+_GATED = ("node_gate_bias", "threshold_offset")
+_NODE_GATE_OPTIONS: dict[str, tuple[str, ...]] = {"none": (), "hard": _GATED, "gumbel": _GATED}
+_AXES = {"topology": TOPOLOGY_OPTIONS, "weighting": _WEIGHTING_OPTIONS, "node_gate": _NODE_GATE_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -266,6 +278,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     built only if something reads it. Raises UsageError where blocks, topology and options do not fit together.
     """
     weighting = connectivity.build_weighting(topology, parts[0].out_channels)
+    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
     first = parts[0]
     for node, part in enumerate(parts, start=1):
         reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
@@ -281,7 +294,8 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     if connectivity.router_reads == "activation" and isinstance(activation, nn.Identity):
         raise UsageError("router_reads='activation' has no effect: nothing follows the addition in this network; leave it out")
     entry_shortcut = first.shortcut is not None
-    is_read = topology.reads_input_node or (weighting.reads_features and bool(topology.free_receivers(0)))
+    reads_features = weighting.reads_features and bool(topology.free_receivers(0))
+    is_read = topology.reads_input_node or reads_features or node_gates is not None
     input: nn.Module = nn.Identity()
     if is_read or (connectivity.shortcut == "node" and entry_shortcut):
         if first.shortcut is not None:
@@ -297,6 +311,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
         shortcut=connectivity.shortcut,
         entry_shortcut=entry_shortcut,
         router_reads=connectivity.router_reads,
+        node_gates=node_gates,
     )
 
 
@@ -352,6 +367,8 @@ class DynamicNetwork(nn.Module):
             static(*args, **kwargs)
         for stage in self.stages:
             stage.weighting.reset_parameters()
+            if stage.node_gates is not None:
+                stage.node_gates.reset_parameters()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each node in the backward pass: a stage keeps its N features and nothing inside the nodes."""

@@ -105,9 +105,11 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
     """Groups with and without weight decay; routing apart where it decays otherwise, thresholds with their learning rate."""
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
-    weightings = [m.weighting for m in network.modules() if isinstance(m, DynamicGraph) and m.weighting.reads_features]
-    routing = [parameter for weighting in weightings for parameter in weighting.parameters() if parameter.requires_grad]
-    ids = {id(weighting.threshold) for weighting in weightings}
+    stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+    deciders = [stage.weighting for stage in stages if stage.weighting.reads_features]
+    gates = [stage.node_gates for stage in stages if stage.node_gates is not None]
+    routing = [parameter for module in (*deciders, *gates) for parameter in module.parameters() if parameter.requires_grad]
+    ids = {id(stage.weighting.threshold) for stage in stages}
     thresholds = [parameter for parameter in routing if id(parameter) in ids]
     routers = [parameter for parameter in routing if id(parameter) not in ids]
     decay = config.weight_decay if config.routing_decay == "all" else 0.0
