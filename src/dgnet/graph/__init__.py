@@ -7,6 +7,7 @@ from dgnet.graph.record import find_stages as find_stages
 from dgnet.graph.record import record_connectivity as record_connectivity
 from dgnet.graph.record import use_connectivity as use_connectivity
 from dgnet.graph.stage import DynamicGraph as DynamicGraph
+from dgnet.graph.stage import remove as remove
 from dgnet.graph.topology import TOPOLOGIES as TOPOLOGIES
 from dgnet.graph.topology import Topology as Topology
 from dgnet.graph.topology import build_topology as build_topology

@@ -45,32 +45,46 @@ def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tens
     return summed
 
 
+def aggregate_rows(
+    features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """`aggregate` without gradients, of features that may hold some samples only.
+
+    `rows`: (E, B), where in each feature, (B_e, C, H, W), a sample lies; any row will do where its edge is closed. None: the
+    features hold the samples in their order. On the CPU nothing of a closed edge is read.
+    """
+    first, dtype = features[0], _sum_dtype(features[0])
+    # In the memory format of the features.
+    out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), -1, -1, -1))
+    size = max(_BLOCK_ELEMENTS // max(first[0].numel(), 1), 1) if first.is_cpu else max(len(out), 1)
+    openness = None if is_open is None or not first.is_cpu else is_open.tolist()
+    places = rows.tolist() if rows is not None and size == 1 else None
+    for start in range(0, len(out), size):
+        block = slice(start, start + size)
+        target = out[block]
+        total = target.zero_() if out.dtype == dtype else torch.zeros_like(target, dtype=dtype)
+        for edge, feature in enumerate(features):
+            opens = [is_open is None] if openness is None else [row[edge] for row in openness[block]]
+            if size == 1 and first.is_cpu:
+                if opens[0]:
+                    place = start if places is None else places[edge][start]
+                    total.add_(feature[place : place + 1], alpha=weights[start, edge].item())
+            elif any(opens) or not first.is_cpu:
+                seen = feature[block] if rows is None else feature.index_select(0, rows[edge, block])
+                if is_open is not None and not all(opens):
+                    seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
+                total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
+        if total is not target:
+            target.copy_(total)
+    return out
+
+
 class _Aggregate(torch.autograd.Function):
     """`aggregate` without the compiler: no term is written out; only the features are kept for the backward pass."""
 
     @staticmethod
     def forward(weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
-        first, dtype = features[0], _sum_dtype(features[0])
-        out = torch.empty_like(first)  # in the memory format of the features
-        rows = max(_BLOCK_ELEMENTS // max(first[0].numel(), 1), 1) if first.is_cpu else len(first)
-        openness = None if is_open is None else is_open.tolist()
-        for start in range(0, len(first), rows):
-            block = slice(start, start + rows)
-            target = out[block]
-            total = target.zero_() if out.dtype == dtype else torch.zeros_like(target, dtype=dtype)
-            for edge, feature in enumerate(features):
-                opens = [True] if openness is None else [row[edge] for row in openness[block]]
-                if rows == 1 and first.is_cpu:
-                    if opens[0]:
-                        total.add_(feature[block], alpha=weights[start, edge].item())
-                elif any(opens):
-                    seen = feature[block]
-                    if is_open is not None and not all(opens):
-                        seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
-                    total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
-            if total is not target:
-                target.copy_(total)
-        return out
+        return aggregate_rows(features, weights, is_open)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

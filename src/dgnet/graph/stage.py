@@ -170,7 +170,10 @@ class DynamicGraph(nn.Module):
         """Aggregate and transform: x_j, or the stage's output for the output node."""
         if node in self.topology.entry:
             return self._compute_entry(node, weights, is_open, *sources)
-        x = aggregate(sources, weights, is_open)
+        return self.transform(node, aggregate(sources, weights, is_open))
+
+    def transform(self, node: int, x: Tensor) -> Tensor:
+        """x_j from x̂_j, (B, C, H, W), for a node that is no entry node; the stage's output for the output node."""
         is_output = node == self.topology.num_nodes - 1
         if self.shortcut == "edge":
             x = self.activation(x)
@@ -186,11 +189,13 @@ class DynamicGraph(nn.Module):
             y: Tensor = transform(raw, scale=weights[:, 0])
         else:
             y = transform(aggregate([raw], weights, is_open))
+        return self.finish_entry(y, lambda: aggregate([projected], weights, is_open))
+
+    def finish_entry(self, y: Tensor, shortcut: Callable[[], Tensor]) -> Tensor:
+        """x_j of an entry node from f_j(x̂_j) and, where the block adds one, its weighted shortcut."""
         if self.shortcut == "edge":
             return y
-        if self.entry_shortcut:
-            y = y + aggregate([projected], weights, is_open)
-        return self.activation(y)
+        return self.activation(y + shortcut() if self.entry_shortcut else y)
 
 
 def remove(

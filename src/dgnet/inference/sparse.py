@@ -1,0 +1,183 @@
+"""Inference that runs a block only on the samples for which it is alive (§3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.errors import check_choice
+from dgnet.graph import DynamicGraph, find_stages, remove
+from dgnet.graph.aggregate import aggregate_rows
+
+MODES = ("dense", "sparse")
+
+
+def set_mode(model: nn.Module, mode: str) -> nn.Module:
+    """Run the dynamic stages of `model`, in place, in evaluation as `mode` says; returns the model.
+
+    "dense": every node runs on every sample, and what is closed weighs 0. "sparse": a node runs on the samples for which it is
+    alive, and not at all where there are none; the output is the same to rounding. In both modes connectivity can be recorded
+    (`record.ran` says which nodes ran) and imposed. Training is always dense.
+
+    Raises UsageError for an unknown mode and for a model without dynamic stages.
+    """
+    check_choice("mode", mode, MODES)
+    for stage in find_stages(model):
+        stage._executor = run_sparse if mode == "sparse" else None
+    return model
+
+
+def can_skip(model: nn.Module) -> bool:
+    """Whether some block of `model` may be left out: there are gates on blocks, or edges that close.
+
+    Raises UsageError for a model without dynamic stages.
+    """
+    return any(stage.node_gates is not None or stage.weighting.threshold is not None for stage in find_stages(model))
+
+
+@dataclass
+class _Sent:
+    """What a node has computed: for all samples (`rows` None), or for some, (n,), in ascending order."""
+
+    feature: Tensor | None  # None: for no sample
+    rows: Tensor | None
+    places: Tensor | None  # (B,), where a sample lies in `feature`; 0 for those that are not there
+
+
+@torch.no_grad()
+def run_sparse(stage: DynamicGraph, x: Tensor) -> Tensor:
+    """`stage.forward(x)` in evaluation, each node on the samples for which it is alive.
+
+    Where all weights are known beforehand (imposed, learned or fixed ones), nodes without an open path to the output node are
+    left out too.
+    """
+    topology = stage.topology
+    batch, last = len(x), topology.num_nodes - 1
+    sent = [_Sent(stage.input(x), None, None)]
+    alive: list[Tensor | None] = [None]
+    ran: list[Tensor | None] = [None]
+    edges: dict[tuple[int, int], Tensor] = {}
+    votes: dict[tuple[int, int], Tensor] = {}
+    alpha_rows: list[Tensor] = []
+    weight_rows: list[Tensor] = []
+    needed = find_needed(stage, x)
+    for node in range(1, topology.num_nodes):
+        predict(stage, node - 1, sent[-1], batch, edges, votes)
+        senders = topology.senders(node)
+        alpha, weights, is_open = stage._weigh(node, x, edges)
+        sender_is_alive = [alive[i] for i in senders]
+        gate = stage._decide(node, votes, sender_is_alive)
+        weights, is_open, is_alive = remove(weights, is_open, sender_is_alive, gate)
+        if stage._records:
+            alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
+            weight_rows.append(weights)
+        alive.append(is_alive)
+        if node < last:
+            if needed is not None:
+                is_alive = needed[:, node] if is_alive is None else is_alive & needed[:, node]
+            ran.append(is_alive)
+            sent.append(run_block(stage, node, x, [sent[i] for i in senders], weights, is_open, is_alive))
+    for record in stage._records:
+        record.append(stage, alpha_rows, weight_rows, ran)
+    heard = [sent[i] for i in senders]
+    if all(sender.feature is None for sender in heard):  # the output node sums to 0
+        entry = topology.entry[0]
+        shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
+        return stage.transform(last, x.new_zeros(batch, *shape[1:]))
+    return stage.transform(last, gather(heard, weights, is_open, None))
+
+
+def run_block(
+    stage: DynamicGraph,
+    node: int,
+    x: Tensor,
+    senders: list[_Sent],
+    weights: Tensor,
+    is_open: Tensor | None,
+    is_alive: Tensor | None,
+) -> _Sent:
+    """Run a block on the samples for which it is alive, (B,); None for all."""
+    rows = None
+    if is_alive is not None:
+        rows = is_alive.nonzero().flatten()  # the host waits here: how many samples there are decides what is launched
+        if len(rows) == 0:
+            return _Sent(None, rows, None)
+        if len(rows) == len(x):
+            rows = None
+    if node in stage.topology.entry:
+        raw = gather([_Sent(x, None, None)], weights, is_open, rows)
+        feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
+    else:
+        feature = stage.transform(node, gather(senders, weights, is_open, rows))
+    places = None
+    if rows is not None:
+        places = rows.new_zeros(len(x))
+        places[rows] = torch.arange(len(rows), device=rows.device)
+    return _Sent(feature, rows, places)
+
+
+def gather(senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
+    """x̂_j for the samples in `rows`, (n,); None for all. `weights`, `is_open`: (B, E)."""
+    there = [edge for edge, sender in enumerate(senders) if sender.feature is not None]
+    if len(there) < len(senders):
+        weights, is_open = weights[:, there], None if is_open is None else is_open[:, there]
+        senders = [senders[edge] for edge in there]
+    features = [sender.feature for sender in senders if sender.feature is not None]
+    if rows is not None:
+        weights, is_open = weights[rows], None if is_open is None else is_open[rows]
+    if rows is None and all(sender.rows is None for sender in senders):
+        return aggregate_rows(features, weights, is_open)
+    own = torch.arange(len(weights), device=weights.device) if rows is None else rows
+    places = [own if sender.places is None else sender.places[own] for sender in senders]
+    return aggregate_rows(features, weights, is_open, torch.stack(places))
+
+
+def predict(
+    stage: DynamicGraph,
+    node: int,
+    sent: _Sent,
+    batch: int,
+    edges: dict[tuple[int, int], Tensor],
+    votes: dict[tuple[int, int], Tensor],
+) -> None:
+    """Put what a node predicts into `edges` and `votes`, (B,) each; 0 for samples for which it did not run."""
+    feature = sent.feature
+    if feature is None:
+        for known in (edges, votes):
+            for column in list(known.values())[:1]:  # the input node's: it always runs
+                known |= {(node, receiver): torch.zeros_like(column) for receiver in stage.topology.receivers(node)}
+        return
+    own_edges: dict[tuple[int, int], Tensor] = {}
+    own_votes: dict[tuple[int, int], Tensor] = {}
+    stage._predict(node, feature, own_edges, own_votes)
+    for own, all_of_them in ((own_edges, edges), (own_votes, votes)):
+        for edge, column in own.items():
+            if sent.rows is not None:
+                column = column.new_zeros(batch).index_copy_(0, sent.rows, column)
+            all_of_them[edge] = column
+
+
+def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
+    """For which samples each node has an open path to the output node, (B, N); None where that is not known beforehand."""
+    gates_follow = stage.node_gates is not None or stage.weighting.reads_features
+    if stage._imposed is None and gates_follow:
+        return None
+    topology = stage.topology
+    opens: dict[int, Tensor] = {}
+    alive: list[Tensor | None] = [None]
+    for node in range(1, topology.num_nodes):
+        _, weights, is_open = stage._weigh(node, x, {})
+        _, is_open, is_alive = remove(weights, is_open, [alive[i] for i in topology.senders(node)])
+        alive.append(is_alive)
+        if is_open is not None:
+            opens[node] = is_open
+    if not opens:
+        return None  # nothing is closed
+    needed = torch.zeros(len(x), topology.num_nodes, dtype=torch.bool, device=x.device)
+    needed[:, -1] = True
+    for node in range(topology.num_nodes - 1, 0, -1):
+        for edge, sender in enumerate(topology.senders(node)):
+            needed[:, sender] |= needed[:, node] & opens[node][:, edge] if node in opens else needed[:, node]
+    return needed
