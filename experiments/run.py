@@ -169,7 +169,8 @@ class Workers:
         row |= {name: round(evaluation.pop(name), 4) for name in ("top1", "top5", "loss")}
         curves = read_curve(folder)
         row |= {name: round(float(curves[-1][name]), 4) for name in ("train_top1", "train_loss")}
-        row |= {name: round(value, 6) if isinstance(value, float) else value for name, value in evaluation.items()}
+        figures = {name: value for name, value in evaluation.items() if not isinstance(value, dict)}
+        row |= {name: round(value, 6) if isinstance(value, float) else value for name, value in figures.items()}
         row |= {"minutes": round(minutes, 2), "jobs": self.jobs, "hardware": describe_hardware(self.device)}
         row |= {"versions": " ".join(f"{name} {version}" for name, version in versions(self.device).items())}
         labels = {"arm": run.arm, "seed": run.seed, "digest": run.digest}

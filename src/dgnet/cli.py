@@ -78,6 +78,9 @@ def _evaluate_parser() -> Parser:
     parser.add_argument(
         "--adjacency-controls", action="store_true", help="also give every image the mean of all weights, and another image's"
     )
+    parser.add_argument(
+        "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
@@ -192,11 +195,14 @@ def run_train(args: Namespace) -> None:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
+    from dgnet.inference import can_skip
     from dgnet.training import describe_source, evaluate_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
     options = {"batch_size": args.batch_size, "workers": args.workers, "device": _device(args.device)}
-    options["adjacency_controls"] = args.adjacency_controls
+    options |= {"adjacency_controls": args.adjacency_controls, "mode": args.mode}
+    if args.mode == "sparse" and not can_skip(checkpoint.build_network()):
+        print(f"{checkpoint.path}: no edge or block can close, nothing will be skipped", file=sys.stderr)
     result = evaluate_checkpoint(checkpoint, args.data, args.data_root, **options)
     if args.json:
         _print_json(asdict(result))
@@ -208,6 +214,17 @@ def run_evaluate(args: Namespace) -> None:
         f" distinct wirings {result.distinct_wirings}, outputs without an open in-edge {result.empty_outputs},"
         f" spread of an edge's weight {result.weight_std:.4f}"
     )
+    share = result.executed_multiply_adds / result.dense_multiply_adds
+    low, middle, high = (result.executed_percentiles[name] / 1e6 for name in ("5", "50", "95"))
+    print(
+        f"executed multiply-adds {result.executed_multiply_adds / 1e6:.2f} M of {result.dense_multiply_adds / 1e6:.2f} M"
+        f" ({100 * share:.1f} %), standard deviation {result.executed_std / 1e6:.2f} M,"
+        f" 5th, 50th, 95th percentile {low:.2f}, {middle:.2f}, {high:.2f} M"
+    )
+    by_class = sorted(result.executed_by_class.items(), key=lambda item: item[1])
+    if result.executed_std and len(by_class) > 1:
+        (cheapest, least), (dearest, most) = by_class[0], by_class[-1]
+        print(f"cheapest class {cheapest} {least / 1e6:.2f} M, dearest {dearest} {most / 1e6:.2f} M")
     if args.adjacency_controls:
         print(
             f"top-1 with the mean adjacency {result.top1_mean_adjacency:.2f} %,"

@@ -51,7 +51,7 @@ class StageCost:
 
         Without `is_open`, an edge is open where both its nodes ran. Differentiable in `ran`.
         """
-        ran = ran if ran.is_floating_point() else ran.float()
+        ran = ran if ran.is_floating_point() else ran.double()
         nodes, routers, edges = (ran.new_tensor(costs) for costs in (self.nodes, self.routers, self.edges))
         mask = self.topology.mask.to(ran.device, ran.dtype)
         heard = ran @ mask.T if is_open is None else is_open.to(ran.dtype).sum(2)  # open in-edges of each node

@@ -86,6 +86,12 @@ class TrainConfig:
     )
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    budget: float | None = option(
+        None, "hold the mean multiply-adds at this share of the dense cost; blocks get gates (model option node_gate: hard)"
+    )
+    budget_per: str = option("batch", "hold the budget on the mean of a batch, or for each sample", ("batch", "sample"))
+    budget_strength: float = option(10.0, "weight of the budget's loss")
+    budget_warmup: float = option(0.3, "share of training over which the budget falls from 1 to --budget")
     precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))
     compile: bool = option(False, "compile the network with torch.compile")
     channels_last: bool = option(False, "channels_last memory format")
@@ -126,7 +132,8 @@ class TrainConfig:
     def network_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
         axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
-        return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+        gates = {} if self.budget is None else {"node_gate": "hard"}
+        return {**gates, **{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
 
     def resolve(self, network: nn.Module, image_size: int | None, augment: str) -> TrainConfig:
         """This configuration with what it left open filled in: every value that decides the result is written out."""

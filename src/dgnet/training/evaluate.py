@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -12,9 +13,11 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from dgnet.checkpoint import Checkpoint
+from dgnet.cost import cost_model
 from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
+from dgnet.inference import set_mode
 from dgnet.training.metrics import build_metrics, update_metrics
 
 
@@ -31,8 +34,48 @@ class Evaluation:
     distinct_wirings: int  # patterns of open edges, over all stages at once
     empty_outputs: int  # output nodes × images without an open in-edge
     weight_std: float  # spread of an edge's weight over the images, mean over the edges that the weighting weighs
+    dense_multiply_adds: int  # of one image with every edge open: convolutions, routers and aggregation
+    executed_multiply_adds: float  # of an image, mean: of the nodes that ran and the edges that were open
+    executed_std: float
+    executed_percentiles: dict[str, float]  # the 5th, 25th, 50th, 75th and 95th
+    executed_by_class: dict[str, float]  # mean over the images of each class; a class without images is left out
     top1_mean_adjacency: float | None = None  # percent, with every image given the mean of all images' weights
     top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
+
+
+class ExecutedCost:
+    """Multiply-adds that each image executed, one number an image and class."""
+
+    def __init__(self, network: nn.Module, image_size: tuple[int, int]) -> None:
+        self.costs = cost_model(network, image_size)
+        self.executed: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def update(self, labels: Tensor, record: Record | None) -> None:
+        """`record`: of the images' forward; None for a static network."""
+        if record is None:
+            executed = torch.full((len(labels),), float(self.costs.dense))
+        else:
+            executed = self.costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu()
+        self.executed.append(executed.double())
+        self.labels.append(labels.cpu())
+
+    def summary(self, class_names: list[str]) -> dict[str, Any]:
+        """The cost figures of `Evaluation`."""
+        executed, labels = torch.cat(self.executed), torch.cat(self.labels)
+        shares = (5, 25, 50, 75, 95)
+        percentiles = np.percentile(executed.numpy(), shares)
+        return {
+            "dense_multiply_adds": self.costs.dense,
+            "executed_multiply_adds": float(executed.mean()),
+            "executed_std": float(executed.std(correction=0)),
+            "executed_percentiles": {str(share): float(value) for share, value in zip(shares, percentiles, strict=True)},
+            "executed_by_class": {
+                name: float(executed[labels == index].mean())
+                for index, name in enumerate(class_names)
+                if (labels == index).any()
+            },
+        }
 
 
 class WiringStatistics:
@@ -127,10 +170,12 @@ def evaluate(
     workers: int = 0,
     device: str = "cpu",
     adjacency_controls: bool = False,
+    mode: str = "dense",
 ) -> Evaluation:
     """Evaluate `network` on `dataset`, whose transform is set; the network is left on `device`, in evaluation mode.
 
-    A static network has one wiring and closes nothing. `adjacency_controls`: evaluate twice more, with every image given the
+    A static network has one wiring and closes nothing. `mode`: "dense" or "sparse", see `dgnet.inference.set_mode`.
+    `adjacency_controls`: evaluate twice more, with every image given the
     mean of all images' weights, and with every image given another's, drawn at random: what connectivity that follows the
     image is worth.
 
@@ -140,6 +185,8 @@ def evaluate(
     check_range("--workers", workers, 0)
     network = network.to(device).eval()
     stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+    if stages or mode != "dense":
+        set_mode(network, mode)
     if adjacency_controls:
         find_stages(network)
         # Neighbours in a data set are often of one class.
@@ -149,16 +196,20 @@ def evaluate(
     shown = Subset(dataset, order) if adjacency_controls else dataset
     loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers)
     previous: list[Tensor] = []  # the image before a batch
+    executed: ExecutedCost | None = None
     for images, labels in tqdm(loader, desc="evaluate", unit="batch"):
+        executed = executed or ExecutedCost(network, tuple(images.shape[2:]))
         images, labels = images.to(device), labels.to(device)
         if not stages:
             update_metrics(own, network(images), labels)
+            executed.update(labels, None)
             continue
         record: Record
         with record_connectivity(network) as record:
             update_metrics(own, network(images), labels)
         adjacency = record.adjacency
         statistics.update(adjacency)
+        executed.update(labels, record)
         if adjacency_controls:
             before = previous or [matrix[-1:] for matrix in adjacency]
             shifted = [torch.cat([first, matrix[:-1]]) for first, matrix in zip(before, adjacency, strict=True)]
@@ -174,12 +225,14 @@ def evaluate(
         # The metrics are float32; an accuracy is a count of images.
         return 100 * round(float(metrics[name].compute()) * len(dataset)) / len(dataset)
 
+    assert executed is not None
     return Evaluation(
         top1=percent(own, "top1"),
         top5=percent(own, "top5"),
         loss=float(own["loss"].compute()),
         images=len(dataset),
         **(statistics.summary() if stages else _STATIC_WIRING),
+        **executed.summary(dataset.class_names),
         top1_mean_adjacency=percent(mean, "top1") if adjacency_controls else None,
         top1_other_adjacency=percent(other, "top1") if adjacency_controls else None,
     )

@@ -16,9 +16,11 @@ def build_metrics(num_classes: int, prefix: str = "") -> MetricCollection:
 
 
 @torch.no_grad()
-def update_metrics(metrics: MetricCollection, logits: Tensor, labels: Tensor) -> None:
-    """`logits`: (B, classes); `labels`: (B,)."""
+def update_metrics(metrics: MetricCollection, logits: Tensor, labels: Tensor, executed: Tensor | None = None) -> None:
+    """`logits`: (B, classes); `labels`: (B,); `executed`: share of the dense cost, (B,), for a collection that has it."""
     logits = logits.detach().float()
     metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
     metrics["top1"].update(logits, labels)
     metrics["top5"].update(logits, labels)
+    if executed is not None:
+        metrics["executed"].update(executed.detach())

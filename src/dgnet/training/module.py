@@ -12,10 +12,11 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from dgnet.data import ImageDataset, Preprocessing
 from dgnet.graph import DynamicGraph
+from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
 from dgnet.training.config import TrainConfig
 from dgnet.training.metrics import build_metrics, update_metrics
@@ -27,13 +28,17 @@ class Classifier(L.LightningModule):
     `carried`: plain values that travel in each checkpoint, so that it can be evaluated without the command that made it.
     """
 
-    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any]) -> None:
+    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any], budget: Budget | None = None) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.carried = carried
         self.train_metrics = build_metrics(len(carried["class_names"]), prefix="train_")
         self.val_metrics = build_metrics(len(carried["class_names"]), prefix="val_")
+        self.budget = budget
+        if budget is not None:
+            for metrics in (self.train_metrics, self.val_metrics):
+                metrics.add_metrics({"executed": MeanMetric()})
 
     def forward(self, images: Tensor) -> Tensor:
         if self.config.channels_last:
@@ -43,15 +48,27 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, labels = batch
-        logits = self(images)
-        update_metrics(self.train_metrics, logits, labels)
+        logits, executed = self.observe(images)
+        update_metrics(self.train_metrics, logits, labels, executed)
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the scheduler moves on before it is logged
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        if self.budget is not None and executed is not None:
+            progress = self.global_step / int(self.trainer.estimated_stepping_batches)
+            loss = loss + self.budget.penalty(executed, progress)
         return {"loss": loss, "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
-        update_metrics(self.val_metrics, self(images), labels)
+        logits, executed = self.observe(images)
+        update_metrics(self.val_metrics, logits, labels, executed)
+
+    def observe(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
+        if self.budget is None:
+            return self(images), None
+        with self.budget.observe():
+            logits = self(images)
+        return logits, self.budget.executed()
 
     def on_validation_epoch_end(self) -> None:
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.

@@ -49,6 +49,8 @@ class Progress(L.Callback):
         line += f" train loss {values['train_loss']:.3f}, top-1 {values['train_top1']:.2f} %"
         if module.evaluates_in(trainer.current_epoch):
             line += f"; val loss {values['val_loss']:.3f}, top-1 {values['val_top1']:.2f} %"
+            if "val_executed" in values:
+                line += f", executed {values['val_executed']:.3f} of the dense cost"
         tqdm.write(line, file=sys.stderr)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:

@@ -27,6 +27,7 @@ from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity, DynamicNetwork
 from dgnet.models.static_weights import classifier_prefixes
+from dgnet.training.budget import Budget
 from dgnet.training.config import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule
 from dgnet.training.progress import Progress
@@ -59,12 +60,21 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
         )
     classes = len(train_set.class_names)
-    network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+    try:
+        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+    except UsageError as error:
+        if config.budget is not None and "no option 'node_gate'" in str(error):
+            raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
+        raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights:
         initial = load_weights(network, config.model, config.weights)
         if initial and is_main:
             say(f"{config.weights}: {describe_initial(network, initial)}")
+    budget = None
+    if config.budget is not None:
+        of = (config.budget_per, config.budget_strength, config.budget_warmup)
+        budget = Budget(network, preprocessing.image_size, config.budget, *of)
     options = config.network_kwargs
     if isinstance(network, DynamicNetwork):
         given = {f.name for f in fields(Connectivity)}
@@ -95,7 +105,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     try:
         with quiet_lightning():
             data = ImageDataModule(train_set, val_set, config, preprocessing, config.batch_size // devices)
-            trainer.fit(Classifier(network, config, carried), datamodule=data)
+            trainer.fit(Classifier(network, config, carried, budget), datamodule=data)
     except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
         if is_main and not any(folder.glob("checkpoints/*.ckpt")):
             shutil.rmtree(folder)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dgnet
+from dgnet.cost import cost_model
+from dgnet.errors import UsageError
+from dgnet.graph import record_connectivity
+from dgnet.training.budget import Budget
+
+
+def count_by_hand(network: nn.Module, ran: list[torch.Tensor], size: tuple[int, int]) -> list[int]:
+    """Multiply-adds for each sample with a loop over nodes and edges, for blocks of two 3×3 convolutions."""
+    counts = []
+    for b in range(len(ran[0])):
+        height, width = size
+        total = height * width * 9 * 3 * 4
+        before = 4
+        for index, (stage, alive) in enumerate(zip(network.stages, ran, strict=True)):
+            channels = (4, 6, 8)[index]
+            raw = before * height * width
+            if index:
+                height, width = height // 2, width // 2
+                total += height * width * before * channels
+            last = stage.topology.num_nodes - 1
+            for j in range(last + 1):
+                if not alive[b, j]:
+                    continue
+                if 0 < j < last:
+                    total += height * width * 9 * channels * ((before if j == 1 else channels) + channels)
+                if j < last:
+                    blocks = last - 1 - j
+                    total += channels * (blocks + 1) + channels * blocks * (stage.node_gates is not None)
+                senders = sum(bool(alive[b, i]) for i in range(j)) if j != 1 else 1
+                total += senders * (raw if j == 1 else channels * height * width) if j else 0
+            before = channels
+        counts.append(total)
+    return counts
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_executed_equals_a_count_by_hand(tiny, training):
+    network = tiny(node_gate="hard", node_gate_bias=0.3).train(training)
+    budget = Budget(network, (12, 8), 0.6)
+    with record_connectivity(network) as record, budget.observe():
+        network(torch.randn(6, 3, 12, 8))
+    costs = cost_model(network, (12, 8))
+    expected = torch.tensor(count_by_hand(network, record.ran, (12, 8)))
+    assert len(expected.unique()) > 1
+    torch.testing.assert_close(costs.executed(record.ran), expected.double())
+    torch.testing.assert_close(budget.executed().detach(), (expected / costs.dense).float())
+    all_run = [torch.ones_like(ran) for ran in record.ran]
+    assert costs.executed(all_run).tolist() == [costs.dense] * 6 == count_by_hand(network, all_run, (12, 8))
+    cost = dgnet.cost(network, (12, 8))
+    assert costs.dense == cost.multiply_adds + cost.router_multiply_adds + cost.aggregation_multiply_adds
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_training_ends_at_the_budget_and_evaluation_executes_the_same(tiny, per):
+    network = tiny(node_gate="hard")
+    budget = Budget(network, (12, 8), 0.6, per=per, warmup=0.5)
+    images, labels = torch.randn(32, 3, 12, 8), torch.arange(32) % 5
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
+    for step in range(80):
+        with budget.observe():
+            logits = network(images)
+        loss = F.cross_entropy(logits, labels) + budget.penalty(budget.executed(), step / 80)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    executed = budget.executed().detach()
+    assert executed.mean().item() == pytest.approx(0.6, abs=0.06)
+    if per == "sample":
+        assert (executed - 0.6).abs().mean() < 0.1
+    # With the statistics of this very batch, evaluation is what training was.
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad(), budget.observe():
+        in_training = network(images)
+    in_training_executed = budget.executed()
+    network.eval()
+    with torch.no_grad(), budget.observe():
+        in_evaluation = network(images)
+    assert (budget.executed() - in_training_executed).abs().max() < 0.2
+    losses = [F.cross_entropy(logits, labels).item() for logits in (in_training, in_evaluation)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.3)
+
+
+def test_the_target_falls_to_the_budget_over_the_warm_up(tiny):
+    budget = Budget(tiny(node_gate="hard"), 12, 0.5, strength=2.0, warmup=0.4)
+    executed = torch.tensor([0.7, 0.9])
+    assert budget.penalty(executed, 0.0).item() == pytest.approx(2 * 0.2**2)
+    assert budget.penalty(executed, 0.2).item() == pytest.approx(2 * 0.05**2, rel=1e-4)
+    assert budget.penalty(executed, 1.0).item() == pytest.approx(2 * 0.3**2)
+    budget.per = "sample"
+    assert budget.penalty(executed, 1.0).item() == pytest.approx(2 * (0.2**2 + 0.4**2) / 2)
+
+
+def test_budgets_that_cannot_be(tiny):
+    for network, share, message in [
+        (tiny(), 0.5, "needs gates on blocks"),
+        (dgnet.create_model("resnet20"), 0.5, "needs a network with dynamic stages, which CifarResNet has not"),
+        (tiny(node_gate="hard"), 0.0, "must be above 0 and at most 1, got 0.0; what always runs costs 0"),
+        (tiny(node_gate="hard"), 1.1, "must be above 0 and at most 1"),
+        (tiny(node_gate="hard"), 0.01, r"is less than what always runs, 0\.\d+ of the dense cost"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            Budget(network, 12, share)
