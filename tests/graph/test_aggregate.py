@@ -191,3 +191,19 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
         for one, two in zip(losses["eager"], losses[form], strict=True):
             torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-8, atol=1e-8)
     assert losses["eager"][19] < 0.7 * losses["eager"][0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(**cases, row=st.sampled_from([1, 2**20]))
+def test_features_that_hold_some_samples_are_read_where_these_lie(seed, shape, edges, dtype, layout, closing, block, row):
+    features, _, _ = draw_case(seed, shape, edges, dtype, layout, "none")
+    generator = torch.Generator().manual_seed(seed)
+    held = [feature[: int(torch.randint(1, len(feature) + 1, (), generator=generator))] for feature in features]
+    rows = torch.stack([torch.randint(0, len(feature), (4,), generator=generator) for feature in held])
+    _, weights, is_open = draw_case(seed, (4, *shape[1:]), edges, dtype, layout, closing)
+    taken = [feature[place].clone() for feature, place in zip(held, rows, strict=True)]
+    with mock.patch.object(module, "_BLOCK_ELEMENTS", block), mock.patch.object(module, "_ROW_ELEMENTS", row):
+        output = module.aggregate_rows(held, weights, is_open, rows)
+    expected = sum_by_sample(taken, weights, is_open)
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert output.dtype == dtype

@@ -14,6 +14,9 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 512 * 1024
 """Elements of a sum on the CPU that stay in its cache while the edges pass by."""
 
+_ROW_ELEMENTS = 8 * 1024
+"""Elements of a map from which on the CPU a call for each sample costs less than to gather samples."""
+
 
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
@@ -53,30 +56,79 @@ def aggregate_rows(
     `rows`: (E, B), where in each feature, (B_e, C, H, W), a sample lies; any row will do where its edge is closed. None: the
     features hold the samples in their order. On the CPU nothing of a closed edge is read.
     """
-    first, dtype = features[0], _sum_dtype(features[0])
+    first = features[0]
     # In the memory format of the features.
     out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), -1, -1, -1))
-    size = max(_BLOCK_ELEMENTS // max(first[0].numel(), 1), 1) if first.is_cpu else max(len(out), 1)
-    openness = None if is_open is None or not first.is_cpu else is_open.tolist()
-    places = rows.tolist() if rows is not None and size == 1 else None
+    if not first.is_cpu:
+        return _sum_blocks(out, features, weights, is_open, rows, size=max(len(out), 1))
+    elements = max(first[0].numel(), 1)
+    is_partial = rows is not None or is_open is not None
+    if elements > _BLOCK_ELEMENTS // 2 or (is_partial and elements >= _ROW_ELEMENTS):
+        return _sum_samples(out, features, weights, is_open, rows)
+    return _sum_blocks(out, features, weights, is_open, rows, size=_BLOCK_ELEMENTS // elements)
+
+
+def _sum_samples(
+    out: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """Sample by sample: what it hears is read where it lies, and nothing else."""
+    dtype = _sum_dtype(out)
+    opens = None if is_open is None else is_open.tolist()
+    places = None if rows is None else rows.tolist()
+    for sample, row in enumerate(weights.tolist()):
+        target = out[sample : sample + 1]
+        total = target if out.dtype == dtype else torch.empty_like(target, dtype=dtype)
+        is_empty = True
+        for edge, (feature, weight) in enumerate(zip(features, row, strict=True)):
+            if opens is not None and not opens[sample][edge]:
+                continue
+            place = sample if places is None else places[edge][sample]
+            seen = feature[place : place + 1]
+            if is_empty:
+                torch.mul(seen.to(dtype), weight, out=total)
+            else:
+                total.add_(seen, alpha=weight)
+            is_empty = False
+        if is_empty:
+            total.zero_()
+        if total is not target:
+            target.copy_(total)
+    return out
+
+
+def _sum_blocks(
+    out: Tensor,
+    features: Sequence[Tensor],
+    weights: Tensor,
+    is_open: Tensor | None,
+    rows: Tensor | None,
+    size: int,
+) -> Tensor:
+    """`size` samples at a time, on the CPU without edges that are closed for all of them."""
+    dtype = _sum_dtype(out)
+    opens = None if is_open is None or not out.is_cpu else is_open.tolist()
     for start in range(0, len(out), size):
         block = slice(start, start + size)
         target = out[block]
         total = target.zero_() if out.dtype == dtype else torch.zeros_like(target, dtype=dtype)
         for edge, feature in enumerate(features):
-            opens = [is_open is None] if openness is None else [row[edge] for row in openness[block]]
-            if size == 1 and first.is_cpu:
-                if opens[0]:
-                    place = start if places is None else places[edge][start]
-                    total.add_(feature[place : place + 1], alpha=weights[start, edge].item())
-            elif any(opens) or not first.is_cpu:
-                seen = feature[block] if rows is None else feature.index_select(0, rows[edge, block])
-                if is_open is not None and not all(opens):
-                    seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
-                total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
+            column = None if opens is None else [row[edge] for row in opens[block]]
+            if column is not None and not any(column):
+                continue
+            seen = feature[block] if rows is None else _take(feature, rows[edge, block])
+            if is_open is not None and (column is None or not all(column)):
+                seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
+            total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
         if total is not target:
             target.copy_(total)
     return out
+
+
+def _take(feature: Tensor, rows: Tensor) -> Tensor:
+    """Some samples of (B, C, H, W), in its memory format, which `index_select` does not keep."""
+    if not feature.is_contiguous(memory_format=torch.channels_last):
+        return feature.index_select(0, rows)
+    return feature.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
 class _Aggregate(torch.autograd.Function):

@@ -1,0 +1,129 @@
+"""The sparse mode against the dense one, with imposed connectivity: how much of the ideal speed-up the clock sees.
+
+    python benchmarks/sparse.py                 # every network, share and batch; goes on where it stopped
+    python benchmarks/sparse.py --table         # print the Markdown table of what is there
+
+Each block is alive for a sample with a probability, drawn by sample, so that the given share of the blocks' multiply-adds is
+alive; every edge between nodes that are alive is open. Ideal: the dense multiply-adds over those executed, all of the network.
+Both modes are folded, channels_last, and take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dgnet
+from common import missing_rows, read_rows, write_rows
+from dgnet.bench import describe_hardware, versions
+from dgnet.cost import cost_model
+from dgnet.graph import find_stages, record_connectivity, use_connectivity
+from dgnet.inference import fold_batch_norms, set_mode
+
+TARGETS = {1: 0.9, 8: 0.85, 64: 0.85}
+"""Least share of the ideal on a CPU, by batch size; with every node alive sparse is to be at most 3 % slower."""
+
+
+def main() -> None:
+    """Measure what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["dg_resnet50", "dg_resnet101"])
+    parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.8, 0.6, 0.4])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sparse_cpu.json")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
+    args = parser.parse_args()
+    results = read_rows(args.output)
+    if not args.table:
+        dgnet.keep_freed_memory()
+        wanted = [
+            {"model": model, "batch_size": batch, "share": share, "image_size": args.image_size, "device": args.device}
+            for batch in args.batches
+            for model in args.models
+            for share in args.shares
+        ]
+        for row in tqdm(missing_rows(wanted, results), file=sys.stderr):
+            results.append(row | measure(**row, rounds=args.rounds))
+            write_rows(args.output, results)
+    print(format_table(results))
+
+
+@torch.inference_mode()
+def measure(model: str, batch_size: int, share: float, image_size: int, device: str, rounds: int) -> dict[str, Any]:
+    """One row: both modes in alternating rounds over several drawn connectivities."""
+    torch.manual_seed(0)
+    network = fold_batch_norms(dgnet.create_model(model), 64).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+    drawn = [draw_connectivity(network, batch_size, share, device) for _ in range(max(16 // batch_size, 1))]
+    costs = cost_model(network, image_size)
+    executed = []
+    for adjacency in drawn:
+        with use_connectivity(network, adjacency), record_connectivity(set_mode(network, "sparse")) as record:
+            network(images)
+        executed.append(float(costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).mean()))
+    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for number in range(rounds + 1):
+        for mode in ("dense", "sparse"):
+            set_mode(network, mode)
+            started = time.perf_counter()
+            for adjacency in drawn:
+                with use_connectivity(network, adjacency):
+                    network(images)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            if number:  # the first round warms up
+                seconds[mode].append((time.perf_counter() - started) / len(drawn))
+    ideal = costs.dense / statistics.fmean(executed)
+    ratios = [dense / sparse for dense, sparse in zip(seconds["dense"], seconds["sparse"], strict=True)]
+    return {
+        "ideal": ideal,
+        "speedup": statistics.median(ratios),
+        "speedup_range": [min(ratios), max(ratios)],
+        "of_ideal": statistics.median(ratios) / ideal,
+        "dense_seconds": statistics.median(seconds["dense"]),
+        "sparse_seconds": statistics.median(seconds["sparse"]),
+        "rounds": rounds,
+        "hardware": describe_hardware(device),
+        "versions": versions(device),
+    }
+
+
+def draw_connectivity(network: nn.Module, batch: int, share: float, device: str) -> list[Tensor]:
+    """(B, N, N) for each stage: blocks drawn alive, each edge between nodes that are alive open."""
+    matrices = []
+    for stage in find_stages(network):
+        alive = torch.rand(batch, stage.topology.num_nodes, device=device) < share
+        alive[:, [0, -1]] = True
+        both = alive[:, :, None] & alive[:, None] & stage.topology.mask.to(device)
+        matrices.append(both * torch.empty_like(both, dtype=torch.float32).uniform_(0.5, 0.8))
+    return matrices
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| network | batch | alive | dense ms | sparse ms | speed-up | range | ideal | share of ideal | target |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: (row["model"], row["batch_size"], -row["share"])):
+        low, high = row["speedup_range"]
+        target = "1 / 1.03" if row["share"] == 1 else TARGETS.get(row["batch_size"], "–")
+        dense, sparse = 1000 * row["dense_seconds"], 1000 * row["sparse_seconds"]
+        lines.append(
+            f"| {row['model']} | {row['batch_size']} | {row['share']} | {dense:.1f} | {sparse:.1f} | {row['speedup']:.3f} |"
+            f" {low:.3f} … {high:.3f} | {row['ideal']:.3f} | {row['of_ideal']:.3f} | {target} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
