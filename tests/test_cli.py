@@ -167,6 +167,11 @@ def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):
             "distinct_wirings",
             "empty_outputs",
             "weight_std",
+            "dense_multiply_adds",
+            "executed_multiply_adds",
+            "executed_std",
+            "executed_percentiles",
+            "executed_by_class",
             "top1_mean_adjacency",
             "top1_other_adjacency",
         }
