@@ -173,10 +173,12 @@ def test_compiles_as_one_graph_and_recompiles_at_most_once_a_batch_size(tiny):
 
 @pytest.mark.slow
 def test_the_compilers_own_backend_gives_the_same_step(tiny):
-    network = tiny(layers=(1, 2, 1)).stages[1]
+    # Not 4 channels: on CPUs with AVX2 only, oneDNN gets the weight gradient of a 4-channel 1×1 convolution with stride 2 in
+    # channels_last wrong (torch 2.14.1; seen without this project's code).
+    network = tiny(layers=(1, 2, 1), channels=(8, 16, 16)).stages[1]
     twin = copy.deepcopy(network)
     compiled = torch.compile(network, fullgraph=True)
-    images = torch.randn(4, 4, 8, 8)
+    images = torch.randn(4, 8, 8, 8)
     for run in (compiled, twin):
         run(images).square().sum().backward()
     for (name, parameter), other in zip(network.named_parameters(), twin.named_parameters(), strict=True):

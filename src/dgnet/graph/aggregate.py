@@ -14,7 +14,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 512 * 1024
 """Elements of a sum on the CPU that stay in its cache while the edges pass by."""
 
-_ROW_ELEMENTS = 8 * 1024
+_ROW_ELEMENTS = 4 * 1024
 """Elements of a map from which on the CPU a call for each sample costs less than to gather samples."""
 
 
@@ -62,6 +62,8 @@ def aggregate_rows(
     if not first.is_cpu:
         return _sum_blocks(out, features, weights, is_open, rows, size=max(len(out), 1))
     elements = max(first[0].numel(), 1)
+    if is_open is not None and is_open.all():
+        is_open = None
     is_partial = rows is not None or is_open is not None
     if elements > _BLOCK_ELEMENTS // 2 or (is_partial and elements >= _ROW_ELEMENTS):
         return _sum_samples(out, features, weights, is_open, rows)
@@ -75,19 +77,20 @@ def _sum_samples(
     dtype = _sum_dtype(out)
     opens = None if is_open is None else is_open.tolist()
     places = None if rows is None else rows.tolist()
-    for sample, row in enumerate(weights.tolist()):
-        target = out[sample : sample + 1]
+    seen = [feature.unbind() for feature in features]  # views made once: a slice costs as much as a small sum
+    for sample, (target, row) in enumerate(zip(out.unbind(), weights.tolist(), strict=True)):
         total = target if out.dtype == dtype else torch.empty_like(target, dtype=dtype)
         is_empty = True
-        for edge, (feature, weight) in enumerate(zip(features, row, strict=True)):
+        for edge, weight in enumerate(row):
             if opens is not None and not opens[sample][edge]:
                 continue
-            place = sample if places is None else places[edge][sample]
-            seen = feature[place : place + 1]
-            if is_empty:
-                torch.mul(seen.to(dtype), weight, out=total)
+            term = seen[edge][sample if places is None else places[edge][sample]]
+            if not is_empty:
+                total.add_(term, alpha=weight)
+            elif total is target:
+                torch.mul(term, weight, out=total)
             else:
-                total.add_(seen, alpha=weight)
+                torch.mul(term.to(dtype), weight, out=total)
             is_empty = False
         if is_empty:
             total.zero_()

@@ -78,8 +78,8 @@ class DynamicGraph(nn.Module):
         # Set for the length of a `with` block by record.py; never buffers, they depend on the batch.
         self._records: list[Observer] = []
         self._imposed: Tensor | None = None
-        # Runs the stage in evaluation in place of `forward`; see dgnet.inference.
-        self._executor: Callable[[DynamicGraph, Tensor], Tensor] | None = None
+        # Computes the nodes in evaluation; see dgnet.inference.
+        self._executor = DENSE
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mask = self.topology.mask  # the buffer may lie on the meta device
@@ -92,17 +92,20 @@ class DynamicGraph(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._executor is not None and not self.training:
-            return self._executor(self, x)
         topology = self.topology
-        features = [self.input(x)]
+        executor = DENSE if self.training else self._executor
+        if torch.compiler.is_compiling():
+            executor = executor.in_graph
+        sent = [executor.send(self.input(x))]  # what each node has distributed
         alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: alive for every sample
+        ran: list[Tensor | None] = [None]  # as `alive`
         edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
         votes: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what i says of j's gate, (B,)
         alpha_rows: list[Tensor] = []
         weight_rows: list[Tensor] = []
+        needed = executor.find_needed(self, x)
         for node in range(1, topology.num_nodes):
-            self._predict(node - 1, features[-1], edges, votes)
+            executor.predict(self, node - 1, sent[-1], x.shape[0], edges, votes)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
             sender_is_alive = [alive[i] for i in senders]
@@ -111,17 +114,14 @@ class DynamicGraph(nn.Module):
             if self._records:
                 alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
                 weight_rows.append(weights)
-
-            sources = (x, features[0]) if node in topology.entry else tuple(features[i] for i in senders)
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                feature = checkpoint(self._compute, node, weights, is_open, *sources, use_reentrant=False)
-            else:
-                feature = self._compute(node, weights, is_open, *sources)
-            features.append(feature)
             alive.append(is_alive)
+            if needed is not None:
+                is_alive = needed[:, node] if is_alive is None else is_alive & needed[:, node]
+            ran.append(is_alive)
+            sent.append(executor.run(self, node, x, [sent[i] for i in senders], weights, is_open, is_alive))
         for record in self._records:
-            record.append(self, alpha_rows, weight_rows, alive[:-1])
-        return features[-1]
+            record.append(self, alpha_rows, weight_rows, ran[:-1])
+        return sent[-1]
 
     def _predict(
         self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor], votes: dict[tuple[int, int], Tensor]
@@ -152,22 +152,25 @@ class DynamicGraph(nn.Module):
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
         senders = self.topology.senders(node)
         if self._imposed is not None:
-            if len(self._imposed) not in (1, len(x)):
-                raise UsageError(f"the imposed adjacency has {len(self._imposed)} samples, the batch {len(x)}")
-            weights = self._imposed[:, node, list(senders)].to(x.device).expand(len(x), -1)
+            if len(self._imposed) not in (1, x.shape[0]):
+                raise UsageError(f"the imposed adjacency has {len(self._imposed)} samples, the batch {x.shape[0]}")
+            weights = self._imposed[:, node, list(senders)].to(x.device).expand(x.shape[0], -1)
             return weights, weights, weights != 0
         if node in self.topology.pinned:
-            weights = x.new_full((len(x), len(senders)), self.topology.pinned[node])
+            weights = x.new_full((x.shape[0], len(senders)), self.topology.pinned[node])
             return weights, weights, None
         if self.weighting.reads_features:
             alpha = torch.stack([edges[i, node] for i in senders], dim=1)
         else:  # not gathered from the senders: the compiler would index into the gathered row for every element of the sum
-            alpha = self.weighting.share(node).expand(len(x), -1)
+            alpha = self.weighting.share(node).expand(x.shape[0], -1)
         weights, is_open = self.weighting.gate(node, alpha)
         return alpha, weights, is_open
 
-    def _compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
-        """Aggregate and transform: x_j, or the stage's output for the output node."""
+    def compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
+        """Aggregate and transform: x_j, or the stage's output for the output node.
+
+        `sources`: the features of the in-edges; for an entry node the raw stage input and x_0.
+        """
         if node in self.topology.entry:
             return self._compute_entry(node, weights, is_open, *sources)
         return self.transform(node, aggregate(sources, weights, is_open))
@@ -198,6 +201,59 @@ class DynamicGraph(nn.Module):
         return self.activation(y + shortcut() if self.entry_shortcut else y)
 
 
+class Executor:
+    """How a stage computes its nodes: this one, every node on every sample. Others are in `dgnet.inference`."""
+
+    @property
+    def in_graph(self) -> Executor:
+        """The form for a compiled or exported graph, where the host cannot look at values."""
+        return self
+
+    def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
+        """For which samples each node matters to the output, (B, N); None where all do, or that is not known beforehand."""
+        return None
+
+    def send(self, feature: Tensor) -> Any:
+        """What the input node distributes."""
+        return feature
+
+    def predict(
+        self,
+        stage: DynamicGraph,
+        node: int,
+        sent: Any,
+        batch: int,
+        edges: dict[tuple[int, int], Tensor],
+        votes: dict[tuple[int, int], Tensor],
+    ) -> None:
+        """Put what a node predicts from what it distributes into `edges` and `votes`, (B,) each."""
+        stage._predict(node, sent, edges, votes)
+
+    def run(
+        self,
+        stage: DynamicGraph,
+        node: int,
+        x: Tensor,
+        senders: list[Any],
+        weights: Tensor,
+        is_open: Tensor | None,
+        is_alive: Tensor | None,
+    ) -> Any:
+        """What a node distributes; the stage's output, (B, C, H, W), for the output node.
+
+        `x`: raw stage input; `senders`: what the nodes of the in-edges distribute; `weights`, `is_open`: (B, E), the latter
+        None for all open; `is_alive`: (B,), None for all.
+        """
+        sources = (x, *senders) if node in stage.topology.entry else tuple(senders)
+        if stage.grad_checkpointing and stage.training and torch.is_grad_enabled():
+            feature: Tensor = checkpoint(stage.compute, node, weights, is_open, *sources, use_reentrant=False)
+            return feature
+        return stage.compute(node, weights, is_open, *sources)
+
+
+DENSE = Executor()
+
+
 def remove(
     weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None], gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -213,7 +269,7 @@ def remove(
     if is_open is None and gate is None and all(sender is None for sender in senders):
         return weights, None, None
     given = [tensor for tensor in (*senders, gate) if tensor is not None]
-    ones = torch.ones_like(given[0]) if given else weights.new_ones(len(weights), dtype=torch.bool)
+    ones = torch.ones_like(given[0]) if given else weights.new_ones(weights.shape[0], dtype=torch.bool)
     passed = torch.stack([ones if sender is None else sender for sender in senders], dim=1)
     if passed.is_floating_point():
         is_alive = (passed > 0.5 if is_open is None else is_open & (passed > 0.5)).any(1).to(passed.dtype)

@@ -201,7 +201,7 @@ class RoutedWeighting(Weighting):
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
         if str(node) not in self.routers:  # every out-edge is pinned
-            return feature.new_ones(len(feature), 0)
+            return feature.new_ones(feature.shape[0], 0)
         # Float32 under autocast too: a rounding of α at a hard threshold flips an edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
             return self.routers[str(node)](self.pool(feature))

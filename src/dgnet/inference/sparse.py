@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from dgnet.errors import check_choice
 from dgnet.graph import DynamicGraph, find_stages, remove
 from dgnet.graph.aggregate import aggregate_rows
+from dgnet.graph.stage import DENSE, Executor
 
 MODES = ("dense", "sparse")
 
@@ -25,7 +27,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
     """
     check_choice("mode", mode, MODES)
     for stage in find_stages(model):
-        stage._executor = run_sparse if mode == "sparse" else None
+        stage._executor = _SPARSE if mode == "sparse" else DENSE
     return model
 
 
@@ -42,80 +44,136 @@ class _Sent:
     """What a node has computed: for all samples (`rows` None), or for some, (n,), in ascending order."""
 
     feature: Tensor | None  # None: for no sample
-    rows: Tensor | None
-    places: Tensor | None  # (B,), where a sample lies in `feature`; 0 for those that are not there
+    rows: Tensor | None = None
+    places: Tensor | None = None  # (B,), where a sample lies in `feature`; 0 for those that are not there
 
 
-@torch.no_grad()
-def run_sparse(stage: DynamicGraph, x: Tensor) -> Tensor:
-    """`stage.forward(x)` in evaluation, each node on the samples for which it is alive.
+class SparseExecutor(Executor):
+    """Each node on the samples for which it is alive.
 
     Where all weights are known beforehand (imposed, learned or fixed ones), nodes without an open path to the output node are
     left out too.
     """
-    topology = stage.topology
-    batch, last = len(x), topology.num_nodes - 1
-    sent = [_Sent(stage.input(x), None, None)]
-    alive: list[Tensor | None] = [None]
-    ran: list[Tensor | None] = [None]
-    edges: dict[tuple[int, int], Tensor] = {}
-    votes: dict[tuple[int, int], Tensor] = {}
-    alpha_rows: list[Tensor] = []
-    weight_rows: list[Tensor] = []
-    needed = find_needed(stage, x)
-    for node in range(1, topology.num_nodes):
-        predict(stage, node - 1, sent[-1], batch, edges, votes)
-        senders = topology.senders(node)
-        alpha, weights, is_open = stage._weigh(node, x, edges)
-        sender_is_alive = [alive[i] for i in senders]
-        gate = stage._decide(node, votes, sender_is_alive)
-        weights, is_open, is_alive = remove(weights, is_open, sender_is_alive, gate)
-        if stage._records:
-            alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
-            weight_rows.append(weights)
-        alive.append(is_alive)
-        if node < last:
-            if needed is not None:
-                is_alive = needed[:, node] if is_alive is None else is_alive & needed[:, node]
-            ran.append(is_alive)
-            sent.append(run_block(stage, node, x, [sent[i] for i in senders], weights, is_open, is_alive))
-    for record in stage._records:
-        record.append(stage, alpha_rows, weight_rows, ran)
-    heard = [sent[i] for i in senders]
-    if all(sender.feature is None for sender in heard):  # the output node sums to 0
-        entry = topology.entry[0]
-        shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
-        return stage.transform(last, x.new_zeros(batch, *shape[1:]))
-    return stage.transform(last, gather(heard, weights, is_open, None))
 
+    @property
+    def in_graph(self) -> Executor:
+        return _IN_GRAPH
 
-def run_block(
-    stage: DynamicGraph,
-    node: int,
-    x: Tensor,
-    senders: list[_Sent],
-    weights: Tensor,
-    is_open: Tensor | None,
-    is_alive: Tensor | None,
-) -> _Sent:
-    """Run a block on the samples for which it is alive, (B,); None for all."""
-    rows = None
-    if is_alive is not None:
-        rows = is_alive.nonzero().flatten()  # the host waits here: how many samples there are decides what is launched
-        if len(rows) == 0:
-            return _Sent(None, rows, None)
-        if len(rows) == len(x):
-            rows = None
-    if node in stage.topology.entry:
-        raw = gather([_Sent(x, None, None)], weights, is_open, rows)
-        feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
-    else:
-        feature = stage.transform(node, gather(senders, weights, is_open, rows))
-    places = None
-    if rows is not None:
+    def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
+        return find_needed(stage, x)
+
+    def send(self, feature: Tensor) -> _Sent:
+        return _Sent(feature)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        stage: DynamicGraph,
+        node: int,
+        sent: _Sent,
+        batch: int,
+        edges: dict[tuple[int, int], Tensor],
+        votes: dict[tuple[int, int], Tensor],
+    ) -> None:
+        if sent.feature is None:
+            for known in (edges, votes):
+                for column in list(known.values())[:1]:  # the input node's: it always runs
+                    known |= {(node, receiver): torch.zeros_like(column) for receiver in stage.topology.receivers(node)}
+            return
+        own_edges: dict[tuple[int, int], Tensor] = {}
+        own_votes: dict[tuple[int, int], Tensor] = {}
+        stage._predict(node, sent.feature, own_edges, own_votes)
+        for own, all_of_them in ((own_edges, edges), (own_votes, votes)):
+            for edge, column in own.items():
+                if sent.rows is not None:
+                    column = column.new_zeros(batch).index_copy_(0, sent.rows, column)
+                all_of_them[edge] = column
+
+    @torch.no_grad()
+    def run(
+        self,
+        stage: DynamicGraph,
+        node: int,
+        x: Tensor,
+        senders: list[_Sent],
+        weights: Tensor,
+        is_open: Tensor | None,
+        is_alive: Tensor | None,
+    ) -> _Sent | Tensor:
+        if node == stage.topology.num_nodes - 1:
+            if all(sender.feature is None for sender in senders):  # the output node sums to 0
+                entry = stage.topology.entry[0]
+                shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
+                return stage.transform(node, x.new_zeros(len(x), *shape[1:]))
+            return stage.transform(node, gather(senders, weights, is_open, None))
+        rows = None
+        if is_alive is not None:
+            rows = is_alive.nonzero().flatten()  # the host waits here: how many samples there are decides what is launched
+            if len(rows) == 0:
+                return _Sent(None, rows)
+            if len(rows) == len(x):
+                rows = None
+        if node in stage.topology.entry:
+            raw = gather([_Sent(x)], weights, is_open, rows)
+            feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
+        else:
+            feature = stage.transform(node, gather(senders, weights, is_open, rows))
+        if rows is None:
+            return _Sent(feature)
         places = rows.new_zeros(len(x))
         places[rows] = torch.arange(len(rows), device=rows.device)
-    return _Sent(feature, rows, places)
+        return _Sent(feature, rows, places)
+
+
+class GraphExecutor(SparseExecutor):
+    """The sparse mode as one graph, which the host cannot look into.
+
+    Exported, a node runs on the gathered samples for which it is alive, of which there may be none. Under `torch.compile` it is
+    a branch, taken where it is alive for some sample: exact for one image, and for a batch what no image needs is left out.
+    A feature holds all samples, 0 where its node is dead.
+    """
+
+    def send(self, feature: Tensor) -> Any:
+        return feature
+
+    def predict(self, stage: DynamicGraph, node: int, sent: Any, *args: Any) -> None:
+        Executor.predict(self, stage, node, sent, *args)
+
+    def run(
+        self,
+        stage: DynamicGraph,
+        node: int,
+        x: Tensor,
+        senders: list[Any],
+        weights: Tensor,
+        is_open: Tensor | None,
+        is_alive: Tensor | None,
+    ) -> Any:
+        is_entry = node in stage.topology.entry
+        if is_alive is None or node == stage.topology.num_nodes - 1:
+            return super(SparseExecutor, self).run(stage, node, x, senders, weights, is_open, is_alive)
+        sources = (x, *senders) if is_entry else tuple(senders)
+        opens = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
+        if torch.compiler.is_exporting():
+            rows = is_alive.nonzero().squeeze(1)
+            gathered = [source.index_select(0, rows) for source in sources]
+            feature = stage.compute(node, weights[rows], opens[rows], *gathered)
+            return feature.new_zeros(x.shape[0], *feature.shape[1:]).index_copy(0, rows, feature)
+        # A node writes what its senders write; of an entry node a run on no samples tells, of which the graph keeps the shape.
+        like = stage.nodes[node - 1](x[:0]) if is_entry else senders[0]
+        shape, dtype = (x.shape[0], *like.shape[1:]), like.dtype
+
+        def compute(weights: Tensor, opens: Tensor, *sources: Tensor) -> Tensor:
+            return stage.compute(node, weights, opens, *sources).contiguous()
+
+        def skip(weights: Tensor, opens: Tensor, *sources: Tensor) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weights.device)
+
+        feature = torch.cond(is_alive.any(), compute, skip, (weights, opens, *sources))
+        return feature
+
+
+_SPARSE, _IN_GRAPH = SparseExecutor(), GraphExecutor()
 
 
 def gather(senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -134,31 +192,6 @@ def gather(senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: 
     return aggregate_rows(features, weights, is_open, torch.stack(places))
 
 
-def predict(
-    stage: DynamicGraph,
-    node: int,
-    sent: _Sent,
-    batch: int,
-    edges: dict[tuple[int, int], Tensor],
-    votes: dict[tuple[int, int], Tensor],
-) -> None:
-    """Put what a node predicts into `edges` and `votes`, (B,) each; 0 for samples for which it did not run."""
-    feature = sent.feature
-    if feature is None:
-        for known in (edges, votes):
-            for column in list(known.values())[:1]:  # the input node's: it always runs
-                known |= {(node, receiver): torch.zeros_like(column) for receiver in stage.topology.receivers(node)}
-        return
-    own_edges: dict[tuple[int, int], Tensor] = {}
-    own_votes: dict[tuple[int, int], Tensor] = {}
-    stage._predict(node, feature, own_edges, own_votes)
-    for own, all_of_them in ((own_edges, edges), (own_votes, votes)):
-        for edge, column in own.items():
-            if sent.rows is not None:
-                column = column.new_zeros(batch).index_copy_(0, sent.rows, column)
-            all_of_them[edge] = column
-
-
 def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
     """For which samples each node has an open path to the output node, (B, N); None where that is not known beforehand."""
     gates_follow = stage.node_gates is not None or stage.weighting.reads_features
@@ -175,7 +208,7 @@ def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
             opens[node] = is_open
     if not opens:
         return None  # nothing is closed
-    needed = torch.zeros(len(x), topology.num_nodes, dtype=torch.bool, device=x.device)
+    needed = torch.zeros(x.shape[0], topology.num_nodes, dtype=torch.bool, device=x.device)
     needed[:, -1] = True
     for node in range(topology.num_nodes - 1, 0, -1):
         for edge, sender in enumerate(topology.senders(node)):
