@@ -172,6 +172,7 @@ def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):
             "executed_std",
             "executed_percentiles",
             "executed_by_class",
+            "images_per_second",
             "top1_mean_adjacency",
             "top1_other_adjacency",
         }
@@ -188,6 +189,70 @@ def test_evaluate_on_other_data(run, images, tmp_path, capsys):
     assert json.loads(ask(capsys, "evaluate", run, "--data", tmp_path, "--json"))["images"] == 2
     write_folder(tmp_path, {"green": 2})
     assert "class 'green' is not one of the 2 classes" in refuse(capsys, "evaluate", run, "--data", tmp_path)
+
+
+def test_an_operating_point_is_chosen_and_written(run, tmp_path, capsys):
+    points = json.loads(
+        ask(capsys, "evaluate", run, "--sweep-threshold", "--offsets", "[-0.5, 2]", "--output", tmp_path / "sweep", "--json")
+    )
+    assert [point["threshold_offset"] for point in points] == [-0.5, 2]
+    assert points[0]["closed_edges"] == 0 < points[1]["closed_edges"]
+    assert (tmp_path / "sweep" / "threshold_sweep.png").stat().st_size > 1000
+    file = tmp_path / "chosen.safetensors"
+    chosen = json.loads(ask(capsys, "evaluate", run, "--threshold-offset", 2, "--write", file, "--json"))
+    assert chosen["closed_edges"] == points[1]["closed_edges"]
+    assert json.loads(ask(capsys, "evaluate", file, "--json")) == chosen
+    assert json.loads(ask(capsys, "evaluate", file, "--mode", "sparse", "--json"))["executed_multiply_adds"] == pytest.approx(
+        chosen["executed_multiply_adds"]
+    )
+    speeds = json.loads(ask(capsys, "evaluate", run, "--speed", "--json"))["images_per_second"]
+    assert set(speeds) == {"static", "dense", "sparse"}
+
+
+def test_evaluate_refuses_what_does_not_go_together(run, capsys):
+    for words, message in (
+        (["--write", "x.safetensors"], "--write needs --threshold-offset"),
+        (["--offsets", "[0]"], "--offsets needs --sweep-threshold"),
+        (["--compile"], "--compile needs --speed"),
+        (["--sweep-threshold", "--speed"], "--sweep-threshold does not go with --speed"),
+        (["--threshold-offset", "0.1", "--write", "x.ckpt"], "must end in .safetensors"),
+        (["--mode", "fast"], "unknown mode 'fast'"),
+    ):
+        assert message in refuse(capsys, "evaluate", run, *words)
+
+
+@pytest.mark.slow
+def test_export_writes_a_file_that_agrees(run, tmp_path, capsys):
+    path = tmp_path / "network.onnx"
+    found = json.loads(ask(capsys, "export", run, "--mode", "sparse", "--output", path, "--json"))
+    assert found["difference"] < 1e-4
+    import onnx
+
+    (carried,) = (prop.value for prop in onnx.load(path).metadata_props if prop.key == "dgnet")
+    assert json.loads(carried)["class_names"] == ["dark", "light"]
+    for words, message in (
+        (["--format", "tf"], "unknown --format 'tf'; allowed: onnx, torch"),
+        (["--output", tmp_path / "x.pt2"], "must end in .onnx for --format onnx"),
+        (["--output", tmp_path / "no" / "x.onnx"], "does not exist; make it first"),
+    ):
+        assert message in refuse(capsys, "export", run, *words)
+
+
+@pytest.mark.slow
+def test_a_trained_network_is_fine_tuned_to_a_budget(run, images, tmp_path, capsys):
+    budgeted = tmp_path / "budgeted"
+    options = ["--epochs", 1, "--batch-size", 6, "--image-size", 8, "--model-kwargs", '{"channels": [4, 4, 4]}']
+    weights = run / "model.safetensors"
+    assert (
+        main(list(map(str, ["train", "--data", images, "--weights", weights, "--budget", 0.7, "--output", budgeted, *options])))
+        == 0
+    )
+    assert "stayed as initialised: layer1.node_gates.bias" in capsys.readouterr().err
+    assert "executed multiply-adds" in ask(capsys, "evaluate", budgeted, "--mode", "sparse")
+    words = ["train", "--data", images, "--output", tmp_path / "other", *options]
+    assert "what always runs costs" in refuse(capsys, *words, "--budget", 1.5)
+    assert "is less than what always runs" in refuse(capsys, *words, "--budget", 0.001)
+    assert "needs a network with dynamic stages" in refuse(capsys, *words, "--budget", 0.5, "--model", "resnet20")
 
 
 def test_predict_names_classes_from_the_checkpoint(run, images, capsys):

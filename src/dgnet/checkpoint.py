@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models.connectivity import Connectivity
 from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
 
 
@@ -42,6 +44,23 @@ class Checkpoint:
                 f" ({_first_difference(error)}); use another checkpoint"
             ) from None
         return network.eval()
+
+    def build_static(self) -> nn.Module | None:
+        """The static baseline, untrained: the model without `dg_`, of the same classes and sizes. None where there is none."""
+        name = self.model.removeprefix("dg_")
+        if name == self.model or not timm.is_model(name):
+            return None
+        connectivity = {f.name for f in fields(Connectivity)}
+        options = {option: value for option, value in self.model_kwargs.items() if option not in connectivity}
+        return create_model(name, num_classes=len(self.class_names), **options).eval()
+
+    def save(self, path: Path) -> None:
+        """Write it as a safetensors file. Raises UsageError where the file cannot be written."""
+        carried = describe_network(self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config)
+        try:
+            save_network(self.build_network(), path, carried)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} cannot be written: {reason(error)}; name another file") from None
 
 
 def describe_network(
@@ -145,7 +164,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     """Load trained weights into `network`, a static network's onto the nodes of its dynamic counterpart.
 
-    Returns the names that stayed as initialised: a head of other classes, and what a static network lacks.
+    Returns the names that stayed as initialised: a head of other classes, gates on blocks that were trained without, and what a
+    static network lacks.
     Raises UsageError for weights of another model.
     """
     path = find_checkpoint(Path(path))
@@ -158,8 +178,10 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     own = network.state_dict()
     heads = classifier_prefixes(network)
     reset = [n for n in state_dict if n.startswith(heads) and n in own and state_dict[n].shape != own[n].shape]
+    # A trained DG-Net is fine-tuned to a budget: gates on its blocks are new.
+    new = [n for n in own if ".node_gates." in n and n not in state_dict]
     try:
-        network.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
+        network.load_state_dict({**state_dict, **{name: own[name] for name in (*reset, *new)}})
     except RuntimeError as error:
         difference = _first_difference(error)
         if carried and carried.get("model") == model:
@@ -167,7 +189,7 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
         else:
             line = f"{path} {_whose(carried, model)} ({difference}); name its own model with --model"
         raise UsageError(line) from None
-    return reset
+    return [*reset, *new]
 
 
 def _whose(carried: dict[str, Any] | None, model: str) -> str:

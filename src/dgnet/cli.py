@@ -10,14 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import dgnet
-from dgnet.errors import UsageError, check_range, did_you_mean, reason
+from dgnet.errors import UsageError, check_choice, check_range, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
 from dgnet.options import flag
 
@@ -81,6 +81,40 @@ def _evaluate_parser() -> Parser:
     parser.add_argument(
         "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
     )
+    parser.add_argument(
+        "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
+    )
+    parser.add_argument(
+        "--write", type=str | None, default=None, help="write a checkpoint with --threshold-offset: FILE.safetensors"
+    )
+    parser.add_argument(
+        "--sweep-threshold", action="store_true", help="accuracy, cost and time over threshold offsets, as a table and a plot"
+    )
+    parser.add_argument(
+        "--offsets", type=list[float] | None, default=None, help="those of the sweep, as [-0.1, 0, 0.1]; by default 11"
+    )
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="also images/s of the static baseline and of both modes, in one run"
+    )
+    parser.add_argument("--compile", action="store_true", help="with --speed: compile; the sparse mode at --batch-size 1 only")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def _export_parser() -> Parser:
+    parser = Parser(description="Write a checkpoint's network for other runtimes, and check it against the checkpoint.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch (torch.export, .pt2)")
+    parser.add_argument(
+        "--mode",
+        type=str,
+        default="dense",
+        help="dense: masked; sparse: a block runs on the gathered images for which it is alive",
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
 
@@ -195,15 +229,35 @@ def run_train(args: Namespace) -> None:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.inference import can_skip
-    from dgnet.training import describe_source, evaluate_checkpoint
+    from dgnet.training import describe_source, evaluate, open_evaluation_data
 
     checkpoint = load_checkpoint(args.checkpoint)
-    options = {"batch_size": args.batch_size, "workers": args.workers, "device": _device(args.device)}
-    options |= {"adjacency_controls": args.adjacency_controls, "mode": args.mode}
-    if args.mode == "sparse" and not can_skip(checkpoint.build_network()):
-        print(f"{checkpoint.path}: no edge or block can close, nothing will be skipped", file=sys.stderr)
-    result = evaluate_checkpoint(checkpoint, args.data, args.data_root, **options)
+    _check_evaluate(args)
+    if args.threshold_offset is not None:
+        options = {**checkpoint.model_kwargs, "threshold_offset": args.threshold_offset}
+        checkpoint = replace(checkpoint, model_kwargs=options)
+    network = checkpoint.build_network()
+    dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": _device(args.device)}
+    if args.sweep_threshold:
+        _sweep(args, checkpoint.path, network, dataset, loading)
+        return
+    if args.mode == "sparse":
+        _say_if_idle(network, checkpoint.path)
+    static = checkpoint.build_static() if args.speed else None
+    result = evaluate(
+        network,
+        dataset,
+        adjacency_controls=args.adjacency_controls,
+        mode=args.mode,
+        static=static,
+        speed=args.speed,
+        compile=args.compile,
+        **loading,
+    )
+    if args.write:
+        checkpoint.save(Path(args.write))
+        print(f"{args.write}: {checkpoint.model} with threshold_offset {args.threshold_offset}", file=sys.stderr)
     if args.json:
         _print_json(asdict(result))
         return
@@ -225,11 +279,93 @@ def run_evaluate(args: Namespace) -> None:
     if result.executed_std and len(by_class) > 1:
         (cheapest, least), (dearest, most) = by_class[0], by_class[-1]
         print(f"cheapest class {cheapest} {least / 1e6:.2f} M, dearest {dearest} {most / 1e6:.2f} M")
+    if result.images_per_second:
+        speeds = ", ".join(f"{name} {value:,.1f}" for name, value in result.images_per_second.items())
+        print(f"images/s at batch {min(args.batch_size, result.images)}: {speeds}")
     if args.adjacency_controls:
         print(
             f"top-1 with the mean adjacency {result.top1_mean_adjacency:.2f} %,"
             f" with another image's {result.top1_other_adjacency:.2f} %"
         )
+
+
+def _check_evaluate(args: Namespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    has_offset = args.threshold_offset is not None
+    needs = (
+        ("--write", args.write, "--threshold-offset", has_offset),
+        ("--offsets", args.offsets is not None, "--sweep-threshold", args.sweep_threshold),
+        ("--output", args.output, "--sweep-threshold", args.sweep_threshold),
+        ("--compile", args.compile, "--speed", args.speed),
+    )
+    for option, is_given, needed, is_there in needs:
+        if is_given and not is_there:
+            raise UsageError(f"{option} needs {needed}; add it, or leave {option} out")
+    for option, is_given in (
+        ("--threshold-offset", has_offset),
+        ("--speed", args.speed),
+        ("--adjacency-controls", args.adjacency_controls),
+    ):
+        if args.sweep_threshold and is_given:
+            raise UsageError(f"--sweep-threshold does not go with {option}; leave one out")
+    if args.write and not args.write.endswith(".safetensors"):
+        raise UsageError(f"--write {args.write} must end in .safetensors")
+
+
+def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, Any]) -> None:
+    """`dgnet evaluate --sweep-threshold`."""
+    from dgnet.training.sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
+
+    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
+    folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
+    paths = save_sweep(points, folder)
+    if args.json:
+        _print_json([asdict(point) for point in points])
+        return
+    print(format_sweep(points))
+    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {loading['device']}")
+    print(f"written: {', '.join(map(str, paths))}")
+    print(f"choose one: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+
+
+def _say_if_idle(network: Any, path: Path) -> None:
+    """One line on stderr where the sparse mode has nothing to leave out."""
+    from dgnet.inference import can_skip
+
+    if not can_skip(network):
+        print(f"{path}: no edge or block can close, nothing will be skipped", file=sys.stderr)
+
+
+def run_export(args: Namespace) -> None:
+    """`dgnet export`."""
+    from dgnet.checkpoint import describe_network, load_checkpoint
+    from dgnet.inference.export import FORMATS, check_export, export_network, save_export
+
+    check_choice("--format", args.format, FORMATS)
+    checkpoint = load_checkpoint(args.checkpoint)
+    network = checkpoint.build_network()
+    size = checkpoint.preprocessing.image_size
+    path = Path(args.output or f"{checkpoint.model}-{args.mode}{FORMATS[args.format]}")
+    if path.suffix != FORMATS[args.format]:
+        raise UsageError(f"--output {path} must end in {FORMATS[args.format]} for --format {args.format}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
+    program = export_network(network, size, args.mode)
+    if args.mode == "sparse":
+        _say_if_idle(network, checkpoint.path)
+    # The run's configuration names folders of the machine that trained it: it stays behind.
+    carried = describe_network(
+        checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, config={}
+    )
+    save_export(program, path, args.format, carried)
+    difference = check_export(path, args.format, network, size)
+    megabytes = path.stat().st_size / 2**20
+    if args.json:
+        found = {"file": str(path), "format": args.format, "mode": args.mode, "megabytes": megabytes}
+        _print_json(found | {"difference": difference})
+        return
+    print(f"{path}: {megabytes:.1f} MiB; differs from the checkpoint by {difference:.1e} of the largest logit")
 
 
 def run_predict(args: Namespace) -> None:
@@ -298,6 +434,7 @@ _COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Namespace], None]]] =
     "models": (_models_parser, run_models),
     "train": (_train_parser, run_train),
     "evaluate": (_evaluate_parser, run_evaluate),
+    "export": (_export_parser, run_export),
     "predict": (_predict_parser, run_predict),
     "cost": (_cost_parser, run_cost),
     "bench": (_bench_parser, run_bench),

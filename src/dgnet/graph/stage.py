@@ -93,7 +93,7 @@ class DynamicGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         topology = self.topology
-        executor = DENSE if self.training else self._executor
+        executor = DENSE if self.training or x.is_meta else self._executor  # on the meta device no node is known to be dead
         if torch.compiler.is_compiling():
             executor = executor.in_graph
         sent = [executor.send(self.input(x))]  # what each node has distributed

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import check_choice
+from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import DynamicGraph, find_stages, remove
 from dgnet.graph.aggregate import aggregate_rows
 from dgnet.graph.stage import DENSE, Executor
@@ -37,6 +37,21 @@ def can_skip(model: nn.Module) -> bool:
     Raises UsageError for a model without dynamic stages.
     """
     return any(stage.node_gates is not None or stage.weighting.threshold is not None for stage in find_stages(model))
+
+
+def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
+    """Close edges under τ + `offset` and gates on blocks under ½ + `offset` in evaluation, in place; returns the model.
+
+    Raises UsageError for a model in which nothing can close.
+    """
+    check_range("threshold offset", offset)
+    if not can_skip(model):
+        raise UsageError(f"{type(model).__name__} has no edge or block that can close: its weights do not follow the image")
+    for stage in find_stages(model):
+        for decider in (stage.weighting, stage.node_gates):
+            if hasattr(decider, "offset"):
+                decider.offset = offset  # type: ignore[union-attr]
+    return model
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dgnet.cost import cost_model
 from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
-from dgnet.inference import set_mode
+from dgnet.inference import measure_speed, set_mode
 from dgnet.training.metrics import build_metrics, update_metrics
 
 
@@ -39,6 +39,7 @@ class Evaluation:
     executed_std: float
     executed_percentiles: dict[str, float]  # the 5th, 25th, 50th, 75th and 95th
     executed_by_class: dict[str, float]  # mean over the images of each class; a class without images is left out
+    images_per_second: dict[str, float] | None = None  # of static, dense and sparse, measured in one run
     top1_mean_adjacency: float | None = None  # percent, with every image given the mean of all images' weights
     top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
 
@@ -128,6 +129,50 @@ class WiringStatistics:
         }
 
 
+class Tally:
+    """Accuracy, connectivity and executed cost of a network, accumulated over batches."""
+
+    def __init__(self, network: nn.Module, class_names: list[str], image_size: tuple[int, int], device: str) -> None:
+        self.network = network
+        self.class_names = class_names
+        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        self.metrics = build_metrics(len(class_names)).to(device)
+        self.statistics = WiringStatistics(self.stages)
+        self.cost = ExecutedCost(network, image_size)
+        self.images = 0
+
+    def update(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Run the network on a batch; returns the adjacency of each stage, (B, N, N), none for a static network."""
+        self.images += len(labels)
+        if not self.stages:
+            update_metrics(self.metrics, self.network(images), labels)
+            self.cost.update(labels, None)
+            return []
+        with record_connectivity(self.network) as record:
+            update_metrics(self.metrics, self.network(images), labels)
+        adjacency = record.adjacency
+        self.statistics.update(adjacency)
+        self.cost.update(labels, record)
+        return adjacency
+
+    def evaluation(self, **more: Any) -> Evaluation:
+        """The figures; `more`: fields that were measured apart."""
+        return Evaluation(
+            top1=percent(self.metrics, "top1", self.images),
+            top5=percent(self.metrics, "top5", self.images),
+            loss=float(self.metrics["loss"].compute()),
+            images=self.images,
+            **(self.statistics.summary() if self.stages else _STATIC_WIRING),
+            **self.cost.summary(self.class_names),
+            **more,
+        )
+
+
+def percent(metrics: MetricCollection, name: str, images: int) -> float:
+    """An accuracy in percent, exactly: the metrics are float32, an accuracy is a count of images."""
+    return 100 * round(float(metrics[name].compute()) * images) / images
+
+
 def _weighed_edges(topology: Topology) -> Tensor:
     """(N, N): the edges that the weighting weighs, all but the pinned ones."""
     weighed = topology.mask.clone()
@@ -143,15 +188,13 @@ def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
     return str(source or config.get("val_data") or config["data"])
 
 
-def evaluate_checkpoint(
-    checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None, **options: Any
-) -> Evaluation:
-    """Evaluate a checkpoint on `source`, by default on what its run was evaluated on, with its own preprocessing.
+def open_evaluation_data(checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None) -> ImageDataset:
+    """`source`, by default what the checkpoint's run was evaluated on, with the checkpoint's preprocessing.
 
-    `options`: those of `evaluate`. Raises UsageError for a source that is not there or has classes unknown to it.
+    Raises UsageError for a source that is not there or has classes unknown to it.
     """
-    root = data_root or checkpoint.config.get("data_root", "data")
     config = checkpoint.config
+    root = data_root or config.get("data_root", "data")
     if source is None and config.get("holdout"):
         whole = open_dataset(config["data"], TRAIN, checkpoint.class_names, root)
         dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
@@ -159,7 +202,7 @@ def evaluate_checkpoint(
         source = source or config.get("val_data") or config["data"]
         dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
-    return evaluate(checkpoint.build_network(), dataset, **options)
+    return dataset
 
 
 @torch.no_grad()
@@ -171,13 +214,16 @@ def evaluate(
     device: str = "cpu",
     adjacency_controls: bool = False,
     mode: str = "dense",
+    static: nn.Module | None = None,
+    speed: bool = False,
+    compile: bool = False,
 ) -> Evaluation:
     """Evaluate `network` on `dataset`, whose transform is set; the network is left on `device`, in evaluation mode.
 
     A static network has one wiring and closes nothing. `mode`: "dense" or "sparse", see `dgnet.inference.set_mode`.
-    `adjacency_controls`: evaluate twice more, with every image given the
-    mean of all images' weights, and with every image given another's, drawn at random: what connectivity that follows the
-    image is worth.
+    `adjacency_controls`: evaluate twice more, with every image given the mean of all images' weights, and with every image
+    given another's, drawn at random: what connectivity that follows the image is worth. `speed`: measure images/s of the
+    network's modes, and of `static` beside them, on the first batch; see `dgnet.inference.measure_speed`, also for `compile`.
 
     Raises UsageError for a size or count that makes no sense, and for controls of a network without dynamic stages.
     """
@@ -191,51 +237,32 @@ def evaluate(
         find_stages(network)
         # Neighbours in a data set are often of one class.
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    own, other, mean = (build_metrics(len(dataset.class_names)).to(device) for _ in range(3))
-    statistics = WiringStatistics(stages)
+    other, mean = (build_metrics(len(dataset.class_names)).to(device) for _ in range(2))
     shown = Subset(dataset, order) if adjacency_controls else dataset
     loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers)
     previous: list[Tensor] = []  # the image before a batch
-    executed: ExecutedCost | None = None
+    tally: Tally | None = None
+    more: dict[str, Any] = {}
     for images, labels in tqdm(loader, desc="evaluate", unit="batch"):
-        executed = executed or ExecutedCost(network, tuple(images.shape[2:]))
         images, labels = images.to(device), labels.to(device)
-        if not stages:
-            update_metrics(own, network(images), labels)
-            executed.update(labels, None)
-            continue
-        record: Record
-        with record_connectivity(network) as record:
-            update_metrics(own, network(images), labels)
-        adjacency = record.adjacency
-        statistics.update(adjacency)
-        executed.update(labels, record)
+        if tally is None:
+            tally = Tally(network, dataset.class_names, tuple(images.shape[2:]), device)
+            if speed:
+                more["images_per_second"] = measure_speed(network, images, static, compile)
+        adjacency = tally.update(images, labels)
         if adjacency_controls:
             before = previous or [matrix[-1:] for matrix in adjacency]
             shifted = [torch.cat([first, matrix[:-1]]) for first, matrix in zip(before, adjacency, strict=True)]
             previous = [matrix[-1:] for matrix in adjacency]
             with use_connectivity(network, shifted):
                 update_metrics(other, network(images), labels)
+    assert tally is not None
     if adjacency_controls:
-        with use_connectivity(network, statistics.mean()):
+        with use_connectivity(network, tally.statistics.mean()):
             for images, labels in tqdm(loader, desc="evaluate with the mean adjacency", unit="batch"):
                 update_metrics(mean, network(images.to(device)), labels.to(device))
-
-    def percent(metrics: MetricCollection, name: str) -> float:
-        # The metrics are float32; an accuracy is a count of images.
-        return 100 * round(float(metrics[name].compute()) * len(dataset)) / len(dataset)
-
-    assert executed is not None
-    return Evaluation(
-        top1=percent(own, "top1"),
-        top5=percent(own, "top5"),
-        loss=float(own["loss"].compute()),
-        images=len(dataset),
-        **(statistics.summary() if stages else _STATIC_WIRING),
-        **executed.summary(dataset.class_names),
-        top1_mean_adjacency=percent(mean, "top1") if adjacency_controls else None,
-        top1_other_adjacency=percent(other, "top1") if adjacency_controls else None,
-    )
+        more |= {f"top1_{name}_adjacency": percent(of, "top1", len(dataset)) for name, of in (("mean", mean), ("other", other))}
+    return tally.evaluation(**more)
 
 
 _STATIC_WIRING = {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "empty_outputs": 0, "weight_std": 0.0}

@@ -1,0 +1,71 @@
+"""What the clock says of a network's modes, side by side in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.graph import DynamicGraph
+from dgnet.inference.compile import compile_network
+from dgnet.inference.fold import fold_batch_norms
+from dgnet.inference.sparse import set_mode
+
+
+def time_alternating(steps: Mapping[str, Callable[[], object]], rounds: int = 5, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each step, a figure a round; the steps take turns, in an order that turns round, after one call to warm up."""
+
+    def timed(step: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    repeats = {name: max(1, round(0.1 / max(min(timed(step), timed(step)), 1e-6))) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name in list(steps) if number % 2 else list(steps)[::-1]:
+            seconds[name].append(statistics.fmean(timed(steps[name]) for _ in range(repeats[name])))
+    return seconds
+
+
+def measure_speed(
+    network: nn.Module, images: Tensor, static: nn.Module | None = None, compile: bool = False, rounds: int = 5
+) -> dict[str, float]:
+    """Images/s of `network` in its "dense" and "sparse" mode and of a "static" network, medians over alternating rounds.
+
+    A network without dynamic stages has its "dense" mode only. Normalisations are folded on all sides, images are
+    channels_last. `compile`: with `compile_network`; the sparse mode for a single image only, which is what it is for.
+    """
+    device = str(images.device)
+    size = (images.shape[2], images.shape[3])
+    is_dynamic = any(isinstance(module, DynamicGraph) for module in network.modules())
+    steps: dict[str, Callable[[], object]] = {}
+    sides = {} if static is None else {"static": static}
+    sides |= dict.fromkeys(("dense", "sparse") if is_dynamic else ("dense",), network)
+    for name, side in sides.items():
+        folded = fold_batch_norms(side, size).to(images.device)
+        if is_dynamic and name != "static":
+            set_mode(folded, name)
+        is_compiled = compile and (name != "sparse" or len(images) == 1)
+        is_branched = is_compiled and name == "sparse"
+        layout = torch.contiguous_format if is_branched else torch.channels_last
+        folded, shown = folded.to(memory_format=layout), images.contiguous(memory_format=layout)
+        run = compile_network(folded, "sparse" if is_branched else "dense") if is_compiled else _without_gradients(folded)
+        steps[name] = partial(run, shown)
+    seconds = time_alternating(steps, rounds, device)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def _without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = network(images)
+            return logits
+
+    return run

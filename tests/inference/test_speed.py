@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import dgnet
+from dgnet.errors import UsageError
+from dgnet.graph import record_connectivity
+from dgnet.inference import measure_speed, set_mode, set_threshold_offset, time_alternating
+
+
+def test_steps_take_turns_and_each_round_is_a_figure():
+    calls: list[str] = []
+
+    def step(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.15)  # longer than a round must be: one call a round
+
+    seconds = time_alternating({name: partial(step, name) for name in "ab"}, rounds=3)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert all(value > 0 for values in seconds.values() for value in values)
+    assert "".join(calls) == "aabb" + "ba" + "ab" + "ba"  # to warm up, then the rounds
+
+
+def test_all_modes_are_measured_and_the_network_stays_as_it_is(tiny):
+    network = set_mode(tiny(node_gate="hard", node_gate_bias=0.3).eval(), "sparse")
+    images = torch.randn(4, 3, 12, 10)
+    with torch.no_grad():
+        before = network(images)
+    speeds = measure_speed(network, images, dgnet.create_model("resnet20").eval(), rounds=1)
+    assert list(speeds) == ["static", "dense", "sparse"]
+    assert min(speeds.values()) > 0
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), before)
+    assert list(measure_speed(dgnet.create_model("resnet20").eval(), images, rounds=1)) == ["dense"]
+
+
+@torch.no_grad()
+def test_an_offset_closes_more_or_fewer_blocks_and_edges(tiny):
+    images = torch.randn(6, 3, 12, 10)
+    network = tiny(node_gate="hard", node_gate_bias=0.0).eval()
+    ran = []
+    for offset in (-0.5, 0.0, 0.5):
+        with record_connectivity(set_threshold_offset(network, offset)) as record:
+            network(images)
+        ran.append(sum(int(matrix.sum()) for matrix in record.ran))
+    assert ran[0] > ran[1] > ran[2]
+    routed = tiny().eval()
+    closed = []
+    for offset in (-1.0, 0.5):
+        with record_connectivity(set_threshold_offset(routed, offset)) as record:
+            routed(images)
+        closed.append(sum(int((matrix == 0).sum()) for matrix in record.adjacency))
+    assert closed[0] < closed[1]
+    with pytest.raises(UsageError, match="has no edge or block that can close"):
+        set_threshold_offset(tiny(weighting="learned"), 0.1)
