@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --output OUT
 
-Writes networks_cuda.json, aggregate_cuda.json and checks.txt to OUT; they belong in benchmarks/results.
+Writes networks_cuda.json, aggregate_cuda.json, sparse_cuda.json and checks.txt to OUT; they belong in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> int:
             command = [sys.executable, HERE / script, "--device=cuda", f"--minutes={min(left, minutes)}", output, *options]
             subprocess.run(command, check=True)
 
+    run("sparse.py", "sparse_cuda.json", 2.0, "--batches", "8", "64", "256")
     networks = ("networks.py", "networks_cuda.json")
     run("aggregate.py", "aggregate_cuda.json", 1.5, "--dtypes", "bfloat16", "--map-mib", "256")
     large = ("--dtypes", "bfloat16", "--train-batch-size", "128", "--infer-batch-sizes", "64")

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from common import missing_rows, read_rows, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.cost import cost_model
 from dgnet.graph import find_stages, record_connectivity, use_connectivity
-from dgnet.inference import fold_batch_norms, set_mode
+from dgnet.inference import fold_batch_norms, set_mode, time_alternating
+from dgnet.inference.sparse import MODES
 
 TARGETS = {1: 0.9, 8: 0.85, 64: 0.85}
 """Least share of the ideal on a CPU, by batch size; with every node alive sparse is to be at most 3 % slower."""
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sparse_cpu.json")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
     args = parser.parse_args()
@@ -53,7 +56,10 @@ def main() -> None:
             for model in args.models
             for share in args.shares
         ]
+        begun = time.monotonic()
         for row in tqdm(missing_rows(wanted, results), file=sys.stderr):
+            if time.monotonic() - begun > 60 * args.minutes:
+                break
             results.append(row | measure(**row, rounds=args.rounds))
             write_rows(args.output, results)
     print(format_table(results))
@@ -72,18 +78,15 @@ def measure(model: str, batch_size: int, share: float, image_size: int, device: 
         with use_connectivity(network, adjacency), record_connectivity(set_mode(network, "sparse")) as record:
             network(images)
         executed.append(float(costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).mean()))
-    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for number in range(rounds + 1):
-        for mode in ("dense", "sparse"):
-            set_mode(network, mode)
-            started = time.perf_counter()
-            for adjacency in drawn:
-                with use_connectivity(network, adjacency):
-                    network(images)
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            if number:  # the first round warms up
-                seconds[mode].append((time.perf_counter() - started) / len(drawn))
+
+    def step(mode: str) -> None:
+        set_mode(network, mode)
+        for adjacency in drawn:
+            with use_connectivity(network, adjacency):
+                network(images)
+
+    rounds_of = time_alternating({mode: partial(step, mode) for mode in MODES}, rounds, device)
+    seconds = {mode: [value / len(drawn) for value in values] for mode, values in rounds_of.items()}
     ideal = costs.dense / statistics.fmean(executed)
     ratios = [dense / sparse for dense, sparse in zip(seconds["dense"], seconds["sparse"], strict=True)]
     return {

@@ -153,6 +153,7 @@ def test_what_can_skip_and_mistakes(tiny):
         set_mode(tiny(), "fast")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
 def test_on_a_gpu_both_modes_agree():
