@@ -145,7 +145,7 @@ class GraphExecutor(SparseExecutor):
 
     Exported, a node runs on the gathered samples for which it is alive, of which there may be none. Under `torch.compile` it is
     a branch, taken where it is alive for some sample: exact for one image, and for a batch what no image needs is left out.
-    A feature holds all samples, 0 where its node is dead.
+    A feature holds all samples; what it holds where its node is dead nothing reads.
     """
 
     def send(self, feature: Tensor) -> Any:
