@@ -231,8 +231,8 @@ def run_evaluate(args: Namespace) -> None:
     from dgnet.checkpoint import load_checkpoint
     from dgnet.training import describe_source, evaluate, open_evaluation_data
 
-    checkpoint = load_checkpoint(args.checkpoint)
     _check_evaluate(args)
+    checkpoint = load_checkpoint(args.checkpoint)
     if args.threshold_offset is not None:
         options = {**checkpoint.model_kwargs, "threshold_offset": args.threshold_offset}
         checkpoint = replace(checkpoint, model_kwargs=options)
@@ -242,6 +242,9 @@ def run_evaluate(args: Namespace) -> None:
     if args.sweep_threshold:
         _sweep(args, checkpoint.path, network, dataset, loading)
         return
+    if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
+        checkpoint.save(Path(args.write))
+        print(f"{args.write}: {checkpoint.model} with threshold_offset {args.threshold_offset}", file=sys.stderr)
     if args.mode == "sparse":
         _say_if_idle(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
@@ -255,9 +258,6 @@ def run_evaluate(args: Namespace) -> None:
         compile=args.compile,
         **loading,
     )
-    if args.write:
-        checkpoint.save(Path(args.write))
-        print(f"{args.write}: {checkpoint.model} with threshold_offset {args.threshold_offset}", file=sys.stderr)
     if args.json:
         _print_json(asdict(result))
         return

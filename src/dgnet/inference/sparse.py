@@ -140,7 +140,7 @@ class SparseExecutor(Executor):
         return _Sent(feature, rows, places)
 
 
-class GraphExecutor(SparseExecutor):
+class GraphExecutor(Executor):
     """The sparse mode as one graph, which the host cannot look into.
 
     Exported, a node runs on the gathered samples for which it is alive, of which there may be none. Under `torch.compile` it is
@@ -148,11 +148,8 @@ class GraphExecutor(SparseExecutor):
     A feature holds all samples; what it holds where its node is dead nothing reads.
     """
 
-    def send(self, feature: Tensor) -> Any:
-        return feature
-
-    def predict(self, stage: DynamicGraph, node: int, sent: Any, *args: Any) -> None:
-        Executor.predict(self, stage, node, sent, *args)
+    def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
+        return find_needed(stage, x)
 
     def run(
         self,
@@ -166,7 +163,7 @@ class GraphExecutor(SparseExecutor):
     ) -> Any:
         is_entry = node in stage.topology.entry
         if is_alive is None or node == stage.topology.num_nodes - 1:
-            return super(SparseExecutor, self).run(stage, node, x, senders, weights, is_open, is_alive)
+            return super().run(stage, node, x, senders, weights, is_open, is_alive)
         sources = (x, *senders) if is_entry else tuple(senders)
         opens = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
         if torch.compiler.is_exporting():
@@ -184,8 +181,7 @@ class GraphExecutor(SparseExecutor):
         def skip(weights: Tensor, opens: Tensor, *sources: Tensor) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=weights.device)
 
-        feature = torch.cond(is_alive.any(), compute, skip, (weights, opens, *sources))
-        return feature
+        return torch.cond(is_alive.any(), compute, skip, (weights, opens, *sources))
 
 
 _SPARSE, _IN_GRAPH = SparseExecutor(), GraphExecutor()

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from dgnet.checkpoint import Checkpoint
-from dgnet.cost import cost_model
+from dgnet.cost import CostModel, cost_model
 from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
@@ -47,8 +47,8 @@ class Evaluation:
 class ExecutedCost:
     """Multiply-adds that each image executed, one number an image and class."""
 
-    def __init__(self, network: nn.Module, image_size: tuple[int, int]) -> None:
-        self.costs = cost_model(network, image_size)
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
         self.executed: list[Tensor] = []
         self.labels: list[Tensor] = []
 
@@ -132,13 +132,13 @@ class WiringStatistics:
 class Tally:
     """Accuracy, connectivity and executed cost of a network, accumulated over batches."""
 
-    def __init__(self, network: nn.Module, class_names: list[str], image_size: tuple[int, int], device: str) -> None:
+    def __init__(self, network: nn.Module, class_names: list[str], costs: CostModel, device: str) -> None:
         self.network = network
         self.class_names = class_names
         self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
         self.metrics = build_metrics(len(class_names)).to(device)
         self.statistics = WiringStatistics(self.stages)
-        self.cost = ExecutedCost(network, image_size)
+        self.cost = ExecutedCost(costs)
         self.images = 0
 
     def update(self, images: Tensor, labels: Tensor) -> list[Tensor]:
@@ -246,7 +246,7 @@ def evaluate(
     for images, labels in tqdm(loader, desc="evaluate", unit="batch"):
         images, labels = images.to(device), labels.to(device)
         if tally is None:
-            tally = Tally(network, dataset.class_names, tuple(images.shape[2:]), device)
+            tally = Tally(network, dataset.class_names, cost_model(network, tuple(images.shape[2:])), device)
             if speed:
                 more["images_per_second"] = measure_speed(network, images, static, compile)
         adjacency = tally.update(images, labels)

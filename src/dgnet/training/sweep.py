@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range, reason
 from dgnet.inference import fold_batch_norms, set_mode, set_threshold_offset, time_alternating
@@ -67,7 +68,8 @@ def sweep_thresholds(
         images, labels = images.to(device), labels.to(device)
         if not tallies:
             size = (images.shape[2], images.shape[3])
-            tallies = {offset: Tally(network, dataset.class_names, size, device) for offset in offsets}
+            costs = cost_model(network, size)  # the same at every offset
+            tallies = {offset: Tally(network, dataset.class_names, costs, device) for offset in offsets}
             folded = fold_batch_norms(network, size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             shown = images.contiguous(memory_format=torch.channels_last)
 
