@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
+from dgnet.files import replace_file
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity
 from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
@@ -79,7 +80,8 @@ def describe_network(
 def save_network(network: nn.Module, path: Path, carried: dict[str, Any]) -> None:
     """Write the network's own keys as safetensors, with the carried values as metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, path, metadata={"dgnet": json.dumps(carried)})
+    with replace_file(path) as written:
+        save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

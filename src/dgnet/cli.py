@@ -52,6 +52,7 @@ def _train_parser() -> Parser:
 
     parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
+    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with the run in this folder")
     _add_fields(parser, TrainConfig)
     return parser
 
@@ -175,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, run = _COMMANDS[command]
         if command != "bench":  # there it is an option
             keep_freed_memory()
-        run(parser.parse_args(arguments)[command])
+        args = parser.parse_args(arguments)[command]
+        if command == "train" and args.resume:
+            args = parser.parse_args(arguments, defaults=False)[command]  # what was given, no more
+        run(args)
     except UsageError as error:
         print(f"dgnet: {error}", file=sys.stderr)
         return 2
@@ -215,14 +219,28 @@ def run_models(args: Namespace) -> None:
 
 
 def run_train(args: Namespace) -> None:
-    """`dgnet train`."""
-    from dgnet.training import TrainConfig, is_main_process, train
+    """`dgnet train`. Leaves with 128 and the signal's number where one ended the run."""
+    from dgnet.training import Interrupted, TrainConfig, is_main_process, read_run, train
 
-    values = {f.name: args[f.name] for f in fields(TrainConfig)}
-    result = train(TrainConfig(**values))
+    resume = Path(args.resume) if args.get("resume") else None
+    values = {f.name: args[f.name] for f in fields(TrainConfig) if f.name in args}
+    result = None
+    if resume is not None:
+        config, result = read_run(resume, values)
+    else:
+        config = TrainConfig(**values)
+    try:
+        if result is None:
+            result = train(config, resume)
+        else:
+            print(f"{resume} is finished, there is nothing to go on with", file=sys.stderr)
+    except Interrupted as error:
+        if is_main_process():
+            print(f"dgnet: {error}; go on with: dgnet train --resume {error.folder}", file=sys.stderr)
+        raise SystemExit(128 + error.signum) from None
     if not is_main_process():
         return
-    print(f"top-1 {result.metrics['val_top1']:.2f} % after {values['epochs']} epochs; run folder: {result.folder}")
+    print(f"top-1 {result.metrics['val_top1']:.2f} % after {config.epochs} epochs; run folder: {result.folder}")
     print(f"evaluate it: dgnet evaluate {result.folder}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -18,8 +19,12 @@ class UsageError(ValueError):
 
     def __str__(self) -> str:
         # A DataLoader worker re-raises with its traceback in front of the message.
-        message = super().__str__().rpartition("dgnet.errors.UsageError: ")[2]
+        message = re.split(r"dgnet\.errors\.\w+: ", super().__str__())[-1]
         return " ".join(line.strip() for line in message.strip().splitlines())
+
+
+class BadImageError(UsageError):
+    """An image that cannot be read or does not decode."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from dgnet.errors import check_choice
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field with its help text, and the values allowed where they are few."""
     metadata = {"help": help, "choices": choices}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

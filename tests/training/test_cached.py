@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from dgnet.data import ImageDataset, Preprocessing
 from dgnet.errors import UsageError
 from dgnet.training.cached import CachedLoader
+from dgnet.training.loading import TrainingOrder
 
 PREPROCESSING = Preprocessing((16, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 
@@ -40,19 +41,23 @@ def test_evaluation_batches_are_those_of_the_slow_loader(size):
 
 
 def test_training_batches_are_full_and_in_a_new_order_each_epoch():
-    loader = CachedLoader(Noise(), PREPROCESSING, batch_size=4, training=True)
+    order = TrainingOrder(11, batch_size=4, seed=0)
+    loader = CachedLoader(Noise(), PREPROCESSING, batch_size=4, order=order)
     assert len(loader) == 2
-    epochs = [[label for _, labels in loader for label in labels.tolist()] for _ in range(3)]
+    epochs = []
+    for order.epoch in range(3):
+        epochs.append([label for _, labels in loader for label in labels.tolist()])
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_every_crop_is_one_of_the_padded_image_and_all_places_come():
     dataset = Noise()
-    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, training=True, augment="pad-crop", hflip=0.5)
+    order = TrainingOrder(11, batch_size=11, seed=0)
+    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, order=order, augment="pad-crop", hflip=0.5)
     mean, std = (torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std))
     seen = set()
-    for _ in range(200):
+    for order.epoch in range(200):
         for images, labels in loader:
             pixels = ((images * std + mean) * 255).round().to(torch.uint8)
             for image, label in zip(pixels, labels.tolist(), strict=True):
@@ -72,9 +77,23 @@ def test_every_crop_is_one_of_the_padded_image_and_all_places_come():
     assert len(seen) == 5 * 7 * 2
 
 
+def test_what_is_drawn_is_a_function_of_seed_epoch_and_image():
+    def epoch(number: int, start: int = 0, seed: int = 0) -> list[torch.Tensor]:
+        order = TrainingOrder(11, batch_size=2, seed=seed)
+        order.epoch, order.start = number, start
+        loader = CachedLoader(dataset, PREPROCESSING, batch_size=2, order=order, augment="pad-crop", hflip=0.5)
+        return [images for images, _ in loader]
+
+    dataset = Noise()
+    whole = epoch(3)
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], epoch(3, start=2), strict=True))
+    assert not torch.equal(whole[0], epoch(4)[0])
+    assert not torch.equal(whole[0], epoch(3, seed=1)[0])
+
+
 def test_no_flip_where_none_is_asked_for():
     dataset = Noise()
-    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, training=True)
+    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, order=TrainingOrder(11, batch_size=11, seed=0))
     for images, labels in loader:
         for image, label in zip(images, labels.tolist(), strict=True):
             torch.testing.assert_close(image, dataset[label][0], rtol=1e-6, atol=1e-6)

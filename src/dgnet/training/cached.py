@@ -12,7 +12,8 @@ from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from dgnet.data import ImageDataset, Preprocessing
+from dgnet.data import ImageDataset, Preprocessing, fold
+from dgnet.training.loading import TrainingOrder
 
 
 class CachedLoader:
@@ -20,9 +21,10 @@ class CachedLoader:
 
     The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
     eighth, cropped at random and flipped with probability `hflip`, as `Preprocessing.training_transform` does it image by
-    image. `training`: in a new random order each epoch, without a last batch that is not full.
+    image, here as a function of (seed, epoch, index). `order`: a training order; without one every image comes once, as they
+    lie in the data set, `batch_size` at a time.
 
-    Raises UsageError, naming the image, for one that does not decode.
+    Raises BadImageError for an image that does not decode.
     """
 
     def __init__(
@@ -30,38 +32,48 @@ class CachedLoader:
         dataset: ImageDataset,
         preprocessing: Preprocessing,
         batch_size: int,
-        training: bool = False,
+        order: TrainingOrder | None = None,
         augment: str = "none",
         hflip: float = 0.0,
         device: str | torch.device = "cpu",
     ) -> None:
         self.images, self.labels = _decode_all(dataset, preprocessing, torch.device(device))
         self.batch_size = batch_size
-        self.training = training
+        self.order = order
         self.padding = [side // 8 if augment == "pad-crop" else 0 for side in preprocessing.image_size]
         self.hflip = hflip if augment == "pad-crop" else 0.0
         self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
         self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest > 0 and not self.training)
+        return len(self.order) if self.order is not None else -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.images)
-        # Drawn on the CPU: an order does not depend on the device.
-        order = torch.randperm(count) if self.training else torch.arange(count)
-        for index in order.to(self.images.device).split(self.batch_size)[: len(self)]:
-            images = self._crop(self.images[index]) if self.training else self.images[index]
-            yield (images.float() / 255 - self.mean) / self.std, self.labels[index]
+        if self.order is None:
+            for index in torch.arange(len(self.images), device=self.images.device).split(self.batch_size):
+                yield self._normalise(self.images[index]), self.labels[index]
+            return
+        places = self._draw_places(fold(self.order.seed, self.order.epoch, 1))
+        for index in self.order.indices().to(self.images.device):
+            yield self._normalise(self._crop(self.images[index], *(column[index] for column in places))), self.labels[index]
 
-    def _crop(self, images: Tensor) -> Tensor:
-        """Each image padded, cropped at a place of its own, some flipped; (B, 3, H, W)."""
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+    def _draw_places(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Top, left, and whether to flip, of each image, (images, 1). Drawn on the CPU: the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape, (down, across) = (len(self.images), 1), self.padding
+        top = torch.randint(2 * down + 1, shape, generator=generator)
+        left = torch.randint(2 * across + 1, shape, generator=generator)
+        flipped = torch.rand(shape, generator=generator) < self.hflip
+        device = self.images.device
+        return top.to(device), left.to(device), flipped.to(device)
+
+    def _crop(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
+        """Each image padded and cropped at its place, those `flipped` mirrored; (B, 3, H, W)."""
         batch, channels, height, width = images.shape
         (down, across), device = self.padding, images.device
-        top = torch.randint(2 * down + 1, (batch, 1)).to(device)
-        left = torch.randint(2 * across + 1, (batch, 1)).to(device)
-        flipped = (torch.rand(batch, 1) < self.hflip).to(device)
         rows = top + torch.arange(height, device=device)
         columns = torch.arange(width, device=device)
         columns = left + torch.where(flipped, width - 1 - columns, columns)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.optim import list_optimizers
 from torch import nn
 
+from dgnet.data import is_stream
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.options import check_choices, flag, option
 
 ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
+
+# What may differ where a run goes on: where data lie, what it takes place on. None of it decides the result.
+RESUME_OPTIONS = (
+    "data", "val_data", "data_root", "accelerator", "devices", "nodes", "workers", "threads", "checkpoint_every", "max_bad_images"
+)  # fmt: skip
 
 # Model options that the rest of the configuration decides, and how.
 _TAKEN = {
@@ -37,6 +44,14 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "seed": (0, 2**32 - 1),
     "holdout": (0,),
     "evaluate_every": (1,),
+    "accumulate": (1,),
+    "lr_batch_size": (1,),
+    "epoch_images": (1,),
+    "crop_pct": (0.01, 1),
+    "clip_grad": (0,),
+    "ema": (0, 1),
+    "nodes": (1,),
+    "max_bad_images": (0,),
     "hflip": (0, 1),
     "label_smoothing": (0, 1),
 }
@@ -63,8 +78,12 @@ class TrainConfig:
     model_kwargs: dict[str, Any] = option(
         {}, "further model options as a dict; one by one, beside a recipe's: --model-kwargs.router_bias 0"
     )
-    data: str = option("digits", "training data: digits, a folder of class folders, shards (…{000..004}.tar), torch/…, hfds/…")
+    data: str = option(
+        "digits",
+        "training data: digits, a folder of class folders, shards (…{000..004}.tar, URLs and pipe: too), torch/…, hfds/…",
+    )
     val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
+    epoch_images: int | None = option(None, "how many images of a stream (--data URL or pipe:) make an epoch")
     holdout: int = option(0, "evaluate on so many of the training images in place of --val-data, and train on the others")
     data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
     weights: str | None = option(None, "start from the weights in this file")
@@ -74,18 +93,28 @@ class TrainConfig:
     batch_size: int = option(32, "images in a training step, over all devices")
     seed: int = option(0, "seed of initialisation, order and augmentation")
     image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
+    crop_pct: float | None = option(
+        None, "share of the short side that evaluation's centre crop keeps, 0.875 is 224 of 256; by default the model's own"
+    )
     augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
     hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
     optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum has not")
+    accumulate: int = option(1, "batches of a device that make a step: --batch-size stays, memory falls")
     lr: float = option(0.1, "peak learning rate")
+    lr_batch_size: int | None = option(
+        None, "batch size that --lr is meant for: at another --batch-size it is scaled in proportion; by default never"
+    )
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
     momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(5e-4, "weight decay; never on normalisation, biases and learned edge weights")
+    weight_decay: float = option(5e-4, "weight decay; never on learned edge weights")
+    norm_decay: bool = option(False, "normalisation and biases decay too")
     routing_decay: str = option(
         "weights", "what of the routing decays too: routers' weights, all (biases and thresholds too), none", ROUTING_DECAY
     )
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    clip_grad: float | None = option(None, "clip the norm of all gradients together at this; by default never")
+    ema: float | None = option(None, "decay of a moving average of the weights, which is what is evaluated and saved: 0.9999")
     budget: float | None = option(
         None, "hold the mean multiply-adds at this share of the dense cost; blocks get gates (model option node_gate: hard)"
     )
@@ -97,7 +126,19 @@ class TrainConfig:
     channels_last: bool = option(False, "channels_last memory format")
     grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("1", "how many devices to train on; auto: all of them")
+    devices: str = option("1", "how many devices of a machine to train on; auto: all of them; torchrun knows by itself")
+    nodes: int = option(1, "how many machines; torchrun knows by itself")
+    sync_bn: bool = option(False, "batch normalisation over all devices (CUDA)")
+    checkpoint_every: str = option(
+        "15 minutes", "write checkpoints/last.ckpt so often, as '500 steps' or '15 minutes', and at each epoch's end"
+    )
+    on_bad_image: str = option(
+        "error", "an image that does not decode: an error, or skip it and list it in bad_images.txt", ("error", "skip")
+    )
+    max_bad_images: int = option(100, "more bad images than this end the run")
+    loggers: list[dict[str, Any]] = option(
+        [], "further Lightning loggers: [{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: NAME}}]"
+    )
     cache: bool = option(False, "decode all images once and augment them on the device: for small images")
     workers: int = option(0, "processes that load images; 0 loads in the main process")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
@@ -115,8 +156,20 @@ class TrainConfig:
             )
         if self.holdout and self.val_data:
             raise UsageError("--holdout takes the place of --val-data; leave one out (a recipe's with --val-data null)")
-        if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1"):
-            raise UsageError("--cache true needs --devices 1, --workers 0 and another --augment than rrc")
+        if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
+            raise UsageError("--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc")
+        if self.cache and (self.on_bad_image == "skip" or is_stream(self.data)):
+            raise UsageError(
+                "--cache true decodes all images at the start: it goes with neither --on-bad-image skip nor a stream"
+            )
+        if self.ema == 1 or self.clip_grad == 0:
+            raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"--batch-size {self.batch_size} cannot be divided by --accumulate {self.accumulate}")
+        self.checkpoint_interval()
+        for logger in self.loggers:
+            if not isinstance(logger.get("class_path"), str) or not logger.keys() <= {"class_path", "init_args"}:
+                raise UsageError(f"--loggers takes {{class_path: …, init_args: {{…}}}}, got {logger}")
         if self.lr == 0:
             raise UsageError("--lr must be above 0, got 0")
         for name in _TAKEN.keys() & self.model_kwargs.keys():
@@ -127,6 +180,22 @@ class TrainConfig:
                     f"--model-kwargs {name} must be a number, text, truth value, or a list or dict of these,"
                     f" got {type(value).__name__}: a checkpoint carries plain values only"
                 )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: `lr`, in proportion to the batch size where `lr_batch_size` is given (Goyal et al., 2017)."""
+        return self.lr * self.batch_size / self.lr_batch_size if self.lr_batch_size else self.lr
+
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """Steps or seconds between checkpoints; the other is None. Raises UsageError for neither."""
+        found = re.fullmatch(r"([\d.]+) *(s|steps?|m|min|minutes?)", self.checkpoint_every.strip())
+        try:
+            number = float(found[1]) if found else 0.0
+        except ValueError:
+            number = 0.0
+        if not found or number <= 0 or (found[2].startswith("s") and number % 1):
+            raise UsageError(f"--checkpoint-every must be like '500 steps' or '15 minutes', got {self.checkpoint_every!r}")
+        return (int(number), None) if found[2].startswith("s") else (None, 60 * number)
 
     @property
     def network_kwargs(self) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Tally:
         self.network = network
         self.class_names = class_names
         self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
-        self.metrics = build_metrics(len(class_names)).to(device)
+        self.metrics = build_metrics().to(device)
         self.statistics = WiringStatistics(self.stages)
         self.cost = ExecutedCost(costs)
         self.images = 0
@@ -237,7 +237,7 @@ def evaluate(
         find_stages(network)
         # Neighbours in a data set are often of one class.
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    other, mean = (build_metrics(len(dataset.class_names)).to(device) for _ in range(2))
+    other, mean = (build_metrics().to(device) for _ in range(2))
     shown = Subset(dataset, order) if adjacency_controls else dataset
     loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers)
     previous: list[Tensor] = []  # the image before a batch

@@ -1,26 +1,53 @@
-"""Loss and accuracies of a classifier, accumulated over batches."""
+"""Loss and accuracies of a classifier, and how its connectivity behaved, accumulated over batches."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+
+from dgnet.data import IGNORED
+from dgnet.graph import DynamicGraph
 
 
-def build_metrics(num_classes: int, prefix: str = "") -> MetricCollection:
-    """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1): update with `update_metrics`."""
-    accuracies = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-    return MetricCollection({"loss": MeanMetric(), **accuracies}, prefix=prefix, compute_groups=False)
+def build_metrics(prefix: str = "", means: Sequence[str] = ()) -> MetricCollection:
+    """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1), and `means` of other figures: update with `update_metrics`."""
+    # Means of figures of each image, with weights: torchmetrics' accuracies wait for the device to leave images out.
+    names = ("loss", "top1", "top5", *means)
+    return MetricCollection({name: MeanMetric(nan_strategy="disable") for name in names}, prefix=prefix, compute_groups=False)
 
 
 @torch.no_grad()
-def update_metrics(metrics: MetricCollection, logits: Tensor, labels: Tensor, executed: Tensor | None = None) -> None:
-    """`logits`: (B, classes); `labels`: (B,); `executed`: share of the dense cost, (B,), for a collection that has it."""
+def update_metrics(
+    metrics: MetricCollection, logits: Tensor, labels: Tensor, figures: Mapping[str, Tensor] | None = None
+) -> None:
+    """`logits`: (B, classes); `labels`: (B,), images of label IGNORED do not count; `figures`: of each image, (B,)."""
     logits = logits.detach().float()
-    metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
-    metrics["top1"].update(logits, labels)
-    metrics["top5"].update(logits, labels)
-    if executed is not None:
-        metrics["executed"].update(executed.detach())
+    counts = (labels != IGNORED).float()
+    metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED), counts)
+    for k in (1, 5):
+        hits = logits.topk(min(k, logits.shape[1])).indices == labels[:, None]
+        metrics[f"top{k}"].update(hits.any(1).float(), counts)
+    for name, values in (figures or {}).items():
+        metrics[name].update(values.detach(), counts)
+
+
+def edge_figures(stages: Sequence[DynamicGraph], adjacency: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of each image, (B,), for each stage: the mean weight of its edges, and the share of them that is closed.
+
+    `adjacency`: for each stage the weights as aggregated, (B, N, N).
+    """
+    figures = {}
+    for name, stage, matrix in zip(edge_figure_names(stages), stages, adjacency, strict=True):
+        weights = matrix[:, stage.topology.mask.to(matrix.device)]
+        figures[name[0]] = weights.mean(1)
+        figures[name[1]] = (weights == 0).float().mean(1)
+    return figures
+
+
+def edge_figure_names(stages: Sequence[DynamicGraph]) -> list[tuple[str, str]]:
+    """The names of `edge_figures`, a pair for each stage."""
+    return [(f"stage{number}_edge_weight", f"stage{number}_closed_edges") for number in range(1, len(stages) + 1)]

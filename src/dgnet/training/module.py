@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,14 +13,18 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
-from dgnet.data import ImageDataset, Preprocessing
-from dgnet.graph import DynamicGraph
+from dgnet.data import IGNORED, BadImages, ImageDataset, Preprocessing, ShardStream, TrainingItems, fold
+from dgnet.errors import UsageError
+from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
 from dgnet.training.config import TrainConfig
-from dgnet.training.metrics import build_metrics, update_metrics
+from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
+from dgnet.training.metrics import build_metrics, edge_figure_names, edge_figures, update_metrics
+
+_SUMS = ("mean_value", "weight")  # the states of a mean
 
 
 class Classifier(L.LightningModule):
@@ -33,12 +38,13 @@ class Classifier(L.LightningModule):
         self.network = network
         self.config = config
         self.carried = carried
-        self.train_metrics = build_metrics(len(carried["class_names"]), prefix="train_")
-        self.val_metrics = build_metrics(len(carried["class_names"]), prefix="val_")
         self.budget = budget
-        if budget is not None:
-            for metrics in (self.train_metrics, self.val_metrics):
-                metrics.add_metrics({"executed": MeanMetric()})
+        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        executed = [] if budget is None else ["executed"]
+        edges = [name for pair in edge_figure_names(self.stages) for name in pair]
+        self.train_metrics = build_metrics("train_", executed)
+        self.val_metrics = build_metrics("val_", [*executed, *edges])
+        self.first_bad_step = torch.tensor(-1)  # whose loss was not finite; no buffer: those follow the first process
 
     def forward(self, images: Tensor) -> Tensor:
         if self.config.channels_last:
@@ -46,29 +52,44 @@ class Classifier(L.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
+    def on_fit_start(self) -> None:
+        self.first_bad_step = torch.tensor(-1, device=self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # What is drawn in a step does not depend on the steps before it: a run that goes on draws the same.
+        torch.manual_seed(fold(self.config.seed, self.global_step, batch_index, self.global_rank))
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, labels = batch
-        logits, executed = self.observe(images)
-        update_metrics(self.train_metrics, logits, labels, executed)
+        logits, figures = self.observe(images)
+        update_metrics(self.train_metrics, logits, labels, figures)
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the scheduler moves on before it is logged
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        if self.budget is not None and executed is not None:
+        smoothing = self.config.label_smoothing
+        losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
+        loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+        if self.budget is not None:
             progress = self.global_step / int(self.trainer.estimated_stepping_batches)
-            loss = loss + self.budget.penalty(executed, progress)
+            loss = loss + self.budget.penalty(figures["executed"], progress)
+        is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
         return {"loss": loss, "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
-        logits, executed = self.observe(images)
-        update_metrics(self.val_metrics, logits, labels, executed)
+        if not self.stages:
+            update_metrics(self.val_metrics, self(images), labels)
+            return
+        with record_connectivity(self.network) as record:
+            logits, figures = self.observe(images)
+        update_metrics(self.val_metrics, logits, labels, figures | edge_figures(self.stages, record.adjacency))
 
-    def observe(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
         if self.budget is None:
-            return self(images), None
+            return self(images), {}
         with self.budget.observe():
             logits = self(images)
-        return logits, self.budget.executed()
+        return logits, {"executed": self.budget.executed()}
 
     def on_validation_epoch_end(self) -> None:
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
@@ -85,8 +106,11 @@ class Classifier(L.LightningModule):
 
     def _log_metrics(self, *collections: MetricCollection, **options: Any) -> None:
         values = {name: value for metrics in collections for name, value in metrics.compute().items()}
-        percent = {name: value * 100 if "top" in name else value for name, value in values.items()}
-        self.log_dict({**percent, "lr": self.lr}, **options)
+        values = {name: value * 100 if "top" in name else value for name, value in values.items()}
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.weighting.threshold is not None:
+                values[f"stage{number}_threshold"] = stage.weighting.threshold.detach().mean()
+        self.log_dict({**values, "lr": self.lr}, **options)
         for metrics in collections:
             metrics.reset()
 
@@ -95,7 +119,7 @@ class Classifier(L.LightningModule):
         optimizer = create_optimizer_v2(
             build_parameter_groups(self.network, config),
             opt=config.optimizer,
-            lr=config.lr,
+            lr=config.peak_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
         )
@@ -106,7 +130,7 @@ class Classifier(L.LightningModule):
             t_initial=max(steps - warmup, 1),
             warmup_t=warmup,
             warmup_prefix=True,
-            warmup_lr_init=config.lr / max(warmup, 1),
+            warmup_lr_init=config.peak_lr / max(warmup, 1),
             t_in_epochs=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -116,6 +140,19 @@ class Classifier(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dgnet"] = self.carried
+        # Of all processes together: the metrics of an epoch that goes on count the images before it was interrupted.
+        sums = {}
+        for name, metric in self.train_metrics.items(keep_base=True):
+            with metric.sync_context():
+                sums[name] = {state: getattr(metric, state).clone() for state in _SUMS}
+        checkpoint["train_metrics"] = sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        for name, metric in self.train_metrics.items(keep_base=True):
+            for state in _SUMS:
+                setattr(metric, state, checkpoint["train_metrics"][name][state].to(metric.device))
 
 
 def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -123,14 +160,19 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
     stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
-    deciders = [stage.weighting for stage in stages if stage.weighting.reads_features]
+    weightings = [stage.weighting for stage in stages]
     gates = [stage.node_gates for stage in stages if stage.node_gates is not None]
+    deciders = [weighting for weighting in weightings if weighting.reads_features]
     routing = [parameter for module in (*deciders, *gates) for parameter in module.parameters() if parameter.requires_grad]
-    ids = {id(stage.weighting.threshold) for stage in stages}
+    ids = {id(weighting.threshold) for weighting in weightings}
     thresholds = [parameter for parameter in routing if id(parameter) in ids]
     routers = [parameter for parameter in routing if id(parameter) not in ids]
     decay = config.weight_decay if config.routing_decay == "all" else 0.0
     apart: list[dict[str, Any]] = []
+    if config.norm_decay:
+        connectivity = {id(p) for module in (*weightings, *gates) for p in module.parameters()}
+        plain = [p for name, p in network.named_parameters() if p.ndim <= 1 and p.requires_grad and id(p) not in connectivity]
+        apart.append({"params": plain, "weight_decay": config.weight_decay})
     if config.routing_decay != "weights":
         apart.append({"params": routers, "weight_decay": decay})
     if config.routing_decay == "all" or config.threshold_lr != 1:
@@ -142,36 +184,89 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Loaders over data sets whose transforms are set. Training leaves out a last batch that is not full.
+    """Loaders over data sets whose transforms are set.
 
-    `batch_size`: of one device.
+    Training leaves out what does not fill a step, evaluation sees each image once; `folder`: where bad images are listed.
     """
 
     def __init__(
-        self, train: ImageDataset, val: ImageDataset, config: TrainConfig, preprocessing: Preprocessing, batch_size: int
+        self,
+        train: ImageDataset | ShardStream,
+        val: ImageDataset,
+        config: TrainConfig,
+        preprocessing: Preprocessing,
+        folder: Path,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.config, self.preprocessing = config, preprocessing
-        self.kwargs: dict[str, Any] = {
-            "batch_size": batch_size,
-            "num_workers": config.workers,
-            "persistent_workers": config.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        self.folder = folder
+        self.kwargs: dict[str, Any] = {"num_workers": config.workers, "pin_memory": torch.cuda.is_available()}
 
-    def train_dataloader(self) -> Iterable[Any]:
-        if self.config.cache:
-            hflip = self.config.hflip if self.train.flips else 0.0
-            return self._cache(self.train, training=True, augment=self.config.augment, hflip=hflip)
-        return DataLoader(self.train, shuffle=True, drop_last=True, **self.kwargs)
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch of one device."""
+        return self.config.batch_size // (self._trainer.world_size * self.config.accumulate)
+
+    def train_dataloader(self) -> TrainingLoader:
+        config, trainer = self.config, self._trainer
+        ranks = (trainer.global_rank, trainer.world_size)
+        order = TrainingOrder(len(self.train), config.batch_size, config.seed, *ranks, config.accumulate)
+        batches: Iterable[Any]
+        if isinstance(self.train, ShardStream):
+            # A run that goes on reads other images first than the run did at its start.
+            self.train.seed = fold(config.seed, trainer.global_step)
+            self.train.rank, self.train.ranks = ranks
+            self.train.bad = self._bad_images()
+            batches = DataLoader(self.train, batch_size=self.batch_size, **self.kwargs)
+        elif config.cache:
+            hflip = config.hflip if self.train.flips else 0.0
+            batches = self._cache(self.train, order=order, augment=config.augment, hflip=hflip)
+        else:
+            batches = self._load(self.train, order)
+        return TrainingLoader(batches, order, lambda: trainer.global_step)
 
     def val_dataloader(self) -> Iterable[Any]:
         if self.config.cache:
             return self._cache(self.val)
-        # A generator of its own: training goes the same way, however often it is evaluated.
-        return DataLoader(self.val, generator=torch.Generator(), **self.kwargs)
+        trainer = self._trainer
+        return self._load(self.val, EvaluationOrder(len(self.val), self.batch_size, trainer.global_rank, trainer.world_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": len(self.train)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UsageError where the data are not those that the run was interrupted with."""
+        images = state_dict["images"]
+        if images != len(self.train):
+            raise UsageError(
+                f"the run was interrupted with {images:,} training images and cannot go on with the {len(self.train):,} of"
+                f" --data {self.config.data}"
+            )
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    def _load(self, dataset: ImageDataset, order: TrainingOrder | EvaluationOrder) -> DataLoader[Any]:
+        items = TrainingItems(dataset, self.preprocessing.image_size, self.config.seed, self._bad_images())
+        # A generator of its own: loading draws nothing from the one that training draws from.
+        return DataLoader(
+            items,
+            batch_sampler=order,
+            generator=torch.Generator(),
+            persistent_workers=self.config.workers > 0,
+            **self.kwargs,
+        )
+
+    def _bad_images(self) -> BadImages | None:
+        if self.config.on_bad_image == "error":
+            return None
+        # The first process chose the folder.
+        folder: str = self._trainer.strategy.broadcast(str(self.folder))
+        return BadImages(Path(folder) / "bad_images.txt", self.config.max_bad_images)
 
     def _cache(self, dataset: ImageDataset, **options: Any) -> CachedLoader:
-        device = self.trainer.strategy.root_device  # type: ignore[union-attr]
-        return CachedLoader(dataset, self.preprocessing, self.kwargs["batch_size"], device=device, **options)
+        device = self._trainer.strategy.root_device
+        return CachedLoader(dataset, self.preprocessing, self.batch_size, device=device, **options)

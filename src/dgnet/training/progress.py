@@ -1,4 +1,4 @@
-"""Progress on stderr: one bar over the whole run, and a line an epoch."""
+"""Progress on stderr: one bar over the whole run, a line an epoch, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -11,37 +11,53 @@ from tqdm import tqdm
 
 
 class Progress(L.Callback):
-    """A bar with loss, training accuracy and the time left of the whole run; one line for each epoch."""
+    """A bar with loss, training accuracy, images/s, the share of time spent waiting for data, and the time left of the run.
+
+    The bar's figures are of the time since it was last drawn, those of `summary` of all training; neither counts evaluation.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
         # A log file gets a line every half minute, a terminal a bar that moves.
         self.interval = 0.2 if sys.stderr.isatty() else 30.0
-        self.shown = 0.0
         self.correct: Any = 0  # of this process's images in the epoch; the metrics would wait for other processes
-        self.images = 0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.correct, self.images = 0, 0
+        self.seen = 0
+        self.lately, self.overall = Pace(), Pace()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
             self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", mininterval=self.interval)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.correct, self.seen = 0, 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_index: int) -> None:
+        waited = trainer.train_dataloader.waited  # type: ignore[union-attr]
+        for pace in (self.lately, self.overall):
+            pace.begin(waited)
+
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if self.bar is None:
             return
         self.correct = self.correct + outputs["correct"]
-        self.images += len(batch[1])
-        if time.monotonic() - self.shown >= self.interval:
-            self.shown = time.monotonic()
-            loss, top1 = float(outputs["loss"]), float(self.correct) / self.images
+        self.seen += len(batch[1])
+        for pace in (self.lately, self.overall):
+            pace.add(len(batch[1]) * trainer.world_size)
+        if self.lately.seconds >= self.interval:
+            loss, top1 = float(outputs["loss"]), float(self.correct) / self.seen
             self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %, {self.lately}", refresh=False)
+            self.lately = Pace()
         self.bar.update(trainer.global_step - self.bar.n)
 
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for pace in (self.lately, self.overall):
+            pace.pause()
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        for pace in (self.lately, self.overall):
+            pace.pause()
         if self.bar is None:
             return
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -57,3 +73,37 @@ class Progress(L.Callback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class Pace:
+    """Images, time and time spent waiting for data, over a stretch of training that may be paused."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+        self._start: float | None = None
+        self._waited_at = 0.0
+
+    def begin(self, waited: float) -> None:
+        """A batch has come; `waited`: seconds that the loader was waited for until now, in all."""
+        if self._start is not None:
+            self.waited += waited - self._waited_at
+        else:
+            self._start = time.monotonic()
+        self._waited_at = waited
+
+    def add(self, images: int) -> None:
+        """A batch of all processes is done."""
+        self.images += images
+        if self._start is not None:
+            now = time.monotonic()
+            self.seconds += now - self._start
+            self._start = now
+
+    def pause(self) -> None:
+        """What follows is not training."""
+        self._start = None
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return "0 images/s"
+        return f"{self.images / self.seconds:,.0f} images/s, {100 * self.waited / self.seconds:.0f} % waiting for data"

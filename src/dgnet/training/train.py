@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from dgnet.checkpoint import describe_network, load_weights, save_network
-from dgnet.data import ImageDataset, Preprocessing, open_train_and_evaluation
+from dgnet.checkpoint import describe_network, load_checkpoint, load_weights
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
 from dgnet.errors import UsageError, reason
+from dgnet.files import replace_file
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity, DynamicNetwork
 from dgnet.models.static_weights import classifier_prefixes
+from dgnet.options import flag
 from dgnet.training.budget import Budget
-from dgnet.training.config import TrainConfig
+from dgnet.training.checkpointing import LAST, Checkpointing, WholeCheckpointIO
+from dgnet.training.config import RESUME_OPTIONS, TrainConfig
+from dgnet.training.history import MetricsFile, read_rows
 from dgnet.training.module import Classifier, ImageDataModule
 from dgnet.training.progress import Progress
 
@@ -38,23 +46,32 @@ _DIGITS_SIZE = 16  # pixels: digits are 8×8, and a network with stride 4 needs 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run lies and how its last epoch did on the evaluation images."""
+    """Where a run lies and how its last epoch did: the last row of metrics.csv."""
 
     folder: Path
     metrics: dict[str, float]
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> RunResult:
+def train(
+    config: TrainConfig, resume: Path | None = None, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> RunResult:
     """Train as `config` says; writes the run folder.
 
-    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible.
+    `resume`: a run folder, whose run goes on from its last checkpoint; see `read_run`.
+
+    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
+    Interrupted where a signal ended the run after it saved a checkpoint.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     is_main = is_main_process()
-    folder = claim_folder(config) if is_main else Path(config.output or "runs")
+    folder = resume or (claim_folder(config) if is_main else Path(config.output or "runs"))
+    last = folder / "checkpoints" / LAST
+    checkpoint = _read_step(last) if resume and last.exists() else None
     L.seed_everything(config.seed, workers=True, verbose=False)
-    train_set, val_set = open_train_and_evaluation(config.data, config.val_data, config.data_root, config.holdout)
+    train_set, val_set = open_train_and_evaluation(
+        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
+    )
     if len(train_set) < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
@@ -67,7 +84,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
             raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
-    if config.weights:
+    if config.weights and checkpoint is None:
         initial = load_weights(network, config.model, config.weights)
         if initial and is_main:
             say(f"{config.weights}: {describe_initial(network, initial)}")
@@ -91,34 +108,93 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: print(l
     if config.compile:
         network.compile(fullgraph=True)  # in place: the state dict keeps its keys
 
-    trainer = build_trainer(config, folder)
-    devices = trainer.num_devices * trainer.num_nodes
+    progress = Progress()
+    trainer = build_trainer(config, folder, progress, checkpoint)
+    devices = trainer.world_size * config.accumulate
     if config.batch_size % devices:
-        raise UsageError(f"--batch-size {config.batch_size} cannot be divided among {devices} devices; use a multiple of them")
+        of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"--batch-size {config.batch_size} cannot be divided among {trainer.world_size} devices{of}; use a multiple of them"
+        )
+    was_there = folder.exists()
     if is_main:
-        was_there = folder.exists()
-        write_config(config, folder)
+        if not resume:
+            write_config(config, folder)
+        from_step = f" from step {checkpoint:,} on" if checkpoint is not None else ""
         say(
             f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes,"
-            f" {config.epochs} epochs -> {folder}"
+            f" {config.epochs} epochs{from_step} -> {folder}"
         )
     try:
         with quiet_lightning():
-            data = ImageDataModule(train_set, val_set, config, preprocessing, config.batch_size // devices)
-            trainer.fit(Classifier(network, config, carried, budget), datamodule=data)
+            data = ImageDataModule(train_set, val_set, config, preprocessing, folder)
+            path = str(last) if checkpoint is not None else None
+            trainer.fit(Classifier(network, config, carried, budget), datamodule=data, ckpt_path=path)
     except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
-        if is_main and not any(folder.glob("checkpoints/*.ckpt")):
+        if is_main and not resume and not any(folder.glob("checkpoints/*.ckpt")):
             shutil.rmtree(folder)
             if was_there:
                 folder.mkdir()
         raise
-    except SystemExit as leaving:  # Lightning leaves so when it is interrupted
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
     if is_main:
-        save_network(network, folder / "model.safetensors", carried)
-    return RunResult(folder, {name: float(value) for name, value in trainer.callback_metrics.items()})
+        if progress.overall.images:
+            say(f"trained at {progress.overall}; best epoch's top-1 {_best(folder):.2f} %")
+        finish_run(folder)
+    return RunResult(folder, _last_metrics(folder) if is_main else {})
+
+
+def finish_run(folder: Path) -> None:
+    """Write model.safetensors from the last checkpoint."""
+    load_checkpoint(folder / "checkpoints" / LAST).save(folder / "model.safetensors")
+
+
+def read_run(folder: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, RunResult | None]:
+    """The configuration of the run in `folder`, and its result where it is finished.
+
+    `changes`: options given again, which may be those of RESUME_OPTIONS: where data lie, and what the run takes place on.
+
+    Raises UsageError for a folder that holds no run, and for changes of what decides the result.
+    """
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = TrainConfig(**values)
+    except FileNotFoundError:
+        raise UsageError(f"--resume {folder} is no run folder: it holds no config.yaml") from None
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    for name in changes:
+        if name not in RESUME_OPTIONS:
+            allowed = ", ".join(map(flag, RESUME_OPTIONS))
+            raise UsageError(f"--resume goes on as {path} says: leave out {flag(name)}; what may differ: {allowed}")
+    config = replace(config, **changes)
+    rows = read_rows(folder / "metrics.csv")
+    last = folder / "checkpoints" / LAST
+    is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.epochs and last.exists()
+    if not is_done or _read_step(last) <= int(rows[-1]["step"]):
+        return config, None
+    if is_main_process() and not (folder / "model.safetensors").exists():
+        finish_run(folder)
+    return config, RunResult(folder, _last_metrics(folder))
+
+
+def _read_step(checkpoint: Path) -> int:
+    """The number of steps taken. Raises UsageError for a file that is damaged."""
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
+        raise UsageError(f"{checkpoint} is damaged or no checkpoint of a run; put another in its place, as best.ckpt") from None
+
+
+def _last_metrics(folder: Path) -> dict[str, float]:
+    row = read_rows(folder / "metrics.csv")[-1]
+    return {name: float(value) for name, value in row.items() if value != ""}
+
+
+def _best(folder: Path) -> float:
+    return max(float(row["val_top1"]) for row in read_rows(folder / "metrics.csv") if row.get("val_top1"))
 
 
 def is_main_process() -> bool:
@@ -164,17 +240,20 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        with replace_file(folder / "config.yaml") as written:
+            written.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the run folder {folder} cannot be written: {reason(error)}; name another with --output") from None
 
 
 def prepare_data(
-    config: TrainConfig, network: nn.Module, train: ImageDataset, val: ImageDataset
+    config: TrainConfig, network: nn.Module, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set both data sets' transforms; returns the preprocessing that a checkpoint carries, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
     preprocessing = Preprocessing.of(network.pretrained_cfg, size)  # type: ignore[arg-type]
+    if config.crop_pct is not None:
+        preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment
     if augment == "auto":
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
@@ -186,35 +265,63 @@ def prepare_data(
     return preprocessing, config.resolve(network, height if height == width else None, augment)
 
 
-def build_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
-    """Lightning's Trainer with dgnet's loggers, checkpoints and progress. Raises UsageError for hardware that is not here."""
-    # Two callbacks: with a monitor, Lightning's `save_last` writes only the epochs that improve.
-    options: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    last = ModelCheckpoint(folder / "checkpoints", filename="last", **options)
-    best = ModelCheckpoint(
-        folder / "checkpoints", filename="best", monitor="val_top1", mode="max", every_n_epochs=config.evaluate_every, **options
-    )
+def build_trainer(config: TrainConfig, folder: Path, progress: Progress, step: int | None) -> L.Trainer:
+    """Lightning's Trainer with dgnet's loggers, checkpoints and progress; `step`: where a run goes on.
+
+    Raises UsageError for hardware that is not here.
+    """
     devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
+    nodes = config.nodes
+    if dist.is_torchelastic_launched():  # the command is the same on one machine and on many
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    callbacks: list[L.Callback] = [progress, Checkpointing(folder / "checkpoints", *config.checkpoint_interval())]
+    if config.ema is not None:
+        callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before checkpoints, which hold the average
+    asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
     try:
         with quiet_lightning():
-            return L.Trainer(
+            trainer = L.Trainer(
                 accelerator=config.accelerator,
                 devices=devices,
+                num_nodes=nodes,
                 precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
                 max_epochs=config.epochs,
+                accumulate_grad_batches=config.accumulate,
+                gradient_clip_val=config.clip_grad,
+                sync_batchnorm=config.sync_bn,
+                use_distributed_sampler=False,  # the orders know of processes
                 num_sanity_val_steps=0,
                 check_val_every_n_epoch=config.evaluate_every,
-                callbacks=[last, best, Progress()],
+                callbacks=callbacks,
+                plugins=[WholeCheckpointIO()],
                 logger=[
-                    CSVLogger(folder, name="", version=""),
-                    TensorBoardLogger(folder, name="tensorboard", version=""),
+                    MetricsFile(folder / "metrics.csv", step),
+                    # Events from there on are written again.
+                    TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
+                    *map(build_logger, config.loggers),
                 ],
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
     except (MisconfigurationException, ValueError) as error:
-        asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
         raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
+    if config.sync_bn and trainer.strategy.root_device.type != "cuda":
+        raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
+    return trainer
+
+
+def build_logger(described: dict[str, Any]) -> Logger:
+    """A Lightning logger from its `class_path` and `init_args`. Raises UsageError for what is none."""
+    path = described["class_path"]
+    try:
+        kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
+        if not issubclass(kind, Logger):
+            raise TypeError("it is no Lightning logger")
+        logger: Logger = kind(**described.get("init_args", {}))
+    except Exception as error:  # whatever the logger's library raises
+        raise UsageError(f"--loggers: {path} cannot be made: {reason(error)}") from None
+    return logger
 
 
 @contextmanager
@@ -226,7 +333,13 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*number of training batches.*", ".*exists and is not empty.*"):
+            for message in (
+                ".*does not have many workers.*",
+                ".*number of training batches.*",
+                ".*exists and is not empty.*",
+                ".*your dataloader is not resumable.*",  # ours reads the trainer's step
+                ".*callbacks used to create the checkpoint.*",  # a run may go on with others
+            ):
                 warnings.filterwarnings("ignore", message)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""One function from a source string to a data set of labelled images, and the transforms in front of the network.
+"""One function from a source string to a data set of labelled images.
 
 A source is `digits`, a folder of class folders, WebDataset shards (`…/train-{000000..000004}.tar`), or a data set name
 that timm's reader takes (`hfds/…`, `torch/cifar10`).
@@ -6,187 +6,25 @@ that timm's reader takes (`hfds/…`, `torch/cifar10`).
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm.data
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from dgnet.errors import UsageError, did_you_mean, reason
+from dgnet.data.images import ImageDataset, hold_out, read_image
+from dgnet.data.shards import ShardStream, expand_shards, is_stream, read_classes, walk_shard
+from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
 
 TRAIN, EVALUATION = "train", "evaluation"
 _FOLDERS = {TRAIN: ("train",), EVALUATION: ("val", "validation", "test")}
 _SPLITS = {TRAIN: ("train",), EVALUATION: ("validation", "test")}
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What happens to an image before the network: plain values, so that a checkpoint can carry them."""
-
-    image_size: tuple[int, int]  # height, width in pixels
-    mean: tuple[float, ...]  # of each channel, for images in [0, 1]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0  # share of the short side that evaluation's centre crop keeps
-
-    @classmethod
-    def of(cls, pretrained_cfg: dict[str, Any], image_size: int | None = None) -> Preprocessing:
-        """A model's own preprocessing (its timm default config), at another size where one is given."""
-        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
-        return cls(
-            size,
-            tuple(pretrained_cfg["mean"]),
-            tuple(pretrained_cfg["std"]),
-            pretrained_cfg["interpolation"],
-            pretrained_cfg["crop_pct"],
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: lists, numbers, strings."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`. Raises TypeError or ValueError for values that are no preprocessing."""
-        return cls(
-            **{
-                **values,
-                "image_size": tuple(int(side) for side in values["image_size"]),
-                "mean": tuple(float(value) for value in values["mean"]),
-                "std": tuple(float(value) for value in values["std"]),
-            }
-        )
-
-    def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
-        """Resize, centre crop, normalise."""
-        transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
-            (3, *self.image_size),
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
-        return transform
-
-    def training_transform(self, augment: str, hflip: float) -> Callable[[Image.Image], Tensor]:
-        """Random augmentation, then normalise.
-
-        `augment`: "rrc" (random resized crop, as on ImageNet), "pad-crop" (evaluation's crop, zero-padded by an eighth and
-        cropped again: 4 pixels of CIFAR's 32), or "none". `hflip`: probability of a horizontal flip.
-        """
-        if augment == "none":
-            return self.evaluation_transform()
-        if augment == "rrc":
-            transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
-                (3, *self.image_size),
-                is_training=True,
-                hflip=hflip,
-                color_jitter=0.0,
-                interpolation=self.interpolation,
-                mean=self.mean,
-                std=self.std,
-            )
-            return transform
-        height, width = self.image_size
-        *resize_and_crop, _, _ = self.evaluation_transform().transforms  # type: ignore[attr-defined]
-        return transforms.Compose(
-            [
-                *resize_and_crop,
-                transforms.RandomCrop(self.image_size, padding=(width // 8, height // 8)),
-                transforms.RandomHorizontalFlip(hflip),
-                transforms.ToTensor(),
-                transforms.Normalize(self.mean, self.std),
-            ]
-        )
-
-
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Labelled images: item i is (transform(image), label). Subclasses say where the images are.
-
-    Raises UsageError, naming the image, for one that does not decode.
-    """
-
-    class_names: list[str]
-    flips = True
-    """Whether a mirrored image keeps its class; a mirrored digit does not."""
-
-    transform: Callable[[Image.Image], Tensor]
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def read(self, index: int) -> tuple[Any, int]:
-        """The image as bytes or a PIL image, and its label."""
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """Where the image is: a path, or a shard and key."""
-        raise NotImplementedError
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image, decoded, and its label."""
-        image, label = self.read(index)
-        return decode(image, self.name(index)) if isinstance(image, bytes) else image, label
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.load(index)
-        return self.transform(image), label
-
-
-class Part(ImageDataset):
-    """The images of a data set at `indices`, with a transform of their own."""
-
-    def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
-        self.whole, self.indices = whole, indices
-        self.class_names, self.flips = whole.class_names, whole.flips
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> tuple[Any, int]:
-        return self.whole.read(self.indices[index])
-
-    def name(self, index: int) -> str:
-        return self.whole.name(self.indices[index])
-
-
-def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
-    """All but `count` images, and those: drawn at random, always the same ones of a data set.
-
-    Raises UsageError where none would be left.
-    """
-    if count >= len(train):
-        raise UsageError(f"--holdout {count} leaves none of the {len(train)} training images; hold out fewer")
-    order = np.random.default_rng(0).permutation(len(train)).tolist()
-    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """An RGB image from the bytes of an image file. Raises UsageError, with `name`, where they are none."""
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
-        raise UsageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
-
-
-def read_image(path: Path) -> bytes:
-    """The bytes of an image file. Raises UsageError, with its path, where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"image {path} cannot be read: {reason(error)}") from None
 
 
 def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[int]:
@@ -277,7 +115,7 @@ class Shards(ImageDataset):
             self._index(shard, path)
         if not self.samples:
             raise UsageError(f"{pattern} holds no samples; a sample is KEY.jpg with its label in KEY.cls")
-        own = self._own_class_names()
+        own = read_classes(self.paths[0])
         names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
         self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
@@ -290,35 +128,16 @@ class Shards(ImageDataset):
             mapped = map_labels(pattern, own, self.class_names)
             self.labels = [mapped[label] for label in self.labels]
 
-    def _own_class_names(self) -> list[str] | None:
-        path = Path(self.paths[0]).parent / "classes.txt"
-        if not path.is_file():
-            return None
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read: {reason(error)}") from None
-        return [line.strip() for line in lines if line.strip()]
-
     def _index(self, shard: int, path: str) -> None:
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         try:
             with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    folder, _, basename = member.name.removeprefix("./").rpartition("/")
-                    stem, _, extension = basename.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    if not member.isfile():
-                        continue
-                    if f".{extension.lower()}" in IMG_EXTENSIONS:
+                for key, member, label in walk_shard(tar, path):
+                    if label is None:
                         images[key] = (member.offset_data, member.size)
-                    elif extension == "cls":
-                        content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                        try:
-                            labels[key] = int(content)
-                        except ValueError:
-                            raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is no whole number") from None
+                    else:
+                        labels[key] = label
                 end = tar.offset
         except (tarfile.TarError, EOFError, OSError) as error:
             raise UsageError(f"{path} is no readable tar file ({reason(error)}); copy it again") from None
@@ -347,20 +166,6 @@ class Shards(ImageDataset):
     def name(self, index: int) -> str:
         shard, key, _, _ = self.samples[index]
         return f"{self.paths[shard]}, sample {key}"
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """The shard paths that a brace pattern names. Raises UsageError for one that does not exist."""
-    from webdataset.shardlists import expand_urls
-
-    try:
-        paths: list[str] = expand_urls(pattern)
-    except ValueError as error:
-        raise UsageError(f"shard pattern {pattern!r} cannot be expanded ({error}); expected …{{000000..000004}}.tar") from None
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise UsageError(f"shard {missing[0]} does not exist ({len(missing)} of {len(paths)} missing); check {pattern}")
-    return paths
 
 
 class TimmDataset(ImageDataset):
@@ -405,7 +210,7 @@ class TimmDataset(ImageDataset):
                 with image:
                     content = image.read()
         except (OSError, ValueError, SyntaxError) as error:
-            raise UsageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
+            raise BadImageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
         if not 0 <= label < len(self.labels):
             raise UsageError(f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.labels) - 1}")
         return content, self.labels[label]
@@ -427,6 +232,8 @@ def open_dataset(source: str, role: str, class_names: Sequence[str] | None = Non
         if class_names is not None and list(class_names) != digits.class_names:
             raise UsageError(f"digits has the classes 0 to 9, not the {len(class_names)} known from training")
         return digits
+    if is_stream(source):
+        raise UsageError(f"{source} streams: good for --data of training; name local shards, a folder or a data set here")
     if ".tar" in source:
         return Shards(source.removeprefix("wds/"), class_names)
     if source.partition("/")[0] in ("hfds", "torch", "tfds", "hfids") and not os.path.exists(source):
@@ -463,14 +270,28 @@ def gives_both(source: str) -> bool:
 
 
 def open_train_and_evaluation(
-    source: str, val_source: str | None, data_root: str = "data", holdout: int = 0
-) -> tuple[ImageDataset, ImageDataset]:
+    source: str,
+    val_source: str | None,
+    data_root: str = "data",
+    holdout: int = 0,
+    epoch_images: int | None = None,
+) -> tuple[ImageDataset | ShardStream, ImageDataset]:
     """The training images of `source` and the evaluation images of `val_source`, with one set of classes.
 
-    `holdout`: evaluate on so many of the training images instead, and train on the others.
+    `holdout`: evaluate on so many of the training images instead, and train on the others. `epoch_images`: how many images of a
+    stream make an epoch.
 
     Raises UsageError where `val_source` is missing and `source` does not give both: data is never split silently.
     """
+    if is_stream(source):
+        if val_source is None:
+            raise UsageError(f"{source} streams: its classes are those of --val-data, which is missing")
+        if epoch_images is None:
+            raise UsageError(f"{source} streams, it has no length: say how many images make an epoch with --epoch-images")
+        evaluation = open_dataset(val_source, EVALUATION, data_root=data_root)
+        return ShardStream(source, evaluation.class_names, epoch_images), evaluation
+    if epoch_images is not None:
+        raise UsageError(f"--epoch-images is for streams; an epoch of {source} is each of its images once")
     if holdout:
         return hold_out(open_dataset(source, TRAIN, data_root=data_root), holdout)
     if val_source is None and not gives_both(source):

@@ -1,0 +1,198 @@
+"""Labelled images: reading, decoding, holding out, and what happens to those that do not decode."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dgnet.errors import BadImageError, UsageError, reason
+
+IGNORED = -100
+"""The label of what fills a batch up: it counts in no loss and no metric."""
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Labelled images: item i is (transform(image), label). Subclasses say where the images are.
+
+    Raises BadImageError, naming the image, for one that does not decode.
+    """
+
+    class_names: list[str]
+    flips = True
+    """Whether a mirrored image keeps its class; a mirrored digit does not."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """The image as bytes or a PIL image, and its label."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Where the image is: a path, or a shard and key."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image, decoded, and its label."""
+        image, label = self.read(index)
+        return decode(image, self.name(index)) if isinstance(image, bytes) else image, label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.load(index)
+        return self.transform(image), label
+
+
+class Part(ImageDataset):
+    """The images of a data set at `indices`, with a transform of their own."""
+
+    def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, indices
+        self.class_names, self.flips = whole.class_names, whole.flips
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        return self.whole.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.indices[index])
+
+
+def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
+    """All but `count` images, and those: drawn at random, always the same ones of a data set.
+
+    Raises UsageError where none would be left.
+    """
+    if count >= len(train):
+        raise UsageError(f"--holdout {count} leaves none of the {len(train)} training images; hold out fewer")
+    order = np.random.default_rng(0).permutation(len(train)).tolist()
+    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """An 8-bit RGB image, upright, from the bytes of an image file: an animation's first frame, 16-bit grey scaled to 8.
+
+    Raises BadImageError, with `name`, where they are no image or one that is cut short.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of metadata that is not well formed
+            return _to_rgb(_upright(Image.open(io.BytesIO(content))))
+    except Exception as error:  # on a broken file Pillow's decoders raise what they like
+        why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
+        raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises BadImageError, with its path, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImageError(f"image {path} cannot be read: {reason(error)}") from None
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Random numbers inside the `with` block are a function of `key`; outside they go on as if nothing had been drawn."""
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    seed = fold(*key)
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        torch.set_rng_state(torch_state)
+
+
+def fold(*key: int) -> int:
+    """A 64-bit seed from several whole numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class BadImages:
+    """The list of images that did not decode and were skipped: a text file, one a line, which all processes append to.
+
+    Raises UsageError for more than `limit`.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+
+    def add(self, error: BadImageError) -> None:
+        """List an image, once."""
+        line = str(error)
+        known = self.read()
+        if line in known:
+            return
+        # One write at the end of the file: processes do not cut into each other's lines.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, f"{line}\n".encode())
+        finally:
+            os.close(descriptor)
+        if len(known) + 1 > self.limit:
+            raise UsageError(
+                f"more than {self.limit} images do not decode, the last: {line}; all are listed in {self.path},"
+                " --max-bad-images allows more"
+            )
+
+    def read(self) -> list[str]:
+        """Those listed so far."""
+        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+
+
+class TrainingItems(Dataset[tuple[Tensor, int]]):
+    """Items of a data set by (epoch, index): augmentation is a function of (`seed`, epoch, index).
+
+    Index -1 is a grey image whose label is IGNORED, and so is an image that does not decode where `bad` lists it.
+
+    Raises BadImageError for an image that does not decode where `bad` is None.
+    """
+
+    def __init__(self, dataset: ImageDataset, image_size: tuple[int, int], seed: int, bad: BadImages | None = None) -> None:
+        self.dataset, self.image_size, self.seed, self.bad = dataset, image_size, seed, bad
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        if index >= 0:
+            try:
+                with seeded(self.seed, epoch, index):
+                    return self.dataset[index]
+            except BadImageError as error:
+                if self.bad is None:
+                    raise
+                self.bad.add(error)
+        return torch.zeros(3, *self.image_size), IGNORED

@@ -1,0 +1,85 @@
+"""The order of images in training and evaluation, and loaders that go on where a run was interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from dgnet.data import ShardStream, fold
+
+
+class TrainingOrder(Sampler[list[tuple[int, int]]]):
+    """One process's batches of (epoch, index) in an epoch: a new order each epoch, a function of (`seed`, epoch).
+
+    `batch_size`: images in a step, over `ranks` processes and `accumulate` batches of each. No image comes twice; those left
+    out are fewer than a step's, and others in the next epoch. `epoch` and `start`, in steps: where iteration begins.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, accumulate: int = 1) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
+        self.steps = images // batch_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def indices(self) -> Tensor:
+        """The indices of each batch from `start` on, (batches, images of a batch)."""
+        generator = torch.Generator().manual_seed(fold(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
+        by_rank = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
+        return by_rank.reshape(-1, by_rank.shape[-1])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.indices():
+            yield [(self.epoch, index) for index in batch.tolist()]
+
+
+class EvaluationOrder(Sampler[list[tuple[int, int]]]):
+    """One process's batches of (0, index): each image once over all `ranks`; index -1 evens the processes out."""
+
+    def __init__(self, images: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
+        self.images, self.batch_size, self.rank, self.ranks = images, batch_size, rank, ranks
+        self.share = -(-images // ranks)
+
+    def __len__(self) -> int:
+        return -(-self.share // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        own = list(range(self.rank, self.images, self.ranks))
+        own += [-1] * (self.share - len(own))
+        for start in range(0, self.share, self.batch_size):
+            yield [(0, index) for index in own[start : start + self.batch_size]]
+
+
+class TrainingLoader:
+    """A loader that begins an epoch where `step`, the number of steps taken so far, says; it knows how long it was waited for.
+
+    `batches`: a loader in the order of `order`, which is set before each iteration.
+    """
+
+    def __init__(self, batches: Iterable[Any], order: TrainingOrder, step: Callable[[], int]) -> None:
+        self.batches, self.order, self.step = batches, order, step
+        self.waited = 0.0  # seconds
+        self._stream: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: it begins with the first batch, and Lightning makes iterators before it knows where a run goes on.
+        self.order.epoch, self.order.start = divmod(self.step(), self.order.steps)
+        iterator = iter(self.batches) if self._stream is None else self._stream
+        if isinstance(self.batches, DataLoader) and isinstance(self.batches.dataset, ShardStream):
+            self._stream = iterator  # it has no end
+        for _ in range(len(self.order) - self.order.start * self.order.accumulate):
+            start = time.perf_counter()
+            batch = next(iterator)
+            self.waited += time.perf_counter() - start
+            yield batch
