@@ -405,7 +405,10 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --holdout -1", "--holdout must be at least 0, got -1"),
         ("train --holdout 5000", "--holdout 5000 leaves none of the 1442 training images; hold out fewer"),
         ("train --holdout 5 --val-data digits", "--holdout takes the place of --val-data; leave one out"),
-        ("train --cache true --workers 1", "--cache true needs --devices 1, --workers 0 and another --augment than rrc"),
+        (
+            "train --cache true --workers 1",
+            "--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc",
+        ),
         (
             "train --cache true --image-size 96",
             "--cache true augments with pad-crop or none, and images of (96, 96) call for rrc",

@@ -100,12 +100,11 @@ class Checkpointing(CheckpointCallback):
             raise Interrupted(signum, step, self.path.parents[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        if (
-            module.evaluates_in(trainer.current_epoch)
-            and (top1 := float(trainer.callback_metrics["val_top1"])) > self.best_top1
-        ):
-            self.best_top1 = top1
-            trainer.save_checkpoint(self.best_path)
+        if module.evaluates_in(trainer.current_epoch):
+            top1 = float(trainer.callback_metrics["val_top1"])
+            is_best, self.best_top1 = top1 > self.best_top1, max(top1, self.best_top1)
+            if is_best:
+                trainer.save_checkpoint(self.best_path)
         self._save(trainer)
         _, signum, _ = self._agree(False, self.signum, -1)
         if signum:
@@ -125,12 +124,10 @@ class Checkpointing(CheckpointCallback):
         self.saved_at = time.monotonic()
 
     def _describe_bad_step(self, step: int, lr: float) -> str:
-        line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}"
+        line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}; lower --lr, or clip with --clip-grad"
         if self.path.exists():
-            return (
-                f"{line}; {self.path} is from before it: lower --lr, or clip with --clip-grad, and start from it with --weights"
-            )
-        return f"{line}; no checkpoint was written before it: lower --lr, or clip with --clip-grad"
+            return f"{line}, and start from {self.path}, which is from before it, with --weights"
+        return f"{line}; no checkpoint was written before it"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_top1": self.best_top1}

@@ -18,8 +18,9 @@ _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
 # What may differ where a run goes on: where data lie, what it takes place on. None of it decides the result.
 RESUME_OPTIONS = (
-    "data", "val_data", "data_root", "accelerator", "devices", "nodes", "workers", "threads", "checkpoint_every", "max_bad_images"
-)  # fmt: skip
+    *("data", "val_data", "data_root", "accelerator", "devices", "nodes", "workers", "threads"),
+    *("checkpoint_every", "max_bad_images"),
+)
 
 # Model options that the rest of the configuration decides, and how.
 _TAKEN = {
@@ -183,7 +184,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: `lr`, in proportion to the batch size where `lr_batch_size` is given (Goyal et al., 2017)."""
+        """The rate after warm-up: `lr`, in proportion to the batch size where `lr_batch_size` is given (Goyal et al., 2017)."""
         return self.lr * self.batch_size / self.lr_batch_size if self.lr_batch_size else self.lr
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:

@@ -14,7 +14,7 @@ from dgnet.graph import DynamicGraph
 
 
 def build_metrics(prefix: str = "", means: Sequence[str] = ()) -> MetricCollection:
-    """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1), and `means` of other figures: update with `update_metrics`."""
+    """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1), and `means` of other figures."""
     # Means of figures of each image, with weights: torchmetrics' accuracies wait for the device to leave images out.
     names = ("loss", "top1", "top5", *means)
     return MetricCollection({name: MeanMetric(nan_strategy="disable") for name in names}, prefix=prefix, compute_groups=False)

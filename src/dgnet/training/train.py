@@ -90,8 +90,8 @@ def train(
             say(f"{config.weights}: {describe_initial(network, initial)}")
     budget = None
     if config.budget is not None:
-        of = (config.budget_per, config.budget_strength, config.budget_warmup)
-        budget = Budget(network, preprocessing.image_size, config.budget, *of)
+        how = (config.budget_per, config.budget_strength, config.budget_warmup)
+        budget = Budget(network, preprocessing.image_size, config.budget, *how)
     options = config.network_kwargs
     if isinstance(network, DynamicNetwork):
         given = {f.name for f in fields(Connectivity)}
@@ -135,6 +135,10 @@ def train(
             shutil.rmtree(folder)
             if was_there:
                 folder.mkdir()
+        raise
+    except SystemExit as leaving:  # Lightning leaves so for Ctrl-C where no checkpoint could be saved
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         raise
     if is_main:
         if progress.overall.images:

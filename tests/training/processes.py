@@ -1,0 +1,105 @@
+"""Training runs in processes of their own, which start in a moment: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dgnet.errors import UsageError
+from dgnet.training import Interrupted, TrainConfig, read_run, train
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.training.processes"])
+
+
+def run_training(options: dict[str, Any], resume: bool, environment: dict[str, str], file_bytes: int | None) -> None:
+    """One process of a run in options["output"]; leaves with the status that `dgnet train` leaves with."""
+    folder = Path(options["output"])
+    os.environ.update(environment)
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    try:
+        if resume:
+            config, result = read_run(folder, {})
+            if result is None:
+                train(config, folder)
+        else:
+            train(TrainConfig(**options))
+    except UsageError as error:
+        print(error)
+        sys.exit(2)
+    except Interrupted as error:
+        sys.exit(128 + error.signum)
+
+
+class Run:
+    """A run of `ranks` processes, which find each other as under torchrun."""
+
+    def __init__(self, options: dict[str, Any], ranks: int = 1) -> None:
+        self.options, self.ranks = options, ranks
+        self.folder = Path(options["output"])
+        self.processes: list[Any] = []
+
+    def start(self, file_bytes: int | None = None) -> Run:
+        """Begin, or go on where the folder holds a run; `file_bytes`: larger files cannot be written, as on a full disk."""
+        environments: list[dict[str, str]] = [{}]
+        if self.ranks > 1:
+            world = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "TORCHELASTIC_RUN_ID": "run"}
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
+            environments = [world | place | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(self.ranks)]
+        resume = (self.folder / "config.yaml").exists()
+        self.processes = [
+            FORK.Process(target=run_training, args=(self.options, resume, environment, file_bytes))
+            for environment in environments
+        ]
+        for process in self.processes:
+            process.start()
+        return self
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """The processes' exit statuses; None for one that goes on."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0))
+        return [process.exitcode for process in self.processes]
+
+    def signal(self, signum: int, rank: int | None = None) -> None:
+        """Send a signal to all processes, or to one."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signum)
+
+    def log(self) -> str:
+        """What the processes printed."""
+        path = Path(f"{self.folder}.log")
+        return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until `condition` holds. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.005)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,219 @@
+"""Runs that are interrupted, killed, cut off from their disk, and go on."""
+
+from __future__ import annotations
+
+import io
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dgnet.cli import main
+from dgnet.errors import UsageError
+from dgnet.training import TrainConfig, read_run, train
+from dgnet.training.checkpointing import WholeCheckpointIO
+from dgnet.training.history import read_rows
+from tests.test_data import write_shard
+from tests.training.processes import Run, wait_for
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """26 training images of two classes, as a folder and as two shards; 7 to evaluate on."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 26), ("val", 7)):
+        samples = []
+        for index in range(count):
+            content, label = noise(index + 150 * (index % 2)), index % 2
+            folder = root / split / ("dark", "light")[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index}.png").write_bytes(content)
+            samples.append({"png": content, "cls": str(label).encode()})
+        for shard in range(2):
+            write_shard(root / f"{split}-{shard}.tar", samples[shard::2])
+    return root
+
+
+def noise(least: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(least).integers(least, least + 70, (9, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def options(data: Path, output: Path, source: str = "folder", **more: Any) -> dict[str, Any]:
+    """A run of 24 steps with everything that draws: augmentation, drop path."""
+    sources = {
+        "folder": {"data": str(data)},
+        "shards": {"data": f"{data}/train-{{0..1}}.tar", "val_data": f"{data}/val-{{0..1}}.tar"},
+    }
+    own = {
+        "model_kwargs": {"channels": [4, 4, 4], "drop_path_rate": 0.2},
+        "image_size": 8,
+        "batch_size": 4,
+        "epochs": 4,
+        "lr": 0.05,
+        "threads": 1,
+        "accelerator": "cpu",
+        "checkpoint_every": "1 step",
+        "output": str(output),
+    }
+    return {**own, **sources[source], **more}
+
+
+def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
+    """Weights and optimiser to the bit, and the rows of metrics.csv."""
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    rows, expected_rows = (read_rows(folder / "metrics.csv") for folder in (run, twin))
+    assert len(rows) == len(expected_rows)
+    for row, other in zip(rows, expected_rows, strict=True):
+        values, others = ({name: float(value) for name, value in r.items() if value} for r in (row, other))
+        assert values == (others if exact else pytest.approx(others, rel=1e-5))
+
+
+CASES = {
+    "folder": {},
+    "folder, workers, EMA": {"workers": 2, "ema": 0.9},
+    "shards, accumulation": {"source": "shards", "accumulate": 2, "clip_grad": 1.0},
+    "folder, two ranks": {"ranks": 2},
+    "shards, two ranks, a worker, EMA, accumulation": {
+        "source": "shards",
+        "ranks": 2,
+        "workers": 1,
+        "ema": 0.9,
+        "accumulate": 2,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed(case, data, tmp_path):
+    more = dict(CASES[case])
+    ranks, source = more.pop("ranks", 1), more.pop("source", "folder")
+    Run(options(data, tmp_path / "first", epochs=1)).start().wait()  # the server of processes has started
+    whole = Run(options(data, tmp_path / "whole", source, **more), ranks)
+    begin = time.monotonic()
+    assert whole.start().wait() == [0] * ranks, whole.log()
+    duration = time.monotonic() - begin
+    rng = random.Random(case)
+    kills = 0
+    for attempt in range(20):
+        run = Run(options(data, tmp_path / f"run-{attempt}", source, **more), ranks)
+        while not (run.folder / "model.safetensors").exists():
+            run.start()
+            run.wait(rng.uniform(0.1, 0.8) * duration if kills < 4 else 120)
+            kills += all(status is None for status in run.wait(0))
+            run.signal(signal.SIGKILL)
+            run.wait()
+        assert_same(run.folder, whole.folder, exact=ranks == 1)
+        assert not list(run.folder.rglob(".*.part"))
+        if kills >= 4:
+            return
+    raise AssertionError(f"{kills} kills in 20 runs")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, data, tmp_path):
+    whole = Run(options(data, tmp_path / "whole"))
+    assert whole.start().wait() == [0], whole.log()
+    run = Run(options(data, tmp_path / "run", checkpoint_every="15 minutes", epochs=4)).start()
+    wait_for(lambda: len(read_rows(run.folder / "metrics.csv")) >= 1)
+    run.signal(signum)
+    assert run.wait() == [128 + signum], run.log()
+    step = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert step >= 6
+    assert run.start().wait() == [0], run.log()
+    assert_same(run.folder, whole.folder)
+
+
+def test_one_process_of_two_is_told_to_stop_and_both_do(data, tmp_path):
+    run = Run(options(data, tmp_path / "run", epochs=100), ranks=2).start()
+    wait_for(lambda: (run.folder / "checkpoints" / "last.ckpt").exists())
+    run.signal(signal.SIGTERM, rank=1)
+    assert run.wait() == [143, 143], run.log()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
+    whole = Run(options(data, tmp_path / "whole"))
+    assert whole.start().wait() == [0], whole.log()
+    run = Run(options(data, tmp_path / "run", checkpoint_every="9 steps", epochs=4)).start()
+    last = run.folder / "checkpoints" / "last.ckpt"
+    wait_for(last.exists)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    before = last.read_bytes()
+    assert run.start(file_bytes=len(before) // 2).wait() == [2], run.log()
+    assert "cannot be written" in run.log()
+    assert "go on with --resume" in run.log()
+    assert last.read_bytes() == before
+    assert not list(run.folder.rglob(".*.part"))
+    assert run.start().wait() == [0], run.log()
+    assert_same(run.folder, whole.folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"step": 1}, path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file/last.ckpt cannot be written"):
+        WholeCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "file" / "last.ckpt")
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match=r"No space left on device.*the one before it is kept"):
+        WholeCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert WholeCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(data, tmp_path):
+    config = TrainConfig(**options(data, tmp_path / "run", epochs=1))
+    expected = train(config).metrics
+    for name in ("metrics.csv", "model.safetensors", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        (tmp_path / "run" / name).unlink()
+    assert train(*read_run(tmp_path / "run", {})[:1], tmp_path / "run").metrics == expected
+
+
+def test_a_finished_run_says_so(data, tmp_path, capsys):
+    train(TrainConfig(**options(data, tmp_path / "run", epochs=1)))
+    (tmp_path / "run" / "model.safetensors").unlink()  # as if killed just before the end
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    output, errors = capsys.readouterr()
+    assert f"{tmp_path}/run is finished" in errors
+    assert "top-1" in output
+    assert main(["evaluate", str(tmp_path / "run" / "model.safetensors")]) == 0
+
+
+def test_what_cannot_be_resumed(data, tmp_path, capsys):
+    def refuse(*arguments: object) -> str:
+        assert main(["train", *map(str, arguments)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "is no run folder: it holds no config.yaml" in refuse("--resume", tmp_path)
+    run = tmp_path / "run"
+    train(TrainConfig(**options(data, run, epochs=1)))
+    line = refuse("--resume", run, "--lr", "0.3")
+    assert "leave out --lr" in line
+    assert "--workers" in line
+    (run / "metrics.csv").unlink()
+    other = f"{data}/val-{{0..1}}.tar"
+    assert "cannot go on with the 7 of --data" in refuse("--resume", run, "--data", other, "--val-data", other)
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert "last.ckpt is damaged" in refuse("--resume", run)
+    (run / "config.yaml").write_text("epochs: [")
+    assert "config.yaml cannot be read" in refuse("--resume", run)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, capsys):
+    from_before = options(data, tmp_path / "run", epochs=2, lr=1e30, optimizer="momentum", warmup_epochs=0.0)
+    with pytest.raises(UsageError, match=r"the loss of step \d+ is not finite, at a learning rate of 9.83e\+29.*--clip-grad"):
+        train(TrainConfig(**from_before))
