@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from dgnet.errors import UsageError, reason
+from dgnet.files import replace_file
 
 PLACES = ("data", "val_data", "data_root", "output", "threads")
 """Options that do not decide the result."""
@@ -115,18 +115,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a table, written beside it and renamed: an interruption leaves the old table or the new one."""
+    """Add rows to a table: an interruption leaves the old table or the new one."""
     table = [*read_rows(path), *rows]
     columns = list(dict.fromkeys(name for row in table for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def missing_runs(grid: Grid) -> list[Run]:

@@ -13,7 +13,6 @@ import csv
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -126,7 +125,7 @@ class Workers:
                 row = self.run_one(run)
                 if row is not None:
                     bar.write(
-                        f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %, {row['minutes']} min",
+                        f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %",
                         sys.stderr,
                     )
                 bar.update()
@@ -144,18 +143,20 @@ class Workers:
     def run_one(self, run: Run) -> dict[str, Any] | None:
         """Train, evaluate on the test images, add to the table. None where it failed."""
         folder = self.output / run.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         log = self.output / f"{run.name}.log"
-        log.unlink(missing_ok=True)
         options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
         options["val_data"] = None if self.grid.test is None else str(self.data / self.grid.test)
         if self.device == "cpu":
             options["threads"] = self.threads
         started = time.monotonic()
+        is_begun = (folder / "config.yaml").exists()
+        if is_begun:
+            places = ("data", "val_data", "threads")
+            options = {"resume": str(folder), **{name: options[name] for name in places if options.get(name) is not None}}
         words = [f"{flag(name)}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
         if self.call(["train", *words], log) is None:
             return None
-        minutes = (time.monotonic() - started) / 60
+        minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # unknown where it went on
         network = dgnet.create_model(run.options["model"], num_classes=10, **TrainConfig(**run.options).network_kwargs)
         is_dynamic = run.options["model"].startswith("dg_")
         controls = ["--adjacency-controls"] if is_dynamic else []
@@ -171,7 +172,7 @@ class Workers:
         row |= {name: round(float(curves[-1][name]), 4) for name in ("train_top1", "train_loss")}
         figures = {name: value for name, value in evaluation.items() if not isinstance(value, dict)}
         row |= {name: round(value, 6) if isinstance(value, float) else value for name, value in figures.items()}
-        row |= {"minutes": round(minutes, 2), "jobs": self.jobs, "hardware": describe_hardware(self.device)}
+        row |= {"minutes": minutes, "jobs": self.jobs, "hardware": describe_hardware(self.device)}
         row |= {"versions": " ".join(f"{name} {version}" for name, version in versions(self.device).items())}
         labels = {"arm": run.arm, "seed": run.seed, "digest": run.digest}
         with self.lock:
