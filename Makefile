@@ -6,14 +6,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test check costs format clean
+.PHONY: demo test test-slow check costs format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 	$(BIN)/dgnet train
 
-test: $(STAMP)  ## format, lint and type checks, then all tests
+test: $(STAMP)  ## format, lint and type checks, then the tests but for the slow ones
 	$(MAKE) check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the slow tests: runs killed again and again, several nodes, exports, compilation
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from dgnet.errors import UsageError
 from dgnet.tables import TABLES
 from dgnet.training import TrainConfig
 from dgnet.training.module import Classifier
-from tests.test_data import jpeg, write_folder, write_shard
+from tests.data.test_sources import jpeg, write_folder, write_shard
 
 QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
 

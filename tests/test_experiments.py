@@ -13,7 +13,7 @@ import scipy.stats
 import yaml
 
 from dgnet.errors import UsageError
-from tests.test_data import jpeg, write_shard
+from tests.data.test_sources import jpeg, write_shard
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))

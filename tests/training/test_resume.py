@@ -20,7 +20,7 @@ from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, read_run, train
 from dgnet.training.checkpointing import WholeCheckpointIO
 from dgnet.training.history import read_rows
-from tests.test_data import write_shard
+from tests.data.test_sources import write_shard
 from tests.training.processes import Run, wait_for
 
 

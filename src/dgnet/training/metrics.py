@@ -7,17 +7,45 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from dgnet.data import IGNORED
 from dgnet.graph import DynamicGraph
 
+STATES = ("total", "weight")
+"""The states of a `WeightedMean`."""
+
+
+class WeightedMean(Metric):
+    """The mean of figures of each image, (B,), with weights.
+
+    In place of torchmetrics' own mean and accuracies: to leave images out they wait for the device, and the mean's
+    `nan_strategy="disable"`, which does not, ignores the weights (torchmetrics 1.9).
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in STATES:
+            self.add_state(state, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        """Add a batch."""
+        # An image that does not count may have any value, infinity too.
+        self.total += torch.where(weights > 0, values * weights, 0.0).sum()
+        self.weight += weights.sum()
+
+    def compute(self) -> Tensor:
+        """The mean; not a number where nothing counted."""
+        return self.total / self.weight
+
 
 def build_metrics(prefix: str = "", means: Sequence[str] = ()) -> MetricCollection:
     """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1), and `means` of other figures."""
-    # Means of figures of each image, with weights: torchmetrics' accuracies wait for the device to leave images out.
     names = ("loss", "top1", "top5", *means)
-    return MetricCollection({name: MeanMetric(nan_strategy="disable") for name in names}, prefix=prefix, compute_groups=False)
+    return MetricCollection({name: WeightedMean() for name in names}, prefix=prefix, compute_groups=False)
 
 
 @torch.no_grad()

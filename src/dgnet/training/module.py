@@ -22,9 +22,7 @@ from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
 from dgnet.training.config import TrainConfig
 from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
-from dgnet.training.metrics import build_metrics, edge_figure_names, edge_figures, update_metrics
-
-_SUMS = ("mean_value", "weight")  # the states of a mean
+from dgnet.training.metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
 
 
 class Classifier(L.LightningModule):
@@ -144,14 +142,14 @@ class Classifier(L.LightningModule):
         sums = {}
         for name, metric in self.train_metrics.items(keep_base=True):
             with metric.sync_context():
-                sums[name] = {state: getattr(metric, state).clone() for state in _SUMS}
+                sums[name] = {state: getattr(metric, state).clone() for state in STATES}
         checkpoint["train_metrics"] = sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.trainer.is_global_zero:
             return
         for name, metric in self.train_metrics.items(keep_base=True):
-            for state in _SUMS:
+            for state in STATES:
                 setattr(metric, state, checkpoint["train_metrics"][name][state].to(metric.device))
 
 

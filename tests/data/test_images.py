@@ -1,0 +1,142 @@
+"""Images as they are found: odd ones load, broken ones are named or skipped."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dgnet.data import IGNORED, TRAIN, BadImages, Preprocessing, TrainingItems, decode, open_dataset
+from dgnet.errors import BadImageError, UsageError
+from dgnet.training import TrainConfig, train
+
+GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)  # height 12, width 16
+PHOTO = np.stack([GRADIENT, GRADIENT.T.reshape(12, 16), 255 - GRADIENT], axis=2)
+PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated() -> bytes:
+    """A photo taken with the camera on its side: the pixels lie, the tag says which way is up."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+    return save(Image.fromarray(PHOTO).transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+
+
+ODD: dict[str, Callable[[], tuple[bytes, np.ndarray]]] = {
+    "grey": lambda: (save(Image.fromarray(GRADIENT), "PNG"), np.stack([GRADIENT] * 3, axis=2)),
+    "16-bit grey": lambda: (
+        save(Image.fromarray(GRADIENT.astype(np.uint16) * 257), "PNG"),
+        np.stack([GRADIENT] * 3, axis=2),
+    ),
+    "transparent": lambda: (save(Image.fromarray(PHOTO).convert("RGBA"), "PNG"), PHOTO),
+    "animated": lambda: (
+        save(Image.fromarray(PHOTO), "PNG", save_all=True, append_images=[Image.new("RGB", (16, 12))]),
+        PHOTO,
+    ),
+    "rotated": lambda: (rotated(), PHOTO),
+}
+NEAR: dict[str, Callable[[], bytes]] = {
+    "CMYK": lambda: save(Image.fromarray(PHOTO).convert("CMYK"), "TIFF"),
+    "palette": lambda: save(Image.fromarray(PHOTO).quantize(256), "GIF"),
+    "palette with transparency": lambda: save(Image.fromarray(PHOTO).quantize(255), "PNG", transparency=bytes(range(255))),
+    "broken EXIF": lambda: save(
+        Image.fromarray(PHOTO), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"
+    ),
+}
+BROKEN: dict[str, Callable[[], bytes]] = {
+    "truncated": lambda: save(Image.fromarray(PHOTO), "JPEG")[:-100],
+    "empty": lambda: b"",
+    "text": lambda: b"<html>not found</html>",
+    "header only": lambda: save(Image.fromarray(PHOTO), "PNG")[:40],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_images_load_as_rgb(kind):
+    content, expected = ODD[kind]()
+    image = decode(content, kind)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize("kind", NEAR)
+def test_other_odd_images_load_as_rgb_nearly(kind):
+    image = decode(NEAR[kind](), kind)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - PHOTO).mean() < 12
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_images_are_named(kind):
+    with pytest.raises(BadImageError, match=f"{kind} does not decode as an image"):
+        decode(BROKEN[kind](), kind)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve odd and broken files among good ones, to train and to evaluate on."""
+    contents = [build()[0] for build in ODD.values()] + [build() for build in NEAR.values()]
+    contents += [build() for kind, build in BROKEN.items() if kind != "header only"]
+    assert len(contents) == 12
+    for split in ("train", "val"):
+        for name in ("odd", "good"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+        for index, content in enumerate(contents):
+            (tmp_path / "data" / split / "odd" / f"{index:02}.jpg").write_bytes(content)
+            (tmp_path / "data" / split / "good" / f"{index:02}.jpg").write_bytes(save(Image.fromarray(PHOTO), "JPEG"))
+    return tmp_path
+
+
+def config(folder: Path, **more: object) -> TrainConfig:
+    own = {"model_kwargs": {"channels": [4, 4, 4]}, "image_size": 8, "batch_size": 8, "lr": 0.05, "epochs": 2}
+    return TrainConfig(data=str(folder / "data"), output=str(folder / "run"), **{**own, **more})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_counted_and_listed(folder, workers):
+    result = train(config(folder, on_bad_image="skip", workers=workers))
+    listed = (folder / "run" / "bad_images.txt").read_text().splitlines()
+    assert sorted({line.split(" does not")[0] for line in listed}) == [
+        str(folder / "data" / split / "odd" / f"{index:02}.jpg") for split in ("train", "val") for index in (9, 10, 11)
+    ]
+    assert len(listed) == 6
+    assert result.metrics["val_top1"] * 21 / 100 == pytest.approx(round(result.metrics["val_top1"] * 21 / 100))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_an_error_by_default(folder, workers):
+    with pytest.raises(
+        UsageError, match=r"^\S*odd/\d\d.jpg does not decode as an image \([^\n]*\); replace it or take it out$"
+    ):
+        train(config(folder, workers=workers))
+    assert not (folder / "run").exists()
+
+
+def test_too_many_bad_images_end_the_run(folder):
+    with pytest.raises(UsageError, match=r"more than 2 images do not decode.*all are listed in .*bad_images.txt"):
+        train(config(folder, on_bad_image="skip", max_bad_images=2))
+
+
+def test_what_fills_a_batch_up_counts_in_nothing(folder):
+    dataset = open_dataset(str(folder / "data"), TRAIN)
+    dataset.transform = PREPROCESSING.evaluation_transform()
+    items = TrainingItems(dataset, (8, 8), seed=0, bad=BadImages(folder / "bad.txt", 9))
+    image, label = items[0, 12 + 9]
+    assert label == IGNORED
+    assert not image.any()
+    again, _ = items[1, 12 + 9]
+    assert (folder / "bad.txt").read_text().count("\n") == 1  # listed once
+    padding, label = items[0, -1]
+    assert label == IGNORED
+    assert torch.equal(padding, again)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from dgnet.data import EVALUATION, Preprocessing, ShardStream, open_dataset, open_train_and_evaluation
+from dgnet.errors import UsageError
+from dgnet.training import TrainConfig, train
+from tests.data.test_sources import jpeg, write_shard
+
+CLASSES = [str(label) for label in range(12)]
+TRANSFORM = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).evaluation_transform()
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Three shards of four images each, whose labels are 0 to 11."""
+    for shard in range(3):
+        labels = range(4 * shard, 4 * shard + 4)
+        write_shard(tmp_path / f"{shard}.tar", [{"jpg": jpeg(20 * n), "cls": str(n).encode()} for n in labels])
+    return tmp_path
+
+
+def stream(pattern: str, **options: int) -> ShardStream:
+    result = ShardStream(pattern, CLASSES, length=12, buffer=options.pop("buffer", 4))
+    result.transform = TRANSFORM
+    for name, value in options.items():
+        setattr(result, name, value)
+    return result
+
+
+def labels(images: ShardStream, count: int) -> list[int]:
+    return [label for _, label in islice(images, count)]
+
+
+def test_a_pipe_is_read_over_and_over_in_new_orders(shards):
+    found = labels(stream(f"pipe:cat {shards}/{{0..2}}.tar"), 120)
+    counts = Counter(found)
+    assert set(counts) == set(range(12))
+    assert max(counts.values()) - min(counts.values()) <= 2  # what the buffer holds
+    assert found[:12] != found[12:24]
+    assert labels(stream(f"pipe:cat {shards}/{{0..2}}.tar"), 24) == found[:24]
+    assert labels(stream(f"pipe:cat {shards}/{{0..2}}.tar", seed=1), 24) != found[:24]
+
+
+def test_a_url_is_read(shards):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    handler.log_message = lambda *arguments: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = labels(stream(f"http://127.0.0.1:{server.server_port}/{{0..2}}.tar"), 48)
+        server.shutdown()
+    assert set(found) == set(range(12))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers"), [(3, 0), (1, 2), (2, 2)], ids=["by shard", "workers", "fewer shards than workers"]
+)
+def test_processes_share_the_images(shards, ranks, workers):
+    found = []
+    for rank in range(ranks):
+        images = stream(f"pipe:cat {shards}/{{0..2}}.tar", rank=rank, ranks=ranks, buffer=1)
+        loader = iter(DataLoader(images, batch_size=1, num_workers=workers))
+        # Each consumer gives four or six images in a pass; two passes of each.
+        found += [int(label) for _, label in islice(loader, 24 // ranks)]
+    counts = Counter(found)
+    assert set(counts) == set(range(12))
+    assert set(counts.values()) <= {1, 2, 3}
+
+
+def test_training_on_a_stream(shards, tmp_path):
+    own = {"model_kwargs": {"channels": [4, 4, 4]}, "image_size": 8, "batch_size": 4, "lr": 0.05, "epochs": 2}
+    source = f"pipe:cat {shards}/{{0..2}}.tar"
+    config = TrainConfig(data=source, val_data=f"{shards}/{{0..2}}.tar", epoch_images=9, output=str(tmp_path / "run"), **own)
+    assert train(config).metrics["step"] == 2 * (9 // 4) - 1
+
+
+def test_what_a_stream_cannot_do(shards):
+    source = f"pipe:cat {shards}/0.tar"
+    with pytest.raises(UsageError, match=r"streams: its classes are those of --val-data, which is missing"):
+        open_train_and_evaluation(source, None)
+    with pytest.raises(UsageError, match="how many images make an epoch with --epoch-images"):
+        open_train_and_evaluation(source, f"{shards}/0.tar")
+    with pytest.raises(UsageError, match="streams: good for --data of training"):
+        open_dataset(source, EVALUATION)
+    with pytest.raises(UsageError, match="--epoch-images is for streams"):
+        open_train_and_evaluation(f"{shards}/0.tar", f"{shards}/0.tar", epoch_images=3)
+
+
+def test_bad_streams_are_named(shards, tmp_path):
+    with pytest.raises(UsageError, match=r"label 4 is out of range, allowed are 0 to 1"):
+        labels(ShardStream(f"pipe:cat {shards}/1.tar", CLASSES[:2], length=4), 1)
+    write_shard(tmp_path / "unlabelled.tar", [{"jpg": jpeg(0)}])
+    with pytest.raises(UsageError, match=r"no label; expected 0000\.cls beside the image"):
+        labels(stream(f"pipe:cat {tmp_path}/unlabelled.tar"), 1)
+    with pytest.raises(UsageError, match="cannot be read as a stream of a tar file"):
+        labels(stream(f"pipe:cat {tmp_path}/nowhere.tar"), 1)
+    write_shard(tmp_path / "empty.tar", [])
+    with pytest.raises(UsageError, match="hold no samples"):
+        labels(stream(f"pipe:cat {tmp_path}/empty.tar"), 1)
