@@ -366,6 +366,44 @@ def test_adjacency_controls_are_printed(run, capsys):
 
 
 @pytest.mark.slow
+def test_a_moving_average_is_what_is_evaluated_and_saved(images, tmp_path, capsys):
+    run = tmp_path / "run"
+    ask(capsys, "train", "--data", images, "--epochs", 3, "--ema", 0.5, "--clip-grad", 1, "--output", run, *QUICK)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    saved = load_checkpoint(run / "model.safetensors").state_dict
+    assert all(torch.equal(averaged[f"network.{name}"], tensor) for name, tensor in saved.items())
+    assert any(not torch.equal(averaged[name], current[name]) for name in current)
+    result = json.loads(ask(capsys, "evaluate", run, "--json"))
+    assert result["loss"] == pytest.approx(float(read_metrics(run)[-1]["val_loss"]), abs=1e-5)
+
+
+def test_curves_of_connectivity_are_those_of_evaluation(run, capsys):
+    row = read_metrics(run)[-1]
+    result = json.loads(ask(capsys, "evaluate", run, "--json"))
+    network = load_checkpoint(run).build_network()
+    edges = [int(stage.topology.mask.sum()) for stage in network.stages]
+    closed = [float(row[f"val_stage{number}_closed_edges"]) for number in (1, 2, 3)]
+    share = sum(count * part for count, part in zip(edges, closed, strict=True)) / sum(edges)
+    assert share == pytest.approx(result["closed_edges"], abs=1e-6)
+    for number, stage in enumerate(network.stages, start=1):
+        assert 0 < float(row[f"val_stage{number}_edge_weight"]) < 1
+        assert float(row[f"stage{number}_threshold"]) == pytest.approx(float(stage.weighting.tau.detach().mean()), abs=1e-7)
+
+
+def test_lightnings_loggers_come_from_the_recipe(images, tmp_path, capsys):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "mine")}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"loggers": [logger], "epochs": 1, "data": str(images), "output": str(tmp_path / "run")}))
+    ask(capsys, "train", "--config", recipe, *QUICK)
+    assert "val_top1" in next((tmp_path / "mine").rglob("metrics.csv")).read_text()
+    for path, why in (("lightning.Trainer", "is no Lightning logger"), ("nowhere.Logger", "No module named 'nowhere'")):
+        recipe.write_text(yaml.safe_dump({"loggers": [{"class_path": path}], "data": str(images)}))
+        line = refuse(capsys, "train", "--config", recipe, "--output", tmp_path / "other", *QUICK)
+        assert f"--loggers: {path} cannot be made" in line
+        assert why in line
+
+
 def test_digits_are_learned(tmp_path, capsys):
     """The default run in a third of its epochs."""
     output = ask(capsys, "train", "--epochs", 6, "--output", tmp_path / "digits")
@@ -421,6 +459,14 @@ def test_digits_are_learned(tmp_path, capsys):
         ("train --optimizer sdg", "unknown --optimizer 'sdg'; did you mean 'sgd'?"),
         ("train --accelerator tpuu", "--accelerator tpuu"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --batch-size 9 --accumulate 2", "--batch-size 9 cannot be divided by --accumulate 2"),
+        ("train --ema 1", "--ema must be below 1"),
+        ("train --epoch-images 9", "--epoch-images is for streams"),
+        ("train --sync-bn true --accelerator cpu", "--sync-bn needs CUDA devices"),
+        ("train --checkpoint-every sometimes", "--checkpoint-every must be like '500 steps'"),
+        ("train --on-bad-image ignore", "unknown --on-bad-image 'ignore'"),
+        ("train --loggers [{name:x}]", "--loggers"),
+        ("train --resume nowhere", "nowhere is no run folder"),
         ("train --data nowhere", "data source 'nowhere' does not exist"),
         ("train --data no-{0..1}.tar --val-data digits", "no-0.tar does not exist"),
         ("train --weights nowhere.ckpt", "nowhere.ckpt does not exist"),
@@ -488,7 +534,6 @@ def test_a_recipe_takes_a_step_on_a_tiny_fake_imagenet(recipe, tmp_path, capsys)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:Encountered `nan`")  # after one step running statistics are far off
 def test_a_recipes_switches(tmp_path, capsys):
     """The static baseline, Table 6's α, Fig. 4's bias: options beside a recipe, whose own model options stay."""
     write_folder(tmp_path / "data", {"ant": 2, "cat": 2})

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 import dgnet
+from dgnet.errors import UsageError
 from dgnet.training import TrainConfig
 from dgnet.training.module import build_parameter_groups
 
@@ -64,3 +66,42 @@ def test_a_step_moves_thresholds_by_their_share():
     optimizer.step()
     assert all(torch.equal(stage.weighting.tau, tau) for stage, tau in zip(network.stages, before, strict=True))
     assert not torch.equal(network.layer1.weighting.routers["0"].bias, bias)
+
+
+def test_normalisation_and_biases_decay_where_asked_for():
+    def decaying(norm_decay: bool, weighting: str) -> set[str]:
+        network = dgnet.create_model("dg_resnet20", weighting=weighting)
+        groups = build_parameter_groups(network, TrainConfig(norm_decay=norm_decay, weight_decay=0.5))
+        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in network.parameters())
+        ids = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        return {name for name, parameter in network.named_parameters() if id(parameter) in ids}
+
+    for weighting in ("routed", "learned"):
+        more = decaying(True, weighting) - decaying(False, weighting)
+        parameters = dgnet.create_model("dg_resnet20", weighting=weighting).named_parameters()
+        assert more == {name for name, p in parameters if p.ndim <= 1 and "weighting" not in name}
+
+
+def test_the_rate_follows_the_batch_size_where_it_is_meant_for_another():
+    assert TrainConfig(lr=0.4, batch_size=256).peak_lr == 0.4
+    assert TrainConfig(lr=0.4, batch_size=256, lr_batch_size=1024).peak_lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("500 steps", (500, None)),
+        ("1 step", (1, None)),
+        ("15 minutes", (None, 900)),
+        ("0.5min", (None, 30)),
+        ("2 m", (None, 120)),
+    ],
+)
+def test_how_often_checkpoints_are_written(given, expected):
+    assert TrainConfig(checkpoint_every=given).checkpoint_interval() == expected
+
+
+@pytest.mark.parametrize("given", ["", "5", "0 steps", "1.5 steps", "5 hours", "-1 minutes", "1..2 minutes"])
+def test_what_is_no_interval_of_checkpoints(given):
+    with pytest.raises(UsageError, match="--checkpoint-every must be like '500 steps' or '15 minutes'"):
+        TrainConfig(checkpoint_every=given)

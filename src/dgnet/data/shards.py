@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dgnet.data.images import BadImages, decode, fold, seeded
+from dgnet.data.images import BadImages, decode, fold, seed_generators
 from dgnet.errors import BadImageError, UsageError, reason
 
 
@@ -113,8 +113,8 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
                 held[place], sample = sample, held[place]
             content, label, name = sample
             try:
-                with seeded(self.seed, consumer, count):
-                    image = self.transform(decode(content, name))
+                seed_generators(self.seed, consumer, count)
+                image = self.transform(decode(content, name))
             except BadImageError as error:
                 if self.bad is None:
                     raise

@@ -70,7 +70,8 @@ class Classifier(L.LightningModule):
             loss = loss + self.budget.penalty(figures["executed"], progress)
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
-        return {"loss": loss, "correct": (logits.detach().argmax(1) == labels).sum()}
+        # Lightning divides the loss by the number of accumulated batches; `value` is what is shown.
+        return {"loss": loss, "value": loss.detach(), "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch

@@ -45,7 +45,7 @@ class Progress(L.Callback):
         for pace in (self.lately, self.overall):
             pace.add(len(batch[1]) * trainer.world_size)
         if self.lately.seconds >= self.interval:
-            loss, top1 = float(outputs["loss"]), float(self.correct) / self.seen
+            loss, top1 = float(outputs["value"]), float(self.correct) / self.seen
             self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %, {self.lately}", refresh=False)
             self.lately = Pace()

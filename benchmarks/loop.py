@@ -1,0 +1,170 @@
+"""What a run's loop adds to a training step: Lightning, metrics, checkpoints, progress, against a bare PyTorch loop.
+
+    python benchmarks/loop.py [--model dg_resnet20] [--batch-size 64] [--cuda]
+
+Both loops train a tiny network on the same batches with the same optimiser and schedule, in one process, in segments that take
+turns: what the loop adds is so many milliseconds, whatever the network, and on a tiny one they can be told from noise. They are
+then set beside a bare step of the network asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from tqdm import tqdm
+
+import dgnet
+from dgnet.bench import describe_hardware, versions
+from dgnet.data import ImageDataset
+from dgnet.training import TrainConfig
+from dgnet.training.module import Classifier, ImageDataModule, build_parameter_groups
+from dgnet.training.progress import Progress
+from dgnet.training.train import build_trainer, prepare_data, quiet_lightning
+
+
+class Noise(ImageDataset):
+    """Images of random pixels."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.class_names = [str(label) for label in range(10)]
+        self.pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8).numpy()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), index % 10
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class StepTimes(L.Callback):
+    """The moment at which each step ended."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        if not self.moments:
+            self.moments.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        self.moments.append(time.perf_counter())
+
+
+def main() -> None:
+    """Measure and print one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dg_resnet20")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=200, help="steps a segment")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cuda", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dgnet.keep_freed_memory()
+    device = "cuda" if args.cuda else "cpu"
+    tiny = {"channels": [16, 16, 16]}
+    small = Noise(4 * (args.steps + 1), 8)
+    added = []
+    for number in tqdm(range(args.rounds), file=sys.stderr):
+        loops = {"bare": bare_loop, "lightning": lightning_loop}
+        order = list(loops) if number % 2 else list(loops)[::-1]
+        seconds = {name: loops[name](configure("dg_resnet20", tiny, 4, 8, device), small, device) for name in order}
+        added.append(1000 * (seconds["lightning"] - seconds["bare"]))
+    data = Noise(args.batch_size * 11, args.image_size)
+    config = configure(args.model, {}, args.batch_size, args.image_size, device)
+    bare_seconds = [1000 * bare_loop(config, data, device) for _ in range(3)]
+    bare, adds = statistics.median(bare_seconds), statistics.median(added)
+    print(f"{describe_hardware(device)}; {', '.join(f'{k} {v}' for k, v in versions(device).items())}")
+    of = f"{args.model}, batch {args.batch_size}, {args.image_size} pixels, {args.threads} thread(s)"
+    print(
+        f"the loop adds {adds:.2f} ms a step (median of {args.rounds} rounds of {args.steps} steps, {min(added):.2f} …"
+        f" {max(added):.2f} ms): {100 * adds / bare:.2f} % of a bare step of {of}:"
+        f" {bare:.0f} ms ({min(bare_seconds):.0f} … {max(bare_seconds):.0f})"
+    )
+
+
+def configure(model: str, kwargs: dict[str, Any], batch_size: int, image_size: int, device: str) -> TrainConfig:
+    """A run of one epoch."""
+    return TrainConfig(
+        model=model,
+        model_kwargs=kwargs,
+        batch_size=batch_size,
+        image_size=image_size,
+        epochs=1,
+        warmup_epochs=0.1,
+        cache=True,
+        channels_last=True,
+        accelerator="gpu" if device == "cuda" else "cpu",
+    )
+
+
+def lightning_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
+    """Median seconds of a step of a run, evaluation apart."""
+    with tempfile.TemporaryDirectory() as folder, quiet_lightning():
+        torch.manual_seed(0)
+        network = dgnet.create_model(config.model, num_classes=10, **config.model_kwargs)
+        preprocessing, config = prepare_data(config, network, dataset, dataset)
+        times = StepTimes()
+        trainer = build_trainer(config, Path(folder), Progress(), None)
+        trainer.callbacks.append(times)  # type: ignore[attr-defined]
+        trainer.limit_val_batches = 1
+        network.to(memory_format=torch.channels_last)
+        carried = {"class_names": dataset.class_names}
+        data = ImageDataModule(dataset, dataset, config, preprocessing, Path(folder))
+        trainer.fit(Classifier(network, config, carried), data)
+    return median_step(times.moments)
+
+
+def bare_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
+    """Median seconds of a step of a loop that does what must be done, no more."""
+    torch.manual_seed(0)
+    network = dgnet.create_model(config.model, num_classes=10, **config.model_kwargs)
+    preprocessing, config = prepare_data(config, network, dataset, dataset)
+    network.to(device, memory_format=torch.channels_last).train()
+    data = ImageDataModule(dataset, dataset, config, preprocessing, Path())
+    strategy = type("Strategy", (), {"root_device": torch.device(device)})()
+    place = {"global_rank": 0, "world_size": 1, "global_step": 0, "strategy": strategy}
+    data.trainer = type("Trainer", (), place)()  # type: ignore[assignment]
+    groups = build_parameter_groups(network, config)
+    optimizer = create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=0.9)
+    schedule = CosineLRScheduler(optimizer, t_initial=100, t_in_epochs=False)
+    moments = [time.perf_counter()]
+    for step, (images, labels) in enumerate(data.train_dataloader(), start=1):
+        images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step_update(step)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        moments.append(time.perf_counter())
+    return median_step(moments)
+
+
+def median_step(moments: list[float]) -> float:
+    """Of the steps but the first, which warms up."""
+    steps = [after - before for before, after in pairwise(moments)]
+    return statistics.median(steps[1:])
+
+
+if __name__ == "__main__":
+    main()
