@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dgnet.cli import main
 from dgnet.errors import UsageError
@@ -49,13 +50,13 @@ def noise(least: int) -> bytes:
 
 
 def options(data: Path, output: Path, source: str = "folder", **more: Any) -> dict[str, Any]:
-    """A run of 24 steps with everything that draws: augmentation, drop path."""
+    """A run of 24 steps with everything that draws: augmentation, dropout."""
     sources = {
         "folder": {"data": str(data)},
         "shards": {"data": f"{data}/train-{{0..1}}.tar", "val_data": f"{data}/val-{{0..1}}.tar"},
     }
     own = {
-        "model_kwargs": {"channels": [4, 4, 4], "drop_path_rate": 0.2},
+        "model_kwargs": {"channels": [4, 4, 4], "drop_rate": 0.5},
         "image_size": 8,
         "batch_size": 4,
         "epochs": 4,
@@ -68,8 +69,15 @@ def options(data: Path, output: Path, source: str = "folder", **more: Any) -> di
     return {**own, **sources[source], **more}
 
 
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Step and value of a curve as TensorBoard shows it."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("val_loss")]
+
+
 def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
-    """Weights and optimiser to the bit, and the rows of metrics.csv."""
+    """Weights to the bit, the rows of metrics.csv, TensorBoard's curves."""
     weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -78,6 +86,7 @@ def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
     for row, other in zip(rows, expected_rows, strict=True):
         values, others = ({name: float(value) for name, value in r.items() if value} for r in (row, other))
         assert values == (others if exact else pytest.approx(others, rel=1e-5))
+    assert curve(run) == curve(twin)
 
 
 CASES = {
@@ -122,16 +131,20 @@ def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed
     raise AssertionError(f"{kills} kills in 20 runs")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, data, tmp_path):
-    whole = Run(options(data, tmp_path / "whole"))
+def saved_step(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+
+
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, workers, data, tmp_path):
+    whole = Run(options(data, tmp_path / "whole", workers=workers))
     assert whole.start().wait() == [0], whole.log()
-    run = Run(options(data, tmp_path / "run", checkpoint_every="15 minutes", epochs=4)).start()
-    wait_for(lambda: len(read_rows(run.folder / "metrics.csv")) >= 1)
+    run = Run(options(data, tmp_path / "run", workers=workers, checkpoint_every="8 steps")).start()  # of which an epoch has 6
+    last = run.folder / "checkpoints" / "last.ckpt"
+    wait_for(lambda: last.exists() and saved_step(last) == 8)
     run.signal(signum)
     assert run.wait() == [128 + signum], run.log()
-    step = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert step >= 6
+    assert saved_step(last) > 8
     assert run.start().wait() == [0], run.log()
     assert_same(run.folder, whole.folder)
 
