@@ -89,7 +89,9 @@ def decode(content: bytes, name: str) -> Image.Image:
     Raises BadImageError, with `name`, where they are no image or one that is cut short.
     """
     try:
-        return _to_rgb(_upright(Image.open(io.BytesIO(content))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that is not well formed
+            return _to_rgb(_upright(Image.open(io.BytesIO(content))))
     except Exception as error:  # on a broken file Pillow's decoders raise what they like
         why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
@@ -100,9 +102,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # Pillow takes 20 µs to find none
         return image
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EXIF is often not well formed
-            return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image)
     except Exception:
         return image
 
