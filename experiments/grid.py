@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from dgnet.errors import UsageError, reason
-from dgnet.files import replace_file
+from dgnet.files import read_table
 
 PLACES = ("data", "val_data", "data_root", "output", "threads")
 """Options that do not decide the result."""
@@ -106,26 +105,7 @@ def fill_seed(value: Any, seed: int) -> Any:
     return seed if value == "$seed" else value
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none where it is not there yet."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a table: an interruption leaves the old table or the new one."""
-    table = [*read_rows(path), *rows]
-    columns = list(dict.fromkeys(name for row in table for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def missing_runs(grid: Grid) -> list[Run]:
     """The runs that the table does not hold yet, in the grid's order."""
-    done = {(row["digest"], row["arm"]) for row in read_rows(grid.table)}
+    done = {(row["digest"], row["arm"]) for row in read_table(grid.table)}
     return [run for run in grid.runs if (run.digest, run.arm) not in done]

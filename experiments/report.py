@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 from scipy.stats import t as student
 
 from dgnet.errors import UsageError
-from grid import Grid, read_grid, read_rows
+from dgnet.files import read_table
+from grid import Grid, read_grid
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -64,7 +65,7 @@ Arms = dict[str, dict[int, dict[str, str]]]
 
 def collect(grid: Grid) -> Arms:
     """The rows of the table that the grid asks for; those of another recipe are left out."""
-    rows = {(row["arm"], row["digest"]): row for row in read_rows(grid.table)}
+    rows = {(row["arm"], row["digest"]): row for row in read_table(grid.table)}
     arms: Arms = {}
     for run in grid.runs:
         if (run.arm, run.digest) in rows:
@@ -158,7 +159,7 @@ def draw_curves(grid: Grid, arms: Arms) -> Any:
     """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
     curves: dict[str, dict[int, list[float]]] = {}
     digests = {(arm, row["digest"]) for arm, rows in arms.items() for row in rows.values()}
-    for row in read_rows(grid.curves):
+    for row in read_table(grid.curves):
         if (row["arm"], row["digest"]) in digests:
             curves.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
     groups: dict[str, list[str]] = {}

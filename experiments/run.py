@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import json
 import os
@@ -29,9 +28,10 @@ import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
+from dgnet.files import read_table, write_table
 from dgnet.options import flag
 from dgnet.training import TrainConfig
-from grid import Grid, Run, append_rows, missing_runs, read_grid
+from grid import Grid, Run, missing_runs, read_grid
 
 
 def main() -> int:
@@ -176,8 +176,8 @@ class Workers:
         row |= {"versions": " ".join(f"{name} {version}" for name, version in versions(self.device).items())}
         labels = {"arm": run.arm, "seed": run.seed, "digest": run.digest}
         with self.lock:
-            append_rows(self.grid.curves, [labels | curve for curve in curves])
-            append_rows(self.grid.table, [row])
+            for path, rows in ((self.grid.curves, [labels | curve for curve in curves]), (self.grid.table, [row])):
+                write_table(path, [*read_table(path), *rows])
         return row
 
     def call(self, words: list[str], log: Path) -> str | None:
@@ -202,8 +202,7 @@ class Workers:
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
     """One row for each epoch of a run: its number from 1, and losses and accuracies, empty where it was not evaluated."""
-    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "metrics.csv")
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     return [{"epoch": int(row["epoch"]) + 1, **{name: row.get(name, "") for name in names}} for row in rows]
 

@@ -13,6 +13,7 @@ import scipy.stats
 import yaml
 
 from dgnet.errors import UsageError
+from dgnet.files import read_table, write_table
 from tests.data.test_sources import jpeg, write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
     assert listed == ["a: static, seed 3", "a: dynamic, seed 3", "a: static, seed 4", "a: dynamic, seed 4"]
     first = call(*command)
     assert first.returncode == 0, first.stderr
-    rows = grids.read_rows(folder / "results" / "grid.csv")
+    rows = read_table(folder / "results" / "grid.csv")
     assert sorted((row["arm"], row["seed"]) for row in rows) == [
         ("dynamic", "3"),
         ("dynamic", "4"),
@@ -72,7 +73,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
     for row in rows:
         assert 0 <= float(row["top1"]) <= 100
         assert (row["top1_mean_adjacency"] != "") == (row["arm"] == "dynamic")
-    curves = grids.read_rows(folder / "results" / "grid_curves.csv")
+    curves = read_table(folder / "results" / "grid_curves.csv")
     assert len(curves) == 4 * 2
     # The last checkpoint's accuracy is the one that training measured at its end; test images were read in no other epoch.
     for row in rows:
@@ -82,7 +83,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
 
     again = call(*command)
     assert again.returncode == 0
-    assert grids.read_rows(folder / "results" / "grid.csv") == rows
+    assert read_table(folder / "results" / "grid.csv") == rows
     # One row lost, as by an interruption: that run alone is run again, and gives the same.
     with (folder / "results" / "grid.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -90,7 +91,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
         writer.writerows(row for row in rows if (row["arm"], row["seed"]) != ("dynamic", "3"))
     assert call(*command, "--dry-run").stdout == "a: dynamic, seed 3\n"
     assert call(*command).returncode == 0
-    redone = {(row["arm"], row["seed"]): row for row in grids.read_rows(folder / "results" / "grid.csv")}
+    redone = {(row["arm"], row["seed"]): row for row in read_table(folder / "results" / "grid.csv")}
     assert redone["dynamic", "3"]["loss"] == next(r for r in rows if (r["arm"], r["seed"]) == ("dynamic", "3"))["loss"]
 
     printed = call("report.py", folder / "grid.yaml")
@@ -104,7 +105,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
 def test_another_recipe_is_another_run(folder):
     before = grids.read_grid(folder / "grid.yaml")
     rows = [{"digest": run.digest, "arm": run.arm, "seed": run.seed} for run in before.runs]
-    grids.append_rows(before.table, rows[:3])
+    write_table(before.table, rows[:3])
     assert [(run.arm, run.seed) for run in grids.missing_runs(before)] == [("dynamic", 4)]
     write_grid(folder, options={"epochs": 3})
     assert len(grids.missing_runs(grids.read_grid(folder / "grid.yaml"))) == 4
@@ -131,7 +132,7 @@ def test_without_test_images_a_run_is_judged_on_those_it_holds_out(folder):
     (folder / "data" / "test.tar").unlink()
     done = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
     assert done.returncode == 0, done.stderr
-    (row,) = grids.read_rows(folder / "results" / "grid.csv")
+    (row,) = read_table(folder / "results" / "grid.csv")
     assert row["images"] == "4"
     assert "held-out top-1 %" in call("report.py", folder / "grid.yaml").stdout
 

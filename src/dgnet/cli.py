@@ -1,6 +1,6 @@
 """The `dgnet` command: parses, calls, prints.
 
-Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted; 1 anything else.
+Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted, 143 terminated; 1 anything else.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command != "bench":  # there it is an option
             keep_freed_memory()
         args = parser.parse_args(arguments)[command]
-        if command == "train" and args.resume:
+        if command == "train" and args.resume is not None:
+            if any(word.partition("=")[0] == "--config" for word in arguments):
+                raise UsageError("--resume goes on as config.yaml of the run says: leave out --config")
             args = parser.parse_args(arguments, defaults=False)[command]  # what was given, no more
         run(args)
     except UsageError as error:
@@ -222,7 +224,7 @@ def run_train(args: Namespace) -> None:
     """`dgnet train`. Leaves with 128 and the signal's number where one ended the run."""
     from dgnet.training import Interrupted, TrainConfig, is_main_process, read_run, train
 
-    resume = Path(args.resume) if args.get("resume") else None
+    resume = Path(args.resume) if args.get("resume") is not None else None
     values = {f.name: args[f.name] for f in fields(TrainConfig) if f.name in args}
     result = None
     if resume is not None:

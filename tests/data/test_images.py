@@ -126,6 +126,7 @@ def test_a_bad_image_is_an_error_by_default(folder, workers):
 def test_too_many_bad_images_end_the_run(folder):
     with pytest.raises(UsageError, match=r"more than 2 images do not decode.*all are listed in .*bad_images.txt"):
         train(config(folder, on_bad_image="skip", max_bad_images=2))
+    assert len((folder / "run" / "bad_images.txt").read_text().splitlines()) == 3
 
 
 def test_what_fills_a_batch_up_counts_in_nothing(folder):

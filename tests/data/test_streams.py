@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from dgnet.data import EVALUATION, Preprocessing, ShardStream, open_dataset, open_train_and_evaluation
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, train
+from dgnet.training.loading import TrainingLoader, TrainingOrder
 from tests.data.test_sources import jpeg, write_shard
 
 CLASSES = [str(label) for label in range(12)]
@@ -82,12 +83,27 @@ def test_training_on_a_stream(shards, tmp_path):
     assert train(config).metrics["step"] == 2 * (9 // 4) - 1
 
 
+def test_a_stream_that_goes_on_begins_elsewhere(shards):
+    def first(step: int) -> list[int]:
+        order = TrainingOrder(12, 4, seed=0)
+        images = stream(f"pipe:cat {shards}/{{0..2}}.tar", buffer=12)
+        loader = TrainingLoader(DataLoader(images, batch_size=4), order, lambda: step)
+        return [label for _, batch in loader for label in batch.tolist()]
+
+    assert len(first(0)) == len(first(3)) == 12
+    assert len(first(4)) == 8  # of the epoch's three steps one was taken
+    assert first(0) == first(0)
+    assert first(0) != first(3)
+
+
 def test_what_a_stream_cannot_do(shards):
     source = f"pipe:cat {shards}/0.tar"
     with pytest.raises(UsageError, match=r"streams: its classes are those of --val-data, which is missing"):
         open_train_and_evaluation(source, None)
     with pytest.raises(UsageError, match="how many images make an epoch with --epoch-images"):
         open_train_and_evaluation(source, f"{shards}/0.tar")
+    with pytest.raises(UsageError, match="nothing can be held out of it"):
+        open_train_and_evaluation(source, None, holdout=3)
     with pytest.raises(UsageError, match="streams: good for --data of training"):
         open_dataset(source, EVALUATION)
     with pytest.raises(UsageError, match="--epoch-images is for streams"):
@@ -103,5 +119,5 @@ def test_bad_streams_are_named(shards, tmp_path):
     with pytest.raises(UsageError, match="cannot be read as a stream of a tar file"):
         labels(stream(f"pipe:cat {tmp_path}/nowhere.tar"), 1)
     write_shard(tmp_path / "empty.tar", [])
-    with pytest.raises(UsageError, match="hold no samples"):
+    with pytest.raises(UsageError, match="nothing for process 1 of 1 to read"):
         labels(stream(f"pipe:cat {tmp_path}/empty.tar"), 1)

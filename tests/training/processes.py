@@ -24,6 +24,7 @@ FORK.set_forkserver_preload(["tests.training.processes"])
 def run_training(options: dict[str, Any], resume: bool, environment: dict[str, str], file_bytes: int | None) -> None:
     """One process of a run in options["output"]; leaves with the status that `dgnet train` leaves with."""
     folder = Path(options["output"])
+    os.setsid()  # a group of its own, with the processes that load images
     os.environ.update(environment)
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
@@ -78,10 +79,10 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def signal(self, signum: int, rank: int | None = None) -> None:
-        """Send a signal to all processes, or to one."""
+        """Send a signal to the groups of all processes, or of one, as launchers do."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signum)
+                os.killpg(process.pid, signum)
 
     def log(self) -> str:
         """What the processes printed."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dgnet
-from dgnet.training.history import read_rows
+from dgnet.files import read_table
 from tests.training.processes import FORK, free_port, wait_for
 from tests.training.test_resume import assert_same, data, options  # noqa: F401
 
@@ -103,18 +103,18 @@ def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):  # noqa: F811
         return [torchrun(2, 1, node, port, arguments, log) for node in range(2)]
 
     nodes = start(words(given))
-    wait_for(lambda: len(read_rows(tmp_path / "run" / "metrics.csv")) >= 2, 120)
+    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 120)
     nodes[1].send_signal(signal.SIGTERM)
     statuses = [node.wait(120) for node in nodes]
     assert all(statuses), log.read_text()
-    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    rows = read_table(tmp_path / "run" / "metrics.csv")
     assert 2 <= len(rows) < 60
     nodes = start([f"--resume={tmp_path / 'run'}"])
     assert [node.wait(240) for node in nodes] == [0, 0], log.read_text()
     resumed = re.findall(r"60 epochs from step ([\d,]+) on", log.read_text())
     assert len(resumed) == 1
     assert int(resumed[0].replace(",", "")) % 50  # saved because of the signal
-    assert [int(row["epoch"]) for row in read_rows(tmp_path / "run" / "metrics.csv")] == list(range(60))
+    assert [int(row["epoch"]) for row in read_table(tmp_path / "run" / "metrics.csv")] == list(range(60))
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(data, tmp_path):  # noqa: F81
     whole = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "whole", **more)), log)
     assert whole.wait(240) == 0, log.read_text()
     job = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "run", **more)), log)
-    wait_for(lambda: len(read_rows(tmp_path / "run" / "metrics.csv")) >= 2, 120)
+    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 120)
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     begin = time.monotonic()

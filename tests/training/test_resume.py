@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import signal
 import time
@@ -18,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dgnet.cli import main
 from dgnet.errors import UsageError
-from dgnet.training import TrainConfig, read_run, train
+from dgnet.files import read_table
+from dgnet.training import Interrupted, TrainConfig, read_run, train
 from dgnet.training.checkpointing import WholeCheckpointIO
-from dgnet.training.history import read_rows
+from dgnet.training.module import Classifier, ImageDataModule
 from tests.data.test_sources import write_shard
 from tests.training.processes import Run, wait_for
 
@@ -81,7 +83,7 @@ def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
     weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    rows, expected_rows = (read_rows(folder / "metrics.csv") for folder in (run, twin))
+    rows, expected_rows = (read_table(folder / "metrics.csv") for folder in (run, twin))
     assert len(rows) == len(expected_rows)
     for row, other in zip(rows, expected_rows, strict=True):
         values, others = ({name: float(value) for name, value in r.items() if value} for r in (row, other))
@@ -92,7 +94,7 @@ def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
 CASES = {
     "folder": {},
     "folder, workers, EMA": {"workers": 2, "ema": 0.9},
-    "shards, accumulation": {"source": "shards", "accumulate": 2, "clip_grad": 1.0},
+    "shards, accumulation": {"source": "shards", "accumulate": 2, "clip_grad": 1.0, "evaluate_every": 2},
     "folder, two ranks": {"ranks": 2},
     "shards, two ranks, a worker, EMA, accumulation": {
         "source": "shards",
@@ -147,6 +149,38 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, workers
     assert saved_step(last) > 8
     assert run.start().wait() == [0], run.log()
     assert_same(run.folder, whole.folder)
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, tmp_path, monkeypatch):
+    train(TrainConfig(**options(data, tmp_path / "whole", checkpoint_every="15 minutes")))
+    config = TrainConfig(**options(data, tmp_path / "run", checkpoint_every="15 minutes"))
+
+    def be_told_to_stop(module: Classifier, *arguments: Any) -> None:
+        if module.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "validation_step", be_told_to_stop)
+        with pytest.raises(Interrupted, match="interrupted by SIGTERM after step 11") as caught:
+            train(config)
+    assert caught.value.folder == tmp_path / "run"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert saved_step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 11
+    train(*read_run(tmp_path / "run", {})[:1], tmp_path / "run")
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(data, tmp_path, monkeypatch):
+    prepare = ImageDataModule.val_dataloader
+
+    def be_told_to_stop(module: ImageDataModule) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(module)
+
+    monkeypatch.setattr(ImageDataModule, "val_dataloader", be_told_to_stop)
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM after step 1$"):
+        train(TrainConfig(**options(data, tmp_path / "run")))
 
 
 def test_one_process_of_two_is_told_to_stop_and_both_do(data, tmp_path):
@@ -216,6 +250,8 @@ def test_what_cannot_be_resumed(data, tmp_path, capsys):
     train(TrainConfig(**options(data, run, epochs=1)))
     line = refuse("--resume", run, "--lr", "0.3")
     assert "leave out --lr" in line
+    assert "leave out --config" in refuse("--resume", run, "--config", "recipe.yaml")
+    assert "is no run folder" in refuse("--resume", "")
     assert "--workers" in line
     (run / "metrics.csv").unlink()
     other = f"{data}/val-{{0..1}}.tar"

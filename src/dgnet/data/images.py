@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dgnet.errors import BadImageError, UsageError, reason
 
 IGNORED = -100
-"""The label of what fills a batch up: it counts in no loss and no metric."""
+"""The label of what fills a batch up: it counts in no loss of labels and no metric; batch statistics see it."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -91,7 +91,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of EXIF that is not well formed
-            return _to_rgb(_upright(Image.open(io.BytesIO(content))))
+            return to_rgb(Image.open(io.BytesIO(content)))
     except Exception as error:  # on a broken file Pillow's decoders raise what they like
         why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
@@ -107,7 +107,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright; 16-bit grey is scaled."""
+    image = _upright(image)
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
@@ -160,7 +162,7 @@ class BadImages:
         known = self.read()
         if line in known:
             return
-        # One write at the end of the file: processes do not cut into each other's lines.
+        # One write at the end of the file: on a local disk processes do not cut into each other's lines.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, f"{line}\n".encode())

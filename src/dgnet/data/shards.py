@@ -74,7 +74,7 @@ def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.T
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):
-    """Endless training images from shards that are read front to back: URLs (`https://…`, `s3://…`) or pipes (`pipe:…`).
+    """Endless training images from shards that are read front to back: URLs (`https://…`, `gs://…`) or pipes (`pipe:aws s3 cp …`).
 
     Each pass goes through the shards in a new order; images leave a buffer of `buffer` images at random. Shards are divided
     among the processes of all ranks and their workers, or images where the shards are fewer. Nothing more is promised: an image
@@ -128,14 +128,18 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
         passes = 0
         while True:
             order = np.random.default_rng((self.seed, passes)).permutation(len(self.paths)).tolist()
-            found = False
-            for index in order[consumer::consumers] if by_shard else order:
+            own = order[consumer::consumers] if by_shard else order
+            count = 0
+            for index in own:
                 for place, sample in enumerate(self._read(self.paths[index])):
-                    found = True
                     if by_shard or place % consumers == consumer:
+                        count += 1
                         yield sample
-            if not found:
-                raise UsageError(f"{self.paths[0]} and the other shards hold no samples; a sample is KEY.jpg with KEY.cls")
+            if not count:
+                raise UsageError(
+                    f"{', '.join(self.paths[index] for index in own[:3])}: nothing for process {consumer + 1} of {consumers} to"
+                    " read; a sample is KEY.jpg with KEY.cls, and each process needs one"
+                )
             passes += 1
 
     def _read(self, path: str) -> Iterator[tuple[bytes, int, str]]:

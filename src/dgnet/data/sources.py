@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from dgnet.data.images import ImageDataset, hold_out, read_image
+from dgnet.data.images import ImageDataset, hold_out, read_image, to_rgb
 from dgnet.data.shards import ShardStream, expand_shards, is_stream, read_classes, walk_shard
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
 
@@ -205,7 +205,7 @@ class TimmDataset(ImageDataset):
         try:
             image, label = self.dataset[index] if self.reader is None else self.reader[index]
             if isinstance(image, Image.Image):
-                content = image.convert("RGB")
+                content = to_rgb(image)
             else:
                 with image:
                     content = image.read()
@@ -284,6 +284,8 @@ def open_train_and_evaluation(
     Raises UsageError where `val_source` is missing and `source` does not give both: data is never split silently.
     """
     if is_stream(source):
+        if holdout:
+            raise UsageError(f"{source} streams, nothing can be held out of it: leave out --holdout")
         if val_source is None:
             raise UsageError(f"{source} streams: its classes are those of --val-data, which is missing")
         if epoch_images is None:

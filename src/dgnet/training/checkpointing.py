@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -24,17 +25,18 @@ _LOOK_EVERY = 10  # steps on a GPU between looks at whether the loss is finite: 
 
 
 class Interrupted(Exception):  # noqa: N818, the field's word; no error
-    """A run was told to stop by a signal and has saved a checkpoint."""
+    """A run was told to stop by a signal; its checkpoint is of `step`, or, where that is None, of some step before."""
 
-    def __init__(self, signum: int, step: int, folder: Path) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name} after step {step:,}")
+    def __init__(self, signum: int, step: int | None, folder: Path) -> None:
+        after = "" if step is None else f" after step {step:,}"
+        super().__init__(f"interrupted by {signal.Signals(signum).name}{after}")
         self.signum, self.folder = signum, folder
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, renames: a checkpoint is the old one or the new one, whatever happens.
 
-    Loads tensors and plain values only. Raises UsageError where the disk is full or the file cannot be written.
+    Loads tensors and plain values only. Raises UsageError where the file cannot be written.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -43,37 +45,56 @@ class WholeCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(path) as written:
                 torch.save(checkpoint, written)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-            kept = "the one before it is kept; make room" if path.exists() else "make room"
-            raise UsageError(f"checkpoint {path} cannot be written ({reason(error)}): {kept} and go on with --resume") from None
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _WRITER_FAILED.search(str(error)):
+                raise
+            kept = "; the one before it is kept" if path.exists() else ""
+            raise UsageError(f"checkpoint {path} cannot be written ({reason(error)}){kept}; then go on with --resume") from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return content
 
 
+_WRITER_FAILED = re.compile("PytorchStreamWriter|iostream")  # how torch's writer says that the disk is full
+
+
 class Checkpointing(CheckpointCallback):
     """Writes best.ckpt, and last.ckpt at each epoch's end, every so many steps or seconds, and when told to stop.
 
-    After each step all processes agree on what to do, whichever of them was told: save, stop, or end with an error because a
-    loss is not finite. Raises Interrupted in the first case, UsageError in the last.
+    After each step all processes agree on what to do, whichever of them was told. Raises Interrupted after a signal, and
+    UsageError where a loss is not finite.
+
+    A step before each evaluation is saved too, and a signal during the evaluation takes effect at once.
     """
 
     def __init__(self, folder: Path, steps: int | None = None, seconds: float | None = None) -> None:
-        self.path, self.best_path = folder / LAST, folder / "best.ckpt"
+        self.folder = folder
         self.steps, self.seconds = steps, seconds
         self.best_top1 = -1.0  # percent
         self.saved_at = time.monotonic()
+        self.is_owed = False  # a checkpoint, after the next step
         self.signum = 0
         self._group: Any = None
-        self._handlers: dict[int, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """The last checkpoint."""
+        return self.folder / LAST
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for a GPU
+        # In place of Lightning's, which know of SIGTERM in the first process only and ask the device before every batch. It
+        # restores handlers when it leaves.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.received_sigterm:
+            self.signum = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
-            # In place of Lightning's, which knows of SIGTERM in the first process only.
-            self._handlers = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+            for signum in SIGNALS:
+                signal.signal(signum, self._note)
         self.saved_at = time.monotonic()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -85,43 +106,55 @@ class Checkpointing(CheckpointCallback):
         if (batch_index + 1) % trainer.accumulate_grad_batches:
             return
         step, is_last = trainer.global_step, trainer.is_last_batch
+        is_evaluated = module.evaluates_in(trainer.current_epoch)
         is_due = step % self.steps == 0 if self.steps else time.monotonic() - self.saved_at >= (self.seconds or float("inf"))
-        looks = module.device.type == "cpu" or is_due or is_last or self.signum or step % _LOOK_EVERY == 0
-        bad_step = int(module.first_bad_step) if looks else -1
-        is_due, signum, bad_step = self._agree(is_due, self.signum, bad_step)
-        if bad_step >= 0:
-            raise UsageError(self._describe_bad_step(bad_step, module.lr))
-        if is_last:  # saved after the evaluation
-            self.signum = self.signum or signum
+        is_next_evaluated = is_evaluated and batch_index + 1 + trainer.accumulate_grad_batches == trainer.num_training_batches
+        due, signum = self._agree(is_due or is_next_evaluated or self.is_owed, self.signum)
+        if module.device.type == "cpu" or due or is_last or signum or step % _LOOK_EVERY == 0:
+            (bad_step,) = self._agree(int(module.first_bad_step))
+            if bad_step >= 0:
+                raise UsageError(self._describe_bad_step(bad_step, module.lr))
+        if is_last:  # Lightning would take an evaluation for done; the step before it was saved
+            self.signum = signum
+            if signum and is_evaluated:
+                raise Interrupted(signum, step - 1, self.folder.parent)
             return
-        if is_due or signum:
+        if due or signum:
             self._save(trainer)
         if signum:
-            raise Interrupted(signum, step, self.path.parents[1])
+            raise Interrupted(signum, step, self.folder.parent)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        (signum,) = self._agree(self.signum)
+        if signum:
+            raise Interrupted(signum, trainer.global_step - 1, self.folder.parent)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        if module.evaluates_in(trainer.current_epoch):
-            top1 = float(trainer.callback_metrics["val_top1"])
-            is_best, self.best_top1 = top1 > self.best_top1, max(top1, self.best_top1)
-            if is_best:
-                trainer.save_checkpoint(self.best_path)
+        if not module.evaluates_in(trainer.current_epoch):
+            self.is_owed = True  # its row of metrics is written after this
+            return
+        top1 = float(trainer.callback_metrics["val_top1"])
+        is_best, self.best_top1 = top1 > self.best_top1, max(top1, self.best_top1)
+        if is_best:
+            trainer.save_checkpoint(self.folder / "best.ckpt")
         self._save(trainer)
-        _, signum, _ = self._agree(False, self.signum, -1)
+        (signum,) = self._agree(self.signum)
         if signum:
-            raise Interrupted(signum, trainer.global_step, self.path.parents[1])
+            raise Interrupted(signum, trainer.global_step, self.folder.parent)
 
-    def _agree(self, is_due: bool, signum: int, bad_step: int) -> tuple[bool, int, int]:
-        """The same answer in every process: the largest of each."""
+    def _agree(self, *values: int) -> list[int]:
+        """The same answers in every process: the largest of each."""
         if self._group is None:
-            return is_due, signum, bad_step
-        values = torch.tensor([int(is_due), signum, bad_step])
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
-        due, signum, bad_step = values.tolist()
-        return bool(due), signum, bad_step
+            return list(values)
+        tensor = torch.tensor([int(value) for value in values])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        agreed: list[int] = tensor.tolist()
+        return agreed
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
         self.saved_at = time.monotonic()
+        self.is_owed = False
 
     def _describe_bad_step(self, step: int, lr: float) -> str:
         line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}; lower --lr, or clip with --clip-grad"
@@ -134,8 +167,3 @@ class Checkpointing(CheckpointCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_top1 = state_dict["best_top1"]
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}

@@ -189,7 +189,7 @@ class TrainConfig:
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
         """Steps or seconds between checkpoints; the other is None. Raises UsageError for neither."""
-        found = re.fullmatch(r"([\d.]+) *(s|steps?|m|min|minutes?)", self.checkpoint_every.strip())
+        found = re.fullmatch(r"([\d.]+) *(steps?|min|minutes?)", self.checkpoint_every.strip())
         try:
             number = float(found[1]) if found else 0.0
         except ValueError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from dgnet.files import replace_file
+from dgnet.files import read_table, write_table
 
 
 class MetricsFile(Logger):
@@ -18,7 +17,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.rows: list[dict[str, Any]] = [] if step is None else [row for row in read_rows(path) if int(row["step"]) < step]
+        self.rows: list[dict[str, Any]] = [] if step is None else [row for row in read_table(path) if int(row["step"]) < step]
 
     @property
     def name(self) -> str:
@@ -39,20 +38,8 @@ class MetricsFile(Logger):
         if not any(name.startswith("train_") for name in metrics):
             return
         self.rows.append({**metrics, "epoch": int(metrics["epoch"]), "step": step})
-        columns = sorted({name for row in self.rows for name in row})
-        with replace_file(self.path) as written, open(written, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(self.path, self.rows, sorted({name for row in self.rows for name in row}))
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """None: config.yaml holds them."""
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from dgnet.data import ShardStream, fold
 
@@ -75,9 +75,12 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: it begins with the first batch, and Lightning makes iterators before it knows where a run goes on.
         self.order.epoch, self.order.start = divmod(self.step(), self.order.steps)
+        stream = getattr(self.batches, "dataset", None)
+        if isinstance(stream, ShardStream) and self._stream is None:
+            # A run that goes on reads other images first than the run did at its start.
+            stream.seed = fold(self.order.seed, self.step())
+            self._stream = iter(self.batches)  # it has no end
         iterator = iter(self.batches) if self._stream is None else self._stream
-        if isinstance(self.batches, DataLoader) and isinstance(self.batches.dataset, ShardStream):
-            self._stream = iterator  # it has no end
         for _ in range(len(self.order) - self.order.start * self.order.accumulate):
             start = time.perf_counter()
             batch = next(iterator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
+from dgnet.training.checkpointing import SIGNALS
 from dgnet.training.config import TrainConfig
 from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
 from dgnet.training.metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
@@ -67,7 +69,10 @@ class Classifier(L.LightningModule):
         loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
         if self.budget is not None:
             progress = self.global_step / int(self.trainer.estimated_stepping_batches)
-            loss = loss + self.budget.penalty(figures["executed"], progress)
+            executed = figures["executed"]
+            if self.config.on_bad_image == "skip":
+                executed = executed[labels != IGNORED]
+            loss = loss + self.budget.penalty(executed, progress)
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
         # Lightning divides the loss by the number of accumulated batches; `value` is what is shown.
@@ -90,6 +95,17 @@ class Classifier(L.LightningModule):
             logits = self(images)
         return logits, {"executed": self.budget.executed()}
 
+    def on_validation_epoch_start(self) -> None:
+        self.note_thresholds()  # here a moving average is in place
+
+    def note_thresholds(self) -> None:
+        """Remember the mean of τ of each stage."""
+        self.thresholds = {
+            f"stage{number}_threshold": stage.weighting.threshold.detach().mean()
+            for number, stage in enumerate(self.stages, start=1)
+            if stage.weighting.threshold is not None
+        }
+
     def on_validation_epoch_end(self) -> None:
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
         self._log_metrics(self.train_metrics, self.val_metrics)
@@ -106,10 +122,9 @@ class Classifier(L.LightningModule):
     def _log_metrics(self, *collections: MetricCollection, **options: Any) -> None:
         values = {name: value for metrics in collections for name, value in metrics.compute().items()}
         values = {name: value * 100 if "top" in name else value for name, value in values.items()}
-        for number, stage in enumerate(self.stages, start=1):
-            if stage.weighting.threshold is not None:
-                values[f"stage{number}_threshold"] = stage.weighting.threshold.detach().mean()
-        self.log_dict({**values, "lr": self.lr}, **options)
+        if self.val_metrics not in collections:
+            self.note_thresholds()
+        self.log_dict({**values, **self.thresholds, "lr": self.lr}, **options)
         for metrics in collections:
             metrics.reset()
 
@@ -182,6 +197,12 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
     return [group for group in [*groups, *apart] if group["params"]]
 
 
+def leave_signals(worker: int) -> None:
+    """In a process that loads images: the one that it loads for ends it. Signals are often sent to a whole group."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class ImageDataModule(L.LightningDataModule):
     """Loaders over data sets whose transforms are set.
 
@@ -200,7 +221,11 @@ class ImageDataModule(L.LightningDataModule):
         self.train, self.val = train, val
         self.config, self.preprocessing = config, preprocessing
         self.folder = folder
-        self.kwargs: dict[str, Any] = {"num_workers": config.workers, "pin_memory": torch.cuda.is_available()}
+        self.kwargs: dict[str, Any] = {
+            "num_workers": config.workers,
+            "worker_init_fn": leave_signals,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     @property
     def batch_size(self) -> int:
@@ -213,8 +238,6 @@ class ImageDataModule(L.LightningDataModule):
         order = TrainingOrder(len(self.train), config.batch_size, config.seed, *ranks, config.accumulate)
         batches: Iterable[Any]
         if isinstance(self.train, ShardStream):
-            # A run that goes on reads other images first than the run did at its start.
-            self.train.seed = fold(config.seed, trainer.global_step)
             self.train.rank, self.train.ranks = ranks
             self.train.bad = self._bad_images()
             batches = DataLoader(self.train, batch_size=self.batch_size, **self.kwargs)

@@ -69,6 +69,9 @@ class Progress(L.Callback):
                 line += f", executed {values['val_executed']:.3f} of the dense cost"
         tqdm.write(line, file=sys.stderr)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")
+
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.bar is not None:
             self.bar.close()

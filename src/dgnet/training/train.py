@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,22 +22,23 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from dgnet.checkpoint import describe_network, load_checkpoint, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
-from dgnet.errors import UsageError, reason
-from dgnet.files import replace_file
+from dgnet.errors import BadImageError, UsageError, reason
+from dgnet.files import read_table, replace_file
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity, DynamicNetwork
 from dgnet.models.static_weights import classifier_prefixes
 from dgnet.options import flag
 from dgnet.training.budget import Budget
-from dgnet.training.checkpointing import LAST, Checkpointing, WholeCheckpointIO
+from dgnet.training.checkpointing import LAST, Checkpointing, Interrupted, WholeCheckpointIO
 from dgnet.training.config import RESUME_OPTIONS, TrainConfig
-from dgnet.training.history import MetricsFile, read_rows
+from dgnet.training.history import MetricsFile
 from dgnet.training.module import Classifier, ImageDataModule
 from dgnet.training.progress import Progress
 
@@ -68,6 +70,9 @@ def train(
     folder = resume or (claim_folder(config) if is_main else Path(config.output or "runs"))
     last = folder / "checkpoints" / LAST
     checkpoint = _read_step(last) if resume and last.exists() else None
+    if resume and is_main:
+        for part in folder.rglob(".*.part"):  # of a file that was being written when the run was killed
+            part.unlink()
     L.seed_everything(config.seed, workers=True, verbose=False)
     train_set, val_set = open_train_and_evaluation(
         config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
@@ -110,6 +115,8 @@ def train(
 
     progress = Progress()
     trainer = build_trainer(config, folder, progress, checkpoint)
+    if config.cache and trainer.world_size > 1:
+        raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
     devices = trainer.world_size * config.accumulate
     if config.batch_size % devices:
         of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
@@ -125,20 +132,24 @@ def train(
             f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes,"
             f" {config.epochs} epochs{from_step} -> {folder}"
         )
+    checkpointing = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpointing))  # type: ignore[attr-defined]
     try:
         with quiet_lightning():
             data = ImageDataModule(train_set, val_set, config, preprocessing, folder)
             path = str(last) if checkpoint is not None else None
             trainer.fit(Classifier(network, config, carried, budget), datamodule=data, ckpt_path=path)
-    except UsageError:  # an image that cannot be read: a folder without a checkpoint is no run to keep
-        if is_main and not resume and not any(folder.glob("checkpoints/*.ckpt")):
-            shutil.rmtree(folder)
-            if was_there:
-                folder.mkdir()
+    except Interrupted:
         raise
-    except SystemExit as leaving:  # Lightning leaves so for Ctrl-C where no checkpoint could be saved
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):  # or the processes that it started wait for this one
+            launcher.kill(signal.SIGKILL)
+        if checkpointing.signum:  # what else went wrong follows from it: helpers of a whole group of processes were told too
+            raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
+        if isinstance(error, BadImageError) and is_main and not resume and not any(folder.glob("checkpoints/*.ckpt")):
+            clear_folder(folder, keep=was_there)  # a folder without a checkpoint is no run to keep
+        if isinstance(error, SystemExit):  # Lightning leaves so
+            raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
         raise
     if is_main:
         if progress.overall.images:
@@ -174,7 +185,7 @@ def read_run(folder: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, Run
             allowed = ", ".join(map(flag, RESUME_OPTIONS))
             raise UsageError(f"--resume goes on as {path} says: leave out {flag(name)}; what may differ: {allowed}")
     config = replace(config, **changes)
-    rows = read_rows(folder / "metrics.csv")
+    rows = read_table(folder / "metrics.csv")
     last = folder / "checkpoints" / LAST
     is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.epochs and last.exists()
     if not is_done or _read_step(last) <= int(rows[-1]["step"]):
@@ -193,12 +204,12 @@ def _read_step(checkpoint: Path) -> int:
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    row = read_rows(folder / "metrics.csv")[-1]
+    row = read_table(folder / "metrics.csv")[-1]
     return {name: float(value) for name, value in row.items() if value != ""}
 
 
 def _best(folder: Path) -> float:
-    return max(float(row["val_top1"]) for row in read_rows(folder / "metrics.csv") if row.get("val_top1"))
+    return max(float(row["val_top1"]) for row in read_table(folder / "metrics.csv") if row.get("val_top1"))
 
 
 def is_main_process() -> bool:
@@ -220,6 +231,14 @@ def claim_folder(config: TrainConfig) -> Path:
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
     return folder
+
+
+def clear_folder(folder: Path, keep: bool) -> None:
+    """Remove what a run wrote, and the folder too unless it is to `keep`."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not keep:
+        folder.rmdir()
 
 
 def describe_initial(network: nn.Module, names: list[str]) -> str:
@@ -342,6 +361,7 @@ def quiet_lightning() -> Iterator[None]:
                 ".*number of training batches.*",
                 ".*exists and is not empty.*",
                 ".*your dataloader is not resumable.*",  # ours reads the trainer's step
+                ".*sync_dist=True.*",  # metrics are means over all processes
                 ".*callbacks used to create the checkpoint.*",  # a run may go on with others
             ):
                 warnings.filterwarnings("ignore", message)
