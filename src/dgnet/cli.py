@@ -176,10 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, run = _COMMANDS[command]
         if command != "bench":  # there it is an option
             keep_freed_memory()
+        if command == "train" and {"--resume", "--config"} <= {word.partition("=")[0] for word in arguments}:
+            raise UsageError("--resume goes on as config.yaml of the run says: leave out --config")
         args = parser.parse_args(arguments)[command]
         if command == "train" and args.resume is not None:
-            if any(word.partition("=")[0] == "--config" for word in arguments):
-                raise UsageError("--resume goes on as config.yaml of the run says: leave out --config")
             args = parser.parse_args(arguments, defaults=False)[command]  # what was given, no more
         run(args)
     except UsageError as error:

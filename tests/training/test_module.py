@@ -94,7 +94,7 @@ def test_the_rate_follows_the_batch_size_where_it_is_meant_for_another():
         ("1 step", (1, None)),
         ("15 minutes", (None, 900)),
         ("0.5min", (None, 30)),
-        ("2 m", (None, 120)),
+        ("2 minutes", (None, 120)),
     ],
 )
 def test_how_often_checkpoints_are_written(given, expected):

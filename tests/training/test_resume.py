@@ -155,7 +155,10 @@ def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, tmp_pat
     train(TrainConfig(**options(data, tmp_path / "whole", checkpoint_every="15 minutes")))
     config = TrainConfig(**options(data, tmp_path / "run", checkpoint_every="15 minutes"))
 
+    evaluate = Classifier.validation_step
+
     def be_told_to_stop(module: Classifier, *arguments: Any) -> None:
+        evaluate(module, *arguments)
         if module.current_epoch == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -179,7 +182,7 @@ def test_a_signal_before_the_first_step_is_not_lost(data, tmp_path, monkeypatch)
         return prepare(module)
 
     monkeypatch.setattr(ImageDataModule, "val_dataloader", be_told_to_stop)
-    with pytest.raises(Interrupted, match="interrupted by SIGTERM after step 1$"):
+    with pytest.raises(Interrupted, match=r"interrupted by SIGTERM after step 1$"):
         train(TrainConfig(**options(data, tmp_path / "run")))
 
 

@@ -74,7 +74,7 @@ def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.T
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):
-    """Endless training images from shards that are read front to back: URLs (`https://…`, `gs://…`) or pipes (`pipe:aws s3 cp …`).
+    """Endless training images from shards that are read front to back: URLs (`https://…`) or pipes (`pipe:aws s3 cp …`).
 
     Each pass goes through the shards in a new order; images leave a buffer of `buffer` images at random. Shards are divided
     among the processes of all ranks and their workers, or images where the shards are fewer. Nothing more is promised: an image

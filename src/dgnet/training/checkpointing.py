@@ -56,7 +56,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return content
 
 
-_WRITER_FAILED = re.compile("PytorchStreamWriter|iostream")  # how torch's writer says that the disk is full
+_WRITER_FAILED = re.compile("PytorchStreamWriter|iostream|inline_container")  # how torch's writer says that the disk is full
 
 
 class Checkpointing(CheckpointCallback):

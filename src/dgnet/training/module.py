@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,6 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
-from dgnet.training.checkpointing import SIGNALS
 from dgnet.training.config import TrainConfig
 from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
 from dgnet.training.metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
@@ -197,10 +199,20 @@ def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict
     return [group for group in [*groups, *apart] if group["params"]]
 
 
-def leave_signals(worker: int) -> None:
-    """In a process that loads images: the one that it loads for ends it. Signals are often sent to a whole group."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+def heed_only(sender: int, worker: int) -> None:
+    """In a process that loads images: only the process that it loads for, `sender`, ends it.
+
+    Launchers signal a whole group; if the loaders died of it, a run could not take the step after which it saves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -223,7 +235,7 @@ class ImageDataModule(L.LightningDataModule):
         self.folder = folder
         self.kwargs: dict[str, Any] = {
             "num_workers": config.workers,
-            "worker_init_fn": leave_signals,
+            "worker_init_fn": partial(heed_only, os.getpid()),
             "pin_memory": torch.cuda.is_available(),
         }
 
