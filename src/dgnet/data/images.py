@@ -126,6 +126,12 @@ def read_image(path: Path) -> bytes:
         raise BadImageError(f"image {path} cannot be read: {reason(error)}") from None
 
 
+def check_label(where: str, label: int, classes: int) -> None:
+    """Raises UsageError, saying where, unless `label` is one of so many classes."""
+    if not 0 <= label < classes:
+        raise UsageError(f"{where}: label {label} is out of range, allowed are 0 to {classes - 1}")
+
+
 def seed_generators(*key: int) -> None:
     """Make what Python and torch draw next on the CPU a function of `key`."""
     seed = fold(*key)

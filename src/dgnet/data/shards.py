@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dgnet.data.images import BadImages, decode, fold, seed_generators
+from dgnet.data.images import BadImages, check_label, decode, fold, seed_generators
 from dgnet.errors import BadImageError, UsageError, reason
 
 
@@ -71,6 +71,11 @@ def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.T
                 yield key, member, int(content)
             except ValueError:
                 raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is no whole number") from None
+
+
+def no_label(path: str, key: str) -> UsageError:
+    """The mistake of an image without a label."""
+    return UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):
@@ -152,10 +157,8 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
                 for key, member, label in walk_shard(tar, path):
                     if label is None:
                         images[key] = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    elif not 0 <= label < len(self.class_names):
-                        most = len(self.class_names) - 1
-                        raise UsageError(f"{path}, sample {key}: label {label} is out of range, allowed are 0 to {most}")
                     else:
+                        check_label(f"{path}, sample {key}", label, len(self.class_names))
                         labels[key] = label
                     if key in images and key in labels:
                         yield images.pop(key), labels.pop(key), f"{path}, sample {key}"
@@ -165,4 +168,4 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             raise UsageError(f"{path} cannot be read as a stream of a tar file: {reason(error)}") from None
         if images:
             key = next(iter(images))
-            raise UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
+            raise no_label(path, key)

@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from dgnet.data.images import ImageDataset, hold_out, read_image, to_rgb
-from dgnet.data.shards import ShardStream, expand_shards, is_stream, read_classes, walk_shard
+from dgnet.data.images import ImageDataset, check_label, hold_out, read_image, to_rgb
+from dgnet.data.shards import ShardStream, expand_shards, is_stream, no_label, read_classes, walk_shard
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
 
 TRAIN, EVALUATION = "train", "evaluation"
@@ -119,11 +119,7 @@ class Shards(ImageDataset):
         names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
         self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if not 0 <= label < len(own or self.class_names):
-                raise UsageError(
-                    f"{self.paths[shard]}, sample {key}: label {label} is out of range,"
-                    f" allowed are 0 to {len(own or self.class_names) - 1}"
-                )
+            check_label(f"{self.paths[shard]}, sample {key}", label, len(own or self.class_names))
         if own is not None:
             mapped = map_labels(pattern, own, self.class_names)
             self.labels = [mapped[label] for label in self.labels]
@@ -147,7 +143,7 @@ class Shards(ImageDataset):
                 raise UsageError(f"{path} is cut short: it lacks the end mark of a tar file; copy it again")
         for key, (offset, size) in images.items():
             if key not in labels:
-                raise UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
+                raise no_label(path, key)
             self.samples.append((shard, key, offset, size))
             self.labels.append(labels[key])
 
@@ -211,8 +207,7 @@ class TimmDataset(ImageDataset):
                     content = image.read()
         except (OSError, ValueError, SyntaxError) as error:
             raise BadImageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
-        if not 0 <= label < len(self.labels):
-            raise UsageError(f"{self.name(index)}: label {label} is out of range, allowed are 0 to {len(self.labels) - 1}")
+        check_label(self.name(index), label, len(self.labels))
         return content, self.labels[label]
 
     def name(self, index: int) -> str:

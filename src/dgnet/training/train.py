@@ -132,7 +132,8 @@ def train(
             f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes,"
             f" {config.epochs} epochs{from_step} -> {folder}"
         )
-    checkpointing = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpointing))  # type: ignore[attr-defined]
+    checkpointing = trainer.checkpoint_callback
+    assert isinstance(checkpointing, Checkpointing)
     try:
         with quiet_lightning():
             data = ImageDataModule(train_set, val_set, config, preprocessing, folder)
