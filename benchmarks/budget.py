@@ -1,0 +1,118 @@
+"""Networks trained to a budget against their static baseline: images/s on real images, all side by side in one run.
+
+    python benchmarks/budget.py STATIC_RUN DG_RUN BUDGET_RUN… --data 'CIFAR10/cifar10-test-000000.tar'
+    python benchmarks/budget.py --table         # print the Markdown table of what is there
+
+STATIC_RUN and DG_RUN are compiled, as they would be deployed; the budgets run in the sparse mode, compiled at batch 1 and eager
+above (docs/inference.md). Normalisations are folded everywhere. Each call takes the next batch of the first images of the data,
+so that wirings vary as they do in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dgnet
+from common import read_rows, write_rows
+from dgnet.bench import describe_hardware, versions
+from dgnet.checkpoint import load_checkpoint
+from dgnet.inference import compile_network, fold_batch_norms, set_mode, time_alternating
+from dgnet.training import open_evaluation_data
+
+IMAGES = 256
+"""How many images of the data are shown in turn."""
+
+
+def main() -> None:
+    """Measure every batch size and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, the static baseline first")
+    parser.add_argument("--data", help="images to show")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "budget_cpu.json")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
+    args = parser.parse_args()
+    results = read_rows(args.output)
+    if not args.table:
+        dgnet.keep_freed_memory()
+        for batch in tqdm(args.batches, desc="batch sizes", file=sys.stderr):
+            results = [row for row in results if row["batch_size"] != batch]
+            results += measure(args.runs, args.data, batch, args.rounds)
+            write_rows(args.output, results)
+    print(format_table(results))
+
+
+def measure(runs: list[str], data: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+    """A row a network: median and range of images/s, and of the ratio to the first network in the same round."""
+    steps: dict[str, Callable[[], object]] = {}
+    for run in runs:
+        checkpoint = load_checkpoint(run)
+        budget = checkpoint.config.get("budget")
+        dataset = open_evaluation_data(checkpoint, data, None)
+        images = torch.stack([dataset[index][0] for index in range(IMAGES)])
+        network = fold_batch_norms(checkpoint.build_network(), checkpoint.preprocessing.image_size)
+        is_sparse = budget is not None
+        is_branched = is_sparse and batch_size == 1
+        if is_sparse:
+            set_mode(network, "sparse")
+        layout = torch.contiguous_format if is_branched else torch.channels_last
+        network = network.to(memory_format=layout)
+        batches = [batch.contiguous(memory_format=layout) for batch in images.split(batch_size)]
+        call = network if is_sparse and not is_branched else compile_network(network, "sparse" if is_branched else "dense")
+        name = checkpoint.model + ("" if budget is None else f", budget {budget}")
+        steps[name] = next_batch(call, batches)
+    seconds = time_alternating(steps, rounds)
+    first = next(iter(seconds.values()))
+    return [
+        {
+            "model": name,
+            "batch_size": batch_size,
+            "images_per_second": batch_size / statistics.median(times),
+            "range": [batch_size / max(times), batch_size / min(times)],
+            "ratio": statistics.median(ratios := [one / other for one, other in zip(first, times, strict=True)]),
+            "ratio_range": [min(ratios), max(ratios)],
+            "rounds": rounds,
+            "hardware": describe_hardware("cpu"),
+            "versions": versions("cpu"),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def next_batch(call: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Callable[[], object]:
+    """A step that shows the next batch each time."""
+    turn = itertools.cycle(batches)
+
+    def step() -> object:
+        with torch.inference_mode(False), torch.no_grad():
+            return call(next(turn))
+
+    return step
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, a line a network and batch size."""
+    lines = ["| network | batch | images/s | range | times static | range |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["batch_size"]):
+        low, high = row["range"]
+        least, most = row["ratio_range"]
+        lines.append(
+            f"| {row['model']} | {row['batch_size']} | {row['images_per_second']:,.0f} | {low:,.0f} … {high:,.0f} |"
+            f" {row['ratio']:.2f} | {least:.2f} … {most:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
