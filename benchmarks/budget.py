@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import dgnet
 from common import read_rows, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
-from dgnet.inference import compile_network, fold_batch_norms, set_mode, time_alternating
+from dgnet.inference.speed import deploy, time_alternating
 from dgnet.training import open_evaluation_data
 
 IMAGES = 256
@@ -61,17 +60,12 @@ def measure(runs: list[str], data: str, batch_size: int, rounds: int) -> list[di
         budget = checkpoint.config.get("budget")
         dataset = open_evaluation_data(checkpoint, data, None)
         images = torch.stack([dataset[index][0] for index in range(IMAGES)])
-        network = fold_batch_norms(checkpoint.build_network(), checkpoint.preprocessing.image_size)
-        is_sparse = budget is not None
-        is_branched = is_sparse and batch_size == 1
-        if is_sparse:
-            set_mode(network, "sparse")
-        layout = torch.contiguous_format if is_branched else torch.channels_last
-        network = network.to(memory_format=layout)
+        mode = "dense" if budget is None else "sparse"
+        call, layout = deploy(checkpoint.build_network(), checkpoint.preprocessing.image_size, mode, batch_size, compile=True)
         batches = [batch.contiguous(memory_format=layout) for batch in images.split(batch_size)]
-        call = network if is_sparse and not is_branched else compile_network(network, "sparse" if is_branched else "dense")
         name = checkpoint.model + ("" if budget is None else f", budget {budget}")
-        steps[name] = next_batch(call, batches)
+        turn = itertools.cycle(batches)
+        steps[name] = lambda call=call, turn=turn: call(next(turn))
     seconds = time_alternating(steps, rounds)
     first = next(iter(seconds.values()))
     return [
@@ -88,17 +82,6 @@ def measure(runs: list[str], data: str, batch_size: int, rounds: int) -> list[di
         }
         for name, times in seconds.items()
     ]
-
-
-def next_batch(call: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Callable[[], object]:
-    """A step that shows the next batch each time."""
-    turn = itertools.cycle(batches)
-
-    def step() -> object:
-        with torch.inference_mode(False), torch.no_grad():
-            return call(next(turn))
-
-    return step
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -49,17 +49,26 @@ def measure_speed(
     sides = {} if static is None else {"static": static}
     sides |= dict.fromkeys(("dense", "sparse") if is_dynamic else ("dense",), network)
     for name, side in sides.items():
-        folded = fold_batch_norms(side, size).to(images.device)
-        if is_dynamic and name != "static":
-            set_mode(folded, name)
-        is_compiled = compile and (name != "sparse" or len(images) == 1)
-        is_branched = is_compiled and name == "sparse"
-        layout = torch.contiguous_format if is_branched else torch.channels_last
-        folded, shown = folded.to(memory_format=layout), images.contiguous(memory_format=layout)
-        run = compile_network(folded, "sparse" if is_branched else "dense") if is_compiled else _without_gradients(folded)
-        steps[name] = partial(run, shown)
+        run, layout = deploy(side.to(images.device), size, "sparse" if name == "sparse" else "dense", len(images), compile)
+        steps[name] = partial(run, images.contiguous(memory_format=layout))
     seconds = time_alternating(steps, rounds, device)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def deploy(
+    network: nn.Module, image_size: tuple[int, int], mode: str, batch_size: int, compile: bool
+) -> tuple[Callable[[Tensor], Tensor], torch.memory_format]:
+    """A copy of `network` as it is deployed for one batch size, (B, C, H, W) -> (B, classes), and the memory format it takes.
+
+    Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode at batch 1 only.
+    """
+    folded = fold_batch_norms(network, image_size)
+    if any(isinstance(module, DynamicGraph) for module in folded.modules()):
+        set_mode(folded, mode)
+    is_compiled = compile and (mode != "sparse" or batch_size == 1)
+    layout = torch.contiguous_format if is_compiled and mode == "sparse" else torch.channels_last
+    folded = folded.to(memory_format=layout)
+    return compile_network(folded, mode) if is_compiled else _without_gradients(folded), layout
 
 
 def _without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
