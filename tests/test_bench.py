@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.test_cli import ask, refuse
+from tests.command import ask, refuse
 
 QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
 

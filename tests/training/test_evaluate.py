@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgnet.cli import _print_json
+from dgnet.cli.command import print_json
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError
 from dgnet.graph import FixedWeighting, record_connectivity, use_connectivity
@@ -147,5 +147,5 @@ def test_counts_that_make_no_sense():
 
 
 def test_json_has_no_nan(capsys):
-    _print_json({"loss": float("nan"), "top1": 1.5})
+    print_json({"loss": float("nan"), "top1": 1.5})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "top1": 1.5}

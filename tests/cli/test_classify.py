@@ -1,4 +1,4 @@
-"""The command as a user types it: what it prints, writes and returns."""
+"""Training, evaluation, prediction and export as a user types them: what they print, write and return."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from dgnet.errors import UsageError
 from dgnet.tables import TABLES
 from dgnet.training import TrainConfig
 from dgnet.training.module import Classifier
+from tests.command import ask, refuse
 from tests.data.test_sources import jpeg, write_folder, write_shard
 
 QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
@@ -49,67 +50,6 @@ def run(images, tmp_path_factory) -> Path:
 
 def read_metrics(run: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-
-
-def ask(capsys, *arguments: object) -> str:
-    """What the command prints on stdout; it must succeed."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    output, errors = capsys.readouterr()
-    assert status == 0, errors
-    return output
-
-
-def refuse(capsys, *arguments: object) -> str:
-    """The one line with which the command refuses."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    output, errors = capsys.readouterr()
-    assert status == 2, (output, errors)
-    assert output == ""
-    assert errors.count("\n") == 1
-    assert errors.startswith("dgnet: ")
-    return errors
-
-
-def test_models(capsys):
-    names = ask(capsys, "models").split()
-    assert names == dgnet.list_models()
-    assert "dg_resnet50" in names
-
-
-def test_version_and_help(capsys):
-    for arguments, expected in (
-        (["--version"], f"dgnet {dgnet.__version__}"),
-        (["--help"], "evaluate"),
-        (["train", "--help"], "--val-data"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 0
-        assert expected in capsys.readouterr().out
-    assert main([]) == 2
-
-
-def test_cost(capsys):
-    (row,) = json.loads(ask(capsys, "cost", "dg_resnet18", "--json"))
-    assert set(row) == {
-        "model",
-        "image_size",
-        "params",
-        "multiply_adds",
-        "router_multiply_adds",
-        "aggregation_multiply_adds",
-        "activations",
-        "paper_params",
-        "paper_multiply_adds",
-    }
-    assert row["multiply_adds"] == 1_826_406_400
-    assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
-    assert "dg_resnet50" in ask(capsys, "cost")
-    table = ask(capsys, "cost", "--table", 4)
-    assert "dg_randwire_small" in table
-    assert "ER and BA look swapped" in table
 
 
 def test_a_run_folder_holds_what_is_promised(run):
@@ -497,7 +437,7 @@ def test_a_recipe_with_a_misspelt_option(tmp_path, capsys):
     assert "--lr must be a number, got inf" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def test_every_dynamic_network_of_the_papers_tables_has_a_recipe():

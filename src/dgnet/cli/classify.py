@@ -1,0 +1,220 @@
+"""`dgnet train`, `evaluate` and `predict`: classification."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, Namespace
+
+from dgnet.cli.command import Command, Parser, add_device, add_fields, add_loader_options, find_device, print_json, say_if_idle
+from dgnet.errors import UsageError, check_range
+
+
+def _train_parser() -> Parser:
+    from dgnet.training.config import TrainConfig
+
+    parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
+    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with the run in this folder")
+    add_fields(parser, TrainConfig)
+    return parser
+
+
+def run_train(args: Namespace) -> None:
+    """`dgnet train`. Leaves with 128 and the signal's number where one ended the run."""
+    from dgnet.training import Interrupted, TrainConfig, is_main_process, read_run, train
+
+    resume = Path(args.resume) if args.get("resume") is not None else None
+    values = {f.name: args[f.name] for f in fields(TrainConfig) if f.name in args}
+    result = None
+    if resume is not None:
+        config, result = read_run(resume, values)
+    else:
+        config = TrainConfig(**values)
+    try:
+        if result is None:
+            result = train(config, resume)
+        else:
+            print(f"{resume} is finished, there is nothing to go on with", file=sys.stderr)
+    except Interrupted as error:
+        if is_main_process():
+            print(f"dgnet: {error}; go on with: dgnet train --resume {error.folder}", file=sys.stderr)
+        raise SystemExit(128 + error.signum) from None
+    if not is_main_process():
+        return
+    print(f"top-1 {result.metrics['val_top1']:.2f} % after {config.epochs} epochs; run folder: {result.folder}")
+    print(f"evaluate it: dgnet evaluate {result.folder}")
+
+
+def _evaluate_parser() -> Parser:
+    parser = Parser(description="Evaluate a checkpoint: accuracy, and how its connectivity behaved.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
+    parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
+    add_loader_options(parser)
+    parser.add_argument(
+        "--adjacency-controls", action="store_true", help="also give every image the mean of all weights, and another image's"
+    )
+    parser.add_argument(
+        "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
+    )
+    parser.add_argument(
+        "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
+    )
+    parser.add_argument(
+        "--write", type=str | None, default=None, help="write a checkpoint with --threshold-offset: FILE.safetensors"
+    )
+    parser.add_argument(
+        "--sweep-threshold", action="store_true", help="accuracy, cost and time over threshold offsets, as a table and a plot"
+    )
+    parser.add_argument(
+        "--offsets", type=list[float] | None, default=None, help="those of the sweep, as [-0.1, 0, 0.1]; by default 11"
+    )
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="also images/s of the static baseline and of both modes, in one run"
+    )
+    parser.add_argument("--compile", action="store_true", help="with --speed: compile; the sparse mode at --batch-size 1 only")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_evaluate(args: Namespace) -> None:
+    """`dgnet evaluate`."""
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.training import describe_source, evaluate, open_evaluation_data
+
+    _check_evaluate(args)
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.threshold_offset is not None:
+        options = {**checkpoint.model_kwargs, "threshold_offset": args.threshold_offset}
+        checkpoint = replace(checkpoint, model_kwargs=options)
+    network = checkpoint.build_network()
+    dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
+    if args.sweep_threshold:
+        _sweep(args, checkpoint.path, network, dataset, loading)
+        return
+    if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
+        checkpoint.save(Path(args.write))
+        print(f"{args.write}: {checkpoint.model} with threshold_offset {args.threshold_offset}", file=sys.stderr)
+    if args.mode == "sparse":
+        say_if_idle(network, checkpoint.path)
+    static = checkpoint.build_static() if args.speed else None
+    result = evaluate(
+        network,
+        dataset,
+        adjacency_controls=args.adjacency_controls,
+        mode=args.mode,
+        static=static,
+        speed=args.speed,
+        compile=args.compile,
+        **loading,
+    )
+    if args.json:
+        print_json(asdict(result))
+        return
+    print(f"{checkpoint.path}: {checkpoint.model} on {describe_source(checkpoint, args.data)}, {result.images:,} images")
+    print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    print(
+        f"closed edges {100 * result.closed_edges:.2f} %, skippable nodes {100 * result.skippable_nodes:.2f} %,"
+        f" distinct wirings {result.distinct_wirings}, outputs without an open in-edge {result.empty_outputs},"
+        f" spread of an edge's weight {result.weight_std:.4f}"
+    )
+    share = result.executed_multiply_adds / result.dense_multiply_adds
+    low, middle, high = (result.executed_percentiles[name] / 1e6 for name in ("5", "50", "95"))
+    print(
+        f"executed multiply-adds {result.executed_multiply_adds / 1e6:.2f} M of {result.dense_multiply_adds / 1e6:.2f} M"
+        f" ({100 * share:.1f} %), standard deviation {result.executed_std / 1e6:.2f} M,"
+        f" 5th, 50th, 95th percentile {low:.2f}, {middle:.2f}, {high:.2f} M"
+    )
+    by_class = sorted(result.executed_by_class.items(), key=lambda item: item[1])
+    if result.executed_std and len(by_class) > 1:
+        (cheapest, least), (dearest, most) = by_class[0], by_class[-1]
+        print(f"cheapest class {cheapest} {least / 1e6:.2f} M, dearest {dearest} {most / 1e6:.2f} M")
+    if result.images_per_second:
+        speeds = ", ".join(f"{name} {value:,.1f}" for name, value in result.images_per_second.items())
+        print(f"images/s at batch {min(args.batch_size, result.images)}: {speeds}")
+    if args.adjacency_controls:
+        print(
+            f"top-1 with the mean adjacency {result.top1_mean_adjacency:.2f} %,"
+            f" with another image's {result.top1_other_adjacency:.2f} %"
+        )
+
+
+def _check_evaluate(args: Namespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    has_offset = args.threshold_offset is not None
+    needs = (
+        ("--write", args.write, "--threshold-offset", has_offset),
+        ("--offsets", args.offsets is not None, "--sweep-threshold", args.sweep_threshold),
+        ("--output", args.output, "--sweep-threshold", args.sweep_threshold),
+        ("--compile", args.compile, "--speed", args.speed),
+    )
+    for option, is_given, needed, is_there in needs:
+        if is_given and not is_there:
+            raise UsageError(f"{option} needs {needed}; add it, or leave {option} out")
+    for option, is_given in (
+        ("--threshold-offset", has_offset),
+        ("--speed", args.speed),
+        ("--adjacency-controls", args.adjacency_controls),
+    ):
+        if args.sweep_threshold and is_given:
+            raise UsageError(f"--sweep-threshold does not go with {option}; leave one out")
+    if args.write and not args.write.endswith(".safetensors"):
+        raise UsageError(f"--write {args.write} must end in .safetensors")
+
+
+def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, Any]) -> None:
+    """`dgnet evaluate --sweep-threshold`."""
+    from dgnet.training.sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
+
+    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
+    folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
+    paths = save_sweep(points, folder)
+    if args.json:
+        print_json([asdict(point) for point in points])
+        return
+    print(format_sweep(points))
+    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {loading['device']}")
+    print(f"written: {', '.join(map(str, paths))}")
+    print(f"choose one: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+
+
+def _predict_parser() -> Parser:
+    parser = Parser(description="Print the most probable classes of images.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--top-k", type=int, default=5, help="classes to print for an image")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_predict(args: Namespace) -> None:
+    """`dgnet predict`."""
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.training.predict import predict
+
+    check_range("--top-k", args.top_k, 1)
+    checkpoint = load_checkpoint(args.checkpoint)
+    predictions = predict(checkpoint, args.images, args.top_k, find_device(args.device))
+    if args.json:
+        print_json([asdict(prediction) for prediction in predictions])
+        return
+    for prediction in predictions:
+        classes = ", ".join(
+            f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
+        )
+        print(f"{prediction.image}: {classes}")
+
+
+TRAIN = Command(_train_parser, run_train, is_resumable=True)
+EVALUATE = Command(_evaluate_parser, run_evaluate)
+PREDICT = Command(_predict_parser, run_predict)

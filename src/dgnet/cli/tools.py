@@ -1,0 +1,122 @@
+"""`dgnet models`, `cost`, `bench` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+import dgnet
+from dgnet.cli.command import Command, Parser, add_device, add_fields, find_device, print_json, say_if_idle
+from dgnet.errors import UsageError, check_choice
+
+
+def _models_parser() -> Parser:
+    return Parser(description="Print the names of the models, one a line.")
+
+
+def run_models(args: Namespace) -> None:
+    """`dgnet models`."""
+    for name in dgnet.list_models():
+        print(name)
+
+
+def _cost_parser() -> Parser:
+    parser = Parser(description="Print parameters and multiply-adds beside the paper's.")
+    parser.add_argument("models", type=str, nargs="*", metavar="MODEL", help="names; by default the rows of Table 1")
+    parser.add_argument(
+        "--table", type=str | None, default=None, metavar="N", help="the rows of the paper's Table 1, 2, 4 or 5"
+    )
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default the table's or model's")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_cost(args: Namespace) -> None:
+    """`dgnet cost`."""
+    from dgnet.tables import cost_rows, format_cost_table
+
+    rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None, args.table)
+    if args.json:
+        print_json(rows)
+    else:
+        print(format_cost_table(rows, args.table, args.markdown))
+
+
+def _bench_parser() -> Parser:
+    from dgnet.bench import BenchConfig
+
+    parser = Parser(description="Measure two networks against each other: time, throughput and memory, as ratios of one run.")
+    parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")
+    add_fields(parser, BenchConfig)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_bench(args: Namespace) -> None:
+    """`dgnet bench`."""
+    from dgnet.bench import BenchConfig, bench, format_bench
+
+    values = {f.name: args[f.name] for f in fields(BenchConfig) if f.name in args}
+    result = bench(BenchConfig(**{**values, "device": find_device(args.device)}))
+    if args.json:
+        print_json(asdict(result))
+    else:
+        print(format_bench(result))
+
+
+def _export_parser() -> Parser:
+    parser = Parser(description="Write a checkpoint's network for other runtimes, and check it against the checkpoint.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch (torch.export, .pt2)")
+    parser.add_argument(
+        "--mode",
+        type=str,
+        default="dense",
+        help="dense: masked; sparse: a block runs on the gathered images for which it is alive",
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_export(args: Namespace) -> None:
+    """`dgnet export`."""
+    from dgnet.checkpoint import describe_network, load_checkpoint
+    from dgnet.inference.export import FORMATS, check_export, export_network, save_export
+
+    check_choice("--format", args.format, FORMATS)
+    checkpoint = load_checkpoint(args.checkpoint)
+    network = checkpoint.build_network()
+    size = checkpoint.preprocessing.image_size
+    path = Path(args.output or f"{checkpoint.model}-{args.mode}{FORMATS[args.format]}")
+    if path.suffix != FORMATS[args.format]:
+        raise UsageError(f"--output {path} must end in {FORMATS[args.format]} for --format {args.format}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
+    program = export_network(network, size, args.mode)
+    if args.mode == "sparse":
+        say_if_idle(network, checkpoint.path)
+    # The run's configuration names folders of the machine that trained it: it stays behind.
+    carried = describe_network(
+        checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, config={}
+    )
+    save_export(program, path, args.format, carried)
+    difference = check_export(path, args.format, network, size)
+    megabytes = path.stat().st_size / 2**20
+    if args.json:
+        found = {"file": str(path), "format": args.format, "mode": args.mode, "megabytes": megabytes}
+        print_json(found | {"difference": difference})
+        return
+    print(f"{path}: {megabytes:.1f} MiB; differs from the checkpoint by {difference:.1e} of the largest logit")
+
+
+MODELS = Command(_models_parser, run_models)
+COST = Command(_cost_parser, run_cost)
+BENCH = Command(_bench_parser, run_bench, sets_memory=True)
+EXPORT = Command(_export_parser, run_export)

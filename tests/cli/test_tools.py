@@ -1,0 +1,51 @@
+"""What `dgnet` itself, `models` and `cost` print."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import dgnet
+from dgnet.cli import main
+from tests.command import ask
+
+
+def test_models(capsys):
+    names = ask(capsys, "models").split()
+    assert names == dgnet.list_models()
+    assert "dg_resnet50" in names
+
+
+def test_version_and_help(capsys):
+    for arguments, expected in (
+        (["--version"], f"dgnet {dgnet.__version__}"),
+        (["--help"], "evaluate"),
+        (["train", "--help"], "--val-data"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert expected in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_cost(capsys):
+    (row,) = json.loads(ask(capsys, "cost", "dg_resnet18", "--json"))
+    assert set(row) == {
+        "model",
+        "image_size",
+        "params",
+        "multiply_adds",
+        "router_multiply_adds",
+        "aggregation_multiply_adds",
+        "activations",
+        "paper_params",
+        "paper_multiply_adds",
+    }
+    assert row["multiply_adds"] == 1_826_406_400
+    assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
+    assert "dg_resnet50" in ask(capsys, "cost")
+    table = ask(capsys, "cost", "--table", 4)
+    assert "dg_randwire_small" in table
+    assert "ER and BA look swapped" in table
