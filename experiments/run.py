@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 import dgnet
 from dgnet.bench import describe_hardware, versions
+from dgnet.checkpoint import load_checkpoint
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.files import read_table, write_table
 from dgnet.options import flag
-from dgnet.training import TrainConfig
 from grid import Grid, Run, missing_runs, read_grid
 
 
@@ -157,13 +157,12 @@ class Workers:
         if self.call(["train", *words], log) is None:
             return None
         minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # unknown where it went on
-        network = dgnet.create_model(run.options["model"], num_classes=10, **TrainConfig(**run.options).network_kwargs)
         is_dynamic = run.options["model"].startswith("dg_")
         controls = ["--adjacency-controls"] if is_dynamic else []
         found = self.call(["evaluate", str(folder), f"--device={self.device}", "--json", *controls], log)
         if found is None:
             return None
-        cost = dgnet.cost(network, self.grid.image_size)
+        cost = dgnet.cost(load_checkpoint(folder).build_network(), self.grid.image_size)
         evaluation = json.loads(found)
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
         row |= {"epochs": run.options["epochs"], "parameters": cost.params, "multiply_adds": cost.multiply_adds}
