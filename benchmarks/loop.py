@@ -32,7 +32,8 @@ from dgnet.data import ImageDataset
 from dgnet.training import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule, build_parameter_groups
 from dgnet.training.progress import Progress
-from dgnet.training.train import build_trainer, prepare_data, quiet_lightning
+from dgnet.training.run import build_trainer, quiet_lightning
+from dgnet.training.train import prepare_data
 
 
 class Noise(ImageDataset):
@@ -123,7 +124,7 @@ def lightning_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
         network = dgnet.create_model(config.model, num_classes=10, **config.model_kwargs)
         preprocessing, config = prepare_data(config, network, dataset, dataset)
         times = StepTimes()
-        trainer = build_trainer(config, Path(folder), Progress(), None)
+        trainer = build_trainer(config, Path(folder), Progress(), Classifier.best, None)
         trainer.callbacks.append(times)  # type: ignore[attr-defined]
         trainer.limit_val_batches = 1
         network.to(memory_format=torch.channels_last)

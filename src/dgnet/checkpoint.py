@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Checkpoint:
         """Write it as a safetensors file. Raises UsageError where the file cannot be written."""
         carried = describe_network(self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config)
         try:
-            save_network(self.build_network(), path, carried)
+            save_tensors(self.build_network().state_dict(), path, carried)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{path} cannot be written: {reason(error)}; name another file") from None
 
@@ -77,9 +78,9 @@ def describe_network(
     }
 
 
-def save_network(network: nn.Module, path: Path, carried: dict[str, Any]) -> None:
-    """Write the network's own keys as safetensors, with the carried values as metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str, Any]) -> None:
+    """Write a network's own keys as safetensors, with the carried values as metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with replace_file(path) as written:
         save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
 

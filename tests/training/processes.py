@@ -35,7 +35,7 @@ def run_training(options: dict[str, Any], resume: bool, environment: dict[str, s
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     try:
         if resume:
-            config, result = read_run(folder, {})
+            config, result = read_run(folder, {}, TrainConfig)
             if result is None:
                 train(config, folder)
         else:

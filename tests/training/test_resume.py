@@ -169,7 +169,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, tmp_pat
     assert caught.value.folder == tmp_path / "run"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert saved_step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 11
-    train(*read_run(tmp_path / "run", {})[:1], tmp_path / "run")
+    train(*read_run(tmp_path / "run", {}, TrainConfig)[:1], tmp_path / "run")
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -229,7 +229,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(data, tmp_path):
     expected = train(config).metrics
     for name in ("metrics.csv", "model.safetensors", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
         (tmp_path / "run" / name).unlink()
-    assert train(*read_run(tmp_path / "run", {})[:1], tmp_path / "run").metrics == expected
+    assert train(*read_run(tmp_path / "run", {}, TrainConfig)[:1], tmp_path / "run").metrics == expected
 
 
 def test_a_finished_run_says_so(data, tmp_path, capsys):

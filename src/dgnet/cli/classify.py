@@ -32,7 +32,7 @@ def run_train(args: Namespace) -> None:
     values = {f.name: args[f.name] for f in fields(TrainConfig) if f.name in args}
     result = None
     if resume is not None:
-        config, result = read_run(resume, values)
+        config, result = read_run(resume, values, TrainConfig)
     else:
         config = TrainConfig(**values)
     try:

@@ -9,6 +9,7 @@ Letters: B batch, N nodes of a stage, E gated out-edges of a node, C channels.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from dgnet.errors import check_choice
 from dgnet.graph.topology import Topology
 from dgnet.graph.weighting import PooledLinear, global_average_pool
+
+if TYPE_CHECKING:
+    from dgnet.graph.area import ValidArea
 
 
 class NodeGates(nn.Module):
@@ -27,6 +31,9 @@ class NodeGates(nn.Module):
 
     `bias`: c_j at start; `std`: v at start; `offset`: in evaluation a gate is open from a probability of ½ + offset.
     """
+
+    area: ValidArea | None = None
+    """As that of `Weighting`."""
 
     def __init__(
         self,
@@ -69,7 +76,8 @@ class NodeGates(nn.Module):
     def predict(self, node: int, feature: Tensor) -> Tensor:
         """v_ij · φ(x_i) for the node's out-edges to blocks, (B, E), from its feature, (B, C, H, W)."""
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            votes: Tensor = self.columns[str(node)](global_average_pool(feature))
+            pooled = global_average_pool(feature) if self.area is None else self.area.pool(feature)
+            votes: Tensor = self.columns[str(node)](pooled)
             return votes
 
     def decide(self, node: int, votes: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dgnet.graph.topology import Topology
 from dgnet.graph.weighting import Weighting
 
 if TYPE_CHECKING:
+    from dgnet.graph.area import ValidArea
     from dgnet.graph.record import Observer
 
 
@@ -80,6 +81,17 @@ class DynamicGraph(nn.Module):
         self._imposed: Tensor | None = None
         # Computes the nodes in evaluation; see dgnet.inference.
         self._executor = DENSE
+
+    @property
+    def area(self) -> ValidArea | None:
+        """Where the images of a padded batch lie; set for the length of a forward."""
+        return self.weighting.area
+
+    @area.setter
+    def area(self, area: ValidArea | None) -> None:
+        self.weighting.area = area
+        if self.node_gates is not None:
+            self.node_gates.area = area
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mask = self.topology.mask  # the buffer may lie on the meta device

@@ -6,6 +6,7 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from dgnet.errors import check_choice
 from dgnet.graph.topology import Topology
+
+if TYPE_CHECKING:
+    from dgnet.graph.area import ValidArea
 
 
 class Weighting(nn.Module):
@@ -24,6 +28,9 @@ class Weighting(nn.Module):
 
     reads_features = True
     """Whether α follows the features; if not, a stage whose input node nobody else reads does without one."""
+
+    area: ValidArea | None = None
+    """Where the images of a padded batch lie, set for the length of a forward: features are read there only."""
 
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
@@ -204,7 +211,8 @@ class RoutedWeighting(Weighting):
             return feature.new_ones(feature.shape[0], 0)
         # Float32 under autocast too: a rounding of α at a hard threshold flips an edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            return self.routers[str(node)](self.pool(feature))
+            pooled = self.pool(feature) if self.area is None else self.area.pool(feature, self.pool)
+            return self.routers[str(node)](pooled)
 
     def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
         tau = self.tau[node].to(alpha.dtype)

@@ -97,6 +97,7 @@ class SparseExecutor(Executor):
             return
         own_edges: dict[tuple[int, int], Tensor] = {}
         own_votes: dict[tuple[int, int], Tensor] = {}
+        _note_rows(stage, sent.rows)
         stage._predict(node, sent.feature, own_edges, own_votes)
         for own, all_of_them in ((own_edges, edges), (own_votes, votes)):
             for edge, column in own.items():
@@ -116,6 +117,7 @@ class SparseExecutor(Executor):
         is_alive: Tensor | None,
     ) -> _Sent | Tensor:
         if node == stage.topology.num_nodes - 1:
+            _note_rows(stage, None)
             if all(sender.feature is None for sender in senders):  # the output node sums to 0
                 entry = stage.topology.entry[0]
                 shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
@@ -128,6 +130,7 @@ class SparseExecutor(Executor):
                 return _Sent(None, rows)
             if len(rows) == len(x):
                 rows = None
+        _note_rows(stage, rows)
         if node in stage.topology.entry:
             raw = gather([_Sent(x)], weights, is_open, rows)
             feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
@@ -138,6 +141,12 @@ class SparseExecutor(Executor):
         places = rows.new_zeros(len(x))
         places[rows] = torch.arange(len(rows), device=rows.device)
         return _Sent(feature, rows, places)
+
+
+def _note_rows(stage: DynamicGraph, rows: Tensor | None) -> None:
+    """What follows is computed on the samples in `rows`, (n,); None for all."""
+    if stage.area is not None:
+        stage.area.rows = rows
 
 
 class GraphExecutor(Executor):

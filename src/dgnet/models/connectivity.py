@@ -315,6 +315,14 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     )
 
 
+def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain arguments of `create_model` that build `network` again, which was built with `options`."""
+    if not isinstance(network, DynamicNetwork):
+        return dict(options)
+    given = {f.name for f in fields(Connectivity)}
+    return {**{name: value for name, value in options.items() if name not in given}, **network.stored_options()}
+
+
 class DynamicNetwork(nn.Module):
     """What dynamic networks add to their static class, as a mixin before it: timm's interface over `DynamicGraph` stages."""
 

@@ -65,13 +65,15 @@ class Checkpointing(CheckpointCallback):
     After each step all processes agree on what to do, whichever of them was told. Raises Interrupted after a signal, and
     UsageError where a loss is not finite.
 
-    A step before each evaluation is saved too, and a signal during the evaluation takes effect at once.
+    A step before each evaluation is saved too, and a signal during the evaluation takes effect at once. `best`: the metric
+    whose highest value decides best.ckpt.
     """
 
-    def __init__(self, folder: Path, steps: int | None = None, seconds: float | None = None) -> None:
+    def __init__(self, folder: Path, best: str, steps: int | None = None, seconds: float | None = None) -> None:
         self.folder = folder
+        self.best = best
         self.steps, self.seconds = steps, seconds
-        self.best_top1 = -1.0  # percent
+        self.best_value = -1.0
         self.saved_at = time.monotonic()
         self.is_owed = False  # a checkpoint, after the next step
         self.signum = 0
@@ -133,8 +135,8 @@ class Checkpointing(CheckpointCallback):
         if not module.evaluates_in(trainer.current_epoch):
             self.is_owed = True  # its row of metrics is written after this
             return
-        top1 = float(trainer.callback_metrics["val_top1"])
-        is_best, self.best_top1 = top1 > self.best_top1, max(top1, self.best_top1)
+        value = float(trainer.callback_metrics[self.best])
+        is_best, self.best_value = value > self.best_value, max(value, self.best_value)
         if is_best:
             trainer.save_checkpoint(self.folder / "best.ckpt")
         self._save(trainer)
@@ -163,7 +165,7 @@ class Checkpointing(CheckpointCallback):
         return f"{line}; no checkpoint was written before it"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_top1": self.best_top1}
+        return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_top1 = state_dict["best_top1"]
+        self.best_value = state_dict["best_value"]

@@ -1,10 +1,10 @@
-"""What `dgnet train` can be asked for: one frozen dataclass, the source of the command's options and of recipes."""
+"""What training can be asked for: frozen dataclasses, the source of the commands' options and of recipes."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from timm.optim import list_optimizers
 from torch import nn
@@ -28,7 +28,7 @@ _TAKEN = {
     "in_chans": "images are read as RGB",
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
-    "features_only": "a classifier is trained",
+    "features_only": "what is trained decides it",
     **{name: f"use --{name}" for name in _OWN_OPTIONS},
 }
 
@@ -67,8 +67,8 @@ def _is_plain(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Raises UsageError for a value that makes no sense."""
+class RunConfig:
+    """What every training run can be asked for. Raises UsageError for a value that makes no sense."""
 
     model: str = option("dg_resnet20", "model name; names: dgnet models")
     weighting: str | None = option(None, "what edges weigh: routed (the default), learned, fixed")
@@ -79,25 +79,10 @@ class TrainConfig:
     model_kwargs: dict[str, Any] = option(
         {}, "further model options as a dict; one by one, beside a recipe's: --model-kwargs.router_bias 0"
     )
-    data: str = option(
-        "digits",
-        "training data: digits, a folder of class folders, shards (…{000..004}.tar, URLs and pipe: too), torch/…, hfds/…",
-    )
-    val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
-    epoch_images: int | None = option(None, "how many images of a stream (--data URL or pipe:) make an epoch")
-    holdout: int = option(0, "evaluate on so many of the training images in place of --val-data, and train on the others")
-    data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
     weights: str | None = option(None, "start from the weights in this file")
     output: str | None = option(None, "run folder, must not hold a run yet; by default the next free runs/MODEL-N")
-    epochs: int = option(20, "passes over the training images")
-    evaluate_every: int = option(1, "evaluate after so many epochs; the last one must be among them")
     batch_size: int = option(32, "images in a training step, over all devices")
     seed: int = option(0, "seed of initialisation, order and augmentation")
-    image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
-    crop_pct: float | None = option(
-        None, "share of the short side that evaluation's centre crop keeps, 0.875 is 224 of 256; by default the model's own"
-    )
-    augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
     hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
     optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum has not")
     accumulate: int = option(1, "batches of a device that make a step: --batch-size stays, memory falls")
@@ -112,20 +97,9 @@ class TrainConfig:
     routing_decay: str = option(
         "weights", "what of the routing decays too: routers' weights, all (biases and thresholds too), none", ROUTING_DECAY
     )
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
-    label_smoothing: float = option(0.0, "label smoothing of the training loss")
     clip_grad: float | None = option(None, "clip the norm of all gradients together at this; by default never")
     ema: float | None = option(None, "decay of a moving average of the weights, which is what is evaluated and saved: 0.9999")
-    budget: float | None = option(
-        None, "hold the mean multiply-adds at this share of the dense cost; blocks get gates (model option node_gate: hard)"
-    )
-    budget_per: str = option("batch", "hold the budget on the mean of a batch, or for each sample", ("batch", "sample"))
-    budget_strength: float = option(10.0, "weight of the budget's loss")
-    budget_warmup: float = option(0.3, "share of training over which the budget falls from 1 to --budget")
     precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))
-    compile: bool = option(False, "compile the network with torch.compile")
-    channels_last: bool = option(False, "channels_last memory format")
-    grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
     devices: str = option("1", "how many devices of a machine to train on; auto: all of them; torchrun knows by itself")
     nodes: int = option(1, "how many machines; torchrun knows by itself")
@@ -133,36 +107,21 @@ class TrainConfig:
     checkpoint_every: str = option(
         "15 minutes", "write checkpoints/last.ckpt so often, as '500 steps' or '15 minutes', and at each epoch's end"
     )
-    on_bad_image: str = option(
-        "error", "an image that does not decode: an error, or skip it and list it in bad_images.txt", ("error", "skip")
-    )
-    max_bad_images: int = option(100, "more bad images than this end the run")
     loggers: list[dict[str, Any]] = option(
         [], "further Lightning loggers: [{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: NAME}}]"
     )
-    cache: bool = option(False, "decode all images once and augment them on the device: for small images")
     workers: int = option(0, "processes that load images; 0 loads in the main process")
     threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
+
+    command: ClassVar[str]
+    """What trains as the configuration says, as it is typed after `dgnet`."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
         for name, bounds in _BOUNDS.items():
-            if getattr(self, name) is not None:
+            if getattr(self, name, None) is not None:
                 check_range(flag(name), getattr(self, name), *bounds)
-        check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
-        if self.epochs % self.evaluate_every:
-            raise UsageError(
-                f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
-            )
-        if self.holdout and self.val_data:
-            raise UsageError("--holdout takes the place of --val-data; leave one out (a recipe's with --val-data null)")
-        if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
-            raise UsageError("--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc")
-        if self.cache and (self.on_bad_image == "skip" or is_stream(self.data)):
-            raise UsageError(
-                "--cache true decodes all images at the start: it goes with neither --on-bad-image skip nor a stream"
-            )
         if self.ema == 1 or self.clip_grad == 0:
             raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")
         if self.batch_size % self.accumulate:
@@ -202,11 +161,77 @@ class TrainConfig:
     def network_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
         axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
-        gates = {} if self.budget is None else {"node_gate": "hard"}
-        return {**gates, **{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+        return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
 
-    def resolve(self, network: nn.Module, image_size: int | None, augment: str) -> TrainConfig:
-        """This configuration with what it left open filled in: every value that decides the result is written out."""
+    def schedule(self) -> tuple[int, int]:
+        """How many epochs there are, each a row of metrics.csv, and after how many of them an evaluation comes."""
+        raise NotImplementedError
+
+    def resolve(self, network: nn.Module) -> Self:
+        """This configuration with what it left open of the network filled in: every value that decides the result."""
         options = dict(getattr(network, "connectivity_options", {}))
         axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
-        return replace(self, image_size=image_size, augment=augment, model_kwargs={**self.model_kwargs, **options}, **axes)
+        return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A training run of a classifier. Raises UsageError for a value that makes no sense."""
+
+    data: str = option(
+        "digits",
+        "training data: digits, a folder of class folders, shards (…{000..004}.tar, URLs and pipe: too), torch/…, hfds/…",
+    )
+    val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
+    epoch_images: int | None = option(None, "how many images of a stream (--data URL or pipe:) make an epoch")
+    holdout: int = option(0, "evaluate on so many of the training images in place of --val-data, and train on the others")
+    data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
+    epochs: int = option(20, "passes over the training images")
+    evaluate_every: int = option(1, "evaluate after so many epochs; the last one must be among them")
+    image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
+    crop_pct: float | None = option(
+        None, "share of the short side that evaluation's centre crop keeps, 0.875 is 224 of 256; by default the model's own"
+    )
+    augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
+    label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    budget: float | None = option(
+        None, "hold the mean multiply-adds at this share of the dense cost; blocks get gates (model option node_gate: hard)"
+    )
+    budget_per: str = option("batch", "hold the budget on the mean of a batch, or for each sample", ("batch", "sample"))
+    budget_strength: float = option(10.0, "weight of the budget's loss")
+    budget_warmup: float = option(0.3, "share of training over which the budget falls from 1 to --budget")
+    compile: bool = option(False, "compile the network with torch.compile")
+    channels_last: bool = option(False, "channels_last memory format")
+    grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
+    on_bad_image: str = option(
+        "error", "an image that does not decode: an error, or skip it and list it in bad_images.txt", ("error", "skip")
+    )
+    max_bad_images: int = option(100, "more bad images than this end the run")
+    cache: bool = option(False, "decode all images once and augment them on the device: for small images")
+
+    command: ClassVar[str] = "train"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
+        if self.epochs % self.evaluate_every:
+            raise UsageError(
+                f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
+            )
+        if self.holdout and self.val_data:
+            raise UsageError("--holdout takes the place of --val-data; leave one out (a recipe's with --val-data null)")
+        if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
+            raise UsageError("--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc")
+        if self.cache and (self.on_bad_image == "skip" or is_stream(self.data)):
+            raise UsageError(
+                "--cache true decodes all images at the start: it goes with neither --on-bad-image skip nor a stream"
+            )
+
+    def schedule(self) -> tuple[int, int]:
+        return self.epochs, self.evaluate_every
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        gates = {} if self.budget is None else {"node_gate": "hard"}
+        return {**gates, **super().network_kwargs}

@@ -1,11 +1,11 @@
-"""The Lightning module and data module of classification."""
+"""The Lightning modules of training, and the data module of classification."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
@@ -24,35 +25,38 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
-from dgnet.training.config import TrainConfig
+from dgnet.training.config import RunConfig, TrainConfig
 from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
 from dgnet.training.metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
 
 
-class Classifier(L.LightningModule):
-    """Cross-entropy with label smoothing, warm-up and half-period cosine by step (§6.1).
+class RunModule(L.LightningModule):
+    """What training modules share: seeds, the optimiser, what of the connectivity is logged, and what a checkpoint carries.
 
     `carried`: plain values that travel in each checkpoint, so that it can be evaluated without the command that made it.
+    `train_metrics`: of an epoch, which goes on where a run goes on.
     """
 
-    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any], budget: Budget | None = None) -> None:
+    best: str
+    """The metric whose highest value is the best, and its title."""
+    best_title: str
+
+    def __init__(self, network: nn.Module, config: RunConfig, carried: dict[str, Any], train_metrics: MetricCollection) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.carried = carried
-        self.budget = budget
+        self.train_metrics = train_metrics
         self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
-        executed = [] if budget is None else ["executed"]
-        edges = [name for pair in edge_figure_names(self.stages) for name in pair]
-        self.train_metrics = build_metrics("train_", executed)
-        self.val_metrics = build_metrics("val_", [*executed, *edges])
         self.first_bad_step = torch.tensor(-1)  # whose loss was not finite; no buffer: those follow the first process
 
-    def forward(self, images: Tensor) -> Tensor:
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.network(images)
-        return logits
+    def describe_epoch(self) -> str:
+        """Where training is, for the bar."""
+        return f"epoch {self.current_epoch + 1}/{self.config.schedule()[0]}"
+
+    def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
+        """What is printed of an epoch's metrics."""
+        raise NotImplementedError
 
     def on_fit_start(self) -> None:
         self.first_bad_step = torch.tensor(-1, device=self.device)
@@ -61,41 +65,13 @@ class Classifier(L.LightningModule):
         # What is drawn in a step does not depend on the steps before it: a run that goes on draws the same.
         torch.manual_seed(fold(self.config.seed, self.global_step, batch_index, self.global_rank))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
-        images, labels = batch
-        logits, figures = self.observe(images)
-        update_metrics(self.train_metrics, logits, labels, figures)
+    def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
+        """What a training step returns. `hits`: see `Progress`."""
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the scheduler moves on before it is logged
-        smoothing = self.config.label_smoothing
-        losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
-        loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
-        if self.budget is not None:
-            progress = self.global_step / int(self.trainer.estimated_stepping_batches)
-            executed = figures["executed"]
-            if self.config.on_bad_image == "skip":
-                executed = executed[labels != IGNORED]
-            loss = loss + self.budget.penalty(executed, progress)
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
         # Lightning divides the loss by the number of accumulated batches; `value` is what is shown.
-        return {"loss": loss, "value": loss.detach(), "correct": (logits.detach().argmax(1) == labels).sum()}
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        images, labels = batch
-        if not self.stages:
-            update_metrics(self.val_metrics, self(images), labels)
-            return
-        with record_connectivity(self.network) as record:
-            logits, figures = self.observe(images)
-        update_metrics(self.val_metrics, logits, labels, figures | edge_figures(self.stages, record.adjacency))
-
-    def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
-        if self.budget is None:
-            return self(images), {}
-        with self.budget.observe():
-            logits = self(images)
-        return logits, {"executed": self.budget.executed()}
+        return {"loss": loss, "value": loss.detach(), "hits": hits}
 
     def on_validation_epoch_start(self) -> None:
         self.note_thresholds()  # here a moving average is in place
@@ -110,25 +86,24 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
-        self._log_metrics(self.train_metrics, self.val_metrics)
+        self._log_row(self.evaluation_figures())
+
+    def evaluation_figures(self) -> dict[str, Any]:
+        """The figures of an evaluation that ends, by name; forgets them."""
+        raise NotImplementedError
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         # Not at the epoch's end: callbacks, which print it, come before the module there.
         if self.trainer.is_last_batch and not self.evaluates_in(self.current_epoch):
-            self._log_metrics(self.train_metrics, on_step=False, on_epoch=True)
+            self.note_thresholds()
+            self._log_row({}, on_step=False, on_epoch=True)
 
     def evaluates_in(self, epoch: int) -> bool:
         """Whether the epoch, counted from 0, ends with an evaluation."""
-        return (epoch + 1) % self.config.evaluate_every == 0
+        return (epoch + 1) % self.config.schedule()[1] == 0
 
-    def _log_metrics(self, *collections: MetricCollection, **options: Any) -> None:
-        values = {name: value for metrics in collections for name, value in metrics.compute().items()}
-        values = {name: value * 100 if "top" in name else value for name, value in values.items()}
-        if self.val_metrics not in collections:
-            self.note_thresholds()
-        self.log_dict({**values, **self.thresholds, "lr": self.lr}, **options)
-        for metrics in collections:
-            metrics.reset()
+    def _log_row(self, figures: dict[str, Any], **options: Any) -> None:
+        self.log_dict({**take_figures(self.train_metrics), **figures, **self.thresholds, "lr": self.lr}, **options)
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -139,17 +114,12 @@ class Classifier(L.LightningModule):
             weight_decay=config.weight_decay,
             momentum=config.momentum,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(steps * config.warmup_epochs / config.epochs)
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(steps - warmup, 1),
-            warmup_t=warmup,
-            warmup_prefix=True,
-            warmup_lr_init=config.peak_lr / max(warmup, 1),
-            t_in_epochs=False,
-        )
+        scheduler = self.build_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+        """timm's schedule of the learning rate, by step."""
+        raise NotImplementedError
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
@@ -171,7 +141,89 @@ class Classifier(L.LightningModule):
                 setattr(metric, state, checkpoint["train_metrics"][name][state].to(metric.device))
 
 
-def build_parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+class Classifier(RunModule):
+    """Cross-entropy with label smoothing, warm-up and half-period cosine by step (§6.1)."""
+
+    best = "val_top1"
+    best_title = "epoch's top-1"
+    config: TrainConfig
+
+    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any], budget: Budget | None = None) -> None:
+        executed = [] if budget is None else ["executed"]
+        super().__init__(network, config, carried, build_metrics("train_", executed))
+        self.budget = budget
+        edges = [name for pair in edge_figure_names(self.stages) for name in pair]
+        self.val_metrics = build_metrics("val_", [*executed, *edges])
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Any]:
+        images, labels = batch
+        logits, figures = self.observe(images)
+        update_metrics(self.train_metrics, logits, labels, figures)
+        smoothing = self.config.label_smoothing
+        losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
+        loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+        if self.budget is not None:
+            progress = self.global_step / int(self.trainer.estimated_stepping_batches)
+            executed = figures["executed"]
+            if self.config.on_bad_image == "skip":
+                executed = executed[labels != IGNORED]
+            loss = loss + self.budget.penalty(executed, progress)
+        return self.finish_step(loss, **{"top-1": (logits.detach().argmax(1) == labels).sum()})
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        images, labels = batch
+        if not self.stages:
+            update_metrics(self.val_metrics, self(images), labels)
+            return
+        with record_connectivity(self.network) as record:
+            logits, figures = self.observe(images)
+        update_metrics(self.val_metrics, logits, labels, figures | edge_figures(self.stages, record.adjacency))
+
+    def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
+        if self.budget is None:
+            return self(images), {}
+        with self.budget.observe():
+            logits = self(images)
+        return logits, {"executed": self.budget.executed()}
+
+    def evaluation_figures(self) -> dict[str, Any]:
+        return take_figures(self.val_metrics)
+
+    def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
+        line = f"train loss {values['train_loss']:.3f}, top-1 {values['train_top1']:.2f} %"
+        if is_evaluated:
+            line += f"; val loss {values['val_loss']:.3f}, top-1 {values['val_top1']:.2f} %"
+            if "val_executed" in values:
+                line += f", executed {values['val_executed']:.3f} of the dense cost"
+        return line
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+        warmup = round(steps * self.config.warmup_epochs / self.config.epochs)
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=max(steps - warmup, 1),
+            warmup_t=warmup,
+            warmup_prefix=True,
+            warmup_lr_init=self.config.peak_lr / max(warmup, 1),
+            t_in_epochs=False,
+        )
+
+
+def take_figures(metrics: MetricCollection) -> dict[str, Any]:
+    """The figures of metrics, accuracies in percent; they begin anew."""
+    values = {name: value * 100 if "top" in name else value for name, value in metrics.compute().items()}
+    metrics.reset()
+    return values
+
+
+def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Groups with and without weight decay; routing apart where it decays otherwise, thresholds with their learning rate."""
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)

@@ -11,16 +11,18 @@ from tqdm import tqdm
 
 
 class Progress(L.Callback):
-    """A bar with loss, training accuracy, images/s, the share of time spent waiting for data, and the time left of the run.
+    """A bar with loss, figures of the module, images/s, the share of time spent waiting for data, and the time left of the run.
 
-    The bar's figures are of the time since it was last drawn, those of `summary` of all training; neither counts evaluation.
+    The module's training step returns `value`, the loss that is shown, and `hits`: by title, how many of the batch's images,
+    `batch[1]` long, count. The bar's figures are of the time since it was last drawn, hits of the epoch so far, those of
+    `summary` of all training; none counts evaluation.
     """
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
         # A log file gets a line every half minute, a terminal a bar that moves.
         self.interval = 0.2 if sys.stderr.isatty() else 30.0
-        self.correct: Any = 0  # of this process's images in the epoch; the metrics would wait for other processes
+        self.sums: dict[str, Any] = {}  # over this process's images in the epoch; the metrics would wait for other processes
         self.seen = 0
         self.lately, self.overall = Pace(), Pace()
 
@@ -30,7 +32,7 @@ class Progress(L.Callback):
             self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", mininterval=self.interval)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.correct, self.seen = 0, 0
+        self.sums, self.seen = {}, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_index: int) -> None:
         waited = trainer.train_dataloader.waited  # type: ignore[union-attr]
@@ -40,14 +42,16 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if self.bar is None:
             return
-        self.correct = self.correct + outputs["correct"]
         self.seen += len(batch[1])
+        for title, hits in outputs["hits"].items():
+            self.sums[title] = self.sums.get(title, 0) + hits
         for pace in (self.lately, self.overall):
             pace.add(len(batch[1]) * trainer.world_size)
         if self.lately.seconds >= self.interval:
-            loss, top1 = float(outputs["value"]), float(self.correct) / self.seen
-            self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {100 * top1:.1f} %, {self.lately}", refresh=False)
+            shares = [f"{title} {100 * float(hits) / self.seen:.1f} %" for title, hits in self.sums.items()]
+            figures = ", ".join([f"loss {float(outputs['value']):.3f}", *shares, str(self.lately)])
+            self.bar.set_description(module.describe_epoch(), refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
             self.lately = Pace()
         self.bar.update(trainer.global_step - self.bar.n)
 
@@ -61,13 +65,8 @@ class Progress(L.Callback):
         if self.bar is None:
             return
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}:"
-        line += f" train loss {values['train_loss']:.3f}, top-1 {values['train_top1']:.2f} %"
-        if module.evaluates_in(trainer.current_epoch):
-            line += f"; val loss {values['val_loss']:.3f}, top-1 {values['val_top1']:.2f} %"
-            if "val_executed" in values:
-                line += f", executed {values['val_executed']:.3f} of the dense cost"
-        tqdm.write(line, file=sys.stderr)
+        is_evaluated = module.evaluates_in(trainer.current_epoch)
+        tqdm.write(f"{module.describe_epoch()}: {module.describe_figures(values, is_evaluated)}", file=sys.stderr)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, module, "fit")

@@ -1,0 +1,313 @@
+"""A run: its folder, its trainer, and what stops it and lets it go on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dgnet.checkpoint import read_tensors, save_tensors
+from dgnet.errors import BadImageError, UsageError, reason
+from dgnet.files import read_table, replace_file
+from dgnet.options import flag
+from dgnet.training.checkpointing import LAST, Checkpointing, Interrupted, WholeCheckpointIO
+from dgnet.training.config import RESUME_OPTIONS, RunConfig
+from dgnet.training.history import MetricsFile
+from dgnet.training.module import RunModule
+from dgnet.training.progress import Progress
+
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and how its last epoch did: the last row of metrics.csv."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+class Run:
+    """A run that is about to begin, or to go on in the folder `resume`; `step`: where it goes on, None from the start.
+
+    Raises UsageError for a folder that holds something, and for a checkpoint that is damaged.
+    """
+
+    def __init__(self, config: RunConfig, resume: Path | None) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.is_main = is_main_process()
+        self.progress = Progress()
+        self.resume = resume
+        self.folder = resume or (claim_folder(config) if self.is_main else Path(config.output or "runs"))
+        self.last = self.folder / "checkpoints" / LAST
+        self.step = _read_step(self.last) if resume and self.last.exists() else None
+        if resume and self.is_main:
+            for part in self.folder.rglob(".*.part"):  # of a file that was being written when the run was killed
+                part.unlink()
+        L.seed_everything(config.seed, workers=True, verbose=False)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, once over all processes."""
+        if self.is_main:
+            print(line, file=sys.stderr)
+
+    def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
+        """The trainer of the run. Raises UsageError where a batch cannot be divided among its devices."""
+        trainer = build_trainer(config, self.folder, self.progress, best, self.step)
+        if config.batch_size % (trainer.world_size * config.accumulate):
+            of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+            raise UsageError(
+                f"--batch-size {config.batch_size} cannot be divided among {trainer.world_size} devices{of};"
+                " use a multiple of them"
+            )
+        return trainer
+
+    def fit(self, trainer: L.Trainer, module: RunModule, data: L.LightningDataModule, about: str) -> RunResult:
+        """Train, and write the run folder; `about`: one line on what is trained on what.
+
+        Raises Interrupted where a signal ended the run after it saved a checkpoint.
+        """
+        folder = self.folder
+        was_there = folder.exists()
+        if self.is_main and not self.resume:
+            write_config(module.config, folder)
+        from_step = f" from step {self.step:,} on" if self.step is not None else ""
+        self.say(f"{about}{from_step} -> {folder}")
+        checkpointing = trainer.checkpoint_callback
+        assert isinstance(checkpointing, Checkpointing)
+        try:
+            with quiet_lightning():
+                trainer.fit(module, datamodule=data, ckpt_path=str(self.last) if self.step is not None else None)
+        except Interrupted:
+            raise
+        except BaseException as error:
+            launcher = trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):  # or the processes that it started wait for this one
+                launcher.kill(signal.SIGKILL)
+            if (
+                checkpointing.signum
+            ):  # what else went wrong follows from it: helpers of a whole group of processes were told too
+                raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
+            is_new = not self.resume and not any(folder.glob("checkpoints/*.ckpt"))
+            if isinstance(error, BadImageError) and self.is_main and is_new:
+                clear_folder(folder, keep=was_there)  # a folder without a checkpoint is no run to keep
+            if isinstance(error, SystemExit):  # Lightning leaves so
+                raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
+            raise
+        if not self.is_main:
+            return RunResult(folder, {})
+        pace = self.progress.overall
+        if pace.images:
+            self.say(f"trained at {pace}; best {module.best_title} {_best(folder, module.best):.2f} %")
+        _write_weights(folder)
+        return RunResult(folder, _last_metrics(folder))
+
+
+def _write_weights(folder: Path) -> None:
+    """Write model.safetensors from the last checkpoint."""
+    tensors, carried = read_tensors(folder / "checkpoints" / LAST)
+    save_tensors(tensors, folder / "model.safetensors", carried or {})
+
+
+def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C, RunResult | None]:
+    """The configuration, of `kind`, of the run in `folder`, and its result where it is finished.
+
+    `changes`: options given again, which may be those of RESUME_OPTIONS: where data lie, and what the run takes place on.
+
+    Raises UsageError for a folder that holds no run, and for changes of what decides the result.
+    """
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        unknown = sorted(set(values) - {f.name for f in fields(kind)})
+        if unknown:
+            raise UsageError(f"{path} is not of a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
+        config = kind(**values)
+    except FileNotFoundError:
+        raise UsageError(f"--resume {folder} is no run folder: it holds no config.yaml") from None
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    for name in changes:
+        if name not in RESUME_OPTIONS:
+            allowed = ", ".join(map(flag, RESUME_OPTIONS))
+            raise UsageError(f"--resume goes on as {path} says: leave out {flag(name)}; what may differ: {allowed}")
+    config = replace(config, **changes)
+    rows = read_table(folder / "metrics.csv")
+    last = folder / "checkpoints" / LAST
+    is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.schedule()[0] and last.exists()
+    if not is_done or _read_step(last) <= int(rows[-1]["step"]):
+        return config, None
+    if is_main_process() and not (folder / "model.safetensors").exists():
+        _write_weights(folder)
+    return config, RunResult(folder, _last_metrics(folder))
+
+
+def _read_step(checkpoint: Path) -> int:
+    """The number of steps taken. Raises UsageError for a file that is damaged."""
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
+        raise UsageError(f"{checkpoint} is damaged or no checkpoint of a run; put another in its place, as best.ckpt") from None
+
+
+def _last_metrics(folder: Path) -> dict[str, float]:
+    row = read_table(folder / "metrics.csv")[-1]
+    return {name: float(value) for name, value in row.items() if value != ""}
+
+
+def _best(folder: Path, name: str) -> float:
+    return max(float(row[name]) for row in read_table(folder / "metrics.csv") if row.get(name))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: Lightning starts the command again in each further process."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def claim_folder(config: RunConfig) -> Path:
+    """The run folder to write: `--output`, or the next free one. Raises UsageError where it holds something."""
+    if config.output is None:
+        number = 1
+        while (folder := Path("runs") / f"{config.model}-{number}").exists():
+            number += 1
+        return folder
+    folder = Path(config.output)
+    if folder.is_file():
+        raise UsageError(f"--output {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
+    return folder
+
+
+def clear_folder(folder: Path, keep: bool) -> None:
+    """Remove what a run wrote, and the folder too unless it is to `keep`."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not keep:
+        folder.rmdir()
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Make the run folder and write its config.yaml, which repeats the run in a folder of its own.
+
+    Raises UsageError where the folder cannot be written.
+    """
+    text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(folder / "config.yaml") as written:
+            written.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the run folder {folder} cannot be written: {reason(error)}; name another with --output") from None
+
+
+def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:
+    """Lightning's Trainer with dgnet's loggers, checkpoints and progress.
+
+    `best`: the metric whose highest value decides best.ckpt; `step`: where a run goes on.
+
+    Raises UsageError for hardware that is not here.
+    """
+    devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
+    nodes = config.nodes
+    epochs, evaluate_every = config.schedule()
+    if dist.is_torchelastic_launched():  # the command is the same on one machine and on many
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    callbacks: list[L.Callback] = [progress, Checkpointing(folder / "checkpoints", best, *config.checkpoint_interval())]
+    if config.ema is not None:
+        callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before checkpoints, which hold the average
+    asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
+    try:
+        with quiet_lightning():
+            trainer = L.Trainer(
+                accelerator=config.accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+                max_epochs=epochs,
+                accumulate_grad_batches=config.accumulate,
+                gradient_clip_val=config.clip_grad,
+                sync_batchnorm=config.sync_bn,
+                use_distributed_sampler=False,  # the orders know of processes
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=evaluate_every,
+                callbacks=callbacks,
+                plugins=[WholeCheckpointIO()],
+                logger=[
+                    MetricsFile(folder / "metrics.csv", step),
+                    # Events from there on are written again.
+                    TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
+                    *map(build_logger, config.loggers),
+                ],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except (MisconfigurationException, ValueError) as error:
+        raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
+    if config.sync_bn and trainer.strategy.root_device.type != "cuda":
+        raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
+    return trainer
+
+
+def build_logger(described: dict[str, Any]) -> Logger:
+    """A Lightning logger from its `class_path` and `init_args`. Raises UsageError for what is none."""
+    path = described["class_path"]
+    try:
+        kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
+        if not issubclass(kind, Logger):
+            raise TypeError("it is no Lightning logger")
+        logger: Logger = kind(**described.get("init_args", {}))
+    except Exception as error:  # whatever the logger's library raises
+        raise UsageError(f"--loggers: {path} cannot be made: {reason(error)}") from None
+    return logger
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's advice: workers and logging intervals are the user's options here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers.*",
+                ".*number of training batches.*",
+                ".*exists and is not empty.*",
+                ".*your dataloader is not resumable.*",  # ours reads the trainer's step
+                ".*sync_dist=True.*",  # metrics are means over all processes
+                ".*callbacks used to create the checkpoint.*",  # a run may go on with others
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
