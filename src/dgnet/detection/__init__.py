@@ -1,0 +1,9 @@
+"""Object detection: COCO data, Faster R-CNN on dynamic backbones, and its evaluation."""
+
+from dgnet.detection.coco import AnnotationCounts as AnnotationCounts
+from dgnet.detection.coco import CocoAnnotations as CocoAnnotations
+from dgnet.detection.coco import CocoDetection as CocoDetection
+from dgnet.detection.coco import CocoImage as CocoImage
+from dgnet.detection.coco import Target as Target
+from dgnet.detection.coco import flip as flip
+from dgnet.detection.coco import read_annotations as read_annotations
