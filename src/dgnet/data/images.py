@@ -83,18 +83,24 @@ def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
     return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
 
 
-def decode(content: bytes, name: str) -> Image.Image:
+def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """An 8-bit RGB image, upright, from the bytes of an image file: an animation's first frame, 16-bit grey scaled to 8.
 
-    Raises BadImageError, with `name`, where they are no image or one that is cut short.
+    `size`: the width and height that are known of it. An image that has them only as it is stored is not turned upright.
+
+    Raises BadImageError, with `name`, where they are no image or one that is cut short, UsageError where its size is another.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of EXIF that is not well formed
-            return to_rgb(Image.open(io.BytesIO(content)))
+            image = to_rgb(Image.open(io.BytesIO(content)), size)
     except Exception as error:  # on a broken file Pillow's decoders raise what they like
         why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
+    if size is not None and image.size != size:
+        found, expected = (f"{width} × {height}" for width, height in (image.size, size))
+        raise UsageError(f"{name} is {found} pixels, its annotations say {expected}; they belong to another image")
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -107,9 +113,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright; 16-bit grey is scaled."""
-    image = _upright(image)
+def to_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """8-bit RGB, upright; 16-bit grey is scaled. `size`: see `decode`."""
+    upright = _upright(image)
+    if upright.size == size or image.size != size:
+        image = upright
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))

@@ -31,10 +31,13 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
 
     def indices(self) -> Tensor:
         """The indices of each batch from `start` on, (batches, images of a batch)."""
-        generator = torch.Generator().manual_seed(fold(self.seed, self.epoch))
-        order = torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
+        order = self.shuffle(torch.Generator().manual_seed(fold(self.seed, self.epoch)))
         by_rank = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
         return by_rank.reshape(-1, by_rank.shape[-1])
+
+    def shuffle(self, generator: torch.Generator) -> Tensor:
+        """The indices of an epoch step by step, (steps × `batch_size`,)."""
+        return torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in self.indices():

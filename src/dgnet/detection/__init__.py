@@ -1,0 +1,12 @@
+"""Object detection: COCO data, Faster R-CNN on dynamic backbones, and its evaluation."""
+
+from dgnet.detection.batching import AspectRatioOrder as AspectRatioOrder
+from dgnet.detection.batching import DetectionItems as DetectionItems
+from dgnet.detection.batching import collate as collate
+from dgnet.detection.coco import AnnotationCounts as AnnotationCounts
+from dgnet.detection.coco import CocoAnnotations as CocoAnnotations
+from dgnet.detection.coco import CocoDetection as CocoDetection
+from dgnet.detection.coco import CocoImage as CocoImage
+from dgnet.detection.coco import Target as Target
+from dgnet.detection.coco import flip as flip
+from dgnet.detection.coco import read_annotations as read_annotations
