@@ -10,6 +10,7 @@ from dgnet.detection.coco import CocoImage as CocoImage
 from dgnet.detection.coco import Target as Target
 from dgnet.detection.coco import flip as flip
 from dgnet.detection.coco import read_annotations as read_annotations
+from dgnet.detection.draw import draw_detections as draw_detections
 from dgnet.detection.evaluation import BACKENDS as BACKENDS
 from dgnet.detection.evaluation import CocoEvaluation as CocoEvaluation
 from dgnet.detection.evaluation import DetectionResult as DetectionResult
