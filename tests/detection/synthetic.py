@@ -21,11 +21,11 @@ def box_entry(id: int, image_id: int, bbox: list[float], category_id: int = 7, *
 
 
 def write_set(
-    folder: Path, images: list[Any], annotations: list[Any], categories: list[Any] | None = None
+    folder: Path, images: list[Any], annotations: list[Any], categories: list[Any] | None = None, draws: bool = True
 ) -> tuple[Path, Path]:
-    """Write the JSON, and an image for each entry; returns the JSON's path and the image folder."""
+    """Write the JSON, and an image for each entry if it `draws`; returns the JSON's path and the image folder."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for entry in images:
+    for entry in images if draws else []:
         path = folder / "images" / entry["file_name"]
         if not path.exists():
             pixels = np.random.default_rng(entry["id"]).integers(0, 256, (entry["height"], entry["width"], 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def write_set(
     return folder / "instances.json", folder / "images"
 
 
-def random_set(folder: Path, images: int = 12, seed: int = 0, crowd: float = 0.15) -> tuple[Path, Path]:
+def random_set(folder: Path, images: int = 12, seed: int = 0, draws: bool = True) -> tuple[Path, Path]:
     """Images with up to eight boxes of every size, some of them crowds; ids have gaps and come in no order."""
     draw = np.random.default_rng(seed)
     entries, annotations = [], []
@@ -46,6 +46,6 @@ def random_set(folder: Path, images: int = 12, seed: int = 0, crowd: float = 0.1
             sides = np.exp(draw.uniform(np.log(8), np.log(140), 2))
             left, top = draw.uniform(0, [width - sides[0], height - sides[1]])
             bbox = [float(value) for value in (left, top, *sides)]
-            more = {"area": float(sides.prod() * draw.uniform(0.5, 1)), "iscrowd": int(draw.random() < crowd)}
+            more = {"area": float(sides.prod() * draw.uniform(0.5, 1)), "iscrowd": int(draw.random() < 0.15)}
             annotations.append(box_entry(len(annotations), id, bbox, [3, 7][draw.integers(2)], **more))
-    return write_set(folder, entries, annotations)
+    return write_set(folder, entries, annotations, draws=draws)

@@ -10,3 +10,10 @@ from dgnet.detection.coco import CocoImage as CocoImage
 from dgnet.detection.coco import Target as Target
 from dgnet.detection.coco import flip as flip
 from dgnet.detection.coco import read_annotations as read_annotations
+from dgnet.detection.draw import draw_detections as draw_detections
+from dgnet.detection.evaluation import BACKENDS as BACKENDS
+from dgnet.detection.evaluation import CocoEvaluation as CocoEvaluation
+from dgnet.detection.evaluation import DetectionResult as DetectionResult
+from dgnet.detection.evaluation import evaluate_results as evaluate_results
+from dgnet.detection.evaluation import read_results as read_results
+from dgnet.detection.evaluation import write_results as write_results
