@@ -43,7 +43,7 @@ class Checkpoint:
         except RuntimeError as error:
             raise UsageError(
                 f"{self.path} is damaged: its weights are not those of {self.model}, which it names"
-                f" ({_first_difference(error)}); use another checkpoint"
+                f" ({describe_mismatch(error)}); use another checkpoint"
             ) from None
         return network.eval()
 
@@ -90,12 +90,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of dgnet.
     """
-    path = find_checkpoint(Path(path))
-    state_dict, carried = read_tensors(path)
-    if carried is None:
-        raise UsageError(
-            f"{path} holds weights only, not the model's name and classes; use it with: dgnet train --weights {path}"
-        )
+    path, state_dict, carried = read_described(path, _CLASSIFY)
     try:
         return Checkpoint(
             path,
@@ -112,6 +107,31 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UsageError(
             f"{path} is damaged: its description of the network cannot be read ({reason(error)}); use another checkpoint"
         ) from None
+
+
+_CLASSIFY = "classify"
+_COMMANDS = {_CLASSIFY: "dgnet", "detect": "dgnet detect"}
+
+
+def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The file that `path` stands for, its state dict, and what it carries beside; `task`: what it must be for.
+
+    Raises UsageError for a file that is missing, truncated, carries pickled code, is no checkpoint of dgnet or of another task.
+    """
+    path = find_checkpoint(Path(path))
+    state_dict, carried = read_tensors(path)
+    if carried is None:
+        raise UsageError(
+            f"{path} holds weights only, not the model's name and classes; use it with:"
+            f" {_COMMANDS[task]} train --weights {path}"
+        )
+    own = carried.get("task", _CLASSIFY)
+    if own != task:
+        raise UsageError(
+            f"{path} is a checkpoint of {_COMMANDS.get(own, own)} train, not of {_COMMANDS[task]} train;"
+            f" use it with: {_COMMANDS.get(own, own)} evaluate"
+        )
+    return path, state_dict, carried
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -186,7 +206,7 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     try:
         network.load_state_dict({**state_dict, **{name: own[name] for name in (*reset, *new)}})
     except RuntimeError as error:
-        difference = _first_difference(error)
+        difference = describe_mismatch(error)
         if carried and carried.get("model") == model:
             line = f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
         else:
@@ -204,6 +224,7 @@ def _truncated(path: Path) -> UsageError:
     return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
 
 
-def _first_difference(error: RuntimeError) -> str:
+def describe_mismatch(error: RuntimeError) -> str:
+    """The first difference that `load_state_dict` reports."""
     lines = [line.strip() for line in str(error).splitlines()[1:]]
     return (lines[0] if lines else str(error))[:200]

@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_device, add_fields, add_loader_options, find_device, print_json, say_if_idle
+from dgnet.cli.command import (
+    Command,
+    Parser,
+    add_device,
+    add_loader_options,
+    build_train_parser,
+    find_device,
+    print_json,
+    run_training,
+    say_if_idle,
+)
 from dgnet.errors import UsageError, check_range
 
 
 def _train_parser() -> Parser:
     from dgnet.training.config import TrainConfig
 
-    parser = Parser(description="Train a network; without arguments, a small DG-Net on handwritten digits.")
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with the run in this folder")
-    add_fields(parser, TrainConfig)
-    return parser
+    return build_train_parser(TrainConfig, "Train a network; without arguments, a small DG-Net on handwritten digits.")
 
 
 def run_train(args: Namespace) -> None:
-    """`dgnet train`. Leaves with 128 and the signal's number where one ended the run."""
-    from dgnet.training import Interrupted, TrainConfig, is_main_process, read_run, train
+    """`dgnet train`."""
+    from dgnet.training import TrainConfig, train
 
-    resume = Path(args.resume) if args.get("resume") is not None else None
-    values = {f.name: args[f.name] for f in fields(TrainConfig) if f.name in args}
-    result = None
-    if resume is not None:
-        config, result = read_run(resume, values, TrainConfig)
-    else:
-        config = TrainConfig(**values)
-    try:
-        if result is None:
-            result = train(config, resume)
-        else:
-            print(f"{resume} is finished, there is nothing to go on with", file=sys.stderr)
-    except Interrupted as error:
-        if is_main_process():
-            print(f"dgnet: {error}; go on with: dgnet train --resume {error.folder}", file=sys.stderr)
-        raise SystemExit(128 + error.signum) from None
-    if not is_main_process():
-        return
-    print(f"top-1 {result.metrics['val_top1']:.2f} % after {config.epochs} epochs; run folder: {result.folder}")
-    print(f"evaluate it: dgnet evaluate {result.folder}")
+    result, config = run_training(args, TrainConfig, train)
+    if result is not None:
+        print(f"top-1 {result.metrics['val_top1']:.2f} % after {config.epochs} epochs; run folder: {result.folder}")
+        print(f"evaluate it: dgnet evaluate {result.folder}")
 
 
 def _evaluate_parser() -> Parser:

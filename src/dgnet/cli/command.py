@@ -8,12 +8,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from dgnet.errors import UsageError, reason
 from dgnet.options import flag
+
+if TYPE_CHECKING:
+    from dgnet.training.config import RunConfig
+    from dgnet.training.run import RunResult
+
+C = TypeVar("C", bound="RunConfig")
 
 
 class Parser(ArgumentParser):
@@ -53,14 +59,49 @@ def add_fields(parser: Parser, config: type[Any]) -> None:
             parser.add_argument(flag(f.name), type=hints[f.name], default=default, help=f.metadata["help"])
 
 
+def build_train_parser(config: type[RunConfig], description: str) -> Parser:
+    """The parser of a command that trains as `config` says."""
+    parser = Parser(description=description)
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
+    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with the run in this folder")
+    add_fields(parser, config)
+    return parser
+
+
+def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None], RunResult]) -> tuple[RunResult | None, C]:
+    """Train as asked for, or go on; returns the result, None in a process that does not print, and the configuration.
+
+    Leaves with 128 and the signal's number where one ended the run.
+    """
+    from dgnet.training import Interrupted, is_main_process, read_run
+
+    resume = Path(args.resume) if args.get("resume") is not None else None
+    values = {f.name: args[f.name] for f in fields(kind) if f.name in args}
+    result = None
+    if resume is not None:
+        config, result = read_run(resume, values, kind)
+    else:
+        config = kind(**values)
+    try:
+        if result is None:
+            result = train(config, resume)
+        else:
+            print(f"{resume} is finished, there is nothing to go on with", file=sys.stderr)
+    except Interrupted as error:
+        if is_main_process():
+            print(f"dgnet: {error}; go on with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
+        raise SystemExit(128 + error.signum) from None
+    return (result if is_main_process() else None), config
+
+
 def add_device(parser: Parser) -> None:
     """`--device`; `find_device` reads it."""
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
 
 
-def add_loader_options(parser: Parser) -> None:
+def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
     """The options of loading images in batches."""
-    parser.add_argument("--batch-size", type=int, default=128, help="images a forward pass")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images a forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
     add_device(parser)
 

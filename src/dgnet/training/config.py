@@ -18,7 +18,7 @@ _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
 # What may differ where a run goes on: where data lie, what it takes place on. None of it decides the result.
 RESUME_OPTIONS = (
-    *("data", "val_data", "data_root", "accelerator", "devices", "nodes", "workers", "threads"),
+    *("data", "val_data", "data_root", "images", "val_images", "accelerator", "devices", "nodes", "workers", "threads"),
     *("checkpoint_every", "max_bad_images"),
 )
 

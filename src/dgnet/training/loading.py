@@ -44,6 +44,27 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in batch.tolist()]
 
 
+class EndlessOrder(Sampler[list[tuple[int, int]]]):
+    """The batches of `order` pass after pass, in epochs of `steps` steps, which begin and end within passes.
+
+    As `TrainingOrder`: `epoch` and `start`, in steps, say where iteration begins; it has no end.
+    """
+
+    def __init__(self, order: TrainingOrder, steps: int) -> None:
+        self.order, self.steps = order, steps
+        self.seed, self.accumulate = order.seed, order.accumulate
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.order.epoch, self.order.start = divmod(self.epoch * self.steps + self.start, self.order.steps)
+        while True:
+            yield from self.order
+            self.order.epoch, self.order.start = self.order.epoch + 1, 0
+
+
 class EvaluationOrder(Sampler[list[tuple[int, int]]]):
     """One process's batches of (0, index): each image once over all `ranks`; index -1 evens the processes out."""
 
@@ -67,7 +88,7 @@ class TrainingLoader:
     `batches`: a loader in the order of `order`, which is set before each iteration.
     """
 
-    def __init__(self, batches: Iterable[Any], order: TrainingOrder, step: Callable[[], int]) -> None:
+    def __init__(self, batches: Iterable[Any], order: TrainingOrder | EndlessOrder, step: Callable[[], int]) -> None:
         self.batches, self.order, self.step = batches, order, step
         self.waited = 0.0  # seconds
         self._stream: Iterator[Any] | None = None
@@ -79,10 +100,10 @@ class TrainingLoader:
         # A generator: it begins with the first batch, and Lightning makes iterators before it knows where a run goes on.
         self.order.epoch, self.order.start = divmod(self.step(), self.order.steps)
         stream = getattr(self.batches, "dataset", None)
-        if isinstance(stream, ShardStream) and self._stream is None:
-            # A run that goes on reads other images first than the run did at its start.
-            stream.seed = fold(self.order.seed, self.step())
-            self._stream = iter(self.batches)  # it has no end
+        if self._stream is None and (isinstance(stream, ShardStream) or isinstance(self.order, EndlessOrder)):
+            if isinstance(stream, ShardStream):  # a run that goes on reads other images first than the run did at its start
+                stream.seed = fold(self.order.seed, self.step())
+            self._stream = iter(self.batches)
         iterator = iter(self.batches) if self._stream is None else self._stream
         for _ in range(len(self.order) - self.order.start * self.order.accumulate):
             start = time.perf_counter()

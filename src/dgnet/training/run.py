@@ -189,6 +189,22 @@ def is_main_process() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
+@contextmanager
+def join_processes(device: str) -> Iterator[str]:
+    """Under torchrun, the group of its processes inside the `with` block, each with a device of its own; gives the device."""
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
 def claim_folder(config: RunConfig) -> Path:
     """The run folder to write: `--output`, or the next free one. Raises UsageError where it holds something."""
     if config.output is None:

@@ -1,0 +1,151 @@
+"""`dgnet detect train`, `evaluate` and `predict`: object detection."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from dgnet.cli.command import (
+    Command,
+    Group,
+    Parser,
+    add_device,
+    add_loader_options,
+    build_train_parser,
+    find_device,
+    print_json,
+    run_training,
+    say_if_idle,
+)
+from dgnet.errors import UsageError, check_range
+
+
+def _train_parser() -> Parser:
+    from dgnet.detection.config import DetectConfig
+
+    return build_train_parser(DetectConfig, "Train Faster R-CNN with a feature pyramid on data in COCO's format.")
+
+
+def run_train(args: Namespace) -> None:
+    """`dgnet detect train`."""
+    from dgnet.detection import DetectConfig, train_detector
+
+    result, config = run_training(args, DetectConfig, train_detector)
+    if result is not None:
+        ap, ap50 = (result.metrics.get(name, 0.0) for name in ("val_ap", "val_ap50"))
+        print(f"AP {ap:.2f}, AP50 {ap50:.2f} after {config.iterations:,} iterations; run folder: {result.folder}")
+        print(f"evaluate it: dgnet detect evaluate {result.folder}")
+
+
+def _evaluate_parser() -> Parser:
+    parser = Parser(description="COCO's average precision of a detector's checkpoint, or of a file of results.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors; or RESULTS.json")
+    parser.add_argument("--data", type=str | None, default=None, help="annotations; by default those the run was evaluated on")
+    parser.add_argument("--images", type=str | None, default=None, help="folder of the images; by default the run's")
+    add_loader_options(parser, batch_size=1)
+    parser.add_argument("--mode", type=str, default="dense", help="dense, or sparse: blocks run where they are alive")
+    parser.add_argument("--backend", type=str, default="pycocotools", help="pycocotools, or faster-coco-eval: the same, sooner")
+    parser.add_argument("--output", type=str | None, default=None, help="write the results to this JSON file, in COCO's format")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_evaluate(args: Namespace) -> None:
+    """`dgnet detect evaluate`."""
+    from dgnet.detection import (
+        CocoDetection,
+        evaluate_detector,
+        evaluate_results,
+        load_detector,
+        read_annotations,
+        read_results,
+        write_results,
+    )
+    from dgnet.training import is_main_process, join_processes
+
+    connectivity: dict[str, float] = {}
+    if args.checkpoint.endswith(".json"):
+        if args.data is None:
+            raise UsageError(f"{args.checkpoint} holds results: say of which annotations with --data")
+        annotations = read_annotations(args.data)
+        precision = evaluate_results(annotations, read_results(args.checkpoint, annotations), backend=args.backend)
+        title = f"{args.checkpoint} on {args.data}"
+    else:
+        checkpoint = load_detector(args.checkpoint)
+        data = args.data or checkpoint.config["val_data"]
+        images = args.images or checkpoint.config["val_images"] or checkpoint.config["images"]
+        dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
+        detector = checkpoint.build()
+        if args.mode == "sparse":
+            say_if_idle(detector, checkpoint.path)
+        with join_processes(find_device(args.device)) as device:
+            found = evaluate_detector(detector, dataset, args.batch_size, args.workers, device, args.mode, args.backend)
+            if not is_main_process():
+                return
+        precision, connectivity = found.precision, found.connectivity
+        if args.output:
+            write_results(args.output, found.results)
+        title = f"{checkpoint.path}: Faster R-CNN on {checkpoint.model}, {data}, {dataset.counts}"
+    if args.json:
+        print_json({**asdict(precision), **connectivity})
+        return
+    print(title)
+    figures = {
+        "AP": precision.ap,
+        "AP50": precision.ap50,
+        "AP75": precision.ap75,
+        "small": precision.ap_small,
+        "medium": precision.ap_medium,
+        "large": precision.ap_large,
+    }
+    print(", ".join(f"{name} {_percent(value)}" for name, value in figures.items()))
+    print("AP by class: " + ", ".join(f"{name} {_percent(value)}" for name, value in precision.ap_by_class.items()))
+    if connectivity:
+        print(
+            f"closed edges {100 * connectivity['closed_edges']:.2f} %, distinct wirings {connectivity['distinct_wirings']},"
+            f" spread of an edge's weight {connectivity['weight_std']:.4f}"
+        )
+    if args.output and not args.checkpoint.endswith(".json"):
+        print(f"results: {args.output}", file=sys.stderr)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _predict_parser() -> Parser:
+    parser = Parser(description="Draw the objects that a detector finds on images, and write them in COCO's format.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--output", type=str, default="detections", help="folder for the drawings and results.json")
+    parser.add_argument("--score", type=float, default=0.5, help="least score, 0 to 1, of what is drawn")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_predict(args: Namespace) -> None:
+    """`dgnet detect predict`."""
+    from dgnet.detection import load_detector, predict_detections
+
+    check_range("--score", args.score, 0, 1)
+    checkpoint = load_detector(args.checkpoint)
+    drawn = predict_detections(checkpoint, args.images, Path(args.output), args.score, find_device(args.device))
+    if args.json:
+        print_json([asdict(image) for image in drawn])
+        return
+    for image in drawn:
+        print(f"{image.image}: {image.detections} objects -> {image.drawing}")
+
+
+DETECT = Group(
+    "Object detection: Faster R-CNN with a feature pyramid on any network.",
+    {
+        "train": Command(_train_parser, run_train, is_resumable=True),
+        "evaluate": Command(_evaluate_parser, run_evaluate),
+        "predict": Command(_predict_parser, run_predict),
+    },
+)

@@ -1,0 +1,64 @@
+"""Average precision of a trained detector, and how its connectivity behaved."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from dgnet.detection.batching import DetectionItems
+from dgnet.detection.coco import CocoDetection
+from dgnet.detection.evaluation import CocoEvaluation, DetectionResult
+from dgnet.detection.module import build_loader
+from dgnet.graph import DynamicGraph, record_connectivity
+from dgnet.inference import set_mode
+from dgnet.training.evaluate import WiringStatistics
+from dgnet.training.loading import EvaluationOrder
+
+
+@dataclass(frozen=True)
+class DetectorEvaluation:
+    """A detector's figures over a data set."""
+
+    precision: DetectionResult
+    connectivity: dict[str, Any]  # closed_edges, skippable_nodes, … of `Evaluation`; empty for a static backbone
+    results: list[dict[str, Any]]  # in COCO's format
+
+
+@torch.no_grad()
+def evaluate_detector(
+    detector: nn.Module,
+    dataset: CocoDetection,
+    batch_size: int = 1,
+    workers: int = 0,
+    device: str = "cpu",
+    mode: str = "dense",
+    backend: str = "pycocotools",
+) -> DetectorEvaluation:
+    """Run a detector over a data set; in a group of processes each takes its share, and all have the same figures.
+
+    `mode`: "dense" or "sparse", see `set_mode`; the figures of connectivity are of this process's images.
+    Raises UsageError for a sparse mode of a static backbone.
+    """
+    evaluation = CocoEvaluation(dataset.annotations, backend)
+    stages = [module for module in detector.modules() if isinstance(module, DynamicGraph)]
+    if mode != "dense" or stages:
+        set_mode(detector, mode)
+    statistics = WiringStatistics(stages) if stages else None
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = build_loader(DetectionItems(dataset), EvaluationOrder(len(dataset), batch_size, *ranks), workers)
+    detector = detector.to(device).eval()
+    for images, targets in tqdm(loader, unit="batch", file=sys.stderr, mininterval=1, disable=ranks[0] > 0):
+        with record_connectivity(detector) if stages else nullcontext() as record:
+            detections = detector([image.to(device) for image in images])
+        if statistics is not None and record is not None:
+            statistics.update(record.adjacency)
+        evaluation.update([target["image_id"] for target in targets], detections)
+    connectivity = {} if statistics is None else statistics.summary()
+    return DetectorEvaluation(evaluation.compute(), connectivity, evaluation.results())

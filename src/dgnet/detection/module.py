@@ -1,0 +1,149 @@
+"""The Lightning module and data module of detection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from timm.scheduler import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torchmetrics import MetricCollection
+
+from dgnet.detection.batching import AspectRatioOrder, DetectionItems, collate
+from dgnet.detection.coco import CocoDetection, Target
+from dgnet.detection.config import DetectConfig
+from dgnet.detection.detector import Detector
+from dgnet.detection.evaluation import CocoEvaluation
+from dgnet.errors import UsageError
+from dgnet.graph import record_connectivity
+from dgnet.training.loading import EndlessOrder, EvaluationOrder, TrainingLoader
+from dgnet.training.metrics import WeightedMean, edge_figure_names, edge_figures
+from dgnet.training.module import RunModule, heed_only, take_figures
+
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+"""What torchvision's Faster R-CNN learns from; `loss` is their sum."""
+
+
+def _means(prefix: str, names: tuple[str, ...] | list[str]) -> MetricCollection:
+    return MetricCollection({name: WeightedMean() for name in names}, prefix=prefix, compute_groups=False)
+
+
+class DetectionModule(RunModule):
+    """Faster R-CNN's four losses, warm-up and steps of the learning rate; COCO's average precision."""
+
+    best = "val_ap"
+    best_title = "AP"
+    network: Detector
+    config: DetectConfig
+
+    def __init__(self, detector: Detector, config: DetectConfig, carried: dict[str, Any], evaluation: CocoEvaluation) -> None:
+        super().__init__(detector, config, carried, _means("train_", ("loss", *LOSSES)))
+        self.evaluation = evaluation
+        self.val_edges = _means("val_", [name for pair in edge_figure_names(self.stages) for name in pair])
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> dict[str, Any]:
+        images, targets = batch
+        losses: dict[str, Tensor] = self.network(images, targets)
+        loss = torch.stack([losses[name].float() for name in LOSSES]).sum()
+        weight = loss.new_tensor([float(len(images))])
+        for name, value in {"loss": loss, **losses}.items():
+            self.train_metrics[name].update(value.detach()[None], weight)
+        return self.finish_step(loss)
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
+        images, targets = batch
+        if not self.stages:
+            detections = self.network(images)
+        else:
+            with record_connectivity(self.network) as record:
+                detections = self.network(images)
+            for name, values in edge_figures(self.stages, record.adjacency).items():
+                self.val_edges[name].update(values, torch.ones_like(values))
+        self.evaluation.update([target["image_id"] for target in targets], detections)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.evaluation.reset()
+
+    def evaluation_figures(self) -> dict[str, Any]:
+        figures = asdict(self.evaluation.compute())
+        known = {name: value for name, value in figures.items() if name.startswith("ap") and isinstance(value, float)}
+        return {**{f"val_{name}": value for name, value in known.items()}, **take_figures(self.val_edges)}
+
+    def describe_epoch(self) -> str:
+        return f"iteration {(self.current_epoch + 1) * self.config.evaluate_every:,}/{self.config.iterations:,}"
+
+    def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
+        losses = ", ".join(f"{name.removeprefix('loss_')} {values[f'train_{name}']:.3f}" for name in LOSSES)
+        return f"train loss {values['train_loss']:.3f} ({losses}); AP {values['val_ap']:.2f}, AP50 {values['val_ap50']:.2f}"
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+        config = self.config
+        return MultiStepLRScheduler(
+            optimizer,
+            decay_t=list(config.lr_steps),
+            decay_rate=0.1,
+            warmup_t=config.warmup_iterations,
+            warmup_lr_init=config.peak_lr * config.warmup_factor,
+            t_in_epochs=False,
+        )
+
+
+class DetectionDataModule(L.LightningDataModule):
+    """Loaders: training in steps of one aspect ratio, evaluation with each image once."""
+
+    def __init__(self, train: CocoDetection, val: CocoDetection, config: DetectConfig) -> None:
+        super().__init__()
+        self.train, self.val, self.config = train, val, config
+
+    def train_dataloader(self) -> TrainingLoader:
+        config, trainer = self.config, self._trainer
+        ranks = (trainer.global_rank, trainer.world_size)
+        order = AspectRatioOrder(self.train.aspect_ratios, config.batch_size, config.seed, *ranks, config.accumulate)
+        endless = EndlessOrder(order, config.evaluate_every)
+        items = DetectionItems(self.train, config.hflip, config.seed)
+        return TrainingLoader(build_loader(items, endless, config.workers), endless, lambda: trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        trainer = self._trainer
+        ranks = (trainer.global_rank, trainer.world_size)
+        order = EvaluationOrder(len(self.val), self.config.evaluation_batch_size, *ranks)
+        return build_loader(DetectionItems(self.val), order, self.config.workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": len(self.train)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UsageError where the data are not those that the run was interrupted with."""
+        if state_dict["images"] != len(self.train):
+            raise UsageError(
+                f"the run was interrupted with {state_dict['images']:,} training images and cannot go on with the"
+                f" {len(self.train):,} of --data {self.config.data}"
+            )
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+
+def build_loader(items: DetectionItems, order: Sampler[list[tuple[int, int]]], workers: int) -> DataLoader[Any]:
+    """Batches of images and targets in the order given."""
+    return DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=collate,
+        # A generator of its own: loading draws nothing from the one that training draws from.
+        generator=torch.Generator(),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=partial(heed_only, os.getpid()),
+        pin_memory=torch.cuda.is_available(),
+    )

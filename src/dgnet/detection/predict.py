@@ -1,0 +1,92 @@
+"""Detections on image files: drawn, and as results in COCO's format."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+from dgnet.data.images import decode, read_image
+from dgnet.detection.checkpoint import DetectorCheckpoint
+from dgnet.detection.draw import draw_detections
+from dgnet.detection.evaluation import write_results
+from dgnet.errors import UsageError, reason
+from dgnet.files import replace_file
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image's detections: where they are drawn, and how many there are."""
+
+    image: str
+    drawing: str
+    detections: int
+
+
+def find_images(paths: Sequence[str]) -> dict[str, Path]:
+    """Image files, and those in folders and theirs, by the name that their drawing gets.
+
+    Raises UsageError for a path that does not exist, a folder without images, and two images of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+            if not files:
+                raise UsageError(f"folder {path} holds no images")
+            named = {str(file.relative_to(path)): file for file in files}
+        elif path.is_file():
+            named = {path.name: path}
+        else:
+            raise UsageError(f"image {path} does not exist")
+        for name, file in named.items():
+            if name in found:
+                raise UsageError(f"{found[name]} and {file} would be drawn to the same file; give them one by one")
+            found[name] = file
+    return found
+
+
+@torch.no_grad()
+def predict_detections(
+    checkpoint: DetectorCheckpoint, paths: Sequence[str], output: Path, least_score: float = 0.5, device: str = "cpu"
+) -> list[Drawn]:
+    """Detect on images and in folders of them; writes drawings and `results.json` to the folder `output`.
+
+    A result of `results.json` has the image's place among the images, from 1 on, as `image_id`, and its `file_name`; all
+    detections are there, those of a score from `least_score` on are drawn.
+
+    Raises UsageError for what `find_images` does, for an image that does not decode, and where nothing can be written.
+    """
+    images = find_images(paths)
+    detector = checkpoint.build().to(device)
+    results: list[dict[str, Any]] = []
+    drawn = []
+    for number, (name, path) in enumerate(tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1), start=1):
+        image = decode(read_image(path), str(path))
+        (found,) = detector([to_tensor(image).to(device)])
+        boxes, labels, scores = found["boxes"].cpu(), found["labels"].cpu(), found["scores"].cpu()
+        for (left, top, right, bottom), label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
+            box = [left, top, right - left, bottom - top]
+            category = checkpoint.category_ids[label]
+            results.append({"image_id": number, "category_id": category, "bbox": box, "score": score, "file_name": name})
+        shown = scores >= least_score
+        drawing = draw_detections(image, boxes[shown], labels[shown], checkpoint.class_names, scores[shown])
+        target = (output / name).with_suffix(".jpg")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(target) as written:
+                drawing.save(written, format="JPEG", quality=90)
+        except OSError as error:
+            raise UsageError(f"drawing {target} cannot be written ({reason(error)}); name another folder") from None
+        drawn.append(Drawn(str(path), str(target), int(shown.sum())))
+    write_results(output / RESULTS, results)
+    return drawn
