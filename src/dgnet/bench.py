@@ -25,6 +25,10 @@ from dgnet.memory import keep_freed_memory
 from dgnet.options import check_choices, flag, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
+_FOLD_SIZE = 64  # pixels; folding runs the network once, on images of any size that it takes
+TASKS = ("train", "infer", "detect-train", "detect-infer")
+_SHORT_SIDE, _LONG_SIDE = 800, 1333  # pixels, of a detector's images (§6.3)
 _ROUND_SECONDS = 0.5  # a round repeats short steps until it lasts this long
 
 
@@ -33,16 +37,20 @@ class BenchConfig:
     """What is measured. `against` None is the static baseline: the model's name without `dg_`.
 
     "train" is a step of cross-entropy and SGD with momentum, autocast where `dtype` is half precision. "infer" is a forward
-    pass in evaluation mode with batch normalisations folded into convolutions and weights in `dtype`.
+    pass in evaluation mode with batch normalisations folded into convolutions and weights in `dtype`. "detect-train" and
+    "detect-infer" are the same of Faster R-CNN with a feature pyramid on the networks, of 80 classes, autocast, on images of
+    `image_size` (800) × 1⅔ `image_size` (1333) pixels.
 
     Raises UsageError for a value that cannot be.
     """
 
     model: str
     against: str | None = option(None, "the other network; by default the static baseline")
-    task: str = option("train", "train: a training step; infer: a forward pass, BN folded", ("train", "infer"))
+    task: str = option(
+        "train", "train: a training step; infer: a forward pass, BN folded; detect-…: of Faster R-CNN on the networks", TASKS
+    )
     batch_size: int = option(32, "images in a step")
-    image_size: int | None = option(None, "side in pixels; by default the model's own")
+    image_size: int | None = option(None, "side in pixels, of a detector the short one; by default the model's own, 800")
     device: str = "cpu"
     dtype: str = option("float32", "float32, bfloat16 or float16; autocast in training", tuple(DTYPES))
     compile: bool = option(False, "compile both networks with torch.compile")
@@ -65,10 +73,22 @@ class BenchConfig:
             raise UsageError(f"{self.model} has no static baseline of its own; name the other model with --against")
         if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):
             raise UsageError("--cuda-graphs needs --compile true and a CUDA device; leave it out")
+        if self.is_detection and self.compile:
+            raise UsageError(f"--task {self.task} does not go with --compile: a detector is no single graph; leave it out")
         if self.task == "train" and self.batch_size == 1:
             raise UsageError("--task train needs --batch-size 2 or more: normalisations train on batches")
-        if self.task == "train" and self.dtype == "float16" and self.device == "cpu":
+        if self.is_training and self.dtype == "float16" and self.device == "cpu":
             raise UsageError("--dtype float16 cannot train on a CPU here; use bfloat16 or float32")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether steps are training steps."""
+        return self.task.endswith("train")
+
+    @property
+    def is_detection(self) -> bool:
+        """Whether the networks are backbones of detectors."""
+        return self.task.startswith("detect")
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,8 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
     against = config.against or config.model.removeprefix("dg_")
     torch.manual_seed(config.seed)
     networks = dgnet.create_model(config.model, **config.model_kwargs), dgnet.create_model(against)
-    image_size = config.image_size or int(networks[0].pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    own_size = _SHORT_SIDE if config.is_detection else int(networks[0].pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    image_size = config.image_size or own_size
     with tqdm(total=2 + config.rounds, disable=not show_progress, file=sys.stderr, unit="round", mininterval=1) as bar:
         bar.set_description(f"{config.model}: first call")
         ours = _Side(config, config.model, networks[0], image_size)
@@ -167,8 +188,9 @@ def format_bench(result: BenchResult) -> str:
     """The result as a table with hardware and versions."""
     form = f"compiled{' with CUDA graphs' if result.cuda_graphs else ''}" if result.compile else "eager"
     layout = "channels_last" if result.channels_last else "contiguous"
+    size = f"{result.image_size}×{_width(result.task, result.image_size)}"
     lines = [
-        f"{result.task}, batch {result.batch_size}, {result.image_size}×{result.image_size} pixels, {result.dtype}, {form},"
+        f"{result.task}, batch {result.batch_size}, {size} pixels, {result.dtype}, {form},"
         f" {layout}, {result.rounds} alternating rounds",
         f"{'':24}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'first call s':>14}",
     ]
@@ -187,6 +209,11 @@ def format_bench(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
+def _width(task: str, height: int) -> int:
+    """Pixels of an image's width."""
+    return round(height * _LONG_SIDE / _SHORT_SIDE) if task.startswith("detect") else height
+
+
 class _Side:
     """A network with everything that a step of it needs, warmed up."""
 
@@ -196,7 +223,7 @@ class _Side:
         self.image_size = image_size
         self.seconds: list[float] = []
         allocated = self._allocated()
-        step = self._prepare(network)
+        step = self._prepare_detector(network) if config.is_detection else self._prepare(network)
         started = time.perf_counter()
         try:
             self._wait(step)
@@ -214,7 +241,7 @@ class _Side:
     def _prepare(self, network: nn.Module) -> Callable[[], object]:
         config, dtype = self.config, DTYPES[self.config.dtype]
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        training = config.task == "train"
+        training = config.is_training
         if not training:
             network = fold_batch_norms(network, self.image_size).to(dtype)
         network = network.to(self.device).to(memory_format=memory_format).train(training)
@@ -240,6 +267,41 @@ class _Side:
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(run(images).float(), labels)
             loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return train
+
+    def _prepare_detector(self, network: nn.Module) -> Callable[[], object]:
+        from dgnet.detection import Detector
+
+        config, dtype = self.config, DTYPES[self.config.dtype]
+        height, width = self.image_size, _width(config.task, self.image_size)
+        if not config.is_training:
+            network = fold_batch_norms(network, _FOLD_SIZE)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        network.to(memory_format=memory_format)
+        detector = Detector(network, _CLASSES, short_side=height, long_side=width).to(self.device).train(config.is_training)
+        images = [torch.rand(3, height, width, device=self.device) for _ in range(config.batch_size)]
+        corners = torch.rand(_OBJECTS, 2) * torch.tensor([width, height]) / 2
+        boxes = torch.cat([corners, corners + torch.tensor([width, height]) / 4], dim=1).to(self.device)
+        labels = torch.randint(1, _CLASSES + 1, (_OBJECTS,), device=self.device)
+        targets = [{"boxes": boxes, "labels": labels} for _ in images]
+        optimizer = torch.optim.SGD(detector.parameters(), lr=1e-6, momentum=0.9) if config.is_training else None
+        self.lasting = [*detector.parameters(), *detector.buffers(), *images]
+
+        def infer() -> None:
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                detector(images)
+
+        if optimizer is None:
+            return infer
+        self.lasting += list(detector.parameters())
+
+        def train() -> None:
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                losses = detector(images, targets)
+            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
