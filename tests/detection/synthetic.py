@@ -36,7 +36,7 @@ def write_set(
 
 
 def random_set(folder: Path, images: int = 12, seed: int = 0, draws: bool = True) -> tuple[Path, Path]:
-    """Images with up to eight boxes of every size, some of them crowds; ids have gaps and come in no order."""
+    """Images with up to eight boxes of every size, some of them crowds; ids have gaps, and nothing is in order."""
     draw = np.random.default_rng(seed)
     entries, annotations = [], []
     for id in draw.permutation(np.arange(images) * 3).tolist():
@@ -48,4 +48,5 @@ def random_set(folder: Path, images: int = 12, seed: int = 0, draws: bool = True
             bbox = [float(value) for value in (left, top, *sides)]
             more = {"area": float(sides.prod() * draw.uniform(0.5, 1)), "iscrowd": int(draw.random() < 0.15)}
             annotations.append(box_entry(len(annotations), id, bbox, [3, 7][draw.integers(2)], **more))
+    draw.shuffle(annotations)
     return write_set(folder, entries, annotations, draws=draws)
