@@ -1,0 +1,199 @@
+"""Training, evaluating and applying detectors as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import dgnet
+import dgnet.cli
+from dgnet.checkpoint import read_tensors
+from dgnet.detection import DetectConfig, load_detector, read_annotations, train_detector
+from dgnet.training import Interrupted, read_run
+from dgnet.training.checkpointing import Checkpointing
+from tests.command import ask, refuse
+from tests.detection.synthetic import box_entry, image_entry, write_set
+
+QUICK = ["--short-side", "32", "--long-side", "64", "--fpn-channels", "8", "--batch-size", "2", "--warmup-iterations", "1"]
+RUN = ["--model", "dg_resnet18", "--iterations", "4", "--evaluate-every", "2", "--lr-steps", "[3]", "--lr", "0.01", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    """Five training images and three to evaluate on, as options."""
+    options = {}
+    for prefix, count in (("", 5), ("val_", 3)):
+        folder = tmp_path_factory.mktemp(f"{prefix}set")
+        images = [image_entry(id, *((48, 32), (32, 48))[id % 2]) for id in range(1, count + 1)]
+        boxes = [box_entry(id, id, [4.0, 4.0, 20.0, 16.0], (7, 3)[id % 2]) for id in range(1, count + 1)]
+        annotations, folder = write_set(folder, images, boxes)
+        options |= {f"{prefix}data": str(annotations), f"{prefix}images": str(folder)}
+    return options
+
+
+def words(data: dict[str, str]) -> list[str]:
+    return [word for name, value in data.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert dgnet.cli.main(["detect", "train", *words(data), *RUN, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["topology"] == "complete"
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "3"]
+    losses = ("classifier", "box_reg", "objectness", "rpn_box_reg")
+    parts = sum(float(rows[0][f"train_loss_{name}"]) for name in losses)
+    assert float(rows[0]["train_loss"]) == pytest.approx(parts, rel=1e-4)
+    assert {"val_ap", "val_ap50", "val_stage1_closed_edges", "stage1_threshold", "lr"} <= set(rows[0])
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.01, 0.001])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_goes_on_with_the_same_result(run, data, tmp_path, monkeypatch):
+    save = Checkpointing.on_train_batch_end
+
+    def interrupt(self, trainer, *arguments):
+        if trainer.global_step == 1:
+            self.signum = signal.SIGTERM
+        save(self, trainer, *arguments)
+
+    config = DetectConfig(**{**yaml.safe_load((run / "config.yaml").read_text()), "output": str(tmp_path / "b")})
+    monkeypatch.setattr(Checkpointing, "on_train_batch_end", interrupt)
+    with pytest.raises(Interrupted):
+        train_detector(config)
+    monkeypatch.undo()
+    train_detector(read_run(tmp_path / "b", {}, DetectConfig)[0], tmp_path / "b")
+    expected, found = (read_tensors(folder / "model.safetensors")[0] for folder in (run, tmp_path / "b"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (tmp_path / "b" / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+
+
+def test_evaluation_repeats_that_of_training(run, data, tmp_path, capsys):
+    (*_, last) = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    for options in ((), ("--mode", "sparse"), ("--backend", "faster-coco-eval")):
+        found = json.loads(ask(capsys, "detect", "evaluate", run, "--json", *options))
+        assert found["ap"] == pytest.approx(float(last["val_ap"]), abs=0.05)
+        assert found["ap_by_class"].keys() == {"plate", "cell", "never seen"}
+        assert found["closed_edges"] == pytest.approx(float(last["val_stage1_closed_edges"]), abs=1e-6)
+    output = ask(capsys, "detect", "evaluate", run, "--output", tmp_path / "results.json")
+    assert "AP50" in output
+    assert "distinct wirings" in output
+    again = json.loads(ask(capsys, "detect", "evaluate", tmp_path / "results.json", "--data", data["val_data"], "--json"))
+    assert again["ap"] == pytest.approx(found["ap"])
+
+
+def test_results_are_evaluated_without_a_detector(data, tmp_path, capsys):
+    annotations = read_annotations(data["val_data"])
+    truth = [
+        {"image_id": image.id, "category_id": annotations.category_ids[int(label)], "bbox": box.tolist(), "score": 1.0}
+        for index, image in enumerate(annotations.images)
+        for box, label in zip(
+            annotations.boxes[annotations.offsets[index] : annotations.offsets[index + 1]],
+            annotations.labels[annotations.offsets[index] : annotations.offsets[index + 1]],
+            strict=True,
+        )
+    ]
+    for results, expected in ((truth, 100.0), ([], 0.0)):
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        found = json.loads(ask(capsys, "detect", "evaluate", tmp_path / "results.json", "--data", data["val_data"], "--json"))
+        assert found["ap"] == pytest.approx(expected)
+
+
+def test_predictions_are_drawn_and_written(run, data, tmp_path, capsys):
+    output = ask(capsys, "detect", "predict", run, data["val_images"], "--output", tmp_path / "drawn", "--score", 0)
+    assert len(output.splitlines()) == 3
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"1.jpg", "2.jpg", "3.jpg", "results.json"}
+    assert Image.open(tmp_path / "drawn" / "1.jpg").size == (32, 48)
+    results = json.loads((tmp_path / "drawn" / "results.json").read_text())
+    assert {result["category_id"] for result in results} <= {7, 3, 90}
+    assert {result["file_name"] for result in results} <= {"1.png", "2.png", "3.png"}
+
+
+def test_a_classifiers_weights_start_the_backbone(run, data, tmp_path, capsys):
+    network = dgnet.create_model("dg_resnet18", num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "classifier.pth")
+    short = ["--iterations", 1, "--evaluate-every", 1, "--lr", 1e-9, "--frozen-norm", "true", "--frozen-stages", 2]
+    ask(
+        capsys,
+        "detect",
+        "train",
+        *words(data),
+        *RUN,
+        *short,
+        "--weights",
+        tmp_path / "classifier.pth",
+        "--output",
+        tmp_path / "b",
+    )
+    found = load_detector(tmp_path / "b").state_dict
+    torch.testing.assert_close(
+        found["backbone.body.layer1.nodes.0.conv1.weight"], network.layer1.nodes[0].conv1.weight.detach()
+    )
+    torch.testing.assert_close(found["backbone.body.bn1.running_mean"], network.bn1.running_mean)
+
+
+def test_a_detectors_weights_start_one_of_other_classes(run, data, tmp_path, capsys):
+    images = [image_entry(1), image_entry(2)]
+    annotations, folder = write_set(
+        tmp_path, images, [box_entry(1, 1, [1, 1, 20, 20], 1), box_entry(2, 2, [1, 1, 9, 9], 1)], [{"id": 1, "name": "other"}]
+    )
+    own = {"data": str(annotations), "images": str(folder), "val_data": str(annotations)}
+    short = ["--iterations", 1, "--evaluate-every", 1, "--lr", 1e-9]
+    ask(capsys, "detect", "train", *words(own), *RUN, *short, "--weights", run, "--output", tmp_path / "b")
+    expected, found = load_detector(run).state_dict, load_detector(tmp_path / "b").state_dict
+    name = "roi_heads.box_head.fc6.weight"
+    torch.testing.assert_close(found[name], expected[name])
+    assert found["roi_heads.box_predictor.cls_score.weight"].shape[0] == 2
+    assert "other" in refuse(capsys, "detect", "evaluate", run, "--data", annotations, "--images", folder)
+
+
+def test_checkpoints_of_the_other_task_say_so(run, data, tmp_path, capsys):
+    assert "use it with: dgnet detect evaluate" in refuse(capsys, "evaluate", run)
+    assert "not of a run of dgnet train" in refuse(capsys, "train", "--resume", run)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert "truncated" in refuse(capsys, "detect", "evaluate", tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train"], "--data is needed"),
+        (["train", "--data", "no.json", "--images", "x", "--val-data", "y"], "annotations no.json cannot be read"),
+        (["trian"], "unknown command 'detect trian'; did you mean 'train'?"),
+        (["evaluate", "results.json"], "say of which annotations with --data"),
+        (
+            ["train", "--lr-step", "3"],
+            "unknown option --lr-step; did you mean '--lr-steps'?; options: dgnet detect train --help",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, expected, capsys):
+    assert expected in refuse(capsys, "detect", *arguments)
+
+
+def test_predict_refuses_what_is_no_image(run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    for path, expected in (("gone.jpg", "does not exist"), ("empty", "holds no images"), ("a.jpg", "does not decode")):
+        assert expected in refuse(capsys, "detect", "predict", run, tmp_path / path, "--output", tmp_path / "out")
+
+
+def test_help_lists_the_commands_of_the_group(capsys):
+    with pytest.raises(SystemExit):
+        dgnet.cli.main(["detect", "--help"])
+    assert {"train", "evaluate", "predict"} <= set(capsys.readouterr().out.split())

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+import dgnet
+from dgnet.detection import Backbone, Detector
+from dgnet.errors import UsageError
+from dgnet.inference import fold_batch_norms, set_mode
+
+SIZES = {"short_side": 64, "long_side": 128}
+TARGETS = [
+    {"boxes": torch.tensor([[5.0, 5, 50, 60]]), "labels": torch.tensor([1])},
+    {"boxes": torch.tensor([[8.0, 2, 30, 40], [20, 20, 60, 50]]), "labels": torch.tensor([3, 2])},
+]
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    """Normalisations as trained ones: what they make of zeros is not zero."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+def test_a_static_detector_is_torchvisions():
+    torch.manual_seed(0)
+    options = {"min_size": 64, "max_size": 128, "box_score_thresh": 0.0}
+    theirs = disturb(fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **options))
+    ours = Detector(dgnet.create_model("resnet50"), 3, **SIZES, options={"box_score_thresh": 0.0})
+    ours.load_state_dict(theirs.state_dict())
+    images = [torch.rand(3, 60, 100), torch.rand(3, 90, 64)]
+    with torch.no_grad():
+        for expected, found in zip(theirs.eval()(images), ours.eval()(images), strict=True):
+            assert len(expected["boxes"]) > 0
+            for name in ("boxes", "labels", "scores"):
+                torch.testing.assert_close(found[name], expected[name])
+    losses = []
+    for detector in (theirs.train(), ours.train()):
+        torch.manual_seed(1)
+        losses.append(detector(images, TARGETS))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("name", ["dg_resnet18", "dg_regnety_006"])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_an_image_gets_the_same_wiring_alone_and_beside_a_large_one(name, mode):
+    torch.manual_seed(0)
+    # Routers that tell images apart, and close edges.
+    network = dgnet.create_model(name, router_bias=0.0, router_std=0.5, threshold=0.3, node_gate="hard", node_gate_bias=0.3)
+    detector = Detector(disturb(network), 3, **SIZES).eval()
+    set_mode(detector, mode)
+    small, large = torch.rand(3, 64, 70), torch.rand(3, 128, 64) * 2
+    with torch.no_grad(), dgnet.record_connectivity(detector) as alone:
+        (expected,) = detector([small])
+    with torch.no_grad(), dgnet.record_connectivity(detector) as together:
+        _, found = detector([large, small])
+    adjacency = torch.cat([matrix.flatten(1) for matrix in together.adjacency], dim=1)
+    assert not torch.allclose(adjacency[0], adjacency[1])
+    for one, both in zip(alone.adjacency, together.adjacency, strict=True):
+        torch.testing.assert_close(both[1:], one, atol=1e-5, rtol=0)
+    assert len(expected["boxes"])
+    # Anchors beside the image are of the batch, so that there are more of them: the best detections are the same.
+    best = expected["scores"].argmax()
+    torch.testing.assert_close(found["scores"].max(), expected["scores"].max())
+    torch.testing.assert_close(found["boxes"][found["scores"].argmax()], expected["boxes"][best], atol=1e-2, rtol=1e-3)
+
+
+def test_routers_of_a_users_own_pool_see_the_image_only():
+    seen = []
+
+    def pool(feature):
+        seen.append(tuple(feature.shape[2:]))
+        return feature.amax((2, 3))
+
+    backbone = Detector(dgnet.create_model("dg_resnet18", router_pool=pool), 3, **SIZES).eval()
+    with torch.no_grad():
+        backbone([torch.rand(3, 128, 64), torch.rand(3, 64, 64)])
+    assert {(32, 16), (16, 16)} <= set(seen)  # the first stage's, of stride 4, image by image
+
+
+def test_padding_is_known_for_one_forward_only():
+    detector = Detector(dgnet.create_model("dg_resnet18"), 3, **SIZES).eval()
+    with torch.no_grad():
+        detector([torch.rand(3, 64, 70)])
+        assert detector.backbone.area is None
+        assert all(stage.area is None for stage in detector.backbone.stages)
+        assert detector.backbone(torch.rand(1, 3, 64, 64))["0"].shape == (1, 256, 16, 16)
+
+
+def test_a_folded_backbone_detects_the_same():
+    network = disturb(dgnet.create_model("dg_resnet18")).eval()
+    image = torch.rand(3, 64, 70)
+    folded = Detector(fold_batch_norms(network), 3, **SIZES).eval()
+    detector = Detector(network, 3, **SIZES).eval()
+    folded.load_state_dict({name: value for name, value in detector.state_dict().items() if ".body." not in name}, strict=False)
+    with torch.no_grad():
+        expected, found = detector([image]), folded([image])
+    torch.testing.assert_close(found[0]["scores"], expected[0]["scores"], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["dg_mobilenetv2_100", "mobilenetv2_100", "dg_regnetx_006", "dg_randwire_small", "efficientnet_b0"]
+)
+def test_any_network_with_the_four_maps_is_a_backbone(name):
+    backbone = Backbone(dgnet.create_model(name), channels=8).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 32))
+    assert {level: tuple(feature.shape[1:]) for level, feature in maps.items()} == {
+        "0": (8, 16, 8),
+        "1": (8, 8, 4),
+        "2": (8, 4, 2),
+        "3": (8, 2, 1),
+        "pool": (8, 1, 1),
+    }
+
+
+def test_what_is_frozen_does_not_train():
+    backbone = Backbone(dgnet.create_model("dg_resnet18"), frozen_stages=2).train()
+    moving = {name.split(".")[0] for name, parameter in backbone.body.named_parameters() if parameter.requires_grad}
+    assert moving == {"layer2", "layer3", "layer4"}
+    assert not backbone.body.bn1.training
+    assert backbone.body.layer2.nodes[0].bn1.training
+    backbone = Backbone(dgnet.create_model("resnet18"), frozen_norm=True).train()
+    norms = [module for module in backbone.body.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not any(norm.training or norm.weight.requires_grad for norm in norms)
+    assert backbone.body.conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        ("dg_resnet20", {}, "has feature maps of strides 1, 2, 4, and detection needs 4, 8, 16, 32"),
+        ("vit_tiny_patch16_224", {}, "has feature maps of strides 16, and"),
+        ("resnet18", {"frozen_stages": 6}, "--frozen-stages must be 0 to 5, stem and stages, got 6"),
+        ("resnet18", {"options": {"box_score_tresh": 0.1}}, "no option 'box_score_tresh'; did you mean 'box_score_thresh'?"),
+        ("resnet18", {"options": {"min_size": 1}}, "min_size cannot be set: use short_side"),
+    ],
+)
+def test_refusals(model, options, expected):
+    with pytest.raises(UsageError) as caught:
+        Detector(dgnet.create_model(model), 3, **options)
+    assert expected in str(caught.value)
