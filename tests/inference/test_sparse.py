@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode
+from dgnet.inference.sparse import _Sent, _Table
 from tests.conftest import close_some, spread_routers
 
 SMALL = {
@@ -135,6 +138,37 @@ def test_training_is_dense_and_modes_can_be_changed_back(tiny):
     network.layer1.weighting.tau.data.fill_(2.0)
     set_mode(network, "dense").eval()(images)
     assert len(launches) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("limits", [(0, 1), (2**20, 1), (2**20, 9)], ids=["maps too large", "table", "too few samples"])
+@pytest.mark.parametrize("layers", [(1, 1, 1), (4, 3, 2)], ids=str)
+@torch.no_grad()
+def test_sums_agree_wherever_they_read_the_features(tiny, limits, layout, dtype, layers):
+    network = tiny(layers=layers, node_gate="hard", node_gate_bias=0.3).to(dtype, memory_format=layout)
+    images = torch.randn(8, 3, 12, 10, dtype=dtype).contiguous(memory_format=layout)
+    with mock.patch.multiple("dgnet.inference.sparse", _TABLE_ELEMENTS=limits[0], _TABLE_BATCH=limits[1]):
+        ran = check_modes_agree(network, images)
+    alive = torch.cat([matrix[:, 1:-1] for matrix in ran], dim=1).float().mean()
+    assert 0 < alive < 1
+
+
+@torch.no_grad()
+def test_one_call_sums_the_open_edges_of_all_samples(tiny):
+    stage, like = tiny().layer1, torch.empty(3, 2, 4, 5)
+    table, sent = _Table(stage, like), []
+    for samples in (3, 1, 2):
+        sent.append(table.put(_Sent(torch.randn(samples, 2, 4, 5))))
+    places, weights = torch.tensor([[0, 3, 5], [1, 3, 4], [2, 0, 0]]), torch.randn(3, 3)
+    is_open = torch.tensor([[True, True, False], [True, False, True], [False, False, False]])
+    first, second, third = (entry.feature for entry in sent)
+    every = [first[0] * weights[0, 0] + second[0] * weights[0, 1], first[1] * weights[1, 0] + third[0] * weights[1, 2]]
+    torch.testing.assert_close(table.sum(places, weights, is_open), torch.stack([*every, torch.zeros(2, 4, 5)]))
+    table.content[5] = float("nan")  # what a closed edge brings
+    torch.testing.assert_close(table.sum(places, weights, is_open)[0], every[0])
+    all_open = table.sum(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), None)
+    torch.testing.assert_close(all_open, torch.stack([first[0] + first[1], first[2] + second[0]]))
 
 
 def test_half_precision_sums_in_float32(tiny):

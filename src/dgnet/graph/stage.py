@@ -96,7 +96,7 @@ class DynamicGraph(nn.Module):
         executor = DENSE if self.training or x.is_meta else self._executor  # on the meta device no node is known to be dead
         if torch.compiler.is_compiling():
             executor = executor.in_graph
-        sent = [executor.send(self.input(x))]  # what each node has distributed
+        sent = [executor.send(self, self.input(x))]  # what each node has distributed
         alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: alive for every sample
         ran: list[Tensor | None] = [None]  # as `alive`
         edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
@@ -213,7 +213,7 @@ class Executor:
         """For which samples each node matters to the output, (B, N); None where all do, or that is not known beforehand."""
         return None
 
-    def send(self, feature: Tensor) -> Any:
+    def send(self, stage: DynamicGraph, feature: Tensor) -> Any:
         """What the input node distributes."""
         return feature
 

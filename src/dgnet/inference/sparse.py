@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
@@ -14,6 +15,12 @@ from dgnet.graph.aggregate import aggregate_rows
 from dgnet.graph.stage import DENSE, Executor
 
 MODES = ("dense", "sparse")
+
+_TABLE_ELEMENTS = 32 * 1024
+"""Elements of a sample's map up to which, on the CPU, one call that sums all samples pays for a copy of what it reads."""
+
+_TABLE_BATCH = 4
+"""Samples from which it does."""
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
@@ -61,6 +68,39 @@ class _Sent:
     feature: Tensor | None  # None: for no sample
     rows: Tensor | None = None
     places: Tensor | None = None  # (B,), where a sample lies in `feature`; 0 for those that are not there
+    table: _Table | None = None  # holds `feature` too ...
+    start: int = 0  # ... from this row on
+
+
+class _Table:
+    """What the nodes of a stage have computed, one below the other, so that one call sums all samples of a node.
+
+    A row is a sample's map, flattened channels last: up to B · (N - 1) rows of C · H · W elements.
+    """
+
+    def __init__(self, stage: DynamicGraph, like: Tensor) -> None:
+        self.content = like.new_empty(len(like) * (stage.topology.num_nodes - 1), like[0].numel())
+        self.shape = like.shape[1:]
+        self.filled = 0
+
+    def put(self, sent: _Sent) -> _Sent:
+        """Copy what a node has computed below the others."""
+        if sent.feature is not None:
+            sent.table, sent.start = self, self.filled
+            self.filled += len(sent.feature)
+            self.content[sent.start : self.filled] = sent.feature.permute(0, 2, 3, 1).flatten(1)
+        return sent
+
+    def sum(self, places: Tensor, weights: Tensor, is_open: Tensor | None) -> Tensor:
+        """Σ_e weights_be · row places_be, (B, C, H, W), over the open edges; all (B, E), `is_open` None for all open."""
+        if is_open is None:
+            is_open = torch.ones_like(weights, dtype=torch.bool)
+        counts = is_open.sum(1)
+        starts = counts.cumsum(0) - counts  # where each sample's edges begin
+        weights = weights[is_open].to(self.content.dtype)
+        summed = F.embedding_bag(places[is_open], self.content, starts, mode="sum", per_sample_weights=weights)
+        channels, height, width = self.shape
+        return summed.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 class SparseExecutor(Executor):
@@ -77,8 +117,14 @@ class SparseExecutor(Executor):
     def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
         return find_needed(stage, x)
 
-    def send(self, feature: Tensor) -> _Sent:
-        return _Sent(feature)
+    def send(self, stage: DynamicGraph, feature: Tensor) -> _Sent:
+        sent = _Sent(feature)
+        topology = stage.topology
+        if not feature.is_cpu or feature.dtype != torch.float32 or len(feature) < _TABLE_BATCH:
+            return sent
+        if feature[0].numel() > _TABLE_ELEMENTS or all(node in topology.entry for node in topology.receivers(0)):
+            return sent  # what nobody sums need not have the shape of the other nodes' features
+        return _Table(stage, feature).put(sent)
 
     @torch.no_grad()
     def predict(
@@ -133,11 +179,13 @@ class SparseExecutor(Executor):
             feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
         else:
             feature = stage.transform(node, gather(senders, weights, is_open, rows))
-        if rows is None:
-            return _Sent(feature)
-        places = rows.new_zeros(len(x))
-        places[rows] = torch.arange(len(rows), device=rows.device)
-        return _Sent(feature, rows, places)
+        sent = _Sent(feature)
+        if rows is not None:
+            places = rows.new_zeros(len(x))
+            places[rows] = torch.arange(len(rows), device=rows.device)
+            sent = _Sent(feature, rows, places)
+        table = next((sender.table for sender in senders if sender.table is not None), None)
+        return sent if table is None else table.put(sent)
 
 
 class GraphExecutor(Executor):
@@ -193,14 +241,18 @@ def gather(senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: 
     if len(there) < len(senders):
         weights, is_open = weights[:, there], None if is_open is None else is_open[:, there]
         senders = [senders[edge] for edge in there]
-    features = [sender.feature for sender in senders if sender.feature is not None]
     if rows is not None:
         weights, is_open = weights[rows], None if is_open is None else is_open[rows]
-    if rows is None and all(sender.rows is None for sender in senders):
+    features = [sender.feature for sender in senders if sender.feature is not None]
+    table = senders[0].table
+    if table is None and rows is None and all(sender.rows is None for sender in senders):
         return aggregate_rows(features, weights, is_open)
     own = torch.arange(len(weights), device=weights.device) if rows is None else rows
     places = [own if sender.places is None else sender.places[own] for sender in senders]
-    return aggregate_rows(features, weights, is_open, torch.stack(places))
+    if table is None:
+        return aggregate_rows(features, weights, is_open, torch.stack(places))
+    in_table = [sender.start + place for sender, place in zip(senders, places, strict=True)]
+    return table.sum(torch.stack(in_table, dim=1), weights, is_open)
 
 
 def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
