@@ -10,7 +10,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode
-from dgnet.inference.sparse import _Sent, _Table
+from dgnet.inference.sparse import _Held
 from tests.conftest import close_some, spread_routers
 
 SMALL = {
@@ -156,19 +156,23 @@ def test_sums_agree_wherever_they_read_the_features(tiny, limits, layout, dtype,
 
 @torch.no_grad()
 def test_one_call_sums_the_open_edges_of_all_samples(tiny):
-    stage, like = tiny().layer1, torch.empty(3, 2, 4, 5)
-    table, sent = _Table(stage, like), []
-    for samples in (3, 1, 2):
-        sent.append(table.put(_Sent(torch.randn(samples, 2, 4, 5))))
-    places, weights = torch.tensor([[0, 3, 5], [1, 3, 4], [2, 0, 0]]), torch.randn(3, 3)
-    is_open = torch.tensor([[True, True, False], [True, False, True], [False, False, False]])
-    first, second, third = (entry.feature for entry in sent)
-    every = [first[0] * weights[0, 0] + second[0] * weights[0, 1], first[1] * weights[1, 0] + third[0] * weights[1, 2]]
-    torch.testing.assert_close(table.sum(places, weights, is_open), torch.stack([*every, torch.zeros(2, 4, 5)]))
-    table.content[5] = float("nan")  # what a closed edge brings
-    torch.testing.assert_close(table.sum(places, weights, is_open)[0], every[0])
-    all_open = table.sum(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), None)
-    torch.testing.assert_close(all_open, torch.stack([first[0] + first[1], first[2] + second[0]]))
+    topology = tiny().layer1.topology
+    first, second, third = torch.randn(4, 2, 4, 5), torch.randn(2, 2, 4, 5), torch.randn(1, 2, 4, 5)
+    held = _Held(topology, first)
+    sent = [held.put(0, first, None), held.put(1, second, torch.tensor([1, 3])), held.put(2, third, torch.tensor([3]))]
+    weights = torch.randn(4, 3)
+    is_open = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]) > 0
+    sums = [
+        first[0] * weights[0, 0],
+        first[1] * weights[1, 0] + second[0] * weights[1, 1],
+        torch.zeros(2, 4, 5),
+        second[1] * weights[3, 1] + third[0] * weights[3, 2],
+    ]
+    held.table[3] = float("nan")  # an image whose every edge from there is closed
+    torch.testing.assert_close(held.sum(3, sent, weights, is_open, None), torch.stack(sums))
+    torch.testing.assert_close(held.sum(3, sent, weights, is_open, torch.tensor([1, 3])), torch.stack(sums[1::2]))
+    doubled = held.sum(1, sent[:1], torch.full((4, 1), 2.0), None, torch.tensor([0, 2]))
+    torch.testing.assert_close(doubled, 2 * first[[0, 2]])
 
 
 def test_half_precision_sums_in_float32(tiny):
