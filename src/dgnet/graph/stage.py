@@ -108,8 +108,9 @@ class DynamicGraph(nn.Module):
             executor.predict(self, node - 1, sent[-1], edges, votes)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
-            passed = stack_alive([alive[i] for i in senders])
-            gate = self._decide(node, votes, passed)
+            sender_is_alive = [alive[i] for i in senders]
+            gate = self._decide(node, votes, sender_is_alive)
+            passed = stack_alive(sender_is_alive)
             weights, is_open, is_alive = remove(weights, is_open, passed, gate)
             if self._records:
                 alpha_rows.append(remove(alpha, None, passed)[0])
@@ -139,11 +140,11 @@ class DynamicGraph(nn.Module):
         if gates is not None and is_heard:
             votes.put(node, gates.receivers(node), gates.predict(node, feature), rows)
 
-    def _decide(self, node: int, votes: Predicted, passed: Tensor | None) -> Tensor | None:
-        """Whether the gate of a block is open, (B,); None where it has none. `passed`: as `remove` takes it."""
+    def _decide(self, node: int, votes: Predicted, sender_is_alive: list[Tensor | None]) -> Tensor | None:
+        """Whether the gate of a block is open, (B,); None where it has none."""
         if self.node_gates is None or self._imposed is not None or node == self.topology.num_nodes - 1:
             return None
-        return self.node_gates.decide(node, remove(votes.row(node), None, passed)[0])
+        return self.node_gates.decide(node, remove(votes.row(node), None, stack_alive(sender_is_alive))[0])
 
     def _weigh(self, node: int, x: Tensor, edges: Predicted) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
