@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dgnet
-from common import read_rows, write_rows
+from common import ratios, read_rows, write_rows
 from dgnet.bench import describe_hardware, versions
-from dgnet.checkpoint import load_checkpoint
+from dgnet.checkpoint import Checkpoint, load_checkpoint
 from dgnet.inference.speed import deploy, time_alternating
 from dgnet.training import open_evaluation_data
 
@@ -44,44 +45,38 @@ def main() -> None:
     args = parser.parse_args()
     results = read_rows(args.output)
     if not args.table:
+        if not args.runs or args.data is None:
+            parser.exit(2, "budget.py measures RUN folders on --data; name both, or print what is there with --table\n")
         dgnet.keep_freed_memory()
+        checkpoints = [load_checkpoint(run) for run in args.runs]
+        dataset = open_evaluation_data(checkpoints[0], args.data, None)
+        images = torch.stack([dataset[index][0] for index in range(IMAGES)])
         for batch in tqdm(args.batches, desc="batch sizes", file=sys.stderr):
             results = [row for row in results if row["batch_size"] != batch]
-            results += measure(args.runs, args.data, batch, args.rounds)
+            results += measure(checkpoints, images, batch, args.rounds)
             write_rows(args.output, results)
     print(format_table(results))
 
 
-def measure(runs: list[str], data: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(checkpoints: list[Checkpoint], images: Tensor, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """A row a network: median and range of images/s, and of the ratio to the first network in the same round."""
     steps: dict[str, Callable[[], object]] = {}
-    for run in runs:
-        checkpoint = load_checkpoint(run)
+    for checkpoint in checkpoints:
         budget = checkpoint.config.get("budget")
-        dataset = open_evaluation_data(checkpoint, data, None)
-        images = torch.stack([dataset[index][0] for index in range(IMAGES)])
         mode = "dense" if budget is None else "sparse"
         call, layout = deploy(checkpoint.build_network(), checkpoint.preprocessing.image_size, mode, batch_size, compile=True)
-        batches = [batch.contiguous(memory_format=layout) for batch in images.split(batch_size)]
+        turn = itertools.cycle(batch.contiguous(memory_format=layout) for batch in images.split(batch_size))
         name = checkpoint.model + ("" if budget is None else f", budget {budget}")
-        turn = itertools.cycle(batches)
         steps[name] = lambda call=call, turn=turn: call(next(turn))
     seconds = time_alternating(steps, rounds)
     first = next(iter(seconds.values()))
-    return [
-        {
-            "model": name,
-            "batch_size": batch_size,
-            "images_per_second": batch_size / statistics.median(times),
-            "range": [batch_size / max(times), batch_size / min(times)],
-            "ratio": statistics.median(ratios := [one / other for one, other in zip(first, times, strict=True)]),
-            "ratio_range": [min(ratios), max(ratios)],
-            "rounds": rounds,
-            "hardware": describe_hardware("cpu"),
-            "versions": versions("cpu"),
-        }
-        for name, times in seconds.items()
-    ]
+    rows = []
+    for name, times in seconds.items():
+        ratio, least, greatest = ratios(first, times)
+        row = {"model": name, "batch_size": batch_size, "images_per_second": batch_size / statistics.median(times)}
+        row |= {"range": [batch_size / max(times), batch_size / min(times)], "ratio": ratio, "ratio_range": [least, greatest]}
+        rows.append(row | {"rounds": rounds, "hardware": describe_hardware("cpu"), "versions": versions("cpu")})
+    return rows
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

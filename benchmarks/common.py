@@ -1,8 +1,9 @@
-"""What the benchmarks share: the networks, their stages' shapes, and files of rows."""
+"""What the benchmarks share: the networks, their stages' shapes, ratios of rounds, and files of rows."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int, int,
     with torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
     return shapes
+
+
+def ratios(one: list[float], other: list[float]) -> tuple[float, float, float]:
+    """How `one` stands to `other` round by round, one / other: median, least, greatest."""
+    quotients = [a / b for a, b in zip(one, other, strict=True)]
+    return statistics.median(quotients), min(quotients), max(quotients)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

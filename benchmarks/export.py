@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import dgnet
+from common import ratios
 from dgnet.bench import describe_hardware, versions
 from dgnet.cost import cost_model
 from dgnet.graph import find_stages, record_connectivity
@@ -59,9 +60,8 @@ def main() -> None:
             seconds = time_alternating(steps, args.rounds)
             for form, times in seconds.items():
                 runtime, mode = form.split()
-                ratios = [d / s for d, s in zip(seconds[f"{runtime} dense"], seconds[f"{runtime} sparse"], strict=True)]
-                shares = (f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} … {max(ratios):.2f}")
-                speedup, span = shares if mode == "sparse" else ("", "")
+                ratio, least, greatest = ratios(seconds[f"{runtime} dense"], times)
+                speedup, span = (f"{ratio:.2f}", f"{least:.2f} … {greatest:.2f}") if mode == "sparse" else ("", "")
                 milliseconds = 1000 * statistics.median(times)
                 print(
                     f"| {args.model} | {batch} | {executed:.2f} | {form} | {milliseconds:.1f} | {speedup} | {span} |",

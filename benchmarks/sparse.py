@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dgnet
-from common import missing_rows, read_rows, write_rows
+from common import missing_rows, ratios, read_rows, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.cost import cost_model
 from dgnet.graph import find_stages, record_connectivity, use_connectivity
@@ -88,12 +88,12 @@ def measure(model: str, batch_size: int, share: float, image_size: int, device: 
     rounds_of = time_alternating({mode: partial(step, mode) for mode in MODES}, rounds, device)
     seconds = {mode: [value / len(drawn) for value in values] for mode, values in rounds_of.items()}
     ideal = costs.dense / statistics.fmean(executed)
-    ratios = [dense / sparse for dense, sparse in zip(seconds["dense"], seconds["sparse"], strict=True)]
+    speedup, least, greatest = ratios(seconds["dense"], seconds["sparse"])
     return {
         "ideal": ideal,
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
-        "of_ideal": statistics.median(ratios) / ideal,
+        "speedup": speedup,
+        "speedup_range": [least, greatest],
+        "of_ideal": speedup / ideal,
         "dense_seconds": statistics.median(seconds["dense"]),
         "sparse_seconds": statistics.median(seconds["sparse"]),
         "rounds": rounds,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode
+from dgnet.inference.sparse import _Held
 from tests.conftest import close_some, spread_routers
 
 SMALL = {
@@ -135,6 +138,41 @@ def test_training_is_dense_and_modes_can_be_changed_back(tiny):
     network.layer1.weighting.tau.data.fill_(2.0)
     set_mode(network, "dense").eval()(images)
     assert len(launches) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("limits", [(0, 1), (2**20, 1), (2**20, 9)], ids=["maps too large", "table", "too few samples"])
+@pytest.mark.parametrize("layers", [(1, 1, 1), (4, 3, 2)], ids=str)
+@torch.no_grad()
+def test_sums_agree_wherever_they_read_the_features(tiny, limits, layout, dtype, layers):
+    network = tiny(layers=layers, node_gate="hard", node_gate_bias=0.3).to(dtype, memory_format=layout)
+    images = torch.randn(8, 3, 12, 10, dtype=dtype).contiguous(memory_format=layout)
+    with mock.patch.multiple("dgnet.inference.sparse", _TABLE_ELEMENTS=limits[0], _TABLE_BATCH=limits[1]):
+        ran = check_modes_agree(network, images)
+    alive = torch.cat([matrix[:, 1:-1] for matrix in ran], dim=1).float().mean()
+    assert 0 < alive < 1
+
+
+@torch.no_grad()
+def test_one_call_sums_the_open_edges_of_all_samples(tiny):
+    topology = tiny().layer1.topology
+    first, second, third = torch.randn(4, 2, 4, 5), torch.randn(2, 2, 4, 5), torch.randn(1, 2, 4, 5)
+    held = _Held(topology, first)
+    sent = [held.put(0, first, None), held.put(1, second, torch.tensor([1, 3])), held.put(2, third, torch.tensor([3]))]
+    weights = torch.randn(4, 3)
+    is_open = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]) > 0
+    sums = [
+        first[0] * weights[0, 0],
+        first[1] * weights[1, 0] + second[0] * weights[1, 1],
+        torch.zeros(2, 4, 5),
+        second[1] * weights[3, 1] + third[0] * weights[3, 2],
+    ]
+    held.table[3] = float("nan")  # an image whose every edge from there is closed
+    torch.testing.assert_close(held.sum(3, sent, weights, is_open, None), torch.stack(sums))
+    torch.testing.assert_close(held.sum(3, sent, weights, is_open, torch.tensor([1, 3])), torch.stack(sums[1::2]))
+    doubled = held.sum(1, sent[:1], torch.full((4, 1), 2.0), None, torch.tensor([0, 2]))
+    torch.testing.assert_close(doubled, 2 * first[[0, 2]])
 
 
 def test_half_precision_sums_in_float32(tiny):

@@ -108,23 +108,24 @@ class DynamicGraph(nn.Module):
         executor = DENSE if self.training or x.is_meta else self._executor  # on the meta device no node is known to be dead
         if torch.compiler.is_compiling():
             executor = executor.in_graph
-        sent = [executor.send(self.input(x))]  # what each node has distributed
+        sent = [executor.send(self, self.input(x))]  # what each node has distributed
         alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: alive for every sample
         ran: list[Tensor | None] = [None]  # as `alive`
-        edges: dict[tuple[int, int], Tensor] = {}  # (i, j) -> α_ij, (B,)
-        votes: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what i says of j's gate, (B,)
+        edges = executor.collect(self, x)  # α
+        votes = executor.collect(self, x)  # what nodes say of the gates of others
         alpha_rows: list[Tensor] = []
         weight_rows: list[Tensor] = []
         needed = executor.find_needed(self, x)
         for node in range(1, topology.num_nodes):
-            executor.predict(self, node - 1, sent[-1], x.shape[0], edges, votes)
+            executor.predict(self, node - 1, sent[-1], edges, votes)
             alpha, weights, is_open = self._weigh(node, x, edges)
             senders = topology.senders(node)
             sender_is_alive = [alive[i] for i in senders]
             gate = self._decide(node, votes, sender_is_alive)
-            weights, is_open, is_alive = remove(weights, is_open, sender_is_alive, gate)
+            passed = stack_alive(sender_is_alive)
+            weights, is_open, is_alive = remove(weights, is_open, passed, gate)
             if self._records:
-                alpha_rows.append(remove(alpha, None, sender_is_alive)[0])
+                alpha_rows.append(remove(alpha, None, passed)[0])
                 weight_rows.append(weights)
             alive.append(is_alive)
             if needed is not None:
@@ -135,10 +136,11 @@ class DynamicGraph(nn.Module):
             record.append(self, alpha_rows, weight_rows, ran[:-1])
         return sent[-1]
 
-    def _predict(
-        self, node: int, feature: Tensor, edges: dict[tuple[int, int], Tensor], votes: dict[tuple[int, int], Tensor]
-    ) -> None:
-        """Put what follows from the node's feature into `edges` (α of its free out-edges) and `votes`."""
+    def _predict(self, node: int, feature: Tensor, edges: Predicted, votes: Predicted, rows: Tensor | None = None) -> None:
+        """Put what follows from the node's feature into `edges` (α of its free out-edges) and `votes`.
+
+        `rows`: the samples that `feature` holds, (n,); None for all.
+        """
         gates = self.node_gates
         is_heard = gates is not None and bool(gates.receivers(node))
         if self._imposed is not None or not (self.weighting.reads_features or is_heard):
@@ -146,21 +148,17 @@ class DynamicGraph(nn.Module):
         if self.router_reads == "activation":
             feature = self.activation(feature.clone())  # a clone: timm's activations work in place
         if self.weighting.reads_features:
-            alpha = self.weighting.predict(node, feature)
-            for receiver, column in zip(self.topology.free_receivers(node), alpha.unbind(1), strict=True):
-                edges[node, receiver] = column
+            edges.put(node, self.topology.free_receivers(node), self.weighting.predict(node, feature), rows)
         if gates is not None and is_heard:
-            for receiver, column in zip(gates.receivers(node), gates.predict(node, feature).unbind(1), strict=True):
-                votes[node, receiver] = column
+            votes.put(node, gates.receivers(node), gates.predict(node, feature), rows)
 
-    def _decide(self, node: int, votes: dict[tuple[int, int], Tensor], sender_is_alive: list[Tensor | None]) -> Tensor | None:
+    def _decide(self, node: int, votes: Predicted, sender_is_alive: list[Tensor | None]) -> Tensor | None:
         """Whether the gate of a block is open, (B,); None where it has none."""
         if self.node_gates is None or self._imposed is not None or node == self.topology.num_nodes - 1:
             return None
-        row = torch.stack([votes[i, node] for i in self.topology.senders(node)], dim=1)
-        return self.node_gates.decide(node, remove(row, None, sender_is_alive)[0])
+        return self.node_gates.decide(node, remove(votes.row(node), None, stack_alive(sender_is_alive))[0])
 
-    def _weigh(self, node: int, x: Tensor, edges: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _weigh(self, node: int, x: Tensor, edges: Predicted) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
         senders = self.topology.senders(node)
         if self._imposed is not None:
@@ -171,10 +169,9 @@ class DynamicGraph(nn.Module):
         if node in self.topology.pinned:
             weights = x.new_full((x.shape[0], len(senders)), self.topology.pinned[node])
             return weights, weights, None
-        if self.weighting.reads_features:
-            alpha = torch.stack([edges[i, node] for i in senders], dim=1)
-        else:  # not gathered from the senders: the compiler would index into the gathered row for every element of the sum
-            alpha = self.weighting.share(node).expand(x.shape[0], -1)
+        # A share is not gathered from the senders: the compiler would index into the row for every element of the sum.
+        is_read = self.weighting.reads_features
+        alpha = edges.row(node) if is_read else self.weighting.share(node).expand(x.shape[0], -1)
         weights, is_open = self.weighting.gate(node, alpha)
         return alpha, weights, is_open
 
@@ -213,6 +210,23 @@ class DynamicGraph(nn.Module):
         return self.activation(y + shortcut() if self.entry_shortcut else y)
 
 
+class Predicted:
+    """What nodes have predicted for their out-edges."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.columns: dict[tuple[int, int], Tensor] = {}
+
+    def put(self, node: int, receivers: tuple[int, ...], values: Tensor, rows: Tensor | None = None) -> None:
+        """`values`: (n, E), for the edges from `node` to `receivers`; of the samples `rows`, (n,), None for all."""
+        for receiver, column in zip(receivers, values.unbind(1), strict=True):
+            self.columns[node, receiver] = column
+
+    def row(self, node: int) -> Tensor:
+        """What was predicted for the in-edges of `node`, (B, E)."""
+        return torch.stack([self.columns[i, node] for i in self.topology.senders(node)], dim=1)
+
+
 class Executor:
     """How a stage computes its nodes: this one, every node on every sample. Others are in `dgnet.inference`."""
 
@@ -225,20 +239,16 @@ class Executor:
         """For which samples each node matters to the output, (B, N); None where all do, or that is not known beforehand."""
         return None
 
-    def send(self, feature: Tensor) -> Any:
+    def collect(self, stage: DynamicGraph, x: Tensor) -> Predicted:
+        """Where what nodes predict is put, for the raw stage input `x`."""
+        return Predicted(stage.topology)
+
+    def send(self, stage: DynamicGraph, feature: Tensor) -> Any:
         """What the input node distributes."""
         return feature
 
-    def predict(
-        self,
-        stage: DynamicGraph,
-        node: int,
-        sent: Any,
-        batch: int,
-        edges: dict[tuple[int, int], Tensor],
-        votes: dict[tuple[int, int], Tensor],
-    ) -> None:
-        """Put what a node predicts from what it distributes into `edges` and `votes`, (B,) each."""
+    def predict(self, stage: DynamicGraph, node: int, sent: Any, edges: Predicted, votes: Predicted) -> None:
+        """Put what a node predicts from what it distributes into `edges` and `votes`."""
         stage._predict(node, sent, edges, votes)
 
     def run(
@@ -266,23 +276,31 @@ class Executor:
 DENSE = Executor()
 
 
+def stack_alive(senders: Sequence[Tensor | None]) -> Tensor | None:
+    """Whether the senders of a node are alive, (B, E), from a (B,) for each, None for alive; None where all are."""
+    given = [sender for sender in senders if sender is not None]
+    if not given:
+        return None
+    ones = torch.ones_like(given[0])
+    return torch.stack([ones if sender is None else sender for sender in senders], dim=1)
+
+
 def remove(
-    weights: Tensor, is_open: Tensor | None, senders: Sequence[Tensor | None], gate: Tensor | None = None
+    weights: Tensor, is_open: Tensor | None, passed: Tensor | None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Close what is not open, what leaves a dead node, and what enters a node whose gate is closed.
 
-    `weights`, `is_open`: (B, E), None for all open; `senders`: whether each sending node is alive, (B,), None for alive;
+    `weights`, `is_open`: (B, E), None for all open; `passed`: whether the sending nodes are alive, (B, E), None for all;
     `gate`: whether the node's own gate is open, (B,), None for open.
     Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,).
 
-    Where gates train, senders and gate are 0 or 1 and pass gradients on: a closed edge's weight too is their product, and the
-    in-edges of a closed gate stay, for a block to say what it would have brought.
+    Where gates train, `passed` and `gate` are 0 or 1 and pass gradients on: a closed edge's weight too is their product, and
+    the in-edges of a closed gate stay, for a block to say what it would have brought.
     """
-    if is_open is None and gate is None and all(sender is None for sender in senders):
+    if is_open is None and gate is None and passed is None:
         return weights, None, None
-    given = [tensor for tensor in (*senders, gate) if tensor is not None]
-    ones = torch.ones_like(given[0]) if given else weights.new_ones(weights.shape[0], dtype=torch.bool)
-    passed = torch.stack([ones if sender is None else sender for sender in senders], dim=1)
+    if passed is None:
+        passed = torch.ones_like(weights, dtype=torch.bool if gate is None else gate.dtype)
     if passed.is_floating_point():
         is_alive = (passed > 0.5 if is_open is None else is_open & (passed > 0.5)).any(1).to(passed.dtype)
         weights = weights * passed.to(weights.dtype)

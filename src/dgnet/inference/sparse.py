@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import DynamicGraph, find_stages, remove
 from dgnet.graph.aggregate import aggregate_rows
-from dgnet.graph.stage import DENSE, Executor
+from dgnet.graph.stage import DENSE, Executor, Predicted, stack_alive
+from dgnet.graph.topology import Topology
 
 MODES = ("dense", "sparse")
+
+_TABLE_ELEMENTS = 32 * 1024
+"""Elements of a sample's map up to which, on the CPU, one call that sums all samples pays for a copy of what it reads."""
+
+_TABLE_BATCH = 4
+"""Samples from which it does."""
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
@@ -59,8 +67,96 @@ class _Sent:
     """What a node has computed: for all samples (`rows` None), or for some, (n,), in ascending order."""
 
     feature: Tensor | None  # None: for no sample
-    rows: Tensor | None = None
-    places: Tensor | None = None  # (B,), where a sample lies in `feature`; 0 for those that are not there
+    rows: Tensor | None
+    held: _Held
+
+
+class _Held:
+    """What the nodes of a stage have computed, and where each sample lies in it.
+
+    On small maps on the CPU also in one table, a sample a row, so that one call sums all samples of a node.
+    """
+
+    def __init__(self, topology: Topology, feature: Tensor) -> None:
+        self.topology = topology
+        batch, channels, height, width = feature.shape
+        # (B, N): a sample's row in the node's feature, or in the table; any row where the node did not run.
+        self.places = torch.arange(batch, device=feature.device)[:, None].repeat(1, topology.num_nodes)
+        self.table: Tensor | None = None
+        self.shape = (-1, height, width, channels)
+        self.filled = 0
+        is_small = feature.is_cpu and feature.dtype == torch.float32 and channels * height * width <= _TABLE_ELEMENTS
+        # An input node that only entry nodes read need not have the shape of the others.
+        if is_small and batch >= _TABLE_BATCH and any(node not in topology.entry for node in topology.receivers(0)):
+            self.table = feature.new_empty(batch * (topology.num_nodes - 1), channels * height * width)
+
+    def put(self, node: int, feature: Tensor, rows: Tensor | None) -> _Sent:
+        """Take in what a node has computed for the samples in `rows`, None for all."""
+        end = self.filled + len(feature)
+        if self.table is not None:
+            self.table[self.filled : end] = feature.permute(0, 2, 3, 1).flatten(1)
+        if rows is not None:
+            self.places[:, node].zero_().index_copy_(0, rows, torch.arange(self.filled, end, device=rows.device))
+        elif self.filled:
+            self.places[:, node] = torch.arange(self.filled, end, device=feature.device)
+        if self.table is not None:
+            self.filled = end
+        return _Sent(feature, rows, self)
+
+    def sum(self, node: int, senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
+        """x̂_j for the samples in `rows`, (n,), None for all. `weights`, `is_open` (None: all open): (B, E)."""
+        if rows is not None:
+            weights, is_open = weights[rows], None if is_open is None else is_open[rows]
+        if (
+            self.table is None
+            and rows is None
+            and all(sender.rows is None and sender.feature is not None for sender in senders)
+        ):
+            return aggregate_rows([sender.feature for sender in senders if sender.feature is not None], weights, is_open)
+        places = self.places[:, _span(self.topology.senders(node))]
+        places = places if rows is None else places[rows]
+        if self.table is not None:
+            return self._sum_table(places, weights, is_open)
+        there = [edge for edge, sender in enumerate(senders) if sender.feature is not None]
+        features = [sender.feature for sender in senders if sender.feature is not None]
+        return aggregate_rows(
+            features, weights[:, there], None if is_open is None else is_open[:, there], places[:, there].t().contiguous()
+        )
+
+    def _sum_table(self, places: Tensor, weights: Tensor, is_open: Tensor | None) -> Tensor:
+        """Σ_e weights_be · row places_be of the table, over the open edges; all (n, E)."""
+        assert self.table is not None
+        if is_open is None:
+            is_open = torch.ones_like(weights, dtype=torch.bool)
+        counts = is_open.sum(1)
+        starts = counts.cumsum(0) - counts  # where each sample's edges begin
+        weights = weights.masked_select(is_open).to(self.table.dtype)
+        summed = F.embedding_bag(places.masked_select(is_open), self.table, starts, mode="sum", per_sample_weights=weights)
+        return summed.view(self.shape).permute(0, 3, 1, 2)
+
+
+class _PredictedRows(Predicted):
+    """What nodes have predicted for the samples for which they ran; 0 for the others."""
+
+    def __init__(self, topology: Topology, x: Tensor) -> None:
+        self.topology = topology
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.values = x.new_zeros(topology.num_nodes, len(x), topology.num_nodes, dtype=dtype)  # sender, sample, receiver
+
+    def put(self, node: int, receivers: tuple[int, ...], values: Tensor, rows: Tensor | None = None) -> None:
+        span = _span(receivers)
+        samples = slice(None) if rows is None else rows if isinstance(span, slice) else rows[:, None]
+        self.values[node][samples, span] = values.to(self.values.dtype)
+
+    def row(self, node: int) -> Tensor:
+        return self.values[_span(self.topology.senders(node)), :, node].t()
+
+
+def _span(nodes: tuple[int, ...]) -> slice | list[int]:
+    """An index of ascending nodes: a slice, which copies nothing, where they follow each other."""
+    if nodes and nodes[-1] - nodes[0] == len(nodes) - 1:
+        return slice(nodes[0], nodes[-1] + 1)
+    return list(nodes)
 
 
 class SparseExecutor(Executor):
@@ -77,33 +173,17 @@ class SparseExecutor(Executor):
     def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
         return find_needed(stage, x)
 
-    def send(self, feature: Tensor) -> _Sent:
-        return _Sent(feature)
+    def collect(self, stage: DynamicGraph, x: Tensor) -> Predicted:
+        return _PredictedRows(stage.topology, x)
+
+    def send(self, stage: DynamicGraph, feature: Tensor) -> _Sent:
+        return _Held(stage.topology, feature).put(0, feature, None)
 
     @torch.no_grad()
-    def predict(
-        self,
-        stage: DynamicGraph,
-        node: int,
-        sent: _Sent,
-        batch: int,
-        edges: dict[tuple[int, int], Tensor],
-        votes: dict[tuple[int, int], Tensor],
-    ) -> None:
-        if sent.feature is None:
-            for known in (edges, votes):
-                for column in list(known.values())[:1]:  # the input node's: it always runs
-                    known |= {(node, receiver): torch.zeros_like(column) for receiver in stage.topology.receivers(node)}
-            return
-        own_edges: dict[tuple[int, int], Tensor] = {}
-        own_votes: dict[tuple[int, int], Tensor] = {}
-        _note_rows(stage, sent.rows)
-        stage._predict(node, sent.feature, own_edges, own_votes)
-        for own, all_of_them in ((own_edges, edges), (own_votes, votes)):
-            for edge, column in own.items():
-                if sent.rows is not None:
-                    column = column.new_zeros(batch).index_copy_(0, sent.rows, column)
-                all_of_them[edge] = column
+    def predict(self, stage: DynamicGraph, node: int, sent: _Sent, edges: Predicted, votes: Predicted) -> None:
+        if sent.feature is not None:
+            _note_rows(stage, sent.rows)
+            stage._predict(node, sent.feature, edges, votes, sent.rows)
 
     @torch.no_grad()
     def run(
@@ -116,31 +196,29 @@ class SparseExecutor(Executor):
         is_open: Tensor | None,
         is_alive: Tensor | None,
     ) -> _Sent | Tensor:
+        held = senders[0].held
         if node == stage.topology.num_nodes - 1:
             _note_rows(stage, None)
             if all(sender.feature is None for sender in senders):  # the output node sums to 0
                 entry = stage.topology.entry[0]
                 shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
                 return stage.transform(node, x.new_zeros(len(x), *shape[1:]))
-            return stage.transform(node, gather(senders, weights, is_open, None))
+            return stage.transform(node, held.sum(node, senders, weights, is_open, None))
         rows = None
         if is_alive is not None:
             rows = is_alive.nonzero().flatten()  # the host waits here: how many samples there are decides what is launched
             if len(rows) == 0:
-                return _Sent(None, rows)
+                return _Sent(None, rows, held)
             if len(rows) == len(x):
                 rows = None
         _note_rows(stage, rows)
         if node in stage.topology.entry:
-            raw = gather([_Sent(x)], weights, is_open, rows)
-            feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: gather(senders, weights, is_open, rows))
+            some = (weights, is_open) if rows is None else (weights[rows], None if is_open is None else is_open[rows])
+            raw = aggregate_rows([x], *some, None if rows is None else rows[None])
+            feature = stage.finish_entry(stage.nodes[node - 1](raw), lambda: held.sum(node, senders, weights, is_open, rows))
         else:
-            feature = stage.transform(node, gather(senders, weights, is_open, rows))
-        if rows is None:
-            return _Sent(feature)
-        places = rows.new_zeros(len(x))
-        places[rows] = torch.arange(len(rows), device=rows.device)
-        return _Sent(feature, rows, places)
+            feature = stage.transform(node, held.sum(node, senders, weights, is_open, rows))
+        return held.put(node, feature, rows)
 
 
 def _note_rows(stage: DynamicGraph, rows: Tensor | None) -> None:
@@ -196,22 +274,6 @@ class GraphExecutor(Executor):
 _SPARSE, _IN_GRAPH = SparseExecutor(), GraphExecutor()
 
 
-def gather(senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
-    """x̂_j for the samples in `rows`, (n,); None for all. `weights`, `is_open`: (B, E)."""
-    there = [edge for edge, sender in enumerate(senders) if sender.feature is not None]
-    if len(there) < len(senders):
-        weights, is_open = weights[:, there], None if is_open is None else is_open[:, there]
-        senders = [senders[edge] for edge in there]
-    features = [sender.feature for sender in senders if sender.feature is not None]
-    if rows is not None:
-        weights, is_open = weights[rows], None if is_open is None else is_open[rows]
-    if rows is None and all(sender.rows is None for sender in senders):
-        return aggregate_rows(features, weights, is_open)
-    own = torch.arange(len(weights), device=weights.device) if rows is None else rows
-    places = [own if sender.places is None else sender.places[own] for sender in senders]
-    return aggregate_rows(features, weights, is_open, torch.stack(places))
-
-
 def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
     """For which samples each node has an open path to the output node, (B, N); None where that is not known beforehand."""
     gates_follow = stage.node_gates is not None or stage.weighting.reads_features
@@ -221,8 +283,8 @@ def find_needed(stage: DynamicGraph, x: Tensor) -> Tensor | None:
     opens: dict[int, Tensor] = {}
     alive: list[Tensor | None] = [None]
     for node in range(1, topology.num_nodes):
-        _, weights, is_open = stage._weigh(node, x, {})
-        _, is_open, is_alive = remove(weights, is_open, [alive[i] for i in topology.senders(node)])
+        _, weights, is_open = stage._weigh(node, x, Predicted(topology))
+        _, is_open, is_alive = remove(weights, is_open, stack_alive([alive[i] for i in topology.senders(node)]))
         alive.append(is_alive)
         if is_open is not None:
             opens[node] = is_open
