@@ -24,6 +24,7 @@ from tests.training.test_evaluate import Images
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLASSES = ["dark", "light", "noisy"]
+ODD = 'an <odd> & "quoted" name, $5 or $6 😀.png'
 OPTIONS = {"channels": [4, 4, 4], "topology": "residual"}
 
 
@@ -49,7 +50,7 @@ def images(tmp_path_factory) -> Path:
         for index in range(4 + label):
             noise = torch.randint(0, 256, (9, 8, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(noise.numpy()).save(root / name / f"{index}.png")
-    (root / "noisy" / "0.png").rename(root / "noisy" / 'an <odd> & "quoted" name ☃.png')
+    (root / "noisy" / "0.png").rename(root / "noisy" / ODD)
     return root
 
 
@@ -98,11 +99,10 @@ def test_json_is_one_document_that_agrees_with_evaluate(run, tmp_path, capsys):
 
 
 def test_images_are_chosen_by_index_and_by_name(run, images, tmp_path, capsys):
-    odd = 'an <odd> & "quoted" name ☃.png'
-    output = ask(capsys, "analyze", run, "--output", tmp_path, "--images", 3, "light/1.png", images / "dark" / "2.png", odd)
+    output = ask(capsys, "analyze", run, "--output", tmp_path, "--images", 3, "light/1.png", images / "dark" / "2.png", ODD)
     rows = read_table(tmp_path / "images.csv")
     assert [(row["group"], row["index"]) for row in rows] == [("chosen", index) for index in ("3", "5", "2", "14")]
-    assert rows[3]["name"] == str(images / "noisy" / odd)
+    assert rows[3]["name"] == str(images / "noisy" / ODD)
     assert "graphs_chosen.png" in output
     assert "graphs_easiest" not in output
     assert "graphs_chosen.svg" in names(tmp_path)

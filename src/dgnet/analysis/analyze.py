@@ -371,21 +371,23 @@ def read_curve(run: Path, name: str) -> Curve:
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
     """What tells runs apart: the options in which their config.yaml differ, three at most; else the folders' names."""
+    folders = [run.resolve().name for run in runs]
     configs, kwargs = [], []
     for run in runs:
         try:
             config = dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, yaml.YAMLError):
-            config = {}
+            return folders
         kwargs.append(config.pop("model_kwargs", None) or {})
         configs.append({name: value for name, value in config.items() if name not in _NO_CHOICE})
     both = [{**config, **more} for config, more in zip(configs, kwargs, strict=True)]
     for options in (configs, both):  # those of the model often follow from the others
-        differing = [name for name in options[0] if len({str(other.get(name)) for other in options}) > 1]
+        known = dict.fromkeys(name for values in options for name in values)
+        differing = [name for name in known if len({str(values.get(name)) for values in options}) > 1]
         names = [", ".join(f"{name} {values.get(name)}" for name in differing) for values in options]
         if 0 < len(differing) <= 3 and len(set(names)) == len(names):
             return names
-    return [run.resolve().name for run in runs]
+    return folders
 
 
 _NO_CHOICE = ("output", "data_root", "workers", "threads", "devices", "accelerator")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
             if row.picture is not None:
                 axes[0].imshow(_to_array(row.picture))
         axes[first].set_axis_off()
-        axes[first].text(0, 0.5, row.caption, fontsize=6.5, va="center", ha="left", linespacing=1.35)
+        axes[first].text(0, 0.5, plain(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
             _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
             if number == 0:
@@ -240,6 +241,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
             color=colours(norm(weight)) if weight else _FAINT,
             zorder=2 if weight else 1,
         )
+        arrow.set_in_layout(False)  # the axes' limits hold it: asking every arrow for its size is slow
         arrow.set_gid(f"{name}-edge{sender}-{receiver}-{'open' if weight else 'closed'}")
         axes.add_patch(arrow)
     for node, text in enumerate(node_names(num_nodes)):
@@ -318,7 +320,9 @@ def draw_points(
             look: dict[str, Any] = {"color": colour, "marker": marker}
             panels[0].scatter(own[:, 0], own[:, 1], s=size, linewidths=0, alpha=0.5, **look)
             first, second = own.mean(0).tolist()
-            panels[0].scatter(first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=names[label], **look)
+            panels[0].scatter(
+                first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=plain(names[label]), **look
+            )
         columns = min(len(shown), 5)
         figure.legend(loc="outside lower left", ncols=columns, fontsize=7, frameon=False, columnspacing=1)
         panels[0].set_title("class; large, with a black line: the mean of its images", fontsize=8)
@@ -360,7 +364,7 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
             "markersize": 3,
         }
         last = f", top-1 {curve.top1[-1]:.2f} %" if len(curve.top1) else ""
-        panels[0].plot(curve.epochs, curve.train_loss, label=curve.name + last, **style)
+        panels[0].plot(curve.epochs, curve.train_loss, label=plain(curve.name) + last, **style)
         if columns == 2:
             panels[1].plot(curve.evaluated, curve.top1, **style)
     for axes, label in zip(panels, ("training loss", "evaluated top-1, %"), strict=False):
@@ -375,9 +379,10 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and SVG, each whole or as it was; the SVG's text stays text."""
     paths = []
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once: it is slow, and a second time would move things a little
-    with matplotlib.rc_context({"svg.hashsalt": "dgnet", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "dgnet", "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names may hold what no font here has
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once: it is slow, and a second time would move things a little
         for ending in ("png", "svg"):
             path = folder / f"{name}.{ending}"
             with replace_file(path) as written:
@@ -413,7 +418,7 @@ def _colour_bar(figure: Figure, norm: Normalize, colours: str, label: str) -> No
 
 def _name_classes(axis: Any, names: Sequence[str]) -> None:
     if len(names) <= MOST_NAMES:
-        axis.set_ticks(range(len(names)), [shorten(name, 20) for name in names])
+        axis.set_ticks(range(len(names)), [plain(shorten(name, 20)) for name in names])
     else:
         axis.set_label_text("class, in the order of its label", fontsize=8)
 
@@ -421,6 +426,11 @@ def _name_classes(axis: Any, names: Sequence[str]) -> None:
 def shorten(text: str, length: int) -> str:
     """`text`, with … where it is longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def plain(text: str) -> str:
+    """`text` as it is drawn as it stands: matplotlib would set what stands between dollar signs as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _shrink_text(axes: Axes, size: float) -> None:
