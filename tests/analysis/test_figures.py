@@ -108,7 +108,7 @@ def test_graphs_have_an_arrow_an_edge_and_all_point_forward(record, image):
             assert (state == "open") == (weight != 0)
             if weight:
                 opened += 1
-                assert arrow.get_linewidth() == pytest.approx(2.4 * weight / largest)
+                assert arrow.get_linewidth() == pytest.approx(1.9 * weight / largest)
                 assert arrow.get_linestyle() in ("-", "solid")
             else:
                 closed += 1

@@ -49,6 +49,7 @@ class Analysis:
     observations: list[Observation]
     follows_image: bool  # whether any weight does: if not, there is no spread and nothing closes
     groups: dict[str, list[ImageResult]]  # images whose graphs are shown
+    embedding: tuple[Tensor, list[float]] | None  # see `embed`
     files: list[Path] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def analyze(
     if statistics.executed_least < statistics.executed_most:
         groups |= {"cheapest": statistics.cheapest.images, "dearest": statistics.dearest.images}
     groups = {name: found for name, found in groups.items() if found}
-    analysis = Analysis(statistics, judge(statistics), bool(statistics.std()[statistics.free].any()), groups)
+    analysis = Analysis(statistics, judge(statistics), bool(statistics.std()[statistics.free].any()), groups, embed(statistics))
     with writing(folder):
         _save_figures(analysis, dataset, folder)
         _save_tables(analysis, dataset, folder)
@@ -207,13 +208,12 @@ def _save_figures(analysis: Analysis, dataset: ImageDataset, folder: Path) -> No
         edges = [edge for edge in statistics.edges if edge.is_free]
         save(draw_class_means(difference, names, edges, [len(mask) for mask in masks]), "class_means")
         save(draw_class_distance(statistics.class_distance(), names), "class_distance")
-    points = embed(statistics)
-    if points is not None:
+    if analysis.embedding is not None:
         sample = statistics.sample
         varies = statistics.executed_least < statistics.executed_most
         values = sample.executed / 1e6 if varies else sample.confidences
         label = "executed multiply-adds, M; darker is more" if varies else "probability of the prediction; darker is more"
-        save(draw_points(*points, sample.labels, dataset.class_names, values, label), "embedding")
+        save(draw_points(*analysis.embedding, sample.labels, dataset.class_names, values, label), "embedding")
 
 
 _TITLES = {
@@ -318,10 +318,9 @@ def _save_tables(analysis: Analysis, dataset: ImageDataset, folder: Path) -> Non
                 for other, distance in zip(labels, row, strict=True)
             ],
         )
-    points = embed(statistics)
-    if points is not None:
+    if analysis.embedding is not None:
         sample = statistics.sample
-        figures_of = zip(sample.indices.tolist(), sample.labels.tolist(), points[0].tolist(), strict=True)
+        figures_of = zip(sample.indices.tolist(), sample.labels.tolist(), analysis.embedding[0].tolist(), strict=True)
         rows = [
             {"index": index, "class": "" if label < 0 else names[label], "first": first, "second": second}
             for index, label, (first, second) in figures_of

@@ -49,6 +49,7 @@ _WIDTH = 7.0  # inches, two columns of a paper
 _UNIT = 0.3  # inches from node to node of a graph
 _NODE = 6.0  # points, radius of a node
 _BEND = 0.45  # how far the arrow of an edge that passes nodes by bends, as a share of its length
+_THICKEST = 1.9  # points, of the edge that weighs most
 _FAINT = "#b0b0b0"
 _SHOWN = {
     "mean": "mean weight of an edge",
@@ -227,7 +228,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
     for receiver, sender in mask.nonzero().tolist():
         weight, passed = float(matrix[receiver, sender]), receiver - sender - 1
         bend = 0.0 if not passed else -_BEND if passed % 2 else _BEND
-        width = 2.4 * abs(weight) / largest
+        width = _THICKEST * abs(weight) / largest
         arrow = FancyArrowPatch(
             (sender, 0),
             (receiver, 0),
