@@ -200,7 +200,7 @@ def test_curves_of_several_runs(tmp_path, capsys):
         write_run(tmp_path / f"b{b}", {"model_kwargs": {"router_bias": b}, "output": str(b)}, [2.0, 1.0, 0.5]) for b in (3, 0)
     ]
     output = ask(capsys, "analyze", "--curves", *bias, "--output", tmp_path / "out")
-    assert names(tmp_path / "out") == {"curves.png", "curves.svg", "curves.csv", "analysis.json"}
+    assert names(tmp_path / "out") == {"curves.png", "curves.svg", "curves.csv"}
     assert "curves.png" in output
     rows = read_table(tmp_path / "out" / "curves.csv")
     assert [(row["run"], row["epoch"], row["top1"]) for row in rows[:3]] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from dgnet.analysis.statistics import ImageResult, Statistics, flatten_edges
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range, reason
-from dgnet.files import read_table, replace_file, write_table
+from dgnet.files import read_table, replace_file, without_nan, write_table
 from dgnet.graph import find_stages, record_connectivity
 
 SAMPLED = 2000
@@ -136,7 +137,7 @@ def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:
     """
     indices = []
     for image in images:
-        if image.removeprefix("-").isdigit():
+        if image.removeprefix("-").isdecimal():
             if not 0 <= int(image) < len(dataset):
                 raise UsageError(f"image {image} is out of range: the data set holds {len(dataset):,}, 0 to {len(dataset) - 1}")
             indices.append(int(image))
@@ -394,10 +395,8 @@ _NO_CHOICE = ("output", "data_root", "workers", "threads", "devices", "accelerat
 
 
 def save_document(document: dict[str, Any], folder: Path) -> Path:
-    """Write `analysis.json`."""
-    import json
-
+    """Write `analysis.json`. Raises UsageError where it cannot be written."""
     path = folder / "analysis.json"
     with writing(folder), replace_file(path) as written:
-        written.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        written.write_text(json.dumps(without_nan(document), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path

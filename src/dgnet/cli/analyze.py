@@ -18,7 +18,10 @@ def _parser() -> Parser:
     parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
     parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
     parser.add_argument(
-        "--output", type=str | None, default=None, help="folder to write to; by default analysis in the run folder"
+        "--output",
+        type=str | None,
+        default=None,
+        help="folder to write to; by default analysis in the run folder or beside the file",
     )
     parser.add_argument(
         "--images", type=str, nargs="+", default=[], metavar="IMAGE", help="draw the graphs of these: indices or file names"
@@ -54,7 +57,8 @@ def run_analyze(args: Namespace) -> None:
     if curves:
         files += save_curves(curves, folder)
     document["files"] = [path.name for path in files]
-    files.append(save_document(document, folder))
+    if args.checkpoint is not None:  # curves alone leave the document of an analysis as it is
+        files.append(save_document(document, folder))
     if args.json:
         print_json(document)
         return
