@@ -41,8 +41,8 @@ def record(tiny):
 
 
 def panels(figure: Figure) -> list:
-    """The axes with a stage's title."""
-    return [axes for axes in figure.axes if axes.get_title().startswith("stage ")]
+    """The axes of stages."""
+    return [axes for axes in figure.axes if "stage " in axes.get_title() + axes.get_label()]
 
 
 def arrows(axes) -> list[FancyArrowPatch]:
@@ -114,7 +114,7 @@ def test_graphs_have_an_arrow_an_edge_and_all_point_forward(record, image):
                 closed += 1
                 assert arrow.get_linestyle() in (":", "dotted")
         names = [text.get_text() for text in axes.texts]
-        assert names == ["in", "1", "2", "3", "out"]
+        assert names == ["in", "1", "2", "3", "out", axes.get_label()]
         faint = [text.get_text() for text in axes.texts if text.get_color() != "black"]
         assert faint == [str(node) for node in range(1, 4) if not weights[node].any()]
         dead += len(faint)
@@ -161,6 +161,7 @@ def test_many_nodes_stages_and_a_weight_all_the_same(tmp_path):
     matrices = [mask.double() for mask in masks]
     figure = draw_edges(matrices, masks, "weight")
     assert [len(axes.texts) for axes in panels(figure)] == [0, 3, 6, 10, 15]  # numbers only where they fit
+    assert len([axes for axes in figure.axes if axes.axison]) == 6  # stages and the colours; the rest of the row is empty
     assert len(arrows(panels(draw_graphs([GraphRow(matrices)], masks))[0])) == 300
     closed = draw_graphs([GraphRow([matrix * 0 for matrix in matrices])], masks)
     save_figure(closed, tmp_path, "closed")  # no weight to scale colours by

@@ -51,6 +51,7 @@ _NODE = 6.0  # points, radius of a node
 _BEND = 0.45  # how far the arrow of an edge that passes nodes by bends, as a share of its length
 _THICKEST = 1.9  # points, of the edge that weighs most
 _FAINT = "#b0b0b0"
+_ABOVE: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8}
 _SHOWN = {
     "mean": "mean weight of an edge",
     "std": "standard deviation of an edge's weight",
@@ -141,7 +142,7 @@ def draw_edges(
     columns = min(len(matrices), 4)
     rows = math.ceil(len(matrices) / columns)
     figure = ShownFigure(figsize=(_WIDTH, 0.3 + rows * (_WIDTH / columns)), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     values = torch.cat([matrix[mask] for matrix, mask in zip(matrices, masks, strict=True)])
     norm = _scale(values, limits)
     digits = 0 if limits == (0.0, 100.0) else 2 if norm.vmax and norm.vmax >= 0.2 else 3
@@ -153,7 +154,7 @@ def draw_edges(
         axes.set_xticks(range(len(names) - 1), names[:-1])
         axes.set_yticks(range(len(names) - 1), names[1:])
         axes.set(title=f"stage {stage}", xlabel="sending node")
-        size = _WIDTH / columns * 0.7 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # that fits a cell
+        size = _WIDTH / columns * 0.5 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # that fits a cell
         if size >= 4.5:
             for row, column in mask[1:, :-1].nonzero().tolist():
                 _write_cell(axes, row, column, f"{shown[row, column]:.{digits}f}", norm, min(size, 7.5))
@@ -161,7 +162,7 @@ def draw_edges(
         _shrink_text(axes, 8 if len(names) <= 12 else 5)
         if (stage - 1) % columns == 0:
             axes.set_ylabel("receiving node", fontsize=8)
-    for axes in list(panels):  # those left over in the last row
+    for axes in panels[len(matrices) :]:  # left over in the last row
         axes.set_axis_off()
     _colour_bar(figure, norm, WEIGHTS, f"{label}; darker is more")
     return figure
@@ -180,10 +181,12 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
     """A row an image: its picture, caption, and a graph a stage (Fig. 7). `masks`: which edges exist, (N, N) a stage.
 
     An edge's colour and width are its weight, on one scale for all rows; a closed edge is faint and dotted, a block that does
-    not run faint. Edges that pass an odd number of nodes by bend upwards, an even number downwards.
+    not run faint. Edges that pass nodes by bend upwards to every second node, downwards to the others, so that nothing crosses
+    an arrow's head.
     """
     sizes = [len(mask) for mask in masks]
-    height = max(_UNIT * (_BEND * (max(sizes) - 1) + 1.2), 0.95)
+    reach = _BEND * (max(sizes) - 1) / 2 + 0.35  # of the longest edge, in nodes
+    height = max(_UNIT * (2 * reach + 0.9), 0.95)
     has_picture = any(row.picture is not None for row in rows)
     left = (0.95 if has_picture else 0.0, 1.45)  # inches of picture and caption
     figure = ShownFigure(
@@ -206,8 +209,10 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
         axes[first].text(0, 0.5, plain(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
             _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
+            panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # one scale for all stages
             if number == 0:
-                panel.set_title(f"stage {stage}", fontsize=8)
+                # Inside the axes: where these keep their aspect, the layout leaves no room for a title above them.
+                panel.text((len(mask) - 1) / 2, reach, f"stage {stage}", **_ABOVE)
     if title:
         figure.suptitle(title, fontsize=9)
     handles = [
@@ -226,8 +231,8 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
     num_nodes = len(mask)
     colours = matplotlib.colormaps[WEIGHTS]
     for receiver, sender in mask.nonzero().tolist():
-        weight, passed = float(matrix[receiver, sender]), receiver - sender - 1
-        bend = 0.0 if not passed else -_BEND if passed % 2 else _BEND
+        weight = float(matrix[receiver, sender])
+        bend = 0.0 if receiver == sender + 1 else _BEND if receiver % 2 else -_BEND
         width = _THICKEST * abs(weight) / largest
         arrow = FancyArrowPatch(
             (sender, 0),
@@ -252,8 +257,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
             node, 0, "o", markersize=2 * _NODE, markerfacecolor="white", markeredgecolor=edge, markeredgewidth=0.8, zorder=3
         )
         axes.text(node, 0, text, ha="center", va="center_baseline", fontsize=6, color=edge, zorder=4)
-    reach = _BEND * (num_nodes - 1) / 2 + 0.35
-    axes.set(xlim=(-0.5, num_nodes - 0.5), ylim=(-reach, reach), aspect="equal")
+    axes.set(xlim=(-0.5, num_nodes - 0.5), aspect="equal")
     axes.set_axis_off()
 
 
@@ -279,9 +283,6 @@ def draw_class_means(differences: Tensor, names: Sequence[str], edges: Sequence[
         axes.text((start + end - 1) / 2, 1.01, f"stage {edges[start].stage}", transform=axes.get_xaxis_transform(), **_ABOVE)
     _colour_bar(figure, norm, SIGNED, "mean weight over the class's images − over all images; orange is more")
     return figure
-
-
-_ABOVE: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8}
 
 
 def draw_class_distance(distance: Tensor, names: Sequence[str]) -> Figure:
@@ -410,9 +411,8 @@ def _write_cell(axes: Axes, row: int, column: int, text: str, norm: Normalize, s
 
 def _colour_bar(figure: Figure, norm: Normalize, colours: str, label: str) -> None:
     """One for all panels, below them."""
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=figure.axes, location="bottom", fraction=0.06, aspect=40, shrink=0.6
-    )
+    place: dict[str, Any] = {"location": "bottom", "fraction": 0.06, "aspect": 40, "shrink": 0.6, "panchor": False}
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=figure.axes, **place)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
