@@ -54,8 +54,8 @@ def words(figure: Figure) -> str:
     return "\n".join(texts)
 
 
-def test_importing_dgnet_does_not_import_matplotlib():
-    code = "import dgnet, sys; assert 'matplotlib' not in sys.modules"
+def test_importing_dgnet_does_not_import_matplotlib_nor_drawing_what_trains():
+    code = "import dgnet, sys; assert 'matplotlib' not in sys.modules; dgnet.plot_graph; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
     with pytest.raises(AttributeError, match="no attribute 'plot_nothing'"):
         dgnet.plot_nothing  # noqa: B018
