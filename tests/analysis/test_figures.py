@@ -223,3 +223,9 @@ def test_files_are_whole_png_and_svg_with_edges_by_name(record, tmp_path):
     again = tmp_path / "again"
     again.mkdir()
     assert save_figure(figure, again, "graph")[1].read_bytes() == paths[1].read_bytes()
+
+
+def test_dollars_in_a_name_are_no_formula(record, tmp_path):
+    row = GraphRow([matrix[0] for matrix in record.adjacency], caption=r"a $\frac$ b")
+    _, path = save_figure(draw_graphs([row], [topology.mask for topology in record.topology]), tmp_path, "graph")
+    assert r"a $\frac$ b" in path.read_text(encoding="utf-8")
