@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,11 @@ def replace_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             written.unlink()
         raise
+
+
+def without_nan(document: Any) -> Any:
+    """`document` as JSON holds it: it has no NaN and no infinity, a loss that diverged is null."""
+    return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet.cli import classify, detect, tools
+from dgnet.cli.analyze import ANALYZE
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Command | Group] = {
     "models": tools.MODELS,
     "train": classify.TRAIN,
     "evaluate": classify.EVALUATE,
+    "analyze": ANALYZE,
     "export": tools.EXPORT,
     "predict": classify.PREDICT,
     "detect": detect.DETECT,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from dgnet.errors import UsageError, reason
+from dgnet.files import without_nan
 from dgnet.options import flag
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document, a list with a line an item; JSON has no NaN, a loss that diverged is null."""
-    plain = json.loads(json.dumps(document), parse_constant=lambda constant: None)
+    """One JSON document, a list with a line an item; see `without_nan`."""
+    plain = without_nan(document)
     if isinstance(plain, list):
         print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
     else:

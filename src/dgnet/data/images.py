@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from dgnet.errors import BadImageError, UsageError, reason
 
 IGNORED = -100
-"""The label of what fills a batch up: it counts in no loss of labels and no metric; batch statistics see it."""
+"""The label of what has none, an image or what fills a batch up: it counts in no loss of labels and no metric; batch statistics
+see it."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from dgnet.data.images import ImageDataset, check_label, hold_out, read_image, to_rgb
+from dgnet.data.images import IGNORED, ImageDataset, check_label, hold_out, read_image, to_rgb
 from dgnet.data.shards import ShardStream, expand_shards, is_stream, no_label, read_classes, walk_shard
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
 
@@ -70,24 +70,29 @@ class Digits(ImageDataset):
 
 
 class Folder(ImageDataset):
-    """A folder of class folders; the classes are the folders' names, sorted, or `class_names` where given."""
+    """A folder of class folders; the classes are the folders' names, sorted, or `class_names` where given.
 
-    def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:
+    Unless it `needs_labels`, a folder that holds images and no folders will do: their label is IGNORED.
+    """
+
+    def __init__(self, root: Path, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
         try:
             folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         except OSError as error:
             raise UsageError(f"{root} cannot be read: {reason(error)}") from None
-        if not folders:
+        if not folders and needs_labels:
             raise UsageError(f"{root} holds no class folders; a data folder looks like {root}/CLASS/IMAGE.jpg")
         self.class_names = list(class_names) if class_names is not None else folders
+        labels = dict(zip(folders, map_labels(str(root), folders, self.class_names), strict=True)) or {"": IGNORED}
         self.samples = [
             (path, label)
-            for name, label in zip(folders, map_labels(str(root), folders, self.class_names), strict=True)
+            for name, label in labels.items()
             for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMG_EXTENSIONS
         ]
         if not self.samples:
-            raise UsageError(f"{root} holds no images in its {len(folders)} class folders; known: {' '.join(IMG_EXTENSIONS)}")
+            where = f" in its {len(folders)} class folders" if folders else ""
+            raise UsageError(f"{root} holds no images{where}; known: {' '.join(IMG_EXTENSIONS)}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,9 +110,11 @@ class Shards(ImageDataset):
 
     A sample is an image (`jpg`, `png`, …) and its label as text (`cls`) under one key. Class names come from
     `classes.txt` beside the shards, one a line, where there is one; with `class_names`, classes go together by name.
+    Unless it `needs_labels`, an image without one is labelled IGNORED.
     """
 
-    def __init__(self, pattern: str, class_names: Sequence[str] | None = None) -> None:
+    def __init__(self, pattern: str, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
+        self.needs_labels = needs_labels
         self.paths = expand_shards(pattern)
         self.samples: list[tuple[int, str, int, int]] = []  # shard, key, offset, size
         self.labels: list[int] = []
@@ -119,10 +126,12 @@ class Shards(ImageDataset):
         names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
         self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
+            if label == IGNORED:
+                continue
             check_label(f"{self.paths[shard]}, sample {key}", label, len(own or self.class_names))
         if own is not None:
             mapped = map_labels(pattern, own, self.class_names)
-            self.labels = [mapped[label] for label in self.labels]
+            self.labels = [label if label == IGNORED else mapped[label] for label in self.labels]
 
     def _index(self, shard: int, path: str) -> None:
         images: dict[str, tuple[int, int]] = {}
@@ -142,10 +151,10 @@ class Shards(ImageDataset):
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes a cut for the end
                 raise UsageError(f"{path} is cut short: it lacks the end mark of a tar file; copy it again")
         for key, (offset, size) in images.items():
-            if key not in labels:
+            if key not in labels and self.needs_labels:
                 raise no_label(path, key)
             self.samples.append((shard, key, offset, size))
-            self.labels.append(labels[key])
+            self.labels.append(labels.get(key, IGNORED))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -214,11 +223,18 @@ class TimmDataset(ImageDataset):
         return f"{self.source}, image {index}"
 
 
-def open_dataset(source: str, role: str, class_names: Sequence[str] | None = None, data_root: str = "data") -> ImageDataset:
+def open_dataset(
+    source: str,
+    role: str,
+    class_names: Sequence[str] | None = None,
+    data_root: str = "data",
+    needs_labels: bool = True,
+) -> ImageDataset:
     """The images of `source` for `role` ("train" or "evaluation"), without a transform yet.
 
     A folder that holds train/ and val/ (or test/) gives the one of the role. `class_names`: the classes, in the order of
-    their labels, where they are known from training. `data_root`: where timm's readers look.
+    their labels, where they are known from training. `data_root`: where timm's readers look. Unless it `needs_labels`, images
+    of shards may lack them, and a folder may hold images and no folders; their label is IGNORED.
 
     Raises UsageError for a source that is not there, is empty, or does not fit the classes.
     """
@@ -230,7 +246,7 @@ def open_dataset(source: str, role: str, class_names: Sequence[str] | None = Non
     if is_stream(source):
         raise UsageError(f"{source} streams: good for --data of training; name local shards, a folder or a data set here")
     if ".tar" in source:
-        return Shards(source.removeprefix("wds/"), class_names)
+        return Shards(source.removeprefix("wds/"), class_names, needs_labels)
     if source.partition("/")[0] in ("hfds", "torch", "tfds", "hfids") and not os.path.exists(source):
         if source.startswith(("hfids/", "tfds/")):
             raise UsageError(f"{source} streams; use a map-style source: hfds/…, torch/…, a folder, or shards")
@@ -243,7 +259,7 @@ def open_dataset(source: str, role: str, class_names: Sequence[str] | None = Non
         )
     if not root.is_dir():
         raise UsageError(f"data source {source!r} is a file; expected a folder of class folders, or shards ending in .tar")
-    return Folder(_split_folder(root, role) or root, class_names)
+    return Folder(_split_folder(root, role) or root, class_names, needs_labels)
 
 
 def _split_folder(root: Path, role: str) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError
 from dgnet.graph.stage import DynamicGraph
+from dgnet.graph.topology import Topology
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:
@@ -69,6 +70,11 @@ class Record:
     def ran(self) -> list[Tensor]:
         """For each stage the nodes that ran, (B, N) bool: in dense mode those that are alive."""
         return [self._join(chunks) for chunks in self._ran]
+
+    @property
+    def topology(self) -> list[Topology]:
+        """For each stage which edges exist."""
+        return [stage.topology for stage in self._stages]
 
     @property
     def threshold(self) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,11 @@ class Evaluation:
     top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
 
 
+def executed_multiply_adds(costs: CostModel, record: Record) -> Tensor:
+    """What each image of a recorded forward executed, (B,), float64, on the CPU."""
+    return costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu().double()
+
+
 class ExecutedCost:
     """Multiply-adds that each image executed, one number an image and class."""
 
@@ -55,10 +61,10 @@ class ExecutedCost:
     def update(self, labels: Tensor, record: Record | None) -> None:
         """`record`: of the images' forward; None for a static network."""
         if record is None:
-            executed = torch.full((len(labels),), float(self.costs.dense))
+            executed = torch.full((len(labels),), float(self.costs.dense), dtype=torch.float64)
         else:
-            executed = self.costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu()
-        self.executed.append(executed.double())
+            executed = executed_multiply_adds(self.costs, record)
+        self.executed.append(executed)
         self.labels.append(labels.cpu())
 
     def summary(self, class_names: list[str]) -> dict[str, Any]:
@@ -80,48 +86,64 @@ class ExecutedCost:
 
 
 class WiringStatistics:
-    """Open and closed edges, accumulated over batches in memory that grows with the number of wirings only."""
+    """Weights, open and closed edges, accumulated over batches in float64.
 
-    def __init__(self, stages: list[DynamicGraph]) -> None:
+    Memory grows with the number of wirings only; `most_wirings` bounds it: others are not told apart any more.
+    """
+
+    def __init__(self, stages: list[DynamicGraph], most_wirings: int | None = None) -> None:
+        self.most_wirings = most_wirings
         self.masks = [stage.topology.mask for stage in stages]
         self.sums = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
         self.squares = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
+        self.opens = [torch.zeros(mask.shape, dtype=torch.int64) for mask in self.masks]
+        # Moments are taken about the first image: weights that do not differ have a spread of 0, not of a rounding.
+        self.first: list[Tensor] = []
         self.weighed = [_weighed_edges(stage.topology) for stage in stages]
-        self.images = self.closed = self.dead = self.empty = 0
-        self.wirings: set[bytes] = set()
+        self.images = self.dead = self.empty = 0
+        self.wirings: Counter[bytes] = Counter()
 
     def update(self, adjacency: list[Tensor]) -> None:
         """`adjacency`: for each stage the weights as aggregated, (B, N, N)."""
         self.images += len(adjacency[0])
         patterns = []
-        for mask, matrix, total, square in zip(self.masks, adjacency, self.sums, self.squares, strict=True):
-            matrix = matrix.cpu().double()
-            total += matrix.sum(0)
-            square += matrix.square().sum(0)
+        adjacency = [matrix.cpu().double() for matrix in adjacency]
+        self.first = self.first or [matrix[0] for matrix in adjacency]
+        for stage, (mask, matrix) in enumerate(zip(self.masks, adjacency, strict=True)):
+            distance = matrix - self.first[stage]
+            self.sums[stage] += distance.sum(0)
+            self.squares[stage] += distance.square().sum(0)
             is_open = matrix != 0
+            self.opens[stage] += is_open.sum(0)
             patterns.append(is_open[:, mask])
             has_input = is_open.any(2)
-            self.closed += int((~is_open[:, mask]).sum())
             self.dead += int((~has_input[:, 1:-1]).sum())
             self.empty += int((~has_input[:, -1]).sum())
-        self.wirings.update(row.tobytes() for row in torch.cat(patterns, dim=1).numpy())
+        for pattern in map(np.ndarray.tobytes, torch.cat(patterns, dim=1).numpy()):
+            if self.most_wirings is None or len(self.wirings) < self.most_wirings or pattern in self.wirings:
+                self.wirings[pattern] += 1
 
     def mean(self) -> list[Tensor]:
-        """For each stage the mean weight of every edge, (1, N, N)."""
-        return [(total / self.images).float()[None] for total in self.sums]
+        """For each stage the mean weight of every edge, (N, N), 0 where an edge is closed counted in."""
+        return [first + total / self.images for first, total in zip(self.first, self.sums, strict=True)]
 
     def std(self) -> list[Tensor]:
         """For each stage the standard deviation of every edge's weight over the images, (N, N)."""
         pairs = zip(self.sums, self.squares, strict=True)
         return [(square / self.images - (total / self.images) ** 2).clamp(min=0).sqrt() for total, square in pairs]
 
+    def open_share(self) -> list[Tensor]:
+        """For each stage the share of images for which every edge is open, (N, N)."""
+        return [opened / self.images for opened in self.opens]
+
     def summary(self) -> dict[str, Any]:
         """The connectivity figures of `Evaluation`."""
+        closed = sum(int((self.images - opened[mask]).sum()) for opened, mask in zip(self.opens, self.masks, strict=True))
         edges = sum(int(mask.sum()) for mask in self.masks)
         nodes = sum(len(mask) - 2 for mask in self.masks)
         spread = torch.cat([std[mask] for std, mask in zip(self.std(), self.weighed, strict=True)])
         return {
-            "closed_edges": self.closed / (edges * self.images),
+            "closed_edges": closed / (edges * self.images),
             "skippable_nodes": self.dead / (nodes * self.images),
             "distinct_wirings": len(self.wirings),
             "empty_outputs": self.empty,
@@ -188,8 +210,12 @@ def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
     return str(source or config.get("val_data") or config["data"])
 
 
-def open_evaluation_data(checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None) -> ImageDataset:
+def open_evaluation_data(
+    checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None, needs_labels: bool = True
+) -> ImageDataset:
     """`source`, by default what the checkpoint's run was evaluated on, with the checkpoint's preprocessing.
+
+    `needs_labels`: see `dgnet.data.open_dataset`.
 
     Raises UsageError for a source that is not there or has classes unknown to it.
     """
@@ -200,7 +226,7 @@ def open_evaluation_data(checkpoint: Checkpoint, source: str | None = None, data
         dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
     else:
         source = source or config.get("val_data") or config["data"]
-        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root)
+        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
 
@@ -258,7 +284,7 @@ def evaluate(
                 update_metrics(other, network(images), labels)
     assert tally is not None
     if adjacency_controls:
-        with use_connectivity(network, tally.statistics.mean()):
+        with use_connectivity(network, [matrix.float() for matrix in tally.statistics.mean()]):
             for images, labels in tqdm(loader, desc="evaluate with the mean adjacency", unit="batch"):
                 update_metrics(mean, network(images.to(device)), labels.to(device))
         more |= {f"top1_{name}_adjacency": percent(of, "top1", len(dataset)) for name, of in (("mean", mean), ("other", other))}

@@ -1,0 +1,127 @@
+"""`dgnet analyze`: statistics and figures of connectivity."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from dgnet.cli.command import Command, Parser, add_loader_options, find_device, print_json
+from dgnet.errors import UsageError
+
+
+def _parser() -> Parser:
+    parser = Parser(description="Look into a checkpoint's connectivity: statistics, the paper's figures, what it says of §6.5.")
+    parser.add_argument("checkpoint", type=str, nargs="?", help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
+    parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="folder to write to; by default analysis in the run folder or beside the file",
+    )
+    parser.add_argument(
+        "--images", type=str, nargs="+", default=[], metavar="IMAGE", help="draw the graphs of these: indices or file names"
+    )
+    parser.add_argument(
+        "--extremes",
+        type=int | None,
+        default=None,
+        help="draw the graphs of the easiest and the hardest so many, by loss and by executed multiply-adds; by default 3",
+    )
+    parser.add_argument(
+        "--curves", type=str, nargs="+", default=[], metavar="RUN", help="draw the training curves of these run folders"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the images of the embedding")
+    add_loader_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def run_analyze(args: Namespace) -> None:
+    """`dgnet analyze`."""
+    from dgnet.analysis.analyze import read_curves, save_curves, save_document
+
+    if args.checkpoint is None and not args.curves:
+        raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
+    folder = _find_folder(args)
+    curves = read_curves(args.curves)  # a mistake is named before minutes of work
+    document: dict[str, Any] = {}
+    lines: list[str] = []
+    files: list[Path] = []
+    if args.checkpoint is not None:
+        document, lines, files = _analyze(args, folder)
+    if curves:
+        files += save_curves(curves, folder)
+    document["files"] = [path.name for path in files]
+    if args.checkpoint is not None:  # curves alone leave the document of an analysis as it is
+        files.append(save_document(document, folder))
+    if args.json:
+        print_json(document)
+        return
+    for line in lines:
+        print(line)
+    print(f"written to {folder}: {', '.join(path.name for path in files)}")
+
+
+def _find_folder(args: Namespace) -> Path:
+    if args.output:
+        return Path(args.output)
+    if args.checkpoint is None:
+        raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
+    return (Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+
+
+def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
+    """The document, what is printed, and the files written for a checkpoint."""
+    from dgnet.analysis.analyze import analyze
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.graph import DynamicGraph
+    from dgnet.training import describe_source, open_evaluation_data
+
+    checkpoint = load_checkpoint(args.checkpoint)
+    network = checkpoint.build_network()
+    if not any(isinstance(module, DynamicGraph) for module in network.modules()):
+        raise UsageError(
+            f"{checkpoint.path} is of {checkpoint.model}, a static network: it has no routed edges to look at;"
+            " use a checkpoint of a model whose name begins with dg_"
+        )
+    dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
+    extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
+    found = analyze(
+        network,
+        dataset,
+        folder,
+        args.images,
+        extremes,
+        args.batch_size,
+        args.workers,
+        find_device(args.device),
+        args.seed,
+    )
+    source = describe_source(checkpoint, args.data)
+    document = {"checkpoint": str(checkpoint.path), "model": checkpoint.model, "data": source, **found.document()}
+    lines = [f"{checkpoint.path}: {checkpoint.model} on {source}, {document['images']:,} images"]
+    if document["labelled"]:
+        lines.append(f"top-1 {document['top1']:.2f} %, loss {document['loss']:.4f}, {document['labelled']:,} images labelled")
+    else:
+        lines.append("no image is labelled: no accuracy, no loss, no classes")
+    if not found.follows_image:
+        lines.append("no weight follows the image: no spread, no open shares, no wirings to compare")
+    at_least = "" if document["all_wirings_counted"] else "at least "
+    lines += [
+        f"closed edges {100 * document['closed_edges']:.2f} %, distinct wirings {at_least}{document['distinct_wirings']:,},"
+        f" spread of an edge's weight {document['weight_std']:.4f}",
+        f"executed multiply-adds {document['executed_multiply_adds'] / 1e6:.2f} M"
+        f" of {document['dense_multiply_adds'] / 1e6:.2f} M, standard deviation {document['executed_std'] / 1e6:.2f} M,"
+        f" {document['executed_least'] / 1e6:.2f} to {document['executed_most'] / 1e6:.2f} M",
+        "what §6.5 of the paper observes:",
+        *map(str, found.observations),
+    ]
+    return document, lines, found.files
+
+
+ANALYZE = Command(_parser, run_analyze)
