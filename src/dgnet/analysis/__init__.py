@@ -1,0 +1,1 @@
+"""What connectivity looks like: statistics, figures, and pages to explore it."""
