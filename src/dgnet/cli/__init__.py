@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import dgnet
-from dgnet.cli import classify, tools
+from dgnet.cli import classify, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command | Group] = {
     "evaluate": classify.EVALUATE,
     "export": tools.EXPORT,
     "predict": classify.PREDICT,
+    "explore": explore.EXPLORE,
     "cost": tools.COST,
     "bench": tools.BENCH,
 }
