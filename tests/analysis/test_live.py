@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -132,20 +134,31 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
         assert f"--port {port} cannot be listened on" in refuse(capsys, "explore", checkpoint, "--port", port)
 
 
+COMMAND = """
+import socket, sys
+connect = socket.socket.connect
+socket.socket.connect = lambda self, address: (print("reached", address, file=sys.stderr), connect(self, address))[1]
+from dgnet.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @needs_gradio
 @pytest.mark.slow
-def test_the_page_in_a_browser(checkpoint, photo, tmp_path, monkeypatch):
-    reached = []
-    connect = socket.socket.connect
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: (reached.append(address), connect(self, address))[1])
+def test_the_page_in_a_browser(checkpoint, photo, tmp_path):
+    """In a process of its own, as it is typed: gradio leaves sockets and event loops to the garbage collector."""
     (tmp_path / "fake.png").write_text("no image")
     (tmp_path / "large.png").write_bytes(bytes(2**21))
-    with open_browser() as browser:
-        app, address = live.serve(
-            live.build_app(load_checkpoint(checkpoint), max_megabytes=1), port=free_port(), max_megabytes=1
-        )
-        try:
+    command = [sys.executable, "-c", COMMAND, "explore", checkpoint, "--port", free_port(), "--max-megabytes", 1]
+    server = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        with open_browser() as browser:
+            line = server.stdout.readline()
+            address = re.fullmatch(r"dg_resnet20 at (http://127\.0\.0\.1:\d+/) \(Ctrl\+C ends it\)\n", line)[1]
             page = browser.new_page()
+            page.set_default_timeout(60_000)
             wrong = watch(page, (address, "data:", "blob:"))
             page.goto(address)
             page.set_input_files("input[type=file]", photo)
@@ -159,8 +172,12 @@ def test_the_page_in_a_browser(checkpoint, photo, tmp_path, monkeypatch):
                 page.set_input_files("input[type=file]", tmp_path / file)
                 page.get_by_text(message).first.wait_for()
             assert not [text for text in wrong if "://" in text and address not in text]
-        finally:
-            app.close(verbose=False)
-    hosts = {str(address[0]) for address in reached if isinstance(address, tuple)}
-    assert hosts
-    assert all(map(live.is_loopback, hosts))
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode == 130
+    assert errors.endswith("dgnet: interrupted\n")
+    assert "Traceback" not in errors
+    reached = re.findall(r"^reached \('([^']+)', ", errors, re.MULTILINE)
+    assert reached
+    assert all(map(live.is_loopback, reached))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -252,36 +253,45 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises UsageError unless a server can listen on `host` and `port`."""
+    check_range("--port", port, 1, 65535)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port} cannot be listened on: {reason(error)}; name others") from None
+
+
 def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 10.0) -> tuple[Any, str]:
     """Serve a page of `build_app` in a thread of its own; returns its handle, whose `close()` ends it, and its address.
 
-    Raises UsageError where the port is taken or the host is not of this machine.
+    Raises UsageError as `check_address` does.
     """
     from starlette.middleware import Middleware
 
     gr = import_gradio()
-    check_range("--port", port, 1, 65535)
+    check_address(host, port)
     # System fonts: the default theme's come from another server.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    try:
-        _, address, _ = app.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=int(max_megabytes * 2**20),
-            theme=theme,
-            css="td, th { padding-right: 1.5rem; text-align: left; }",
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            app_kwargs={"middleware": [Middleware(ContentPolicy)]},
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--host {host} --port {port} cannot be listened on: {reason(error)}; name others") from None
+    _, address, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=int(max_megabytes * 2**20),
+        theme=theme,
+        css="td, th { padding-right: 1.5rem; text-align: left; }",
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        app_kwargs={"middleware": [Middleware(ContentPolicy)]},
+    )
     return app, address

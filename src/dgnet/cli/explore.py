@@ -24,10 +24,11 @@ def _explore_parser() -> Parser:
 
 def run_explore(args: Namespace) -> None:
     """`dgnet explore`; serves until it is interrupted."""
-    from dgnet.analysis.live import build_app, import_gradio, is_loopback, serve
+    from dgnet.analysis.live import build_app, check_address, import_gradio, is_loopback, serve
     from dgnet.checkpoint import load_checkpoint
 
     import_gradio()
+    check_address(args.host, args.port)
     checkpoint = load_checkpoint(args.checkpoint)
     app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
     app, address = serve(app, args.host, args.port, args.max_megabytes)
