@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import dgnet
-from dgnet.cli import classify, detect, tools
-from dgnet.cli.analyze import ANALYZE
+from dgnet.cli import analyze, classify, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
@@ -22,10 +21,11 @@ COMMANDS: dict[str, Command | Group] = {
     "models": tools.MODELS,
     "train": classify.TRAIN,
     "evaluate": classify.EVALUATE,
-    "analyze": ANALYZE,
+    "analyze": analyze.ANALYZE,
     "export": tools.EXPORT,
     "predict": classify.PREDICT,
     "detect": detect.DETECT,
+    "explore": explore.EXPLORE,
     "cost": tools.COST,
     "bench": tools.BENCH,
 }

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from dgnet.cli.command import Command, Parser, add_loader_options, find_device, print_json
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, check_range
 
 
 def _parser() -> Parser:
@@ -34,6 +34,12 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--curves", type=str, nargs="+", default=[], metavar="RUN", help="draw the training curves of these run folders"
+    )
+    parser.add_argument(
+        "--explorer",
+        type=int,
+        default=1000,
+        help="images of explorer.html, a page on which one picks and compares them; 0: none",
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the images of the embedding")
     add_loader_options(parser)
@@ -78,6 +84,7 @@ def _find_folder(args: Namespace) -> Path:
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
     """The document, what is printed, and the files written for a checkpoint."""
     from dgnet.analysis.analyze import analyze
+    from dgnet.analysis.explorer import write_explorer
     from dgnet.checkpoint import load_checkpoint
     from dgnet.graph import DynamicGraph
     from dgnet.training import describe_source, open_evaluation_data
@@ -91,18 +98,14 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
         )
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
     extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
-    found = analyze(
-        network,
-        dataset,
-        folder,
-        args.images,
-        extremes,
-        args.batch_size,
-        args.workers,
-        find_device(args.device),
-        args.seed,
-    )
+    check_range("--explorer", args.explorer, 0)
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
+    found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
+    if args.explorer and found.follows_image:
+        names, about = checkpoint.class_names, {"model": checkpoint.model, "source": source}
+        page = folder / "explorer.html"
+        found.files.append(write_explorer(network, dataset, page, images=args.explorer, class_names=names, **about, **loading))
     document = {"checkpoint": str(checkpoint.path), "model": checkpoint.model, "data": source, **found.document()}
     lines = [f"{checkpoint.path}: {checkpoint.model} on {source}, {document['images']:,} images"]
     if document["labelled"]:

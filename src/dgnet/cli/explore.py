@@ -1,0 +1,44 @@
+"""`dgnet explore`: a page in the browser that looks at photos."""
+
+from __future__ import annotations
+
+import sys
+from threading import Event
+
+from jsonargparse import Namespace
+
+from dgnet.cli.command import Command, Parser, add_device, find_device
+
+
+def _explore_parser() -> Parser:
+    parser = Parser(description="Open a page that shows a photo's prediction, path, executed cost and time.")
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address to listen on; by default this machine's own only"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--max-megabytes", type=float, default=10.0, help="largest file that is taken, in MiB")
+    add_device(parser)
+    return parser
+
+
+def run_explore(args: Namespace) -> None:
+    """`dgnet explore`; serves until it is interrupted."""
+    from dgnet.analysis.live import build_app, check_address, import_gradio, is_loopback, serve
+    from dgnet.checkpoint import load_checkpoint
+
+    import_gradio()
+    check_address(args.host, args.port)
+    checkpoint = load_checkpoint(args.checkpoint)
+    app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
+    app, address = serve(app, args.host, args.port, args.max_megabytes)
+    if not is_loopback(args.host):
+        print("whoever reaches this machine over the network can use the page", file=sys.stderr)
+    print(f"{checkpoint.model} at {address} (Ctrl+C ends it)", flush=True)
+    try:
+        Event().wait()  # until an interrupt
+    finally:
+        app.close(verbose=False)
+
+
+EXPLORE = Command(_explore_parser, run_explore)
