@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from dgnet.analysis.analyze import analyze, name_runs
-from dgnet.checkpoint import describe_network, save_network
+from dgnet.checkpoint import describe_network, save_tensors
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError
 from dgnet.files import read_table
@@ -36,7 +36,9 @@ def write_checkpoint(folder: Path, model: str, data: Path, options: dict[str, ob
         close_some(network, torch.randn(12, 3, 8, 8))
     config = {"data": str(data), "val_data": None}
     folder.mkdir(parents=True)
-    save_network(network, folder / "model.safetensors", describe_network(model, options, CLASSES, PREPROCESSING, config))
+    save_tensors(
+        network.state_dict(), folder / "model.safetensors", describe_network(model, options, CLASSES, PREPROCESSING, config)
+    )
     return folder
 
 

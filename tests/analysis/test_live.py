@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dgnet.analysis import live
-from dgnet.checkpoint import describe_network, load_checkpoint, save_network
+from dgnet.checkpoint import describe_network, load_checkpoint, save_tensors
 from dgnet.data import Preprocessing, decode
 from dgnet.errors import BadImageError
 from dgnet.graph import find_stages, record_connectivity
@@ -38,7 +38,7 @@ def write_checkpoint(path, model="dg_resnet20", **options):
     carried = describe_network(
         model, {"channels": [4, 4, 4], **options}, CLASSES, Preprocessing((16, 16), (0.5,) * 3, (0.2,) * 3), {}
     )
-    save_network(network, path, carried)
+    save_tensors(network.state_dict(), path, carried)
     return path
 
 

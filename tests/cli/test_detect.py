@@ -118,7 +118,8 @@ def test_predictions_are_drawn_and_written(run, data, tmp_path, capsys):
     output = ask(capsys, "detect", "predict", run, data["val_images"], "--output", tmp_path / "drawn", "--score", 0)
     assert len(output.splitlines()) == 3
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"1.jpg", "2.jpg", "3.jpg", "results.json"}
-    assert Image.open(tmp_path / "drawn" / "1.jpg").size == (32, 48)
+    with Image.open(tmp_path / "drawn" / "1.jpg") as image:
+        assert image.size == (32, 48)
     results = json.loads((tmp_path / "drawn" / "results.json").read_text())
     assert {result["category_id"] for result in results} <= {7, 3, 90}
     assert {result["file_name"] for result in results} <= {"1.png", "2.png", "3.png"}

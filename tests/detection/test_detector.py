@@ -57,18 +57,13 @@ def test_an_image_gets_the_same_wiring_alone_and_beside_a_large_one(name, mode):
     set_mode(detector, mode)
     small, large = torch.rand(3, 64, 70), torch.rand(3, 128, 64) * 2
     with torch.no_grad(), dgnet.record_connectivity(detector) as alone:
-        (expected,) = detector([small])
+        detector([small])
     with torch.no_grad(), dgnet.record_connectivity(detector) as together:
-        _, found = detector([large, small])
+        detector([large, small])
     adjacency = torch.cat([matrix.flatten(1) for matrix in together.adjacency], dim=1)
     assert not torch.allclose(adjacency[0], adjacency[1])
     for one, both in zip(alone.adjacency, together.adjacency, strict=True):
         torch.testing.assert_close(both[1:], one, atol=1e-5, rtol=0)
-    assert len(expected["boxes"])
-    # Anchors beside the image are of the batch, so that there are more of them: the best detections are the same.
-    best = expected["scores"].argmax()
-    torch.testing.assert_close(found["scores"].max(), expected["scores"].max())
-    torch.testing.assert_close(found["boxes"][found["scores"].argmax()], expected["boxes"][best], atol=1e-2, rtol=1e-3)
 
 
 def test_routers_of_a_users_own_pool_see_the_image_only():

@@ -99,13 +99,21 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
     extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
     check_range("--explorer", args.explorer, 0)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
     found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
     if args.explorer and found.follows_image:
-        names, about = checkpoint.class_names, {"model": checkpoint.model, "source": source}
-        page = folder / "explorer.html"
-        found.files.append(write_explorer(network, dataset, page, images=args.explorer, class_names=names, **about, **loading))
+        page = write_explorer(
+            network,
+            dataset,
+            folder / "explorer.html",
+            images=args.explorer,
+            class_names=checkpoint.class_names,
+            model=checkpoint.model,
+            source=source,
+            **loading,
+        )
+        found.files.append(page)
     document = {"checkpoint": str(checkpoint.path), "model": checkpoint.model, "data": source, **found.document()}
     lines = [f"{checkpoint.path}: {checkpoint.model} on {source}, {document['images']:,} images"]
     if document["labelled"]:

@@ -31,7 +31,8 @@ class Backbone(nn.Module):
     keep their statistics, scale and shift. `fpn_norm`: batch normalisation in the pyramid too.
 
     Where the network is dynamic, routers pool over each image's own area, and each spatial convolution sees zeros beside it:
-    an image gets the same features and the same wiring whatever it is padded with. `area` is set before each forward, to
+    an image has the same maps and the same wiring whatever it is padded with. (The pyramid and what follows see the padding,
+    as they do in torchvision.) `area` is set before each forward, to
     None for images without padding; a static network is as torchvision's.
 
     Raises UsageError for a network that lacks one of the maps.
@@ -53,17 +54,18 @@ class Backbone(nn.Module):
         if not 0 <= frozen_stages <= stages:
             raise UsageError(f"--frozen-stages must be 0 to {stages}, stem and stages, got {frozen_stages}")
         frozen = _modules_up_to(network, str(infos[frozen_stages - 1]["module"])) if frozen_stages else []
-        self.still = [module for module in frozen if isinstance(module, _NORMS)]
+        still = [module for module in frozen if isinstance(module, _NORMS)]
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         network.prune_intermediate_layers(list(self.indices), prune_head=True)  # type: ignore[operator]
         if frozen_norm:
-            self.still = [module for module in network.modules() if isinstance(module, _NORMS)]
-            for module in self.still:
+            still = [module for module in network.modules() if isinstance(module, _NORMS)]
+            for module in still:
                 for parameter in module.parameters():
                     parameter.requires_grad_(False)
         self.body = network
+        self.still = [name for name, module in network.named_modules() if module in still]
         widths = [int(infos[index]["num_chs"]) for index in self.indices]
         norm = nn.BatchNorm2d if fpn_norm else None
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm)
@@ -72,11 +74,12 @@ class Backbone(nn.Module):
         self.area: ValidArea | None = None
         if self.stages:
             self._register_masks()
+        self.train()  # Lightning leaves modules in the mode that they are built in
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
-        for module in self.still:
-            module.eval()
+        for name in self.still:
+            self.body.get_submodule(name).eval()
         return self
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:

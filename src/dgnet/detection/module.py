@@ -88,9 +88,10 @@ class DetectionModule(RunModule):
         config = self.config
         return MultiStepLRScheduler(
             optimizer,
-            decay_t=list(config.lr_steps),
+            decay_t=[step + 1 for step in config.lr_steps],  # timm counts from 1
             decay_rate=0.1,
             warmup_t=config.warmup_iterations,
+            warmup_prefix=False,
             warmup_lr_init=config.peak_lr * config.warmup_factor,
             t_in_epochs=False,
         )

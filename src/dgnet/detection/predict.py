@@ -21,6 +21,7 @@ from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file
 
 RESULTS = "results.json"
+_MANY = 10  # images, which take a few seconds: there is a bar
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def predict_detections(
     detector = checkpoint.build().to(device)
     results: list[dict[str, Any]] = []
     drawn = []
-    for number, (name, path) in enumerate(tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1), start=1):
+    bar = tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1, disable=len(images) < _MANY)
+    for number, (name, path) in enumerate(bar, start=1):
         image = decode(read_image(path), str(path))
         (found,) = detector([to_tensor(image).to(device)])
         boxes, labels, scores = found["boxes"].cpu(), found["labels"].cpu(), found["scores"].cpu()

@@ -320,6 +320,7 @@ def quiet_lightning() -> Iterator[None]:
                 ".*exists and is not empty.*",
                 ".*your dataloader is not resumable.*",  # ours reads the trainer's step
                 ".*sync_dist=True.*",  # metrics are means over all processes
+                ".*in eval mode at the start.*",  # frozen normalisations
                 ".*callbacks used to create the checkpoint.*",  # a run may go on with others
             ):
                 warnings.filterwarnings("ignore", message)
