@@ -65,3 +65,14 @@ def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys
 )
 def test_refusals(capsys, arguments, message):
     assert message in refuse(capsys, "bench", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detect-train", "detect-infer"])
+def test_detectors_are_measured_too(task, capsys):
+    small = ["--batch-size", 1, "--image-size", 48, "--rounds", 1]
+    result = json.loads(ask(capsys, "bench", "dg_resnet18", "--task", task, *small, "--json"))
+    assert (result["task"], result["against"], result["image_size"]) == (task, "resnet18", 48)
+    assert result["ratio"] > 0
+    assert "48×80 pixels" in ask(capsys, "bench", "dg_resnet18", "--task", task, *small)
+    assert "a detector is no single graph" in refuse(capsys, "bench", "dg_resnet18", "--task", task, "--compile", "true")

@@ -88,6 +88,7 @@ def test_a_run_is_analysed(run, images, tmp_path, capsys):
     assert len(read_table(tmp_path / "embedding.csv")) == 15
 
 
+@pytest.mark.slow
 def test_json_is_one_document_that_agrees_with_evaluate(run, tmp_path, capsys):
     found = json.loads(ask(capsys, "analyze", run, "--output", tmp_path, "--extremes", 0, "--json"))
     assert found == json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
@@ -101,6 +102,7 @@ def test_json_is_one_document_that_agrees_with_evaluate(run, tmp_path, capsys):
     assert set(found["files"]) == names(tmp_path) - {"analysis.json"}
 
 
+@pytest.mark.slow
 def test_images_are_chosen_by_index_and_by_name(run, images, tmp_path, capsys):
     output = ask(capsys, "analyze", run, "--output", tmp_path, "--images", 3, "light/1.png", images / "dark" / "2.png", ODD)
     rows = read_table(tmp_path / "images.csv")
@@ -158,6 +160,7 @@ def test_an_empty_folder_is_refused(run, tmp_path, capsys):
     assert "holds no images; known: .jpg" in refuse(capsys, "analyze", run, "--data", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "shard"])
 def test_images_without_labels(run, tmp_path, capsys, kind):
     data = tmp_path / "plain"

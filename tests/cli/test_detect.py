@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from dgnet.training import Interrupted, read_run
 from dgnet.training.checkpointing import Checkpointing
 from tests.command import ask, refuse
 from tests.detection.synthetic import box_entry, image_entry, write_set
+from tests.training.processes import free_port
 
 QUICK = ["--short-side", "32", "--long-side", "64", "--fpn-channels", "8", "--batch-size", "2", "--warmup-iterations", "1"]
 RUN = ["--model", "dg_resnet18", "--iterations", "4", "--evaluate-every", "2", "--lr-steps", "[3]", "--lr", "0.01", *QUICK]
@@ -198,3 +201,26 @@ def test_help_lists_the_commands_of_the_group(capsys):
     with pytest.raises(SystemExit):
         dgnet.cli.main(["detect", "--help"])
     assert {"train", "evaluate", "predict"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
+    def command(*arguments: object) -> str:
+        done = subprocess.run([sys.executable, "-m", "dgnet", "detect", *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    two = ["--accelerator", "cpu", "--devices", 2]
+    assert command("train", *words(data), *RUN, *two, "--output", tmp_path / "two").startswith("AP ")
+    rows = list(csv.DictReader((tmp_path / "two" / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 2
+    alone = json.loads(command("evaluate", tmp_path / "two", "--json"))
+    assert alone["ap"] == pytest.approx(float(rows[-1]["val_ap"]), abs=0.05)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*torchrun, "-m", "dgnet", "detect", "evaluate", str(tmp_path / "two"), "--json", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ap"] == pytest.approx(alone["ap"])

@@ -68,6 +68,7 @@ def test_what_closes_by_thresholds_is_exported_too(tiny, tmp_path, options):
     assert check_export(tmp_path / "network.pt2", "torch", network, SIZE) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_sparse_form_computes_a_block_on_gathered_samples_only(tiny):
     program = export_network(gated(tiny, 0.3), SIZE, "sparse")
     convolutions = [node for node in program.graph.nodes if "conv2d" in str(node.target)]
@@ -77,6 +78,7 @@ def test_the_sparse_form_computes_a_block_on_gathered_samples_only(tiny):
     assert not any("nonzero" in str(node.target) for node in dense.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_refused(tiny, tmp_path):
     network = gated(tiny, 0.3)
     save_export(export_network(network, SIZE, "dense"), tmp_path / "network.pt2", "torch", {})
