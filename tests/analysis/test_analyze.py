@@ -72,7 +72,9 @@ def test_a_run_is_analysed(run, images, tmp_path, capsys):
     figures = {"mean", "std", "open", "graphs_easiest", "graphs_hardest", "graphs_cheapest", "graphs_dearest"}
     figures |= {"class_means", "class_distance", "embedding"}
     tables = {"edges.csv", "images.csv", "class_means.csv", "class_distance.csv", "embedding.csv"}
-    written = {f"{name}.{ending}" for name in figures for ending in ("png", "svg")} | tables | {"analysis.json"}
+    written = (
+        {f"{name}.{ending}" for name in figures for ending in ("png", "svg")} | tables | {"analysis.json", "explorer.html"}
+    )
     assert names(tmp_path) == written
     assert f"dg_resnet20 on {images}, 15 images" in output
     assert [f"({number}) " in output for number in range(1, 6)] == [True] * 5
@@ -90,7 +92,7 @@ def test_a_run_is_analysed(run, images, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_json_is_one_document_that_agrees_with_evaluate(run, tmp_path, capsys):
-    found = json.loads(ask(capsys, "analyze", run, "--output", tmp_path, "--extremes", 0, "--json"))
+    found = json.loads(ask(capsys, "analyze", run, "--output", tmp_path, "--extremes", 0, "--explorer", 0, "--json"))
     assert found == json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
     expected = json.loads(ask(capsys, "evaluate", run, "--json"))
     shared = found.keys() & expected.keys() - {"loss"}

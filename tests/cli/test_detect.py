@@ -91,7 +91,7 @@ def test_evaluation_repeats_that_of_training(run, data, tmp_path, capsys):
     for options in ((), ("--mode", "sparse"), ("--backend", "faster-coco-eval")):
         found = json.loads(ask(capsys, "detect", "evaluate", run, "--json", *options))
         assert found["ap"] == pytest.approx(float(last["val_ap"]), abs=0.05)
-        assert found["ap_by_class"].keys() == {"plate", "cell", "never seen"}
+        assert found["by_class"].keys() == {"plate", "cell", "never seen"}
         assert found["closed_edges"] == pytest.approx(float(last["val_stage1_closed_edges"]), abs=1e-6)
     output = ask(capsys, "detect", "evaluate", run, "--output", tmp_path / "results.json")
     assert "AP50" in output
@@ -125,7 +125,7 @@ def test_predictions_are_drawn_and_written(run, data, tmp_path, capsys):
         assert image.size == (32, 48)
     results = json.loads((tmp_path / "drawn" / "results.json").read_text())
     assert {result["category_id"] for result in results} <= {7, 3, 90}
-    assert {result["file_name"] for result in results} <= {"1.png", "2.png", "3.png"}
+    assert {Path(result["file_name"]).name for result in results} <= {"1.png", "2.png", "3.png"}
 
 
 def test_a_classifiers_weights_start_the_backbone(run, data, tmp_path, capsys):
@@ -178,6 +178,10 @@ def test_checkpoints_of_the_other_task_say_so(run, data, tmp_path, capsys):
     [
         (["train"], "--data is needed"),
         (["train", "--data", "no.json", "--images", "x", "--val-data", "y"], "annotations no.json cannot be read"),
+        (
+            ["train", "--data", "a", "--images", "b", "--val-data", "c", "--warmup-iterations", "99999"],
+            "--warmup-iterations must",
+        ),
         (["trian"], "unknown command 'detect trian'; did you mean 'train'?"),
         (["evaluate", "results.json"], "say of which annotations with --data"),
         (
@@ -195,6 +199,27 @@ def test_predict_refuses_what_is_no_image(run, tmp_path, capsys):
     (tmp_path / "a.jpg").write_bytes(b"no image")
     for path, expected in (("gone.jpg", "does not exist"), ("empty", "holds no images"), ("a.jpg", "does not decode")):
         assert expected in refuse(capsys, "detect", "predict", run, tmp_path / path, "--output", tmp_path / "out")
+
+
+def test_predictions_lose_nothing(run, data, tmp_path, capsys):
+    image = Path(data["val_images"]) / "1.png"
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.open(image).convert("RGB").save(photos / "1.jpg")
+    (photos / "1.png").write_bytes(image.read_bytes())
+    (photos / "broken.png").write_bytes(b"no image")
+    before = (photos / "1.jpg").read_bytes()
+    assert "holds the images themselves" in refuse(capsys, "detect", "predict", run, photos, "--output", photos)
+    assert (photos / "1.jpg").read_bytes() == before
+    for _ in range(2):  # drawings of the first call are not detected on by the second
+        line = refuse(capsys, "detect", "predict", run, photos, "--output", photos / "drawn")
+        assert "1 of 3 images do not decode; the other 2 are drawn in" in line
+        assert {path.name for path in (photos / "drawn").iterdir()} == {"1.jpg", "1.png.jpg", "results.json"}
+
+
+def test_half_precision_detects_in_full(data, tmp_path, capsys):
+    short = ["--iterations", 1, "--evaluate-every", 1, "--precision", "bf16"]
+    assert ask(capsys, "detect", "train", *words(data), *RUN, *short, "--output", tmp_path / "b").startswith("AP ")
 
 
 def test_help_lists_the_commands_of_the_group(capsys):

@@ -7,6 +7,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import dgnet
 from dgnet.detection import Backbone, Detector
+from dgnet.detection.checkpoint import load_trained
 from dgnet.errors import UsageError
 from dgnet.inference import fold_batch_norms, set_mode
 
@@ -115,6 +116,39 @@ def test_any_network_with_the_four_maps_is_a_backbone(name):
     }
 
 
+def test_boxes_are_float32_under_autocast():
+    detector = Detector(dgnet.create_model("resnet18"), 3, **SIZES).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector([torch.rand(3, 64, 70)])
+    assert len(found["boxes"])
+    assert {found["boxes"].dtype, found["scores"].dtype} == {torch.float32}
+
+
+def test_where_nothing_reaches_the_output_the_sparse_mode_agrees():
+    torch.manual_seed(0)
+    network = dgnet.create_model("dg_resnet18", topology="chain", node_gate="hard", node_gate_bias=-50.0)
+    detector = Detector(network, 3, **SIZES).eval()
+    images = [torch.rand(3, 64, 70), torch.rand(3, 128, 64)]
+    with torch.no_grad():
+        expected = detector(images)
+        found = set_mode(detector, "sparse")(images)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other["scores"], one["scores"])
+
+
+def test_a_detectors_weights_from_torchvision_start_one_of_other_classes(tmp_path):
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    frozen = {name: value for name, value in theirs.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(frozen, tmp_path / "coco.pth")
+    ours = Detector(dgnet.create_model("resnet50"), 3, **SIZES)
+    reset = load_trained(ours, tmp_path / "coco.pth")
+    assert {name.rpartition(".")[0] for name in reset} == {
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+    }
+    torch.testing.assert_close(ours.state_dict()["rpn.head.cls_logits.weight"], frozen["rpn.head.cls_logits.weight"])
+
+
 def test_what_is_frozen_does_not_train():
     backbone = Backbone(dgnet.create_model("dg_resnet18"), frozen_stages=2).train()
     moving = {name.split(".")[0] for name, parameter in backbone.body.named_parameters() if parameter.requires_grad}
@@ -133,7 +167,9 @@ def test_what_is_frozen_does_not_train():
         ("dg_resnet20", {}, "has feature maps of strides 1, 2, 4, and detection needs 4, 8, 16, 32"),
         ("vit_tiny_patch16_224", {}, "has feature maps of strides 16, and"),
         ("resnet18", {"frozen_stages": 6}, "--frozen-stages must be 0 to 5, stem and stages, got 6"),
-        ("resnet18", {"options": {"box_score_tresh": 0.1}}, "no option 'box_score_tresh'; did you mean 'box_score_thresh'?"),
+        ("resnet18", {"options": {"box_score_tresh": 0.1}}, "no number 'box_score_tresh'; did you mean 'box_score_thresh'?"),
+        ("resnet18", {"options": {"rpn_pre_nms_top_n_train": 0.5}}, "rpn_pre_nms_top_n_train must be a whole number, got 0.5"),
+        ("resnet18", {"options": {"box_score_thresh": "much"}}, "box_score_thresh must be a number, got 'much'"),
         ("resnet18", {"options": {"min_size": 1}}, "min_size cannot be set: use short_side"),
     ],
 )

@@ -84,7 +84,7 @@ def noisy_results(annotations: CocoAnnotations) -> list[dict[str, Any]]:
 
 def figures(result: DetectionResult) -> dict[str, float]:
     """All of them by name; -1 for None, as pycocotools has it."""
-    values = {name: getattr(result, name) for name in OVERALL} | result.ap_by_class
+    values = {name: getattr(result, name) for name in OVERALL} | {name: own["ap"] for name, own in result.by_class.items()}
     return {name: -1 if value is None else value for name, value in values.items()}
 
 
@@ -104,7 +104,7 @@ def test_the_truth_is_found_in_full(annotations, backend):
     result = evaluate_results(annotations, truth_as_results(annotations), backend=backend)
     assert figures(result) == pytest.approx(dict.fromkeys(OVERALL, 100) | {"plate": 100, "cell": 100, "never seen": -1})
     assert result.images == 40
-    assert result.ap_by_class["never seen"] is None
+    assert result.by_class["never seen"]["ap"] is None
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -116,7 +116,7 @@ def test_the_truth_of_blood_cells_is_found_in_full(split):
     result = evaluate_results(annotations, truth_as_results(annotations))
     assert all(value == pytest.approx(100) or value == -1 for value in figures(result).values())
     assert result.ap == pytest.approx(100)
-    assert set(result.ap_by_class) == {"RBC", "WBC", "Platelets"}
+    assert set(result.by_class) == {"RBC", "WBC", "Platelets"}
 
 
 def test_figures_are_those_of_pycocotools_own_summary(tmp_path):
@@ -226,7 +226,7 @@ def test_detections_of_a_class_that_the_file_lacks_are_left_out(tmp_path):
     box = torch.tensor([[0.0, 0, 9, 9]])
     evaluation.update([1], [{"boxes": box.repeat(2, 1), "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([1, 2])}])
     assert [result["category_id"] for result in evaluation.results()] == [7]
-    assert evaluation.compute().ap_by_class == pytest.approx({"cell": 100})
+    assert {name: own["ap"] for name, own in evaluation.compute().by_class.items()} == pytest.approx({"cell": 100})
 
 
 def test_an_unknown_image_is_named(annotations):
@@ -330,4 +330,4 @@ def test_a_backend_that_is_not_installed_is_named(annotations, monkeypatch, back
 def test_the_result_is_plain_values(annotations):
     result = evaluate_results(annotations, noisy_results(annotations))
     assert json.loads(json.dumps(asdict(result))) == asdict(result)
-    assert [f.name for f in fields(result)] == [*OVERALL, "ap_by_class", "images"]
+    assert [f.name for f in fields(result)] == [*OVERALL, "by_class", "images"]

@@ -114,7 +114,9 @@ def analyze(
     if statistics.executed_least < statistics.executed_most:
         groups |= {"cheapest": statistics.cheapest.images, "dearest": statistics.dearest.images}
     groups = {name: found for name, found in groups.items() if found}
-    analysis = Analysis(statistics, judge(statistics), bool(statistics.std()[statistics.free].any()), groups, embed(statistics))
+    stages = find_stages(network)
+    follows = any(stage.weighting.reads_features or stage.node_gates is not None for stage in stages)
+    analysis = Analysis(statistics, judge(statistics), follows, groups, embed(statistics))
     with writing(folder):
         _save_figures(analysis, dataset, folder)
         _save_tables(analysis, dataset, folder)

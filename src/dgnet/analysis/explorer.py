@@ -12,7 +12,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +32,7 @@ from dgnet.data import IGNORED, ImageDataset
 from dgnet.errors import UsageError, check_range, reason
 from dgnet.files import replace_file
 from dgnet.graph import Topology, find_stages, record_connectivity
-from dgnet.inference import set_mode, set_threshold_offset
+from dgnet.inference import find_threshold_offset, set_mode, set_threshold_offset
 from dgnet.training.evaluate import ExecutedCost
 from dgnet.training.sweep import OFFSETS
 
@@ -43,6 +44,7 @@ THUMBNAIL = 96
 class Exploration:
     """What a network did with M images at each of O threshold offsets."""
 
+    own_offset: float  # the network's; one of the offsets
     offsets: tuple[float, ...]
     class_names: list[str]
     topologies: list[Topology]  # of each stage
@@ -105,10 +107,11 @@ def collect(
     """Run `network` at each threshold offset on `images` images, spread evenly over `dataset`, whose transform is set.
 
     Each image is loaded once and run once an offset, in the sparse mode. `class_names`: of the network's outputs, by default
-    the data set's. An image whose label is None or not one of the classes has no label. The network is left on `device`, in
-    evaluation and sparse mode, without an offset.
+    the data set's. The network's own offset is among those that are run, and stays. An image whose label is None or not one of
+    the classes has no label. The network is left on `device`, in evaluation and sparse mode.
 
-    Raises UsageError for a network in which nothing can close, for no images, and for sizes that make no sense.
+    Raises UsageError for a network in which nothing can close, for no images, for fewer class names than outputs, and for sizes
+    that make no sense.
     """
     check_range("--images", images, 1)
     check_range("--batch-size", batch_size, 1)
@@ -118,6 +121,8 @@ def collect(
     names = list(dataset.class_names if class_names is None else class_names)
     network = set_mode(network.to(device).eval(), "sparse")
     masks = [stage.topology.mask for stage in find_stages(network)]
+    own_offset = find_threshold_offset(network)
+    offsets = sorted({*offsets, own_offset})
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
     shown = _Shown(dataset, indices, len(names))
@@ -135,14 +140,14 @@ def collect(
             thumbnails += batch_thumbnails
             batch = batch.to(device)
             for number, offset in enumerate(offsets):
-                set_threshold_offset(network, offset)
-                with record_connectivity(network) as record:
+                with at_offset(network, offset), record_connectivity(network) as record:
                     logits[number].append(network(batch).float().cpu())
+                if logits[number][-1].shape[1] > len(names):
+                    raise UsageError(f"the network tells {logits[number][-1].shape[1]} classes apart, {len(names)} are named")
                 costs[number].update(batch_labels, record)
                 matrices = [matrix.cpu()[:, mask] for matrix, mask in zip(record.adjacency, masks, strict=True)]
                 weights[number].append(torch.cat(matrices, dim=1))
                 bar.update(len(batch))
-    set_threshold_offset(network, 0.0)
     label = torch.cat(labels)
     joined = torch.stack([torch.cat(chunks) for chunks in logits], dim=1)  # (M, O, classes)
     confidences, predictions = joined.softmax(2).max(2)
@@ -151,6 +156,7 @@ def collect(
     )
     return Exploration(
         offsets=tuple(offsets),
+        own_offset=own_offset,
         class_names=names,
         topologies=[stage.topology for stage in find_stages(network)],
         dense_multiply_adds=costs[0].costs.dense,
@@ -163,6 +169,17 @@ def collect(
         executed=torch.stack([torch.cat(cost.executed) for cost in costs], dim=1),
         weights=torch.stack([torch.cat(chunks) for chunks in weights], dim=1),
     )
+
+
+@contextmanager
+def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
+    """Inside the `with` block edges and gates close under another threshold offset."""
+    own = find_threshold_offset(network)
+    set_threshold_offset(network, offset)
+    try:
+        yield
+    finally:
+        set_threshold_offset(network, own)
 
 
 def quantise(weights: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], float, float]:
@@ -188,6 +205,7 @@ def describe_exploration(found: Exploration, model: str, source: str) -> dict[st
         "offsets": list(found.offsets),
         "class_names": found.class_names,
         "stages": [{"num_nodes": topology.num_nodes, "edges": edges} for topology, edges in stages],
+        "own_offset": found.own_offset,
         "dense_multiply_adds": found.dense_multiply_adds,
         "names": shorten_names(found.names),
         "labels": found.labels,
@@ -246,17 +264,17 @@ def write_explorer(
 ) -> Path:
     """Run `network` as `collect` does, and write the explorer page; returns its path.
 
-    `model`, `source`: the names of the network and of its images, for the heading.
+    `model`, `source`: the names of the network and of its images, for the heading; of a path its last part.
 
     Raises UsageError as `collect` does, and where the file cannot be written.
     """
     path = Path(path)
     found = collect(network, dataset, images, class_names, batch_size, workers, device)
-    page = render_explorer(describe_exploration(found, model, source))
+    page = render_explorer(describe_exploration(found, model, Path(source).name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as written:
             written.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a character
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}; name another file") from None
+        raise UsageError(f"{path} cannot be written: {reason(error)}; name another folder") from None
     return path

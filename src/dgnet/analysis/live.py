@@ -261,7 +261,7 @@ def check_address(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {host} --port {port} cannot be listened on: {reason(error)}; name others") from None
 
 

@@ -1,8 +1,9 @@
-"""`dgnet analyze`: statistics and figures of connectivity."""
+"""`dgnet analyze`: statistics and figures of connectivity, and the explorer page."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dgnet.errors import UsageError, check_range
 
 
 def _parser() -> Parser:
-    parser = Parser(description="Look into a checkpoint's connectivity: statistics, the paper's figures, what it says of §6.5.")
+    parser = Parser(description="Look into a checkpoint's connectivity: statistics, the paper's figures, a page to explore.")
     parser.add_argument("checkpoint", type=str, nargs="?", help="run folder, .ckpt file or model.safetensors")
     parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
     parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
@@ -30,7 +31,8 @@ def _parser() -> Parser:
         "--extremes",
         type=int | None,
         default=None,
-        help="draw the graphs of the easiest and the hardest so many, by loss and by executed multiply-adds; by default 3",
+        help="draw the graphs of the easiest and the hardest so many, by loss and by executed multiply-adds;"
+        " by default 3, or none with --images",
     )
     parser.add_argument(
         "--curves", type=str, nargs="+", default=[], metavar="RUN", help="draw the training curves of these run folders"
@@ -87,6 +89,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     from dgnet.analysis.explorer import write_explorer
     from dgnet.checkpoint import load_checkpoint
     from dgnet.graph import DynamicGraph
+    from dgnet.inference import can_skip
     from dgnet.training import describe_source, open_evaluation_data
 
     checkpoint = load_checkpoint(args.checkpoint)
@@ -99,10 +102,13 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
     extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
     check_range("--explorer", args.explorer, 0)
+    check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
     found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
-    if args.explorer and found.follows_image:
+    if args.explorer and not can_skip(network):
+        print("no explorer.html: no edge or block can close, there is nothing to try", file=sys.stderr)
+    elif args.explorer:
         page = write_explorer(
             network,
             dataset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -22,6 +23,9 @@ from dgnet.cli.command import (
 )
 from dgnet.errors import UsageError, check_range
 
+if TYPE_CHECKING:
+    from dgnet.detection import DetectionResult
+
 
 def _train_parser() -> Parser:
     from dgnet.detection.config import DetectConfig
@@ -35,7 +39,7 @@ def run_train(args: Namespace) -> None:
 
     result, config = run_training(args, DetectConfig, train_detector)
     if result is not None:
-        ap, ap50 = (result.metrics.get(name, 0.0) for name in ("val_ap", "val_ap50"))
+        ap, ap50 = (result.metrics[name] for name in ("val_ap", "val_ap50"))
         print(f"AP {ap:.2f}, AP50 {ap50:.2f} after {config.iterations:,} iterations; run folder: {result.folder}")
         print(f"evaluate it: dgnet detect evaluate {result.folder}")
 
@@ -67,7 +71,11 @@ def run_evaluate(args: Namespace) -> None:
     from dgnet.training import is_main_process, join_processes
 
     connectivity: dict[str, float] = {}
+    results = None
     if args.checkpoint.endswith(".json"):
+        given = {"--output": args.output, "--images": args.images, "--mode": args.mode != "dense"}
+        for option in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{option} needs a checkpoint; {args.checkpoint} holds results: leave it out")
         if args.data is None:
             raise UsageError(f"{args.checkpoint} holds results: say of which annotations with --data")
         annotations = read_annotations(args.data)
@@ -85,13 +93,18 @@ def run_evaluate(args: Namespace) -> None:
             found = evaluate_detector(detector, dataset, args.batch_size, args.workers, device, args.mode, args.backend)
             if not is_main_process():
                 return
-        precision, connectivity = found.precision, found.connectivity
-        if args.output:
-            write_results(args.output, found.results)
+        precision, connectivity, results = found.precision, found.connectivity, found.results
         title = f"{checkpoint.path}: Faster R-CNN on {checkpoint.model}, {data}, {dataset.counts}"
     if args.json:
         print_json({**asdict(precision), **connectivity})
-        return
+    else:
+        _print_precision(title, precision, connectivity)
+    if args.output and results is not None:  # after the figures, which a file that cannot be written leaves
+        write_results(args.output, results)
+        print(f"results: {args.output}", file=sys.stderr)
+
+
+def _print_precision(title: str, precision: DetectionResult, connectivity: dict[str, Any]) -> None:
     print(title)
     figures = {
         "AP": precision.ap,
@@ -102,14 +115,15 @@ def run_evaluate(args: Namespace) -> None:
         "large": precision.ap_large,
     }
     print(", ".join(f"{name} {_percent(value)}" for name, value in figures.items()))
-    print("AP by class: " + ", ".join(f"{name} {_percent(value)}" for name, value in precision.ap_by_class.items()))
+    width = max(5, *map(len, precision.by_class))
+    print(f"{'class':{width}}" + "".join(f"{name:>8}" for name in figures))
+    for name, own in precision.by_class.items():
+        print(f"{name:{width}}" + "".join(f"{_percent(value):>8}" for value in own.values()))
     if connectivity:
         print(
             f"closed edges {100 * connectivity['closed_edges']:.2f} %, distinct wirings {connectivity['distinct_wirings']},"
             f" spread of an edge's weight {connectivity['weight_std']:.4f}"
         )
-    if args.output and not args.checkpoint.endswith(".json"):
-        print(f"results: {args.output}", file=sys.stderr)
 
 
 def _percent(value: float | None) -> str:

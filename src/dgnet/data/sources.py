@@ -89,6 +89,7 @@ class Folder(ImageDataset):
             for name, label in labels.items()
             for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMG_EXTENSIONS
+            and (folders or not any(part.startswith(".") for part in path.relative_to(root).parts))
         ]
         if not self.samples:
             where = f" in its {len(folders)} class folders" if folders else ""
@@ -126,7 +127,7 @@ class Shards(ImageDataset):
         names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
         self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if label == IGNORED:
+            if label == IGNORED:  # it has none
                 continue
             check_label(f"{self.paths[shard]}, sample {key}", label, len(own or self.class_names))
         if own is not None:
@@ -153,6 +154,8 @@ class Shards(ImageDataset):
         for key, (offset, size) in images.items():
             if key not in labels and self.needs_labels:
                 raise no_label(path, key)
+            if labels.get(key, 0) < 0:  # IGNORED is one of them
+                check_label(f"{path}, sample {key}", labels[key], 1)
             self.samples.append((shard, key, offset, size))
             self.labels.append(labels.get(key, IGNORED))
 

@@ -84,6 +84,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Maps by name, (B, channels, H / stride, W / stride), from a padded batch, (B, 3, H, W)."""
+        if self.area is not None and self.training and any(stage.grad_checkpointing for stage in self.stages):
+            raise UsageError("gradient checkpointing does not go with padded images: the second pass would see the padding")
         self._set_area(self.area)
         try:
             maps = self.body.forward_intermediates(  # type: ignore[operator]
@@ -93,8 +95,8 @@ class Backbone(nn.Module):
             self.area = None
             self._set_area(None)
         named = OrderedDict((str(level), feature) for level, feature in enumerate(maps))
-        pyramid: OrderedDict[str, Tensor] = self.fpn(named)
-        return pyramid
+        # In float32 under autocast too: anchors take their type from the maps.
+        return OrderedDict((level, feature.float()) for level, feature in self.fpn(named).items())
 
     def _set_area(self, area: ValidArea | None) -> None:
         for stage in self.stages:

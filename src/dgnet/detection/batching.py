@@ -42,7 +42,7 @@ class AspectRatioOrder(TrainingOrder):
 class DetectionItems(Dataset[tuple[Tensor, Target]]):
     """Items of a data set by (epoch, index), mirrored with probability `hflip`: a function of (`seed`, epoch, index).
 
-    Index -1, which evens processes out in evaluation, is the first image again; see `CocoEvaluation`.
+    Index -1, which evens processes out in evaluation, is the first image again, without an id.
     """
 
     def __init__(self, dataset: CocoDetection, hflip: float = 0.0, seed: int = 0) -> None:
@@ -51,6 +51,8 @@ class DetectionItems(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, index = key
         image, target = self.dataset[max(index, 0)]
+        if index < 0:
+            return image, {**target, "image_id": None}
         if self.hflip:
             seed_generators(self.seed, epoch, index)
             if torch.rand(()) < self.hflip:

@@ -12,6 +12,7 @@ from dgnet.checkpoint import describe_mismatch, find_checkpoint, load_weights, r
 from dgnet.detection.detector import Detector
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models.static_weights import classifier_prefixes
 
 TASK = "detect"
 """What a detector's checkpoint says that it is for."""
@@ -90,16 +91,16 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
         ) from None
 
 
-def load_backbone(network: nn.Module, model: str, path: str | Path) -> bool:
-    """Load a classifier's weights into `network`, head included; False, and nothing done, where the file is a detector's.
+def load_backbone(network: nn.Module, model: str, path: str | Path) -> list[str] | None:
+    """Load a classifier's weights into `network`; returns the names that stayed as initialised, but for the classifier's own.
 
-    Raises UsageError for weights of another model.
+    None, and nothing done, where the file is a detector's. Raises UsageError for weights of another model.
     """
     state_dict, _ = read_tensors(find_checkpoint(Path(path)))
     if any(name.startswith(_BODY) for name in state_dict):
-        return False
-    load_weights(network, model, path)
-    return True
+        return None
+    heads = classifier_prefixes(network)
+    return [name for name in load_weights(network, model, path) if not name.startswith(heads)]
 
 
 def load_trained(detector: Detector, path: str | Path) -> list[str]:

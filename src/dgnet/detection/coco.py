@@ -30,7 +30,7 @@ class Target(TypedDict):
 
     boxes: Tensor  # (n, 4) float32: left, top, right, bottom in pixels
     labels: Tensor  # (n,) int64, from 1 on; 0 is background
-    image_id: int
+    image_id: int | None  # None: the image only evens processes out, and counts for nothing
 
 
 class CocoImage(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from dgnet.detection.detector import check_options
 from dgnet.errors import UsageError, check_range
 from dgnet.options import flag, option
 from dgnet.training.config import RunConfig
@@ -14,7 +15,6 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "iterations": (1,),
     "evaluate_every": (1,),
     "evaluation_batch_size": (1,),
-    "warmup_iterations": (0,),
     "warmup_factor": (0, 1),
     "short_side": (1,),
     "long_side": (1,),
@@ -58,6 +58,8 @@ class DetectConfig(RunConfig):
         super().__post_init__()
         for name, bounds in _BOUNDS.items():
             check_range(flag(name), getattr(self, name), *bounds)
+        check_range("--warmup-iterations", self.warmup_iterations, 0, self.iterations)
+        check_options(self.detector_kwargs)
         for name in ("data", "images", "val_data"):
             if not getattr(self, name):
                 raise UsageError(f"{flag(name)} is needed: --data JSON --images FOLDER --val-data JSON --val-images FOLDER")

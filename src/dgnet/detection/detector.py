@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from dgnet.detection.backbone import Backbone
-from dgnet.errors import UsageError, did_you_mean, reason
+from dgnet.errors import UsageError, check_range, did_you_mean, reason
 from dgnet.graph.area import ValidArea
 
 # Arguments of FasterRCNN that the detector decides, and how.
@@ -23,7 +23,24 @@ _TAKEN = {
     "image_mean": "it is the model's own",
     "image_std": "it is the model's own",
 }
-OPTIONS = tuple(name for name in inspect.signature(FasterRCNN.__init__).parameters if name not in (*_TAKEN, "self", "kwargs"))
+OPTIONS: dict[str, float] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FasterRCNN.__init__).parameters.items()
+    if name not in _TAKEN and isinstance(parameter.default, int | float)
+}
+"""The numbers that FasterRCNN takes, and their defaults."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that FasterRCNN has not, or a value of another kind than its default."""
+    for name, value in options.items():
+        if name in _TAKEN:
+            raise UsageError(f"the detector's {name} cannot be set: {_TAKEN[name]}")
+        if name not in OPTIONS:
+            raise UsageError(f"torchvision's FasterRCNN has no number {name!r}{did_you_mean(name, OPTIONS)}")
+        check_range(name, value, 0)
+        if isinstance(OPTIONS[name], int) and not isinstance(value, int):
+            raise UsageError(f"{name} must be a whole number, got {value}")
 
 
 class Detector(FasterRCNN):
@@ -51,11 +68,7 @@ class Detector(FasterRCNN):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         options = dict(options or {})
-        for name in options:
-            if name in _TAKEN:
-                raise UsageError(f"the detector's {name} cannot be set: {_TAKEN[name]}")
-            if name not in OPTIONS:
-                raise UsageError(f"torchvision's FasterRCNN has no option {name!r}{did_you_mean(name, OPTIONS)}")
+        check_options(options)
         cfg: Any = network.pretrained_cfg
         backbone = Backbone(network, fpn_channels, frozen_stages, frozen_norm, fpn_norm)
         sizes = {"min_size": short_side, "max_size": long_side}
@@ -68,10 +81,21 @@ class Detector(FasterRCNN):
             raise UsageError(f"torchvision's FasterRCNN cannot be built with {given}: {reason(error)}") from None
         # The transform pads a batch, and knows what it padded.
         self.transform.register_forward_hook(self._note_area)
+        # Boxes are computed in float32 under autocast too: half precision rounds their corners by pixels.
+        for module in (self.rpn.head, self.roi_heads.box_predictor):
+            module.register_forward_hook(_lift)
 
     def _note_area(
         self, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[ImageList, list[dict[str, Tensor]] | None]
     ) -> None:
         images = outputs[0]
         height, width = images.tensors.shape[-2:]
-        self.backbone.area = ValidArea(images.image_sizes, (height, width))
+        is_padded = any(tuple(size) != (height, width) for size in images.image_sizes)
+        self.backbone.area = ValidArea(images.image_sizes, (height, width)) if is_padded else None
+
+
+def _lift(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+    """Outputs in float32, whatever lists and tuples hold them."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return type(outputs)(_lift(module, inputs, output) for output in outputs)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dgnet.detection.batching import DetectionItems
 from dgnet.detection.coco import CocoDetection
 from dgnet.detection.evaluation import CocoEvaluation, DetectionResult
-from dgnet.detection.module import build_loader
+from dgnet.detection.module import build_loader, counted
+from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.inference import set_mode
 from dgnet.training.evaluate import WiringStatistics
@@ -43,22 +44,24 @@ def evaluate_detector(
 ) -> DetectorEvaluation:
     """Run a detector over a data set; in a group of processes each takes its share, and all have the same figures.
 
-    `mode`: "dense" or "sparse", see `set_mode`; the figures of connectivity are of this process's images.
+    `mode`: "dense" or "sparse", see `set_mode`. The figures of connectivity are those of one process, and left out of a group.
     Raises UsageError for a sparse mode of a static backbone.
     """
+    check_range("--batch-size", batch_size, 1)
+    check_range("--workers", workers, 0)
     evaluation = CocoEvaluation(dataset.annotations, backend)
     stages = [module for module in detector.modules() if isinstance(module, DynamicGraph)]
     if mode != "dense" or stages:
         set_mode(detector, mode)
-    statistics = WiringStatistics(stages) if stages else None
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    statistics = WiringStatistics(stages) if stages and ranks[1] == 1 else None
     loader = build_loader(DetectionItems(dataset), EvaluationOrder(len(dataset), batch_size, *ranks), workers)
     detector = detector.to(device).eval()
     for images, targets in tqdm(loader, unit="batch", file=sys.stderr, mininterval=1, disable=ranks[0] > 0):
-        with record_connectivity(detector) if stages else nullcontext() as record:
+        with nullcontext() if statistics is None else record_connectivity(detector) as record:
             detections = detector([image.to(device) for image in images])
         if statistics is not None and record is not None:
             statistics.update(record.adjacency)
-        evaluation.update([target["image_id"] for target in targets], detections)
+        evaluation.update(*counted(targets, detections))
     connectivity = {} if statistics is None else statistics.summary()
     return DetectorEvaluation(evaluation.compute(), connectivity, evaluation.results())

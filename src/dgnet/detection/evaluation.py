@@ -39,7 +39,7 @@ class DetectionResult:
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
-    ap_by_class: dict[str, float | None]  # of the classes that the annotations list
+    by_class: dict[str, dict[str, float | None]]  # the same six of each class that the annotations list
     images: int  # of the annotations; one without detections counts too
 
 
@@ -137,14 +137,20 @@ def evaluate_results(
     precision = evaluation.eval["precision"][..., -1]
     thresholds = [round(100 * threshold) for threshold in evaluation.params.iouThrs]
     names = [category["name"] for category in table["categories"]]
+
+    def figures(precision: np.ndarray) -> dict[str, float | None]:
+        return {
+            "ap": _mean(precision[..., 0]),
+            "ap50": _mean(precision[thresholds.index(50), ..., 0]),
+            "ap75": _mean(precision[thresholds.index(75), ..., 0]),
+            "ap_small": _mean(precision[..., 1]),
+            "ap_medium": _mean(precision[..., 2]),
+            "ap_large": _mean(precision[..., 3]),
+        }
+
     return DetectionResult(
-        ap=_mean(precision[..., 0]),
-        ap50=_mean(precision[thresholds.index(50), ..., 0]),
-        ap75=_mean(precision[thresholds.index(75), ..., 0]),
-        ap_small=_mean(precision[..., 1]),
-        ap_medium=_mean(precision[..., 2]),
-        ap_large=_mean(precision[..., 3]),
-        ap_by_class={name: _mean(precision[:, :, place, 0]) for place, name in enumerate(names)},
+        **figures(precision),
+        by_class={name: figures(precision[:, :, place]) for place, name in enumerate(names)},
         images=len(annotations.images),
     )
 

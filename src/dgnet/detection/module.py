@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -29,6 +29,9 @@ from dgnet.training.module import RunModule, heed_only, take_figures
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 """What torchvision's Faster R-CNN learns from; `loss` is their sum."""
+
+
+Detections = Mapping[str, Tensor]
 
 
 def _means(prefix: str, names: tuple[str, ...] | list[str]) -> MetricCollection:
@@ -65,8 +68,9 @@ class DetectionModule(RunModule):
             with record_connectivity(self.network) as record:
                 detections = self.network(images)
             for name, values in edge_figures(self.stages, record.adjacency).items():
-                self.val_edges[name].update(values, torch.ones_like(values))
-        self.evaluation.update([target["image_id"] for target in targets], detections)
+                counts = values.new_tensor([float(target["image_id"] is not None) for target in targets])
+                self.val_edges[name].update(values, counts)
+        self.evaluation.update(*counted(targets, detections))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -95,6 +99,12 @@ class DetectionModule(RunModule):
             warmup_lr_init=config.peak_lr * config.warmup_factor,
             t_in_epochs=False,
         )
+
+
+def counted(targets: Sequence[Target], detections: Sequence[Detections]) -> tuple[list[int], list[Detections]]:
+    """The ids and detections of the images that count."""
+    pairs = [(target["image_id"], found) for target, found in zip(targets, detections, strict=True)]
+    return [id for id, _ in pairs if id is not None], [found for id, found in pairs if id is not None]
 
 
 class DetectionDataModule(L.LightningDataModule):

@@ -17,7 +17,7 @@ from dgnet.data.images import decode, read_image
 from dgnet.detection.checkpoint import DetectorCheckpoint
 from dgnet.detection.draw import draw_detections
 from dgnet.detection.evaluation import write_results
-from dgnet.errors import UsageError, reason
+from dgnet.errors import BadImageError, UsageError, reason
 from dgnet.files import replace_file
 
 RESULTS = "results.json"
@@ -33,26 +33,38 @@ class Drawn:
     detections: int
 
 
-def find_images(paths: Sequence[str]) -> dict[str, Path]:
-    """Image files, and those in folders and theirs, by the name that their drawing gets.
+def find_images(paths: Sequence[str], output: Path) -> dict[Path, Path]:
+    """Image files, and those in folders and theirs, by the file in the folder `output` that each is drawn to.
 
-    Raises UsageError for a path that does not exist, a folder without images, and two images of one name.
+    What lies in `output` already, from another call, is left out. Raises UsageError for a path that does not exist, a folder
+    without images, and an image that would be drawn over.
     """
-    found: dict[str, Path] = {}
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+            if output.resolve() != path.resolve():
+                files = [file for file in files if output.resolve() not in file.resolve().parents]
             if not files:
                 raise UsageError(f"folder {path} holds no images")
-            named = {str(file.relative_to(path)): file for file in files}
+            named = [(file.relative_to(path), file) for file in files]
         elif path.is_file():
-            named = {path.name: path}
+            named = [(Path(path.name), path)]
         else:
             raise UsageError(f"image {path} does not exist")
-        for name, file in named.items():
-            if name in found:
-                raise UsageError(f"{found[name]} and {file} would be drawn to the same file; give them one by one")
-            found[name] = file
+        for name, file in named:
+            target = output / name.with_suffix(".jpg")
+            if target in found:
+                target = output / f"{name}.jpg"
+            if target in found:
+                raise UsageError(f"{found[target]} and {file} would be drawn to the same file; give them another --output each")
+            found[target] = file
+    sources = {file.resolve() for file in found.values()}
+    for target in found:
+        if target.resolve() in sources:
+            raise UsageError(
+                f"--output {output} holds the images themselves, which drawings would replace; name another folder"
+            )
     return found
 
 
@@ -65,24 +77,29 @@ def predict_detections(
     A result of `results.json` has the image's place among the images, from 1 on, as `image_id`, and its `file_name`; all
     detections are there, those of a score from `least_score` on are drawn.
 
-    Raises UsageError for what `find_images` does, for an image that does not decode, and where nothing can be written.
+    An image that does not decode is left out, and named when all are done: in a BadImageError, with how many there are.
+    Raises UsageError for what `find_images` does, and where nothing can be written.
     """
-    images = find_images(paths)
+    images = find_images(paths, output)
     detector = checkpoint.build().to(device)
     results: list[dict[str, Any]] = []
-    drawn = []
+    drawn: list[Drawn] = []
+    bad: list[BadImageError] = []
     bar = tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1, disable=len(images) < _MANY)
-    for number, (name, path) in enumerate(bar, start=1):
-        image = decode(read_image(path), str(path))
+    for number, (target, path) in enumerate(bar, start=1):
+        try:
+            image = decode(read_image(path), str(path))
+        except BadImageError as error:
+            bad.append(error)
+            continue
         (found,) = detector([to_tensor(image).to(device)])
         boxes, labels, scores = found["boxes"].cpu(), found["labels"].cpu(), found["scores"].cpu()
         for (left, top, right, bottom), label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
             box = [left, top, right - left, bottom - top]
             category = checkpoint.category_ids[label]
-            results.append({"image_id": number, "category_id": category, "bbox": box, "score": score, "file_name": name})
+            results.append({"image_id": number, "category_id": category, "bbox": box, "score": score, "file_name": str(path)})
         shown = scores >= least_score
         drawing = draw_detections(image, boxes[shown], labels[shown], checkpoint.class_names, scores[shown])
-        target = (output / name).with_suffix(".jpg")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(target) as written:
@@ -90,5 +107,9 @@ def predict_detections(
         except OSError as error:
             raise UsageError(f"drawing {target} cannot be written ({reason(error)}); name another folder") from None
         drawn.append(Drawn(str(path), str(target), int(shown.sum())))
-    write_results(output / RESULTS, results)
+    if drawn:
+        write_results(output / RESULTS, results)
+    if bad:
+        others = f"; the other {len(drawn):,} are drawn in {output}" if drawn else ""
+        raise BadImageError(f"{bad[0]} ({len(bad):,} of {len(images):,} images do not decode{others})")
     return drawn

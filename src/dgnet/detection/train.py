@@ -15,6 +15,7 @@ from dgnet.errors import UsageError
 from dgnet.models import create_model
 from dgnet.models.connectivity import stored_options
 from dgnet.training.run import Run, RunResult
+from dgnet.training.train import describe_initial
 
 
 def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResult:
@@ -32,15 +33,20 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
         )
+    if val_set.annotations.is_crowd.all():
+        raise UsageError(f"{config.val_data} holds no boxes to evaluate on; name other annotations with --val-data")
+    run.check_classes(train_set.class_names)
     evaluation = CocoEvaluation(val_set.annotations)
     network = create_model(config.model, **config.network_kwargs)
     config = config.resolve(network)
     options = stored_options(network, config.network_kwargs)
     starts = config.weights is not None and run.step is None
-    is_loaded = starts and load_backbone(network, config.model, str(config.weights))
+    initial = load_backbone(network, config.model, str(config.weights)) if starts else None
+    if initial:
+        run.say(f"{config.weights}: {describe_initial(network, initial)}")
     classes = len(train_set.class_names)
     detector = Detector(network, classes, **config.detector_options)
-    if starts and not is_loaded and load_trained(detector, str(config.weights)):
+    if starts and initial is None and load_trained(detector, str(config.weights)):
         run.say(f"{config.weights}: trained for other classes; its last layers are reset to {classes} classes")
     carried = describe_detector(
         config.model,

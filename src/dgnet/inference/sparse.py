@@ -62,6 +62,12 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
     return model
 
 
+def find_threshold_offset(model: nn.Module) -> float:
+    """The offset that `set_threshold_offset` or the model's options set; 0 where nothing can close."""
+    deciders = [decider for stage in find_stages(model) for decider in (stage.weighting, stage.node_gates)]
+    return next((float(decider.offset) for decider in deciders if hasattr(decider, "offset")), 0.0)  # type: ignore[union-attr, arg-type]
+
+
 @dataclass
 class _Sent:
     """What a node has computed: for all samples (`rows` None), or for some, (n,), in ascending order."""
@@ -201,7 +207,9 @@ class SparseExecutor(Executor):
             _note_rows(stage, None)
             if all(sender.feature is None for sender in senders):  # the output node sums to 0
                 entry = stage.topology.entry[0]
+                _note_rows(stage, torch.empty(0, dtype=torch.long, device=x.device))
                 shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
+                _note_rows(stage, None)
                 return stage.transform(node, x.new_zeros(len(x), *shape[1:]))
             return stage.transform(node, held.sum(node, senders, weights, is_open, None))
         rows = None

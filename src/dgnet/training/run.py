@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,9 +22,12 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from timm.layers import convert_sync_batchnorm
+from torch.nn import Module
 
 from dgnet.checkpoint import read_tensors, save_tensors
 from dgnet.errors import BadImageError, UsageError, reason
@@ -74,6 +77,17 @@ class Run:
         if self.is_main:
             print(line, file=sys.stderr)
 
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Raises UsageError where a run that goes on learned other classes than those of the data."""
+        if self.step is None:
+            return
+        learned = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["dgnet"]["class_names"]
+        if list(class_names) != list(learned):
+            raise UsageError(
+                f"--resume: the run learned {len(learned)} classes ({', '.join(learned[:3])}, …), and --data has"
+                f" {len(class_names)} ({', '.join(class_names[:3])}, …), or in another order"
+            )
+
     def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
         """The trainer of the run. Raises UsageError where a batch cannot be divided among its devices."""
         trainer = build_trainer(config, self.folder, self.progress, best, self.step)
@@ -107,9 +121,8 @@ class Run:
             launcher = trainer.strategy.launcher
             if isinstance(launcher, _SubprocessScriptLauncher):  # or the processes that it started wait for this one
                 launcher.kill(signal.SIGKILL)
-            if (
-                checkpointing.signum
-            ):  # what else went wrong follows from it: helpers of a whole group of processes were told too
+            # What else went wrong follows from a signal: helpers of a whole group of processes were told too.
+            if checkpointing.signum:
                 raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
             is_new = not self.resume and not any(folder.glob("checkpoints/*.ckpt"))
             if isinstance(error, BadImageError) and self.is_main and is_new:
@@ -154,7 +167,8 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
         raise UsageError(f"{path} cannot be read: {reason(error)}") from None
     for name in changes:
         if name not in RESUME_OPTIONS:
-            allowed = ", ".join(map(flag, RESUME_OPTIONS))
+            own = {f.name for f in fields(kind)}
+            allowed = ", ".join(flag(option) for option in RESUME_OPTIONS if option in own)
             raise UsageError(f"--resume goes on as {path} says: leave out {flag(name)}; what may differ: {allowed}")
     config = replace(config, **changes)
     rows = read_table(folder / "metrics.csv")
@@ -270,12 +284,11 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
                 max_epochs=epochs,
                 accumulate_grad_batches=config.accumulate,
                 gradient_clip_val=config.clip_grad,
-                sync_batchnorm=config.sync_bn,
                 use_distributed_sampler=False,  # the orders know of processes
                 num_sanity_val_steps=0,
                 check_val_every_n_epoch=evaluate_every,
                 callbacks=callbacks,
-                plugins=[WholeCheckpointIO()],
+                plugins=[WholeCheckpointIO(), *([SyncNorms()] if config.sync_bn else [])],
                 logger=[
                     MetricsFile(folder / "metrics.csv", step),
                     # Events from there on are written again.
@@ -290,6 +303,16 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
     if config.sync_bn and trainer.strategy.root_device.type != "cuda":
         raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
     return trainer
+
+
+class SyncNorms(LayerSync):
+    """Batch normalisation over all devices; timm's keep the activations that they hold, which Lightning's own would drop."""
+
+    def apply(self, model: Module) -> Module:
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: Module) -> Module:
+        return model
 
 
 def build_logger(described: dict[str, Any]) -> Logger:

@@ -38,6 +38,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
         )
+    run.check_classes(train_set.class_names)
     classes = len(train_set.class_names)
     try:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
