@@ -310,6 +310,7 @@ def test_pointing_at_an_edge_reads_it_out(found, open_page):
 def test_weights_as_a_table(found, open_page):
     page = open_page(found)
     page.locator(".stage details summary").nth(1).click()
+    page.wait_for_selector(".stage[data-stage='2'] tbody tr")
     rows = page.eval_on_selector_all(
         ".stage[data-stage='2'] tbody tr", "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
     )
@@ -323,6 +324,7 @@ def test_weights_as_a_table(found, open_page):
         if weight:
             assert float(row[2]) == pytest.approx(weight, abs=0.004)
     page.locator("#runs summary").click()
+    page.wait_for_selector("#runs tbody tr")
     costs = page.eval_on_selector_all("#runs tbody tr", "rows => rows.map(row => row.cells[3].innerText)")
     assert costs == [f"{value / 1e6:.2f} M" for value in found.executed[0].tolist()]
 

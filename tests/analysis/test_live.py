@@ -151,7 +151,12 @@ def test_the_page_in_a_browser(checkpoint, photo, tmp_path):
     (tmp_path / "large.png").write_bytes(bytes(2**21))
     command = [sys.executable, "-c", COMMAND, "explore", checkpoint, "--port", free_port(), "--max-megabytes", 1]
     server = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background ignores it
     )
     try:
         with open_browser() as browser:

@@ -116,11 +116,11 @@ def test_a_flip_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert torch.equal(DetectionItems(dataset, 1.0)[0, 0][1]["boxes"], flip(*dataset[0])[1]["boxes"])
 
 
-def test_what_evens_processes_out_is_the_first_image_again(tmp_path):
+def test_what_evens_processes_out_is_the_first_image_without_an_id(tmp_path):
     dataset = CocoDetection(*write_set(tmp_path, [image_entry(i) for i in range(3)], []))
     loaders = [
         DataLoader(DetectionItems(dataset), batch_sampler=EvaluationOrder(3, 2, rank, 2), collate_fn=collate)
         for rank in range(2)
     ]
     ids = [[target["image_id"] for _, targets in loader for target in targets] for loader in loaders]
-    assert ids == [[0, 2], [1, 0]]
+    assert ids == [[0, 2], [1, None]]
