@@ -52,7 +52,11 @@ def test_the_learning_rate_warms_up_and_falls_in_steps():
     ("options", "expected"),
     [
         ({"data": ""}, "--data is needed"),
-        ({"iterations": 10, "evaluate_every": 4}, "--evaluate-every 4 leaves out the last of 10 iterations"),
+        (
+            {"iterations": 10, "evaluate_every": 4, "warmup_iterations": 1},
+            "--evaluate-every 4 leaves out the last of 10 iterations",
+        ),
+        ({"iterations": 10, "evaluate_every": 5}, "--warmup-iterations must be 0 to 10, got 1000"),
         ({"long_side": 400}, "--long-side 400 must not be less than --short-side 800"),
         ({"lr_steps": [5, 5]}, "--lr-steps must be whole numbers from 1 on that grow"),
         ({"frozen_norm": True}, "--frozen-norm keeps the random start of what it freezes"),

@@ -258,6 +258,9 @@ def test_what_cannot_be_resumed(data, tmp_path, capsys):
     assert "--workers" in line
     (run / "metrics.csv").unlink()
     other = f"{data}/val-{{0..1}}.tar"
+    line = refuse("--resume", run, "--data", other, "--val-data", other)
+    assert "the run learned the classes dark, light, and --data has 0, 1" in line
+    other = data / "val"
     assert "cannot go on with the 7 of --data" in refuse("--resume", run, "--data", other, "--val-data", other)
     (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     assert "last.ckpt is damaged" in refuse("--resume", run)

@@ -84,8 +84,8 @@ class Run:
         learned = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["dgnet"]["class_names"]
         if list(class_names) != list(learned):
             raise UsageError(
-                f"--resume: the run learned {len(learned)} classes ({', '.join(learned[:3])}, …), and --data has"
-                f" {len(class_names)} ({', '.join(class_names[:3])}, …), or in another order"
+                f"--resume {self.folder}: the run learned the classes {_listed(learned)}, and --data has {_listed(class_names)};"
+                " they must be the same, in the same order"
             )
 
     def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
@@ -137,6 +137,10 @@ class Run:
             self.say(f"trained at {pace}; best {module.best_title} {_best(folder, module.best):.2f} %")
         _write_weights(folder)
         return RunResult(folder, _last_metrics(folder))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])}, … ({len(names)})"
 
 
 def _write_weights(folder: Path) -> None:
