@@ -71,6 +71,20 @@ def test_the_network_is_left_without_an_offset(tiny):
     assert {stage.weighting.offset for stage in network.stages} == {stage.node_gates.offset for stage in network.stages} == {0}
 
 
+def test_a_networks_own_offset_is_run_and_stays(tiny):
+    network = tiny(node_gate="hard", node_gate_bias=0.3, threshold_offset=0.25)
+    data = Pictures([0, 1, 2])
+    found = collect(network, data)
+    assert found.own_offset == 0.25
+    assert found.offsets == tuple(sorted({*OFFSETS, 0.25}))
+    assert network.stages[0].weighting.offset == 0.25
+    with torch.no_grad(), record_connectivity(network) as record:
+        network(torch.cat([data.tensor(image) for image in range(3)]))
+    executed = cost_model(network, (12, 12)).executed(record.ran, [matrix != 0 for matrix in record.adjacency])
+    assert found.executed[:, found.offsets.index(0.25)].tolist() == pytest.approx(executed.tolist())
+    assert describe_exploration(found, "tiny", "")["own_offset"] == 0.25
+
+
 def test_what_cannot_be_explored(tiny, tmp_path):
     data = Pictures([0, 1])
     with pytest.raises(UsageError, match="no edge or block that can close"):

@@ -84,8 +84,7 @@ class Run:
         learned = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["dgnet"]["class_names"]
         if list(class_names) != list(learned):
             raise UsageError(
-                f"--resume {self.folder}: the run learned the classes {_listed(learned)}, and --data has {_listed(class_names)};"
-                " they must be the same, in the same order"
+                f"--resume {self.folder}: the run learned the classes {_listed(learned)}, and --data has {_listed(class_names)}"
             )
 
     def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
