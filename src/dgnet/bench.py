@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dgnet
-from dgnet.errors import UsageError, check_range, reason
+from dgnet.errors import UsageError, reason
 from dgnet.inference import fold_batch_norms
 from dgnet.memory import keep_freed_memory
-from dgnet.options import check_choices, flag, option
+from dgnet.options import check_bounds, check_choices, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
-_FOLD_SIZE = 64  # pixels; folding runs the network once, on images of any size that it takes
 TASKS = ("train", "infer", "detect-train", "detect-infer")
 _SHORT_SIDE, _LONG_SIDE = 800, 1333  # pixels, of a detector's images (§6.3)
 _ROUND_SECONDS = 0.5  # a round repeats short steps until it lasts this long
@@ -66,9 +65,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("batch_size", "rounds", "image_size", "threads"):
-            if getattr(self, name) is not None:
-                check_range(flag(name), getattr(self, name), 1)
+        check_bounds(self, dict.fromkeys(("batch_size", "rounds", "image_size", "threads"), (1,)))
         if self.against is None and not self.model.startswith("dg_"):
             raise UsageError(f"{self.model} has no static baseline of its own; name the other model with --against")
         if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):
@@ -220,10 +217,11 @@ class _Side:
     def __init__(self, config: BenchConfig, name: str, network: nn.Module, image_size: int) -> None:
         self.config = config
         self.device = torch.device(config.device)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.image_size = image_size
         self.seconds: list[float] = []
         allocated = self._allocated()
-        step = self._prepare_detector(network) if config.is_detection else self._prepare(network)
+        step = self._prepare(network)
         started = time.perf_counter()
         try:
             self._wait(step)
@@ -239,73 +237,69 @@ class _Side:
         self.peak_memory = self._measure_peak(allocated)
 
     def _prepare(self, network: nn.Module) -> Callable[[], object]:
-        config, dtype = self.config, DTYPES[self.config.dtype]
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        training = config.is_training
-        if not training:
-            network = fold_batch_norms(network, self.image_size).to(dtype)
-        network = network.to(self.device).to(memory_format=memory_format).train(training)
-        shape = (config.batch_size, 3, self.image_size, self.image_size)
-        images = torch.randn(shape, device=self.device, dtype=torch.float32 if training else dtype)
-        images = images.to(memory_format=memory_format)
-        mode = "reduce-overhead" if config.cuda_graphs else None
-        run: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, mode=mode) if config.compile else network
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9) if training else None
-        self.lasting = [*network.parameters(), *network.buffers(), images]
-        if optimizer is None:
+        if not self.config.is_training:
+            network = fold_batch_norms(network, self.image_size)
+        model, forward, loss = self._build_detector(network) if self.config.is_detection else self._build_classifier(network)
+        self.lasting += [*model.parameters(), *model.buffers()]
+        if not self.config.is_training:
 
             def infer() -> None:
                 with torch.inference_mode():
-                    run(images)
+                    forward()
 
             return infer
-        # SGD's momentum is as large as the parameters.
-        self.lasting += list(network.parameters())
-        labels = torch.randint(int(network.num_classes), (config.batch_size,), device=self.device)  # type: ignore[arg-type]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+        self.lasting += list(model.parameters())  # SGD's momentum is as large as the parameters
 
         def train() -> None:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                loss = F.cross_entropy(run(images).float(), labels)
-            loss.backward()
+            with self._autocast():
+                value = loss()
+            value.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return train
 
-    def _prepare_detector(self, network: nn.Module) -> Callable[[], object]:
+    def _autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.config.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _build_classifier(self, network: nn.Module) -> tuple[nn.Module, Callable[[], object], Callable[[], Tensor]]:
+        """The network, a forward pass, and the loss of one."""
+        config = self.config
+        dtype = torch.float32 if config.is_training else DTYPES[config.dtype]
+        network = network.to(dtype).to(self.device).to(memory_format=self.memory_format).train(config.is_training)
+        images = torch.randn(config.batch_size, 3, self.image_size, self.image_size, device=self.device, dtype=dtype)
+        images = images.to(memory_format=self.memory_format)
+        labels = torch.randint(int(network.num_classes), (config.batch_size,), device=self.device)  # type: ignore[arg-type]
+        mode = "reduce-overhead" if config.cuda_graphs else None
+        run: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, mode=mode) if config.compile else network
+        self.lasting = [images]
+        return network, lambda: run(images), lambda: F.cross_entropy(run(images).float(), labels)
+
+    def _build_detector(self, network: nn.Module) -> tuple[nn.Module, Callable[[], object], Callable[[], Tensor]]:
+        """As `_build_classifier`; weights stay float32."""
         from dgnet.detection import Detector
 
-        config, dtype = self.config, DTYPES[self.config.dtype]
+        config = self.config
         height, width = self.image_size, _width(config.task, self.image_size)
-        if not config.is_training:
-            network = fold_batch_norms(network, _FOLD_SIZE)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        network.to(memory_format=memory_format)
+        network.to(memory_format=self.memory_format)
         detector = Detector(network, _CLASSES, short_side=height, long_side=width).to(self.device).train(config.is_training)
         images = [torch.rand(3, height, width, device=self.device) for _ in range(config.batch_size)]
         corners = torch.rand(_OBJECTS, 2) * torch.tensor([width, height]) / 2
         boxes = torch.cat([corners, corners + torch.tensor([width, height]) / 4], dim=1).to(self.device)
         labels = torch.randint(1, _CLASSES + 1, (_OBJECTS,), device=self.device)
         targets = [{"boxes": boxes, "labels": labels} for _ in images]
-        optimizer = torch.optim.SGD(detector.parameters(), lr=1e-6, momentum=0.9) if config.is_training else None
-        self.lasting = [*detector.parameters(), *detector.buffers(), *images]
+        self.lasting = [*images]
 
-        def infer() -> None:
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                detector(images)
+        def forward() -> object:
+            with self._autocast():
+                return detector(images)
 
-        if optimizer is None:
-            return infer
-        self.lasting += list(detector.parameters())
+        def loss() -> Tensor:
+            return torch.stack([value.float() for value in detector(images, targets).values()]).sum()
 
-        def train() -> None:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                losses = detector(images, targets)
-            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return train
+        return detector, forward, loss
 
     def run_round(self) -> None:
         """Time a round of steps and keep the mean."""

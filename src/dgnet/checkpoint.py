@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file
+from dgnet.graph import DynamicGraph
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity
 from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
@@ -46,6 +47,16 @@ class Checkpoint:
                 f" ({describe_mismatch(error)}); use another checkpoint"
             ) from None
         return network.eval()
+
+    def build_dynamic(self) -> nn.Module:
+        """As `build_network`. Raises UsageError for a static network."""
+        network = self.build_network()
+        if not any(isinstance(module, DynamicGraph) for module in network.modules()):
+            raise UsageError(
+                f"{self.path} is of {self.model}, a static network: it has no routed edges to look at;"
+                " use a checkpoint of a model whose name begins with dg_"
+            )
+        return network
 
     def build_static(self) -> nn.Module | None:
         """The static baseline, untrained: the model without `dg_`, of the same classes and sizes. None where there is none."""
@@ -90,7 +101,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of dgnet.
     """
-    path, state_dict, carried = read_described(path, _CLASSIFY)
+    path, state_dict, carried = read_described(path, CLASSIFY)
     try:
         return Checkpoint(
             path,
@@ -109,8 +120,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         ) from None
 
 
-_CLASSIFY = "classify"
-_COMMANDS = {_CLASSIFY: "dgnet", "detect": "dgnet detect"}
+CLASSIFY, DETECT = "classify", "detect"
+"""What a checkpoint says that it is for."""
+
+_COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
 
 
 def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -125,7 +138,7 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
             f"{path} holds weights only, not the model's name and classes; use it with:"
             f" {_COMMANDS[task]} train --weights {path}"
         )
-    own = carried.get("task", _CLASSIFY)
+    own = carried.get("task", CLASSIFY)
     if own != task:
         raise UsageError(
             f"{path} is a checkpoint of {_COMMANDS.get(own, own)} train, not of {_COMMANDS[task]} train;"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, reason
-from dgnet.graph import DynamicGraph, Topology
+from dgnet.graph import DynamicGraph, Record, Topology
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class CostModel:
         opens = [None] * len(self.stages) if is_open is None else is_open
         costs = [stage.executed(r, o) for stage, r, o in zip(self.stages, ran, opens, strict=True)]
         return torch.stack(costs).sum(0) + self.fixed
+
+    def executed_in(self, record: Record) -> Tensor:
+        """What each image of a recorded forward executed, (B,), float64, on the CPU."""
+        return self.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu().double()
 
 
 def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dgnet.cost import cost_model
+from dgnet.analysis.statistics import flatten_edges
+from dgnet.cost import CostModel, cost_model
 from dgnet.data import IGNORED, ImageDataset
 from dgnet.errors import UsageError, check_range, reason
 from dgnet.files import replace_file
 from dgnet.graph import Topology, find_stages, record_connectivity
 from dgnet.inference import find_threshold_offset, set_mode, set_threshold_offset
-from dgnet.training.evaluate import ExecutedCost
 from dgnet.training.sweep import OFFSETS
 
 THUMBNAIL = 96
@@ -56,7 +56,7 @@ class Exploration:
     confidences: Tensor  # (M, O), the probability of the predicted class
     losses: Tensor  # (M, O), cross-entropy; not a number without a label
     executed: Tensor  # (M, O), multiply-adds of the nodes that ran and the edges that were open
-    weights: Tensor  # (M, O, E), as aggregated, 0 where closed; in the order of `edges`
+    weights: Tensor  # (M, O, E), as aggregated, 0 where closed; see `flatten_edges`
 
     @property
     def edges(self) -> list[list[tuple[int, int]]]:
@@ -120,54 +120,52 @@ def collect(
         raise UsageError("the data set holds no images, there is nothing to explore; name another with --data")
     names = list(dataset.class_names if class_names is None else class_names)
     network = set_mode(network.to(device).eval(), "sparse")
-    masks = [stage.topology.mask for stage in find_stages(network)]
+    topologies = [stage.topology for stage in find_stages(network)]
     own_offset = find_threshold_offset(network)
     offsets = sorted({*offsets, own_offset})
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
     shown = _Shown(dataset, indices, len(names))
     loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
-    costs: list[ExecutedCost] = []
+    costs: CostModel | None = None
     labels: list[Tensor] = []
     thumbnails: list[bytes] = []
-    logits: list[list[Tensor]] = [[] for _ in offsets]
-    weights: list[list[Tensor]] = [[] for _ in offsets]
+    batches: list[list[Tensor]] = []  # of each the predictions, confidences, losses, costs, weights, (B, O, …)
     with tqdm(total=count * len(offsets), desc="explore", unit="run") as bar:
         for batch, batch_labels, batch_thumbnails in loader:
-            if not costs:
-                costs = [ExecutedCost(cost_model(network, tuple(batch.shape[2:]))) for _ in offsets]
+            costs = costs or cost_model(network, tuple(batch.shape[2:]))
             labels.append(batch_labels)
             thumbnails += batch_thumbnails
             batch = batch.to(device)
-            for number, offset in enumerate(offsets):
+            figures = []
+            for offset in offsets:
                 with at_offset(network, offset), record_connectivity(network) as record:
-                    logits[number].append(network(batch).float().cpu())
-                if logits[number][-1].shape[1] > len(names):
-                    raise UsageError(f"the network tells {logits[number][-1].shape[1]} classes apart, {len(names)} are named")
-                costs[number].update(batch_labels, record)
-                matrices = [matrix.cpu()[:, mask] for matrix, mask in zip(record.adjacency, masks, strict=True)]
-                weights[number].append(torch.cat(matrices, dim=1))
+                    logits = network(batch).float().cpu()
+                if logits.shape[1] > len(names):
+                    raise UsageError(f"the network tells {logits.shape[1]} classes apart, {len(names)} are named")
+                confidences, predictions = logits.softmax(1).max(1)
+                losses = F.cross_entropy(logits, batch_labels, ignore_index=IGNORED, reduction="none")
+                losses = torch.where(batch_labels == IGNORED, torch.nan, losses)
+                weights = flatten_edges(record.adjacency, topologies).cpu()
+                figures.append((predictions, confidences, losses, costs.executed_in(record), weights))
                 bar.update(len(batch))
-    label = torch.cat(labels)
-    joined = torch.stack([torch.cat(chunks) for chunks in logits], dim=1)  # (M, O, classes)
-    confidences, predictions = joined.softmax(2).max(2)
-    losses = F.cross_entropy(
-        joined.transpose(1, 2), label[:, None].expand(-1, len(offsets)), ignore_index=IGNORED, reduction="none"
-    )
+            batches.append([torch.stack(values, dim=1) for values in zip(*figures, strict=True)])
+    assert costs is not None
+    predictions, confidences, losses, executed, weights = map(torch.cat, zip(*batches, strict=True))
     return Exploration(
         offsets=tuple(offsets),
         own_offset=own_offset,
         class_names=names,
-        topologies=[stage.topology for stage in find_stages(network)],
-        dense_multiply_adds=costs[0].costs.dense,
+        topologies=topologies,
+        dense_multiply_adds=costs.dense,
         names=[dataset.name(index) for index in indices],
-        labels=[None if value == IGNORED else value for value in label.tolist()],
+        labels=[None if value == IGNORED else value for value in torch.cat(labels).tolist()],
         thumbnails=thumbnails,
         predictions=predictions,
         confidences=confidences,
-        losses=torch.where((label == IGNORED)[:, None], torch.nan, losses),
-        executed=torch.stack([torch.cat(cost.executed) for cost in costs], dim=1),
-        weights=torch.stack([torch.cat(chunks) for chunks in weights], dim=1),
+        losses=losses,
+        executed=executed,
+        weights=weights,
     )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dgnet.errors import UsageError, check_choice
 from dgnet.files import replace_file
-from dgnet.graph import Record
+from dgnet.graph import Record, node_names
 
 if TYPE_CHECKING:  # statistics run networks; who only draws need not wait for what that takes
     from dgnet.analysis.statistics import Edge
@@ -124,11 +124,6 @@ def _check_image(image: int, count: int) -> int:
     if not 0 <= image < count:
         raise UsageError(f"image {image} was not recorded: the record holds {count}, 0 to {count - 1}")
     return image
-
-
-def node_names(num_nodes: int) -> list[str]:
-    """`in`, the blocks from 1, `out`."""
-    return ["in", *map(str, range(1, num_nodes - 1)), "out"]
 
 
 def draw_edges(

@@ -21,7 +21,7 @@ from dgnet.checkpoint import Checkpoint
 from dgnet.cost import cost_model
 from dgnet.data import decode, read_image
 from dgnet.errors import BadImageError, UsageError, check_range, reason
-from dgnet.graph import DynamicGraph, find_stages, record_connectivity
+from dgnet.graph import find_stages, node_names, record_connectivity
 from dgnet.inference import set_mode, time_alternating
 from dgnet.inference.sparse import MODES
 from dgnet.inference.speed import deploy
@@ -49,12 +49,7 @@ class Looker:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
-        network = checkpoint.build_network().to(device)
-        if not any(isinstance(module, DynamicGraph) for module in network.modules()):
-            raise UsageError(
-                f"{checkpoint.path} is of {checkpoint.model}, a static network: it has no routed edges to look at;"
-                " give a checkpoint of a dg_… model"
-            )
+        network = checkpoint.build_dynamic().to(device)
         self.checkpoint, self.device = checkpoint, device
         self.network = set_mode(network, "sparse")
         self.masks = [stage.topology.mask for stage in find_stages(network)]
@@ -77,7 +72,7 @@ class Looker:
             classes=[(names[index], value) for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
             adjacency=[matrix[0].cpu() for matrix in record.adjacency],
             ran=[ran[0].cpu() for ran in record.ran],
-            executed=round(float(self.costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency])[0])),
+            executed=round(float(self.costs.executed_in(record)[0])),
             dense=self.costs.dense,
             milliseconds={mode: 1000 * statistics.median(times) for mode, times in seconds.items()},
         )
@@ -136,7 +131,7 @@ def _draw_stage(number: int, matrix: Tensor, mask: Tensor, largest: float) -> st
     radius = min(11.0, 0.32 * gap)
     tallest = min(150.0, 30.0 * last)
     base = tallest + 16
-    names = ["in", *map(str, range(1, last)), "out"]
+    names = node_names(len(mask))
     parts = []
     for receiver, sender in mask.nonzero().tolist():
         weight, span = float(matrix[receiver, sender]), receiver - sender

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dgnet.cost import CostModel
 from dgnet.data import IGNORED
 from dgnet.graph import Record, Topology, find_stages
-from dgnet.training.evaluate import WiringStatistics, executed_multiply_adds
+from dgnet.training.evaluate import WiringStatistics
 
 MOST_WIRINGS = 100_000
 """Wirings that are told apart."""
@@ -153,7 +153,7 @@ class Statistics:
         self.correct += int((predictions == labels).sum())
         self.loss_sum += float(losses[is_labelled].sum())
 
-        executed = executed_multiply_adds(self.costs, record)
+        executed = self.costs.executed_in(record)
         distance = executed - self.costs.dense
         self.executed_sum += float(distance.sum())
         self.executed_square += float(distance.square().sum())

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_loader_options, find_device, print_json
+from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
 from dgnet.errors import UsageError, check_range
 
 
@@ -45,7 +45,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the images of the embedding")
     add_loader_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 
@@ -88,17 +88,11 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     from dgnet.analysis.analyze import analyze
     from dgnet.analysis.explorer import write_explorer
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.graph import DynamicGraph
     from dgnet.inference import can_skip
     from dgnet.training import describe_source, open_evaluation_data
 
     checkpoint = load_checkpoint(args.checkpoint)
-    network = checkpoint.build_network()
-    if not any(isinstance(module, DynamicGraph) for module in network.modules()):
-        raise UsageError(
-            f"{checkpoint.path} is of {checkpoint.model}, a static network: it has no routed edges to look at;"
-            " use a checkpoint of a model whose name begins with dg_"
-        )
+    network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
     extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
     check_range("--explorer", args.explorer, 0)
@@ -130,8 +124,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
         lines.append("no weight follows the image: no spread, no open shares, no wirings to compare")
     at_least = "" if document["all_wirings_counted"] else "at least "
     lines += [
-        f"closed edges {100 * document['closed_edges']:.2f} %, distinct wirings {at_least}{document['distinct_wirings']:,},"
-        f" spread of an edge's weight {document['weight_std']:.4f}",
+        describe_wirings(document, at_least),
         f"executed multiply-adds {document['executed_multiply_adds'] / 1e6:.2f} M"
         f" of {document['dense_multiply_adds'] / 1e6:.2f} M, standard deviation {document['executed_std'] / 1e6:.2f} M,"
         f" {document['executed_least'] / 1e6:.2f} to {document['executed_most'] / 1e6:.2f} M",

@@ -13,7 +13,9 @@ from jsonargparse import Namespace
 from dgnet.cli.command import (
     Command,
     Parser,
+    add_checkpoint,
     add_device,
+    add_json,
     add_loader_options,
     build_train_parser,
     find_device,
@@ -42,7 +44,7 @@ def run_train(args: Namespace) -> None:
 
 def _evaluate_parser() -> Parser:
     parser = Parser(description="Evaluate a checkpoint: accuracy, and how its connectivity behaved.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint(parser)
     parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
     parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
     add_loader_options(parser)
@@ -71,7 +73,7 @@ def _evaluate_parser() -> Parser:
         "--speed", action="store_true", help="also images/s of the static baseline and of both modes, in one run"
     )
     parser.add_argument("--compile", action="store_true", help="with --speed: compile; the sparse mode at --batch-size 1 only")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 
@@ -179,11 +181,11 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
 
 def _predict_parser() -> Parser:
     parser = Parser(description="Print the most probable classes of images.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint(parser)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top-k", type=int, default=5, help="classes to print for an image")
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 

@@ -95,6 +95,16 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
     return (result if is_main_process() else None), config
 
 
+def add_checkpoint(parser: Parser) -> None:
+    """The checkpoint that a command works on."""
+    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+
+
+def add_json(parser: Parser) -> None:
+    """`--json`; `print_json` prints the document."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
 def add_device(parser: Parser) -> None:
     """`--device`; `find_device` reads it."""
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
@@ -127,6 +137,14 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here: {reason(error)}") from None
     return name
+
+
+def describe_wirings(figures: Mapping[str, Any], at_least: str = "") -> str:
+    """A line on how connectivity behaved, from `WiringStatistics.summary`."""
+    return (
+        f"closed edges {100 * figures['closed_edges']:.2f} %, distinct wirings {at_least}{figures['distinct_wirings']:,},"
+        f" spread of an edge's weight {figures['weight_std']:.4f}"
+    )
 
 
 def say_if_idle(network: Any, path: Path) -> None:

@@ -13,9 +13,12 @@ from dgnet.cli.command import (
     Command,
     Group,
     Parser,
+    add_checkpoint,
     add_device,
+    add_json,
     add_loader_options,
     build_train_parser,
+    describe_wirings,
     find_device,
     print_json,
     run_training,
@@ -53,7 +56,7 @@ def _evaluate_parser() -> Parser:
     parser.add_argument("--mode", type=str, default="dense", help="dense, or sparse: blocks run where they are alive")
     parser.add_argument("--backend", type=str, default="pycocotools", help="pycocotools, or faster-coco-eval: the same, sooner")
     parser.add_argument("--output", type=str | None, default=None, help="write the results to this JSON file, in COCO's format")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 
@@ -120,10 +123,7 @@ def _print_precision(title: str, precision: DetectionResult, connectivity: dict[
     for name, own in precision.by_class.items():
         print(f"{name:{width}}" + "".join(f"{_percent(value):>8}" for value in own.values()))
     if connectivity:
-        print(
-            f"closed edges {100 * connectivity['closed_edges']:.2f} %, distinct wirings {connectivity['distinct_wirings']},"
-            f" spread of an edge's weight {connectivity['weight_std']:.4f}"
-        )
+        print(describe_wirings(connectivity))
 
 
 def _percent(value: float | None) -> str:
@@ -132,12 +132,12 @@ def _percent(value: float | None) -> str:
 
 def _predict_parser() -> Parser:
     parser = Parser(description="Draw the objects that a detector finds on images, and write them in COCO's format.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint(parser)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--output", type=str, default="detections", help="folder for the drawings and results.json")
     parser.add_argument("--score", type=float, default=0.5, help="least score, 0 to 1, of what is drawn")
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 

@@ -7,12 +7,12 @@ from threading import Event
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_device, find_device
+from dgnet.cli.command import Command, Parser, add_checkpoint, add_device, find_device
 
 
 def _explore_parser() -> Parser:
     parser = Parser(description="Open a page that shows a photo's prediction, path, executed cost and time.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint(parser)
     parser.add_argument(
         "--host", type=str, default="127.0.0.1", help="address to listen on; by default this machine's own only"
     )

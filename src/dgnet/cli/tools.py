@@ -9,7 +9,17 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 import dgnet
-from dgnet.cli.command import Command, Parser, add_device, add_fields, find_device, print_json, say_if_idle
+from dgnet.cli.command import (
+    Command,
+    Parser,
+    add_checkpoint,
+    add_device,
+    add_fields,
+    add_json,
+    find_device,
+    print_json,
+    say_if_idle,
+)
 from dgnet.errors import UsageError, check_choice
 
 
@@ -31,7 +41,7 @@ def _cost_parser() -> Parser:
     )
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default the table's or model's")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 
@@ -53,7 +63,7 @@ def _bench_parser() -> Parser:
     parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")
     add_fields(parser, BenchConfig)
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 
@@ -71,7 +81,7 @@ def run_bench(args: Namespace) -> None:
 
 def _export_parser() -> Parser:
     parser = Parser(description="Write a checkpoint's network for other runtimes, and check it against the checkpoint.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint(parser)
     parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch (torch.export, .pt2)")
     parser.add_argument(
         "--mode",
@@ -80,7 +90,7 @@ def _export_parser() -> Parser:
         help="dense: masked; sparse: a block runs on the gathered images for which it is alive",
     )
     parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
     return parser
 
 

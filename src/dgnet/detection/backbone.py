@@ -49,23 +49,18 @@ class Backbone(nn.Module):
         super().__init__()
         infos = _feature_infos(network)
         self.indices = _find_maps(network, infos)
-        self.frozen_norm = frozen_norm
         stages = self.indices[-1] + 1
         if not 0 <= frozen_stages <= stages:
             raise UsageError(f"--frozen-stages must be 0 to {stages}, stem and stages, got {frozen_stages}")
-        frozen = _modules_up_to(network, str(infos[frozen_stages - 1]["module"])) if frozen_stages else []
-        still = [module for module in frozen if isinstance(module, _NORMS)]
+        frozen = set(_modules_up_to(network, str(infos[frozen_stages - 1]["module"])) if frozen_stages else [])
+        if frozen_norm:
+            frozen |= {module for module in network.modules() if isinstance(module, _NORMS)}
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
         network.prune_intermediate_layers(list(self.indices), prune_head=True)  # type: ignore[operator]
-        if frozen_norm:
-            still = [module for module in network.modules() if isinstance(module, _NORMS)]
-            for module in still:
-                for parameter in module.parameters():
-                    parameter.requires_grad_(False)
         self.body = network
-        self.still = [name for name, module in network.named_modules() if module in still]
+        self.still = [name for name, module in network.named_modules() if module in frozen and isinstance(module, _NORMS)]
         widths = [int(infos[index]["num_chs"]) for index in self.indices]
         norm = nn.BatchNorm2d if fpn_norm else None
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm)

@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dgnet.checkpoint import describe_mismatch, find_checkpoint, load_weights, read_described, read_tensors
+from dgnet.checkpoint import DETECT, describe_mismatch, find_checkpoint, load_weights, read_described, read_tensors
 from dgnet.detection.detector import Detector
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
 from dgnet.models.static_weights import classifier_prefixes
-
-TASK = "detect"
-"""What a detector's checkpoint says that it is for."""
 
 _BODY = "backbone.body."
 _HEADS = ("roi_heads.box_predictor.",)
@@ -57,7 +54,7 @@ def describe_detector(
 ) -> dict[str, Any]:
     """The plain values that a checkpoint carries beside its tensors."""
     return {
-        "task": TASK,
+        "task": DETECT,
         "model": model,
         "model_kwargs": model_kwargs,
         "class_names": class_names,
@@ -72,7 +69,7 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
 
     Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of a detector.
     """
-    path, state_dict, carried = read_described(path, TASK)
+    path, state_dict, carried = read_described(path, DETECT)
     try:
         ids = [int(id) for id in carried["category_ids"]]
         return DetectorCheckpoint(

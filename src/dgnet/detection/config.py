@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dgnet.detection.detector import check_options
 from dgnet.errors import UsageError, check_range
-from dgnet.options import flag, option
+from dgnet.options import check_bounds, flag, option
 from dgnet.training.config import RunConfig
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
@@ -56,8 +56,7 @@ class DetectConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, bounds in _BOUNDS.items():
-            check_range(flag(name), getattr(self, name), *bounds)
+        check_bounds(self, _BOUNDS)
         check_range("--warmup-iterations", self.warmup_iterations, 0, self.iterations)
         check_options(self.detector_kwargs)
         for name in ("data", "images", "val_data"):

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from dgnet.detection.batching import DetectionItems
+from dgnet.detection.batching import DetectionItems, collate
 from dgnet.detection.coco import CocoDetection
 from dgnet.detection.evaluation import CocoEvaluation, DetectionResult
-from dgnet.detection.module import build_loader, counted
+from dgnet.detection.module import counted
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.inference import set_mode
 from dgnet.training.evaluate import WiringStatistics
-from dgnet.training.loading import EvaluationOrder
+from dgnet.training.loading import EvaluationOrder, build_loader
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def evaluate_detector(
         set_mode(detector, mode)
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     statistics = WiringStatistics(stages) if stages and ranks[1] == 1 else None
-    loader = build_loader(DetectionItems(dataset), EvaluationOrder(len(dataset), batch_size, *ranks), workers)
+    loader = build_loader(DetectionItems(dataset), EvaluationOrder(len(dataset), batch_size, *ranks), workers, collate)
     detector = detector.to(device).eval()
     for images, targets in tqdm(loader, unit="batch", file=sys.stderr, mininterval=1, disable=ranks[0] > 0):
         with nullcontext() if statistics is None else record_connectivity(detector) as record:
@@ -64,4 +64,5 @@ def evaluate_detector(
             statistics.update(record.adjacency)
         evaluation.update(*counted(targets, detections))
     connectivity = {} if statistics is None else statistics.summary()
-    return DetectorEvaluation(evaluation.compute(), connectivity, evaluation.results())
+    results = evaluation.results()
+    return DetectorEvaluation(evaluation.compute(results), connectivity, results)

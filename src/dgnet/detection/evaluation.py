@@ -98,9 +98,12 @@ class CocoEvaluation:
                 results.append({"image_id": image.id, "category_id": category, "bbox": box, "score": score})
         return results
 
-    def compute(self) -> DetectionResult:
-        """The figures, the same in all processes; to be called in all at once, the first one computes."""
-        results = self.results()
+    def compute(self, results: list[dict[str, Any]] | None = None) -> DetectionResult:
+        """The figures, the same in all processes; to be called in all at once, the first one computes.
+
+        `results`: what `results()` gave, where it was asked already.
+        """
+        results = self.results() if results is None else results
         computed: list[Any] = [None]
         if not _is_distributed() or dist.get_rank() == 0:
             computed = [evaluate_results(self.annotations, results, backend=self.backend)]

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from timm.scheduler import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torchmetrics import MetricCollection
+from torch.utils.data import DataLoader
 
 from dgnet.detection.batching import AspectRatioOrder, DetectionItems, collate
 from dgnet.detection.coco import CocoDetection, Target
 from dgnet.detection.config import DetectConfig
 from dgnet.detection.detector import Detector
 from dgnet.detection.evaluation import CocoEvaluation
-from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
-from dgnet.training.loading import EndlessOrder, EvaluationOrder, TrainingLoader
-from dgnet.training.metrics import WeightedMean, edge_figure_names, edge_figures
-from dgnet.training.module import RunModule, heed_only, take_figures
+from dgnet.training.loading import EndlessOrder, EvaluationOrder, TrainingLoader, build_loader
+from dgnet.training.metrics import build_means, edge_figure_names, edge_figures
+from dgnet.training.module import RunDataModule, RunModule, take_figures
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 """What torchvision's Faster R-CNN learns from; `loss` is their sum."""
 
-
 Detections = Mapping[str, Tensor]
-
-
-def _means(prefix: str, names: tuple[str, ...] | list[str]) -> MetricCollection:
-    return MetricCollection({name: WeightedMean() for name in names}, prefix=prefix, compute_groups=False)
 
 
 class DetectionModule(RunModule):
@@ -47,9 +37,9 @@ class DetectionModule(RunModule):
     config: DetectConfig
 
     def __init__(self, detector: Detector, config: DetectConfig, carried: dict[str, Any], evaluation: CocoEvaluation) -> None:
-        super().__init__(detector, config, carried, _means("train_", ("loss", *LOSSES)))
+        super().__init__(detector, config, carried, build_means("train_", ("loss", *LOSSES)))
         self.evaluation = evaluation
-        self.val_edges = _means("val_", [name for pair in edge_figure_names(self.stages) for name in pair])
+        self.val_edges = build_means("val_", [name for pair in edge_figure_names(self.stages) for name in pair])
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> dict[str, Any]:
         images, targets = batch
@@ -107,54 +97,22 @@ def counted(targets: Sequence[Target], detections: Sequence[Detections]) -> tupl
     return [id for id, _ in pairs if id is not None], [found for id, found in pairs if id is not None]
 
 
-class DetectionDataModule(L.LightningDataModule):
+class DetectionDataModule(RunDataModule):
     """Loaders: training in steps of one aspect ratio, evaluation with each image once."""
 
+    train: CocoDetection
+
     def __init__(self, train: CocoDetection, val: CocoDetection, config: DetectConfig) -> None:
-        super().__init__()
+        super().__init__(config.data)
         self.train, self.val, self.config = train, val, config
 
     def train_dataloader(self) -> TrainingLoader:
-        config, trainer = self.config, self._trainer
-        ranks = (trainer.global_rank, trainer.world_size)
-        order = AspectRatioOrder(self.train.aspect_ratios, config.batch_size, config.seed, *ranks, config.accumulate)
+        config, trainer = self.config, self.running
+        order = AspectRatioOrder(self.train.aspect_ratios, config.batch_size, config.seed, *self.ranks, config.accumulate)
         endless = EndlessOrder(order, config.evaluate_every)
         items = DetectionItems(self.train, config.hflip, config.seed)
-        return TrainingLoader(build_loader(items, endless, config.workers), endless, lambda: trainer.global_step)
+        return TrainingLoader(build_loader(items, endless, config.workers, collate), endless, lambda: trainer.global_step)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        trainer = self._trainer
-        ranks = (trainer.global_rank, trainer.world_size)
-        order = EvaluationOrder(len(self.val), self.config.evaluation_batch_size, *ranks)
-        return build_loader(DetectionItems(self.val), order, self.config.workers)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"images": len(self.train)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UsageError where the data are not those that the run was interrupted with."""
-        if state_dict["images"] != len(self.train):
-            raise UsageError(
-                f"the run was interrupted with {state_dict['images']:,} training images and cannot go on with the"
-                f" {len(self.train):,} of --data {self.config.data}"
-            )
-
-    @property
-    def _trainer(self) -> L.Trainer:
-        assert self.trainer is not None
-        return self.trainer
-
-
-def build_loader(items: DetectionItems, order: Sampler[list[tuple[int, int]]], workers: int) -> DataLoader[Any]:
-    """Batches of images and targets in the order given."""
-    return DataLoader(
-        items,
-        batch_sampler=order,
-        collate_fn=collate,
-        # A generator of its own: loading draws nothing from the one that training draws from.
-        generator=torch.Generator(),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=partial(heed_only, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
-    )
+        order = EvaluationOrder(len(self.val), self.config.evaluation_batch_size, *self.ranks)
+        return build_loader(DetectionItems(self.val), order, self.config.workers, collate)

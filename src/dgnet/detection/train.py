@@ -29,13 +29,9 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
     val_set = CocoDetection(config.val_data, config.evaluation_images, class_names=train_set.class_names)
     run.say(f"{config.data}: {train_set.counts}")
     run.say(f"{config.val_data}: {val_set.counts}")
-    if len(train_set) < config.batch_size:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
-        )
+    run.check_data(len(train_set), train_set.class_names, config.batch_size)
     if val_set.annotations.is_crowd.all():
         raise UsageError(f"{config.val_data} holds no boxes to evaluate on; name other annotations with --val-data")
-    run.check_classes(train_set.class_names)
     evaluation = CocoEvaluation(val_set.annotations)
     network = create_model(config.model, **config.network_kwargs)
     config = config.resolve(network)

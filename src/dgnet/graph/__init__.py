@@ -11,6 +11,7 @@ from dgnet.graph.stage import remove as remove
 from dgnet.graph.topology import TOPOLOGIES as TOPOLOGIES
 from dgnet.graph.topology import Topology as Topology
 from dgnet.graph.topology import build_topology as build_topology
+from dgnet.graph.topology import node_names as node_names
 from dgnet.graph.weighting import FixedWeighting as FixedWeighting
 from dgnet.graph.weighting import LearnedWeighting as LearnedWeighting
 from dgnet.graph.weighting import RoutedWeighting as RoutedWeighting

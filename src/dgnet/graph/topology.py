@@ -235,3 +235,8 @@ def build_topology(topology: TopologyLike, num_nodes: int, **options: Any) -> To
     if topology.num_nodes != num_nodes:
         raise UsageError(f"the stage has {num_nodes} nodes (blocks + 2), the topology {topology.num_nodes}")
     return topology
+
+
+def node_names(num_nodes: int) -> list[str]:
+    """What pictures call a stage's nodes: `in`, the blocks from 1, `out`."""
+    return ["in", *map(str, range(1, num_nodes - 1)), "out"]

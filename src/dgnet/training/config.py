@@ -11,7 +11,7 @@ from torch import nn
 
 from dgnet.data import is_stream
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.options import check_choices, flag, option
+from dgnet.options import check_bounds, check_choices, option
 
 ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
@@ -33,9 +33,7 @@ _TAKEN = {
 }
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
-    "epochs": (1,),
     "batch_size": (1,),
-    "image_size": (1,),
     "threads": (1,),
     "workers": (0,),
     "lr": (0,),
@@ -43,18 +41,12 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "momentum": (0, 1),
     "weight_decay": (0,),
     "seed": (0, 2**32 - 1),
-    "holdout": (0,),
-    "evaluate_every": (1,),
     "accumulate": (1,),
     "lr_batch_size": (1,),
-    "epoch_images": (1,),
-    "crop_pct": (0.01, 1),
     "clip_grad": (0,),
     "ema": (0, 1),
     "nodes": (1,),
-    "max_bad_images": (0,),
     "hflip": (0, 1),
-    "label_smoothing": (0, 1),
 }
 
 
@@ -119,9 +111,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
-        for name, bounds in _BOUNDS.items():
-            if getattr(self, name, None) is not None:
-                check_range(flag(name), getattr(self, name), *bounds)
+        check_bounds(self, _BOUNDS)
         if self.ema == 1 or self.clip_grad == 0:
             raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")
         if self.batch_size % self.accumulate:
@@ -174,6 +164,18 @@ class RunConfig:
         return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
 
 
+_TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
+    "epochs": (1,),
+    "image_size": (1,),
+    "holdout": (0,),
+    "evaluate_every": (1,),
+    "epoch_images": (1,),
+    "crop_pct": (0.01, 1),
+    "max_bad_images": (0,),
+    "label_smoothing": (0, 1),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """A training run of a classifier. Raises UsageError for a value that makes no sense."""
@@ -214,6 +216,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bounds(self, _TRAIN_BOUNDS)
         check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
         if self.epochs % self.evaluate_every:
             raise UsageError(

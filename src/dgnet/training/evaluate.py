@@ -45,11 +45,6 @@ class Evaluation:
     top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
 
 
-def executed_multiply_adds(costs: CostModel, record: Record) -> Tensor:
-    """What each image of a recorded forward executed, (B,), float64, on the CPU."""
-    return costs.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu().double()
-
-
 class ExecutedCost:
     """Multiply-adds that each image executed, one number an image and class."""
 
@@ -63,7 +58,7 @@ class ExecutedCost:
         if record is None:
             executed = torch.full((len(labels),), float(self.costs.dense), dtype=torch.float64)
         else:
-            executed = executed_multiply_adds(self.costs, record)
+            executed = self.costs.executed_in(record)
         self.executed.append(executed)
         self.labels.append(labels.cpu())
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgnet.data import ShardStream, fold
 
@@ -110,3 +114,43 @@ class TrainingLoader:
             batch = next(iterator)
             self.waited += time.perf_counter() - start
             yield batch
+
+
+def build_loader(
+    items: Dataset[Any], order: Sampler[Any], workers: int, collate: Callable[[Any], Any] | None = None
+) -> DataLoader[Any]:
+    """Batches of `items` in the order given, put together by `collate`; `workers`: processes that load."""
+    return DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=collate,
+        # A generator of its own: loading draws nothing from the one that training draws from.
+        generator=torch.Generator(),
+        persistent_workers=workers > 0,
+        **worker_options(workers),
+    )
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """Options of a DataLoader with so many processes."""
+    return {
+        "num_workers": workers,
+        "worker_init_fn": partial(heed_only, os.getpid()),
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def heed_only(sender: int, worker: int) -> None:
+    """In a process that loads images: only the process that it loads for, `sender`, ends it.
+
+    Launchers signal a whole group; if the loaders died of it, a run could not take the step after which it saves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

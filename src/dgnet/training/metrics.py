@@ -44,7 +44,11 @@ class WeightedMean(Metric):
 
 def build_metrics(prefix: str = "", means: Sequence[str] = ()) -> MetricCollection:
     """`loss` (cross-entropy), `top1` and `top5` (shares, 0 to 1), and `means` of other figures."""
-    names = ("loss", "top1", "top5", *means)
+    return build_means(prefix, ("loss", "top1", "top5", *means))
+
+
+def build_means(prefix: str, names: Sequence[str]) -> MetricCollection:
+    """A `WeightedMean` for each name."""
     return MetricCollection({name: WeightedMean() for name in names}, prefix=prefix, compute_groups=False)
 
 

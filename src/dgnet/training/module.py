@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ from dgnet.graph import DynamicGraph, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
 from dgnet.training.config import RunConfig, TrainConfig
-from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder
+from dgnet.training.loading import EvaluationOrder, TrainingLoader, TrainingOrder, build_loader, worker_options
 from dgnet.training.metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
 
 
@@ -251,72 +247,28 @@ def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[s
     return [group for group in [*groups, *apart] if group["params"]]
 
 
-def heed_only(sender: int, worker: int) -> None:
-    """In a process that loads images: only the process that it loads for, `sender`, ends it.
+class RunDataModule(L.LightningDataModule):
+    """What data modules of runs share: a run goes on with as many training images as it was interrupted with.
 
-    Launchers signal a whole group; if the loaders died of it, a run could not take the step after which it saves.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class ImageDataModule(L.LightningDataModule):
-    """Loaders over data sets whose transforms are set.
-
-    Training leaves out what does not fill a step, evaluation sees each image once; `folder`: where bad images are listed.
+    `source`: where they come from, as it was typed.
     """
 
-    def __init__(
-        self,
-        train: ImageDataset | ShardStream,
-        val: ImageDataset,
-        config: TrainConfig,
-        preprocessing: Preprocessing,
-        folder: Path,
-    ) -> None:
+    train: Sized
+
+    def __init__(self, source: str) -> None:
         super().__init__()
-        self.train, self.val = train, val
-        self.config, self.preprocessing = config, preprocessing
-        self.folder = folder
-        self.kwargs: dict[str, Any] = {
-            "num_workers": config.workers,
-            "worker_init_fn": partial(heed_only, os.getpid()),
-            "pin_memory": torch.cuda.is_available(),
-        }
+        self.source = source
 
     @property
-    def batch_size(self) -> int:
-        """Images in a batch of one device."""
-        return self.config.batch_size // (self._trainer.world_size * self.config.accumulate)
+    def ranks(self) -> tuple[int, int]:
+        """This process's number and how many there are."""
+        return self.running.global_rank, self.running.world_size
 
-    def train_dataloader(self) -> TrainingLoader:
-        config, trainer = self.config, self._trainer
-        ranks = (trainer.global_rank, trainer.world_size)
-        order = TrainingOrder(len(self.train), config.batch_size, config.seed, *ranks, config.accumulate)
-        batches: Iterable[Any]
-        if isinstance(self.train, ShardStream):
-            self.train.rank, self.train.ranks = ranks
-            self.train.bad = self._bad_images()
-            batches = DataLoader(self.train, batch_size=self.batch_size, **self.kwargs)
-        elif config.cache:
-            hflip = config.hflip if self.train.flips else 0.0
-            batches = self._cache(self.train, order=order, augment=config.augment, hflip=hflip)
-        else:
-            batches = self._load(self.train, order)
-        return TrainingLoader(batches, order, lambda: trainer.global_step)
-
-    def val_dataloader(self) -> Iterable[Any]:
-        if self.config.cache:
-            return self._cache(self.val)
-        trainer = self._trainer
-        return self._load(self.val, EvaluationOrder(len(self.val), self.batch_size, trainer.global_rank, trainer.world_size))
+    @property
+    def running(self) -> L.Trainer:
+        """The trainer."""
+        assert self.trainer is not None
+        return self.trainer
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": len(self.train)}
@@ -327,32 +279,67 @@ class ImageDataModule(L.LightningDataModule):
         if images != len(self.train):
             raise UsageError(
                 f"the run was interrupted with {images:,} training images and cannot go on with the {len(self.train):,} of"
-                f" --data {self.config.data}"
+                f" --data {self.source}"
             )
 
+
+class ImageDataModule(RunDataModule):
+    """Loaders over data sets whose transforms are set.
+
+    Training leaves out what does not fill a step, evaluation sees each image once; `folder`: where bad images are listed.
+    """
+
+    train: ImageDataset | ShardStream
+
+    def __init__(
+        self,
+        train: ImageDataset | ShardStream,
+        val: ImageDataset,
+        config: TrainConfig,
+        preprocessing: Preprocessing,
+        folder: Path,
+    ) -> None:
+        super().__init__(config.data)
+        self.train, self.val = train, val
+        self.config, self.preprocessing = config, preprocessing
+        self.folder = folder
+
     @property
-    def _trainer(self) -> L.Trainer:
-        assert self.trainer is not None
-        return self.trainer
+    def batch_size(self) -> int:
+        """Images in a batch of one device."""
+        return self.config.batch_size // (self.running.world_size * self.config.accumulate)
+
+    def train_dataloader(self) -> TrainingLoader:
+        config, trainer = self.config, self.running
+        order = TrainingOrder(len(self.train), config.batch_size, config.seed, *self.ranks, config.accumulate)
+        batches: Iterable[Any]
+        if isinstance(self.train, ShardStream):
+            self.train.rank, self.train.ranks = self.ranks
+            self.train.bad = self._bad_images()
+            batches = DataLoader(self.train, batch_size=self.batch_size, **worker_options(config.workers))
+        elif config.cache:
+            hflip = config.hflip if self.train.flips else 0.0
+            batches = self._cache(self.train, order=order, augment=config.augment, hflip=hflip)
+        else:
+            batches = self._load(self.train, order)
+        return TrainingLoader(batches, order, lambda: trainer.global_step)
+
+    def val_dataloader(self) -> Iterable[Any]:
+        if self.config.cache:
+            return self._cache(self.val)
+        return self._load(self.val, EvaluationOrder(len(self.val), self.batch_size, *self.ranks))
 
     def _load(self, dataset: ImageDataset, order: TrainingOrder | EvaluationOrder) -> DataLoader[Any]:
         items = TrainingItems(dataset, self.preprocessing.image_size, self.config.seed, self._bad_images())
-        # A generator of its own: loading draws nothing from the one that training draws from.
-        return DataLoader(
-            items,
-            batch_sampler=order,
-            generator=torch.Generator(),
-            persistent_workers=self.config.workers > 0,
-            **self.kwargs,
-        )
+        return build_loader(items, order, self.config.workers)
 
     def _bad_images(self) -> BadImages | None:
         if self.config.on_bad_image == "error":
             return None
         # The first process chose the folder.
-        folder: str = self._trainer.strategy.broadcast(str(self.folder))
+        folder: str = self.running.strategy.broadcast(str(self.folder))
         return BadImages(Path(folder) / "bad_images.txt", self.config.max_bad_images)
 
     def _cache(self, dataset: ImageDataset, **options: Any) -> CachedLoader:
-        device = self._trainer.strategy.root_device
+        device = self.running.strategy.root_device
         return CachedLoader(dataset, self.preprocessing, self.batch_size, device=device, **options)

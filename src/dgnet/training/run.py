@@ -66,7 +66,10 @@ class Run:
         self.resume = resume
         self.folder = resume or (claim_folder(config) if self.is_main else Path(config.output or "runs"))
         self.last = self.folder / "checkpoints" / LAST
-        self.step = _read_step(self.last) if resume and self.last.exists() else None
+        self.step: int | None = None
+        self.learned: list[str] | None = None  # the classes
+        if resume and self.last.exists():
+            self.step, self.learned = _read_progress(self.last)
         if resume and self.is_main:
             for part in self.folder.rglob(".*.part"):  # of a file that was being written when the run was killed
                 part.unlink()
@@ -77,14 +80,14 @@ class Run:
         if self.is_main:
             print(line, file=sys.stderr)
 
-    def check_classes(self, class_names: Sequence[str]) -> None:
-        """Raises UsageError where a run that goes on learned other classes than those of the data."""
-        if self.step is None:
-            return
-        learned = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)["dgnet"]["class_names"]
-        if list(class_names) != list(learned):
+    def check_data(self, images: int, class_names: Sequence[str], batch_size: int) -> None:
+        """Raises UsageError for too few training `images`, and where a run that goes on learned other classes."""
+        if images < batch_size:
+            raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
+        if self.learned is not None and list(class_names) != self.learned:
             raise UsageError(
-                f"--resume {self.folder}: the run learned the classes {_listed(learned)}, and --data has {_listed(class_names)}"
+                f"--resume {self.folder}: the run learned the classes {_listed(self.learned)},"
+                f" and --data has {_listed(class_names)}"
             )
 
     def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
@@ -177,17 +180,18 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     rows = read_table(folder / "metrics.csv")
     last = folder / "checkpoints" / LAST
     is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.schedule()[0] and last.exists()
-    if not is_done or _read_step(last) <= int(rows[-1]["step"]):
+    if not is_done or _read_progress(last)[0] <= int(rows[-1]["step"]):
         return config, None
     if is_main_process() and not (folder / "model.safetensors").exists():
         _write_weights(folder)
     return config, RunResult(folder, _last_metrics(folder))
 
 
-def _read_step(checkpoint: Path) -> int:
-    """The number of steps taken. Raises UsageError for a file that is damaged."""
+def _read_progress(checkpoint: Path) -> tuple[int, list[str]]:
+    """The number of steps taken, and the classes learned. Raises UsageError for a file that is damaged."""
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["global_step"]), list(content["dgnet"]["class_names"])
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
         raise UsageError(f"{checkpoint} is damaged or no checkpoint of a run; put another in its place, as best.ckpt") from None
 

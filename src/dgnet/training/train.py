@@ -34,11 +34,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
     train_set, val_set = open_train_and_evaluation(
         config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
     )
-    if len(train_set) < config.batch_size:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {len(train_set)} training images; use a smaller one"
-        )
-    run.check_classes(train_set.class_names)
+    run.check_data(len(train_set), train_set.class_names, config.batch_size)
     classes = len(train_set.class_names)
     try:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
