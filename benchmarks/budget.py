@@ -64,8 +64,8 @@ def measure(checkpoints: list[Checkpoint], images: Tensor, batch_size: int, roun
     for checkpoint in checkpoints:
         budget = checkpoint.config.get("budget")
         mode = "dense" if budget is None else "sparse"
-        call, layout = deploy(checkpoint.build_network(), checkpoint.preprocessing.image_size, mode, batch_size, compile=True)
-        turn = itertools.cycle(batch.contiguous(memory_format=layout) for batch in images.split(batch_size))
+        call = deploy(checkpoint.build_network(), checkpoint.preprocessing.image_size, mode, batch_size, compile=True)
+        turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in images.split(batch_size))
         name = checkpoint.model + ("" if budget is None else f", budget {budget}")
         steps[name] = lambda call=call, turn=turn: call(next(turn))
     seconds = time_alternating(steps, rounds)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from unittest import mock
+from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, find_stages, record_connectivity, use_connectivity
+from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode
-from dgnet.inference.sparse import _Held
+from dgnet.inference.native import NativeExecutor, load_native, use_native
 from tests.conftest import close_some, spread_routers
 
 SMALL = {
@@ -46,12 +47,23 @@ def count_launches(network: nn.Module) -> list[tuple[DynamicGraph, int, int]]:
     return launches
 
 
-def check_modes_agree(network: nn.Module, images: Tensor) -> list[Tensor]:
+def set_python(network: nn.Module) -> nn.Module:
+    return set_mode(network, "sparse")
+
+
+@pytest.fixture(params=[set_python, use_native], ids=["python", "native"])
+def set_sparse(request):
+    """Sets a network to the sparse mode, in plain PyTorch or with the compiled extension."""
+    return request.param
+
+
+def check_modes_agree(
+    network: nn.Module, images: Tensor, set_sparse: Callable[[nn.Module], nn.Module] = set_python
+) -> list[Tensor]:
     """Both modes give the same output, connectivity and, where nothing is pruned, nodes that ran; returns the latter."""
-    network.eval()
     outputs, records = [], []
-    for mode in ("dense", "sparse"):
-        set_mode(network, mode)
+    for set_one in (lambda network: set_mode(network, "dense"), set_sparse):
+        set_one(network.eval())
         with record_connectivity(network) as record:
             outputs.append(network(images))
         records.append(record)
@@ -67,11 +79,11 @@ def check_modes_agree(network: nn.Module, images: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("name", list(SMALL))
 @torch.no_grad()
-def test_imposed_connectivity_gives_the_same_in_both_modes(name, batch, share):
+def test_imposed_connectivity_gives_the_same_in_both_modes(set_sparse, name, batch, share):
     size = 32 if "20" in name else 64
     network = fold_batch_norms(dgnet.create_model(name, num_classes=5, **SMALL[name]), size)
     with use_connectivity(network, random_connectivity(network, batch, share)):
-        check_modes_agree(network, torch.randn(batch, 3, size, size))
+        check_modes_agree(network, torch.randn(batch, 3, size, size), set_sparse)
 
 
 @pytest.mark.parametrize("batch", [1, 6])
@@ -81,6 +93,8 @@ def test_imposed_connectivity_gives_the_same_in_both_modes(name, batch, share):
         {},
         {"shortcut": "node"},
         {"topology": "residual"},
+        {"gate": "alpha", "threshold": 0.9, "learn_threshold": False},
+        {"inference_weight": "raw"},
         {"router_reads": "activation"},
         {"node_gate": "gumbel", "node_gate_bias": 0.5},
         {"node_gate": "hard", "node_gate_bias": 0.0, "weighting": "fixed"},
@@ -89,13 +103,13 @@ def test_imposed_connectivity_gives_the_same_in_both_modes(name, batch, share):
     ids=str,
 )
 @torch.no_grad()
-def test_blocks_run_on_the_samples_for_which_they_are_alive(tiny, options, batch):
+def test_blocks_run_on_the_samples_for_which_they_are_alive(tiny, set_sparse, options, batch):
     network = tiny(**options)
     images = torch.randn(batch, 3, 12, 10)
     if "node_gate" not in options:
         close_some(network, torch.randn(8, 3, 12, 10))
     launches = count_launches(network)
-    ran = check_modes_agree(network, images)
+    ran = check_modes_agree(network, images, set_sparse)
     alive = {(stage, node): int(ran[s][:, node].sum()) for s, stage in enumerate(network.stages) for node in range(1, 4)}
     dense, sparse = launches[: len(alive)], launches[len(alive) :]
     assert all(samples == batch for _, _, samples in dense)
@@ -104,27 +118,27 @@ def test_blocks_run_on_the_samples_for_which_they_are_alive(tiny, options, batch
 
 
 @torch.no_grad()
-def test_where_all_weights_are_known_a_block_that_leads_nowhere_is_left_out(tiny):
+def test_where_all_weights_are_known_a_block_that_leads_nowhere_is_left_out(tiny, set_sparse):
     network = tiny().eval()
     images = torch.randn(2, 3, 12, 10)
     matrix = network.stages[0].topology.mask.float().repeat(2, 1, 1)
     matrix[0, 4, 3] = 0  # for the first image, block 3 sends to nobody ...
     matrix[:, 3, 2] = matrix[:, 4, 2] = 0  # ... and block 2 for neither
     with use_connectivity(network, [matrix, None, None]):
-        ran = check_modes_agree(network, images)[0]
+        ran = check_modes_agree(network, images, set_sparse)[0]
     assert ran.tolist() == [[True, True, False, False, True], [True, True, False, True, True]]
 
 
 @torch.no_grad()
-def test_nothing_that_a_dead_block_holds_reaches_the_output(tiny):
-    network = set_mode(tiny().eval(), "sparse")
+def test_nothing_that_a_dead_block_holds_reaches_the_output(tiny, set_sparse):
+    network = set_sparse(tiny().eval())
     images = torch.randn(3, 3, 12, 10)
     matrix = network.stages[0].topology.mask.float().repeat(3, 1, 1)
     matrix[1, 2] = 0
     with use_connectivity(network, [matrix, None, None]):
         before = network(images)
         network.layer1.nodes[1].conv1.register_forward_hook(lambda *args: args[2] * float("nan"))
-        after = network(images)
+        after = set_sparse(network)(images)
     torch.testing.assert_close(before[1], after[1])
     assert ((after - before)[[0, 2]].abs() > 1e-4).any(1).all()
 
@@ -142,43 +156,67 @@ def test_training_is_dense_and_modes_can_be_changed_back(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("limits", [(0, 1), (2**20, 1), (2**20, 9)], ids=["maps too large", "table", "too few samples"])
 @pytest.mark.parametrize("layers", [(1, 1, 1), (4, 3, 2)], ids=str)
 @torch.no_grad()
-def test_sums_agree_wherever_they_read_the_features(tiny, limits, layout, dtype, layers):
+def test_sums_agree_wherever_the_features_lie(tiny, set_sparse, layout, dtype, layers):
     network = tiny(layers=layers, node_gate="hard", node_gate_bias=0.3).to(dtype, memory_format=layout)
     images = torch.randn(8, 3, 12, 10, dtype=dtype).contiguous(memory_format=layout)
-    with mock.patch.multiple("dgnet.inference.sparse", _TABLE_ELEMENTS=limits[0], _TABLE_BATCH=limits[1]):
-        ran = check_modes_agree(network, images)
+    ran = check_modes_agree(network, images, set_sparse)
     alive = torch.cat([matrix[:, 1:-1] for matrix in ran], dim=1).float().mean()
     assert 0 < alive < 1
-
-
-@torch.no_grad()
-def test_one_call_sums_the_open_edges_of_all_samples(tiny):
-    topology = tiny().layer1.topology
-    first, second, third = torch.randn(4, 2, 4, 5), torch.randn(2, 2, 4, 5), torch.randn(1, 2, 4, 5)
-    held = _Held(topology, first)
-    sent = [held.put(0, first, None), held.put(1, second, torch.tensor([1, 3])), held.put(2, third, torch.tensor([3]))]
-    weights = torch.randn(4, 3)
-    is_open = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]) > 0
-    sums = [
-        first[0] * weights[0, 0],
-        first[1] * weights[1, 0] + second[0] * weights[1, 1],
-        torch.zeros(2, 4, 5),
-        second[1] * weights[3, 1] + third[0] * weights[3, 2],
-    ]
-    held.table[3] = float("nan")  # an image whose every edge from there is closed
-    torch.testing.assert_close(held.sum(3, sent, weights, is_open, None), torch.stack(sums))
-    torch.testing.assert_close(held.sum(3, sent, weights, is_open, torch.tensor([1, 3])), torch.stack(sums[1::2]))
-    doubled = held.sum(1, sent[:1], torch.full((4, 1), 2.0), None, torch.tensor([0, 2]))
-    torch.testing.assert_close(doubled, 2 * first[[0, 2]])
 
 
 def test_half_precision_sums_in_float32(tiny):
     network = tiny(node_gate="hard", node_gate_bias=0.3).to(torch.bfloat16).eval()
     with torch.no_grad():
         check_modes_agree(network, torch.randn(5, 3, 12, 10, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_plain_blocks_run_inside_the_extension(tiny, threads, layout):
+    """One call a stage: blocks with hooks, which other tests count, are called as modules."""
+    network = fold_batch_norms(tiny(layers=(4, 3, 2), channels=(16, 80, 130), node_gate="hard", node_gate_bias=0.3), (20, 18))
+    use_native(network.eval())
+    assert all(stage._executor.is_plain for stage in find_stages(network))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ran = check_modes_agree(network, torch.randn(9, 3, 20, 18).contiguous(memory_format=layout), use_native)
+    torch.set_num_threads(before)
+    assert not torch.cat(ran, dim=1).all()
+
+
+@torch.no_grad()
+def test_what_the_extension_does_not_know_runs_in_pytorch(tiny):
+    class Doubled(RoutedWeighting):
+        def gate(self, node, alpha):
+            weights, is_open = super().gate(node, alpha)
+            return 2 * weights, is_open
+
+    network = use_native(tiny(weighting=Doubled).eval())
+    assert not any(isinstance(stage._executor, NativeExecutor) for stage in find_stages(network))
+    check_modes_agree(network, torch.randn(3, 3, 12, 10), use_native)
+    network = use_native(tiny().eval())
+    check_modes_agree(deepcopy(network), torch.randn(3, 3, 12, 10))  # a copy runs in PyTorch
+    images = torch.randn(3, 3, 12, 10, dtype=torch.float64)
+    torch.testing.assert_close(network.double()(images), set_mode(network, "dense")(images))
+
+
+def test_an_extension_that_cannot_be_built_is_a_clear_error(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    load_native.cache_clear()
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match=r"cannot be built: .*missing.*; run without --compile"):
+        use_native(tiny())
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(UsageError, match="cannot be built: exit status 1"):
+        use_native(tiny())
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler"):
+        use_native(tiny())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_can_skip_and_mistakes(tiny):

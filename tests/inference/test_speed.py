@@ -9,7 +9,7 @@ import torch
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
-from dgnet.inference import measure_speed, set_mode, set_threshold_offset, time_alternating
+from dgnet.inference import compile_network, measure_speed, set_mode, set_threshold_offset, time_alternating
 
 
 def test_steps_take_turns_and_each_round_is_a_figure():
@@ -36,6 +36,16 @@ def test_all_modes_are_measured_and_the_network_stays_as_it_is(tiny):
     with torch.no_grad():
         torch.testing.assert_close(network(images), before)
     assert list(measure_speed(dgnet.create_model("resnet20").eval(), images, rounds=1)) == ["dense"]
+
+
+@torch.no_grad()
+def test_compiled_the_sparse_mode_takes_any_batch(tiny):
+    network = tiny(node_gate="hard", node_gate_bias=0.3).eval()
+    images = torch.randn(7, 3, 12, 10)
+    expected = network(images)
+    compiled = compile_network(network, "sparse")
+    for part in (slice(7), slice(1), slice(2, 5)):
+        torch.testing.assert_close(compiled(images[part]), expected[part], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

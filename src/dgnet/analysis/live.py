@@ -66,7 +66,8 @@ class Looker:
             probabilities = self.network(batch)[0].float().softmax(0).cpu()
         top = probabilities.topk(min(TOP, len(probabilities)))
         names = self.checkpoint.class_names
-        steps = {mode: partial(run, batch.contiguous(memory_format=layout)) for mode, (run, layout) in self.runs.items()}
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        steps = {mode: partial(run, batch) for mode, run in self.runs.items()}
         seconds = time_alternating(steps, device=self.device)
         return Sight(
             classes=[(names[index], value) for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)],

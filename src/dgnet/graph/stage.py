@@ -104,10 +104,14 @@ class DynamicGraph(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        topology = self.topology
         executor = DENSE if self.training or x.is_meta else self._executor  # on the meta device no node is known to be dead
         if torch.compiler.is_compiling():
             executor = executor.in_graph
+        return executor.forward(self, x)
+
+    def compute_nodes(self, executor: Executor, x: Tensor) -> Tensor:
+        """The stage's output, (B, C, H, W), from its raw input, node by node as `executor` says."""
+        topology = self.topology
         sent = [executor.send(self, self.input(x))]  # what each node has distributed
         alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: alive for every sample
         ran: list[Tensor | None] = [None]  # as `alive`
@@ -161,10 +165,9 @@ class DynamicGraph(nn.Module):
     def _weigh(self, node: int, x: Tensor, edges: Predicted) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E)."""
         senders = self.topology.senders(node)
-        if self._imposed is not None:
-            if len(self._imposed) not in (1, x.shape[0]):
-                raise UsageError(f"the imposed adjacency has {len(self._imposed)} samples, the batch {x.shape[0]}")
-            weights = self._imposed[:, node, list(senders)].to(x.device).expand(x.shape[0], -1)
+        imposed = self.find_imposed(x)
+        if imposed is not None:
+            weights = imposed[:, node, list(senders)].to(x.device).expand(x.shape[0], -1)
             return weights, weights, weights != 0
         if node in self.topology.pinned:
             weights = x.new_full((x.shape[0], len(senders)), self.topology.pinned[node])
@@ -175,6 +178,15 @@ class DynamicGraph(nn.Module):
         weights, is_open = self.weighting.gate(node, alpha)
         return alpha, weights, is_open
 
+    def find_imposed(self, x: Tensor) -> Tensor | None:
+        """Weights imposed on the edges in place of the stage's own, (1 or B, N, N).
+
+        Raises UsageError where they are for another number of samples than `x` holds.
+        """
+        if self._imposed is not None and len(self._imposed) not in (1, x.shape[0]):
+            raise UsageError(f"the imposed adjacency has {len(self._imposed)} samples, the batch {x.shape[0]}")
+        return self._imposed
+
     def compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
         """Aggregate and transform: x_j, or the stage's output for the output node.
 
@@ -184,10 +196,13 @@ class DynamicGraph(nn.Module):
             return self._compute_entry(node, weights, is_open, *sources)
         return self.transform(node, aggregate(sources, weights, is_open))
 
-    def transform(self, node: int, x: Tensor) -> Tensor:
-        """x_j from x̂_j, (B, C, H, W), for a node that is no entry node; the stage's output for the output node."""
+    def transform(self, node: int, x: Tensor, is_activated: bool = False) -> Tensor:
+        """x_j from x̂_j, (B, C, H, W), for a node that is no entry node; the stage's output for the output node.
+
+        `is_activated`: the activation that follows the aggregation was applied to `x`.
+        """
         is_output = node == self.topology.num_nodes - 1
-        if self.shortcut == "edge":
+        if self.shortcut == "edge" and not is_activated:
             x = self.activation(x)
         if is_output:
             return x
@@ -234,6 +249,10 @@ class Executor:
     def in_graph(self) -> Executor:
         """The form for a compiled or exported graph, where the host cannot look at values."""
         return self
+
+    def forward(self, stage: DynamicGraph, x: Tensor) -> Tensor:
+        """The stage's output, (B, C, H, W), from its raw input."""
+        return stage.compute_nodes(self, x)
 
     def find_needed(self, stage: DynamicGraph, x: Tensor) -> Tensor | None:
         """For which samples each node matters to the output, (B, N); None where all do, or that is not known beforehand."""

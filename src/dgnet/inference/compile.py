@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dgnet.inference.native import use_native
+
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {"freezing": True},
     # A branch and what passes it by must write in one memory format.
@@ -17,18 +19,32 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor], Tensor]:
     """`network`, in evaluation mode, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
 
-    `mode`: the mode that the network was set to; a network without dynamic stages is "dense". Compiled, the sparse mode is a
-    branch a node, taken where the node is alive for some image: meant for one image at a time, where it skips what the eager
-    form skips without that form's calls from Python. Larger batches are faster in the eager sparse mode. Sparse takes images in
-    the contiguous memory format.
+    `mode`: "sparse", or "dense", as which a network without dynamic stages counts. The sparse mode on the CPU takes any batch:
+    what lies between the convolutions is a compiled extension (`dgnet.inference.native`). Elsewhere it is one graph with a
+    branch a block, taken where the block is alive for some image: meant for one image at a time.
+
+    Raises UsageError where the sparse mode's extension cannot be built.
     """
     for parameter in network.parameters():
         parameter.requires_grad_(False)
+    if mode == "sparse" and next(network.parameters()).is_cpu:
+        return without_gradients(use_native(network.eval()))
     compiled = torch.compile(network.eval(), fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():  # the compiler takes no constants under inference_mode
             logits: Tensor = compiled(images)
+            return logits
+
+    return run
+
+
+def without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`network` called under `torch.inference_mode`."""
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = network(images)
             return logits
 
     return run

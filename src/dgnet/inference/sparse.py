@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
@@ -16,12 +15,6 @@ from dgnet.graph.stage import DENSE, Executor, Predicted, stack_alive
 from dgnet.graph.topology import Topology
 
 MODES = ("dense", "sparse")
-
-_TABLE_ELEMENTS = 32 * 1024
-"""Elements of a sample's map up to which, on the CPU, one call that sums all samples pays for a copy of what it reads."""
-
-_TABLE_BATCH = 4
-"""Samples from which it does."""
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
@@ -78,67 +71,31 @@ class _Sent:
 
 
 class _Held:
-    """What the nodes of a stage have computed, and where each sample lies in it.
-
-    On small maps on the CPU also in one table, a sample a row, so that one call sums all samples of a node.
-    """
+    """Where each sample lies in what the nodes of a stage have computed."""
 
     def __init__(self, topology: Topology, feature: Tensor) -> None:
         self.topology = topology
-        batch, channels, height, width = feature.shape
-        # (B, N): a sample's row in the node's feature, or in the table; any row where the node did not run.
-        self.places = torch.arange(batch, device=feature.device)[:, None].repeat(1, topology.num_nodes)
-        self.table: Tensor | None = None
-        self.shape = (-1, height, width, channels)
-        self.filled = 0
-        is_small = feature.is_cpu and feature.dtype == torch.float32 and channels * height * width <= _TABLE_ELEMENTS
-        # An input node that only entry nodes read need not have the shape of the others.
-        if is_small and batch >= _TABLE_BATCH and any(node not in topology.entry for node in topology.receivers(0)):
-            self.table = feature.new_empty(batch * (topology.num_nodes - 1), channels * height * width)
+        # (B, N): a sample's row in the node's feature; any row where the node did not run.
+        self.places = torch.arange(len(feature), device=feature.device)[:, None].repeat(1, topology.num_nodes)
 
     def put(self, node: int, feature: Tensor, rows: Tensor | None) -> _Sent:
         """Take in what a node has computed for the samples in `rows`, None for all."""
-        end = self.filled + len(feature)
-        if self.table is not None:
-            self.table[self.filled : end] = feature.permute(0, 2, 3, 1).flatten(1)
         if rows is not None:
-            self.places[:, node].zero_().index_copy_(0, rows, torch.arange(self.filled, end, device=rows.device))
-        elif self.filled:
-            self.places[:, node] = torch.arange(self.filled, end, device=feature.device)
-        if self.table is not None:
-            self.filled = end
+            self.places[:, node].zero_().index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         return _Sent(feature, rows, self)
 
     def sum(self, node: int, senders: list[_Sent], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
         """x̂_j for the samples in `rows`, (n,), None for all. `weights`, `is_open` (None: all open): (B, E)."""
-        if rows is not None:
-            weights, is_open = weights[rows], None if is_open is None else is_open[rows]
-        if (
-            self.table is None
-            and rows is None
-            and all(sender.rows is None and sender.feature is not None for sender in senders)
-        ):
+        if rows is None and all(sender.rows is None and sender.feature is not None for sender in senders):
             return aggregate_rows([sender.feature for sender in senders if sender.feature is not None], weights, is_open)
         places = self.places[:, _span(self.topology.senders(node))]
-        places = places if rows is None else places[rows]
-        if self.table is not None:
-            return self._sum_table(places, weights, is_open)
+        if rows is not None:
+            weights, is_open, places = weights[rows], None if is_open is None else is_open[rows], places[rows]
         there = [edge for edge, sender in enumerate(senders) if sender.feature is not None]
         features = [sender.feature for sender in senders if sender.feature is not None]
         return aggregate_rows(
             features, weights[:, there], None if is_open is None else is_open[:, there], places[:, there].t().contiguous()
         )
-
-    def _sum_table(self, places: Tensor, weights: Tensor, is_open: Tensor | None) -> Tensor:
-        """Σ_e weights_be · row places_be of the table, over the open edges; all (n, E)."""
-        assert self.table is not None
-        if is_open is None:
-            is_open = torch.ones_like(weights, dtype=torch.bool)
-        counts = is_open.sum(1)
-        starts = counts.cumsum(0) - counts  # where each sample's edges begin
-        weights = weights.masked_select(is_open).to(self.table.dtype)
-        summed = F.embedding_bag(places.masked_select(is_open), self.table, starts, mode="sum", per_sample_weights=weights)
-        return summed.view(self.shape).permute(0, 3, 1, 2)
 
 
 class _PredictedRows(Predicted):
@@ -206,11 +163,7 @@ class SparseExecutor(Executor):
         if node == stage.topology.num_nodes - 1:
             _note_rows(stage, None)
             if all(sender.feature is None for sender in senders):  # the output node sums to 0
-                entry = stage.topology.entry[0]
-                _note_rows(stage, torch.empty(0, dtype=torch.long, device=x.device))
-                shape = stage.nodes[entry - 1](x[:0]).shape  # a run on no samples: what no node has computed has no size yet
-                _note_rows(stage, None)
-                return stage.transform(node, x.new_zeros(len(x), *shape[1:]))
+                return stage.transform(node, sum_nothing(stage, x))
             return stage.transform(node, held.sum(node, senders, weights, is_open, None))
         rows = None
         if is_alive is not None:
@@ -227,6 +180,15 @@ class SparseExecutor(Executor):
         else:
             feature = stage.transform(node, held.sum(node, senders, weights, is_open, rows))
         return held.put(node, feature, rows)
+
+
+def sum_nothing(stage: DynamicGraph, x: Tensor) -> Tensor:
+    """x̂ of the output node where it has no open in-edge for any sample: zeros, (B, C, H, W), for the raw stage input `x`."""
+    _note_rows(stage, torch.empty(0, dtype=torch.long, device=x.device))
+    # A run on no samples: what no node has computed has no size yet.
+    shape = stage.nodes[stage.topology.entry[0] - 1](x[:0]).shape
+    _note_rows(stage, None)
+    return x.new_zeros(len(x), *shape[1:])
 
 
 def _note_rows(stage: DynamicGraph, rows: Tensor | None) -> None:
@@ -271,11 +233,12 @@ class GraphExecutor(Executor):
         shape, dtype = (x.shape[0], *like.shape[1:]), like.dtype
 
         def compute(weights: Tensor, opens: Tensor, *sources: Tensor) -> Tensor:
-            return stage.compute(node, weights, opens, *sources).contiguous()
+            return stage.compute(node, weights, opens, *sources).clone(memory_format=torch.channels_last)
 
         def skip(weights: Tensor, opens: Tensor, *sources: Tensor) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weights.device)
+            return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=torch.channels_last)
 
+        # Both branches write channels last, in which convolutions are fastest.
         return torch.cond(is_alive.any(), compute, skip, (weights, opens, *sources))
 
 

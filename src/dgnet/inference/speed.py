@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.graph import DynamicGraph
-from dgnet.inference.compile import compile_network
+from dgnet.inference.compile import compile_network, without_gradients
 from dgnet.inference.fold import fold_batch_norms
 from dgnet.inference.sparse import set_mode
 
@@ -40,7 +40,7 @@ def measure_speed(
     """Images/s of `network` in its "dense" and "sparse" mode and of a "static" network, medians over alternating rounds.
 
     A network without dynamic stages has its "dense" mode only. Normalisations are folded on all sides, images are
-    channels_last. `compile`: with `compile_network`; the sparse mode for a single image only, which is what it is for.
+    channels_last. `compile`: with `compile_network`, as `deploy` does.
     """
     device = str(images.device)
     size = (images.shape[2], images.shape[3])
@@ -49,32 +49,25 @@ def measure_speed(
     sides = {} if static is None else {"static": static}
     sides |= dict.fromkeys(("dense", "sparse") if is_dynamic else ("dense",), network)
     for name, side in sides.items():
-        run, layout = deploy(side.to(images.device), size, "sparse" if name == "sparse" else "dense", len(images), compile)
-        steps[name] = partial(run, images.contiguous(memory_format=layout))
+        run = deploy(side.to(images.device), size, "sparse" if name == "sparse" else "dense", len(images), compile)
+        steps[name] = partial(run, images.contiguous(memory_format=torch.channels_last))
     seconds = time_alternating(steps, rounds, device)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
 def deploy(
     network: nn.Module, image_size: tuple[int, int], mode: str, batch_size: int, compile: bool
-) -> tuple[Callable[[Tensor], Tensor], torch.memory_format]:
-    """A copy of `network` as it is deployed for one batch size, (B, C, H, W) -> (B, classes), and the memory format it takes.
+) -> Callable[[Tensor], Tensor]:
+    """A copy of `network` as it is deployed for one batch size and images in channels_last, (B, C, H, W) -> (B, classes).
 
-    Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode at batch 1 only.
+    Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode on the CPU and
+    elsewhere at batch 1 only: larger batches are faster as they are.
     """
     folded = fold_batch_norms(network, image_size)
     if any(isinstance(module, DynamicGraph) for module in folded.modules()):
         set_mode(folded, mode)
-    is_compiled = compile and (mode != "sparse" or batch_size == 1)
-    layout = torch.contiguous_format if is_compiled and mode == "sparse" else torch.channels_last
-    folded = folded.to(memory_format=layout)
-    return compile_network(folded, mode) if is_compiled else _without_gradients(folded), layout
-
-
-def _without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = network(images)
-            return logits
-
-    return run
+    folded = folded.to(memory_format=torch.channels_last)
+    is_cpu = next(folded.parameters()).is_cpu
+    if compile and (mode != "sparse" or is_cpu or batch_size == 1):
+        return compile_network(folded, mode)
+    return without_gradients(folded)

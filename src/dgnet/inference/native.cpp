@@ -1,0 +1,413 @@
+// A stage's sparse mode on the CPU in float32: what a node predicts, whether a block runs, and the sums, in few passes.
+//
+// What it computes is defined by dgnet.graph and dgnet.inference.sparse, its twins in the tests.
+// Letters: B samples, N nodes, E edges of a node, C channels.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/custom_class.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<std::optional<Tensor>>;
+using Nodes = std::vector<int64_t>;
+
+constexpr int64_t kChunk = 2048;       // elements of a sum that stay in the first cache while its terms pass by
+constexpr int64_t kChannelBlock = 64;  // channels that one thread pools
+constexpr int64_t kGrain = 32 * 1024;  // elements below which waking another thread costs more than it brings
+
+float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+
+struct Term {
+  const float* values;
+  float weight;
+};
+
+// out = Σ weight · values over terms[0 … count), negative sums as 0 where `rectify`.
+void sum_terms(float* __restrict out, int64_t size, const Term* terms, size_t count, bool rectify) {
+  if (count == 0) {
+    std::fill(out, out + size, 0.0f);
+    return;
+  }
+  const float first = terms[0].weight;
+  for (int64_t k = 0; k < size; ++k) out[k] = first * terms[0].values[k];
+  for (size_t t = 1; t < count; ++t) {
+    const float* __restrict values = terms[t].values;
+    const float weight = terms[t].weight;
+    for (int64_t k = 0; k < size; ++k) out[k] += weight * values[k];
+  }
+  if (rectify) {
+    for (int64_t k = 0; k < size; ++k) out[k] = out[k] < 0 ? 0 : out[k];  // NaN stays, as in torch.relu
+  }
+}
+
+// The sum of each channel, from channel `begin` to `end`, of one sample.
+void sum_channels(float* __restrict out, const float* __restrict map, int64_t channels, int64_t area, int64_t begin,
+                  int64_t end, bool channels_last) {
+  if (channels_last) {
+    std::fill(out + begin, out + end, 0.0f);
+    for (int64_t place = 0; place < area; ++place) {
+      const float* __restrict at = map + place * channels;
+      for (int64_t c = begin; c < end; ++c) out[c] += at[c];
+    }
+    return;
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    const float* __restrict at = map + c * area;
+    float lanes[16] = {};
+    int64_t place = 0;
+    for (; place + 16 <= area; place += 16) {
+      for (int lane = 0; lane < 16; ++lane) lanes[lane] += at[place + lane];
+    }
+    float total = 0;
+    for (float lane : lanes) total += lane;
+    for (; place < area; ++place) total += at[place];
+    out[c] = total;
+  }
+}
+
+float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
+  float lanes[16] = {};
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) {
+    for (int lane = 0; lane < 16; ++lane) lanes[lane] += a[k + lane] * b[k + lane];
+  }
+  float total = 0;
+  for (float lane : lanes) total += lane;
+  for (; k < size; ++k) total += a[k] * b[k];
+  return total;
+}
+
+// A convolution with its bias, and the rectifier that follows it; without a weight the rectifier alone.
+struct Step {
+  std::optional<Tensor> weight, bias;
+  Nodes padding, stride, dilation;
+  int64_t groups = 1;
+  bool rectifies = false;
+
+  Tensor operator()(Tensor x) const {
+    if (!weight) return at::relu_(x);  // of an input that is nobody else's
+    Tensor y = at::conv2d(x, *weight, bias, stride, padding, dilation, groups);
+    return rectifies ? at::relu_(y) : y;
+  }
+};
+
+// What does not change between forwards.
+struct Stage : torch::CustomClassHolder {
+  Stage(std::vector<Nodes> senders, Nodes entry, std::vector<std::optional<double>> pinned, std::vector<Nodes> free_receivers,
+        std::vector<Nodes> gated_receivers, Tensors shares, Tensors router_weights, Tensors router_biases, Tensors gate_columns,
+        std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw)
+      : senders(std::move(senders)),
+        pinned(std::move(pinned)),
+        free_receivers(std::move(free_receivers)),
+        gated_receivers(std::move(gated_receivers)),
+        shares(std::move(shares)),
+        router_weights(std::move(router_weights)),
+        router_biases(std::move(router_biases)),
+        gate_columns(std::move(gate_columns)),
+        threshold(std::move(threshold)),
+        gate_bias(std::move(gate_bias)),
+        is_psi(is_psi),
+        is_raw(is_raw),
+        is_entry(this->senders.size(), false),
+        last_receiver(this->senders.size(), 0),
+        blocks(this->senders.size()) {
+    for (int64_t node : entry) is_entry[node] = true;
+    for (size_t node = 0; node < this->senders.size(); ++node) {
+      for (int64_t sender : this->senders[node]) last_receiver[sender] = node;
+    }
+  }
+
+  // What the block of a node does, step by step.
+  void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Nodes padding, Nodes stride,
+                       Nodes dilation, int64_t groups, bool rectifies) {
+    blocks[node].push_back({std::move(weight), std::move(bias), std::move(padding), std::move(stride), std::move(dilation),
+                            groups, rectifies});
+  }
+
+  void add_rectifier(int64_t node) { blocks[node].push_back({.rectifies = true}); }
+
+  const std::vector<Nodes> senders;
+  const std::vector<std::optional<double>> pinned;  // of each receiving node: what its in-edges weigh
+  const std::vector<Nodes> free_receivers, gated_receivers;
+  const Tensors shares;  // of each receiving node: α of its in-edges, (E,), where features are not read
+  const Tensors router_weights, router_biases, gate_columns;  // of each sending node
+  const std::optional<Tensor> threshold, gate_bias;
+  const bool is_psi, is_raw;
+  std::vector<bool> is_entry;
+  std::vector<int64_t> last_receiver;  // of each node: when its feature is no longer needed
+  std::vector<std::vector<Step>> blocks;
+};
+
+// One forward of a stage. The caller takes a node's input and puts what the node makes of it, node by node.
+struct Walk : torch::CustomClassHolder {
+  // `x`: the raw input of the stage; `imposed`: (1 or B, N, N) weights instead of the stage's own. Edges close under
+  // τ + `offset`, gates under `least_logit`.
+  Walk(c10::intrusive_ptr<Stage> given, Tensor x, std::optional<Tensor> imposed, double offset, double least_logit)
+      : stage(std::move(given)),
+        samples(x.size(0)),
+        nodes(static_cast<int64_t>(stage->senders.size())),
+        format(x.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                               : at::MemoryFormat::Contiguous),
+        raw(x.contiguous(format)),
+        offset(static_cast<float>(offset)),
+        least_logit(least_logit),
+        alpha(samples * nodes * nodes, 0),
+        weights(samples * nodes * nodes, 0),
+        ran(samples * nodes, 0),
+        alive(samples * nodes, 0),
+        needed(samples * nodes, 1),
+        logits(samples * nodes, 0),
+        features(nodes),
+        places(samples * nodes, -1),
+        rows(nodes) {
+    if (imposed) impose(imposed->to(x.options()).expand({samples, nodes, nodes}).contiguous());
+    if (stage->gate_bias) {
+      const Tensor bias = stage->gate_bias->to(at::kFloat).contiguous();
+      for (int64_t b = 0; b < samples; ++b) {
+        std::copy_n(bias.const_data_ptr<float>(), nodes, logits.data() + b * nodes);
+      }
+    }
+    admit_all(0);
+  }
+
+  // x̂ of a node for the samples for which it is alive, (n, C, H, W): the weighted sum of its in-edges, of an entry node that of
+  // the raw input. Samples without an open in-edge are there for the output node only; nothing where nothing was computed.
+  std::optional<Tensor> take(int64_t node, bool rectify) {
+    const bool is_output = node == nodes - 1;
+    if (is_imposed) {
+      gather_rows(node, is_output);
+    } else {
+      decide(node, is_output);
+    }
+    release(node - 1);
+    return sum(node, stage->is_entry[node], rectify);
+  }
+
+  // The output node's x̂ from the input node's feature, where the stage knows what its blocks do.
+  std::optional<Tensor> run(Tensor feature, bool rectify) {
+    put(0, std::move(feature));
+    for (int64_t node = 1; node < nodes - 1; ++node) {
+      std::optional<Tensor> x = take(node, rectify && !stage->is_entry[node]);
+      if (!x || x->size(0) == 0) continue;
+      for (const Step& step : stage->blocks[node]) x = step(*x);
+      put(node, *x);
+    }
+    return take(nodes - 1, rectify);
+  }
+
+  // What the input node's feature brings an entry node, for the samples for which it runs: its weighted shortcut.
+  std::optional<Tensor> take_shortcut(int64_t node) { return sum(node, false, false); }
+
+  // Take in what a node has computed for those samples, and what follows for its out-edges.
+  void put(int64_t node, Tensor feature) {
+    features[node] = feature.contiguous(format);
+    for (size_t row = 0; row < rows[node].size(); ++row) places[node * samples + rows[node][row]] = row;
+    if (!is_imposed) predict(node);
+  }
+
+  Tensor get_alpha() { return at::tensor(alpha).view({samples, nodes, nodes}); }
+  Tensor get_weights() { return at::tensor(weights).view({samples, nodes, nodes}); }
+  Tensor get_ran() { return at::tensor(ran).view({samples, nodes}).to(at::kBool); }
+
+ private:
+  // α and weights are what was imposed, 0 is closed; which node leads where is known beforehand.
+  void impose(const Tensor& imposed) {
+    is_imposed = true;
+    std::fill(needed.begin(), needed.end(), 0);
+    const float* given = imposed.const_data_ptr<float>();
+    for (int64_t b = 0; b < samples; ++b) {
+      uint8_t* is_alive = alive.data() + b * nodes;
+      uint8_t* is_needed = needed.data() + b * nodes;
+      is_alive[0] = is_needed[nodes - 1] = 1;
+      for (int64_t node = 1; node < nodes; ++node) {
+        for (int64_t sender : stage->senders[node]) {
+          const int64_t at = (b * nodes + node) * nodes + sender;
+          const float weight = is_alive[sender] ? given[at] : 0;
+          alpha[at] = weights[at] = weight;
+          is_alive[node] |= weight != 0;
+        }
+      }
+      for (int64_t node = nodes - 1; node > 0; --node) {
+        if (!is_needed[node]) continue;
+        for (int64_t sender : stage->senders[node]) {
+          is_needed[sender] |= weights[(b * nodes + node) * nodes + sender] != 0;
+        }
+      }
+    }
+  }
+
+  void admit_all(int64_t node) {
+    for (int64_t b = 0; b < samples; ++b) admit(node, b);
+  }
+
+  void admit(int64_t node, int64_t sample) {
+    alive[sample * nodes + node] = 1;
+    ran[sample * nodes + node] = 1;
+    rows[node].push_back(sample);
+  }
+
+  void gather_rows(int64_t node, bool is_output) {
+    for (int64_t b = 0; b < samples; ++b) {
+      const int64_t at = b * nodes + node;
+      if (is_output || (alive[at] && needed[at])) admit(node, b);
+    }
+  }
+
+  // Which in-edges of a node are open, what they weigh, and for which samples the node runs (Eq. 5, §3.3).
+  void decide(int64_t node, bool is_output) {
+    const Nodes& senders = stage->senders[node];
+    const std::optional<double> pin = stage->pinned[node];
+    const bool is_gated = stage->gate_bias.has_value() && !is_output;
+    const bool has_threshold = stage->threshold.has_value() && !pin;
+    const float tau = has_threshold ? stage->threshold->const_data_ptr<float>()[node] : 0;
+    const float least = tau + offset;
+    const float* share = stage->shares[node] ? stage->shares[node]->const_data_ptr<float>() : nullptr;
+    is_open.assign(samples * senders.size(), 0);
+    for (int64_t b = 0; b < samples; ++b) {
+      const bool is_gate_open = !is_gated || logits[b * nodes + node] >= least_logit;
+      bool is_alive = false;
+      for (size_t edge = 0; edge < senders.size(); ++edge) {
+        const int64_t sender = senders[edge], at = (b * nodes + node) * nodes + sender;
+        if (!alive[b * nodes + sender]) {
+          alpha[at] = 0;
+          continue;
+        }
+        const float value = pin ? static_cast<float>(*pin) : share ? share[edge] : alpha[at];
+        alpha[at] = value;
+        if (!is_gate_open || (has_threshold && !(value >= least))) continue;
+        is_alive = is_open[b * senders.size() + edge] = 1;
+        weights[at] = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
+      }
+      if (is_alive || is_output) admit(node, b);
+    }
+  }
+
+  // α of the out-edges, σ(Wᵀφ + b) (Eq. 4), and votes for the gates of blocks.
+  void predict(int64_t node) {
+    const auto& router = stage->router_weights[node];
+    const auto& columns = stage->gate_columns[node];
+    if (!router && !columns) return;
+    const Tensor& feature = features[node];
+    const int64_t count = feature.size(0), channels = feature.size(1), area = feature.size(2) * feature.size(3);
+    const bool is_last = format == at::MemoryFormat::ChannelsLast;
+    const float* maps = feature.const_data_ptr<float>();
+    std::vector<float> pooled(count * channels);
+    const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
+    at::parallel_for(0, count * blocks, grain(area * kChannelBlock), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / blocks, channel = task % blocks * kChannelBlock;
+        sum_channels(pooled.data() + row * channels, maps + row * channels * area, channels, area, channel,
+                     std::min(channel + kChannelBlock, channels), is_last);
+      }
+    });
+    const Nodes &heard = stage->free_receivers[node], &gated = stage->gated_receivers[node];
+    const float* weight = router ? router->const_data_ptr<float>() : nullptr;
+    const float* bias = router ? stage->router_biases[node]->const_data_ptr<float>() : nullptr;
+    const float* column = columns ? columns->const_data_ptr<float>() : nullptr;
+    const int64_t work = channels * static_cast<int64_t>(heard.size() + gated.size());
+    at::parallel_for(0, count, grain(work), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t sample = rows[node][row];
+        float* mean = pooled.data() + row * channels;
+        for (int64_t c = 0; c < channels; ++c) mean[c] /= area;
+        for (size_t edge = 0; weight != nullptr && edge < heard.size(); ++edge) {
+          alpha[(sample * nodes + heard[edge]) * nodes + node] =
+              sigmoid(dot(mean, weight + edge * channels, channels) + bias[edge]);
+        }
+        for (size_t edge = 0; column != nullptr && edge < gated.size(); ++edge) {
+          logits[sample * nodes + gated[edge]] += dot(mean, column + edge * channels, channels);
+        }
+      }
+    });
+  }
+
+  std::optional<Tensor> sum(int64_t node, bool reads_raw, bool rectify) {
+    const Nodes& senders = stage->senders[node];
+    const int64_t count = static_cast<int64_t>(rows[node].size());
+    const Tensor* like = reads_raw ? &raw : nullptr;
+    for (size_t edge = 0; like == nullptr && edge < senders.size(); ++edge) {
+      const Tensor& feature = features[senders[edge]];
+      if (feature.defined()) like = &feature;
+    }
+    if (like == nullptr) return std::nullopt;
+    std::vector<Term> terms;
+    std::vector<size_t> starts{0};
+    const int64_t size = like->numel() / std::max<int64_t>(like->size(0), 1);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t sample = rows[node][row];
+      for (size_t edge = 0; edge < senders.size(); ++edge) {
+        const int64_t sender = senders[edge], at = (sample * nodes + node) * nodes + sender;
+        const bool passes = is_imposed ? weights[at] != 0 : is_open[sample * senders.size() + edge];
+        if (!passes) continue;
+        const float* from = reads_raw ? raw.const_data_ptr<float>() + sample * size
+                                      : features[sender].const_data_ptr<float>() + places[sender * samples + sample] * size;
+        terms.push_back({from, weights[at]});
+      }
+      starts.push_back(terms.size());
+    }
+    std::vector<int64_t> shape = like->sizes().vec();
+    shape[0] = count;
+    Tensor out = at::empty(shape, like->options(), format);
+    float* const to = out.mutable_data_ptr<float>();
+    const int64_t chunks = (size + kChunk - 1) / kChunk;
+    at::parallel_for(0, count * chunks, grain(kChunk), [&](int64_t begin, int64_t end) {
+      std::vector<Term> moved;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / chunks, from = task % chunks * kChunk;
+        moved.assign(terms.begin() + starts[row], terms.begin() + starts[row + 1]);
+        for (Term& term : moved) term.values += from;
+        sum_terms(to + row * size + from, std::min(kChunk, size - from), moved.data(), moved.size(), rectify);
+      }
+    });
+    return out;
+  }
+
+  // Features that no later node reads.
+  void release(int64_t before) {
+    for (int64_t node = 0; node <= before; ++node) {
+      if (stage->last_receiver[node] <= before) features[node] = Tensor();
+    }
+  }
+
+  static int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
+
+  const c10::intrusive_ptr<Stage> stage;
+  const int64_t samples, nodes;
+  const at::MemoryFormat format;
+  const Tensor raw;
+  const float offset;
+  const double least_logit;
+  std::vector<float> alpha, weights;        // (B, N, N)
+  std::vector<uint8_t> ran, alive, needed;  // (B, N)
+  std::vector<float> logits;           // (B, N), of the gates
+  std::vector<uint8_t> is_open;        // (B, E), of the node that is taken
+  std::vector<Tensor> features;        // of each node, (n, C, H, W)
+  std::vector<int64_t> places;         // (N, B): where a sample lies in them
+  std::vector<Nodes> rows;             // of each node: the samples for which it runs, ascending
+  bool is_imposed = false;
+};
+
+TORCH_LIBRARY(dgnet, library) {
+  library.class_<Stage>("Stage").def(
+      torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>, Tensors, Tensors,
+                  Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool>())
+      .def("add_convolution", &Stage::add_convolution)
+      .def("add_rectifier", &Stage::add_rectifier);
+  library.class_<Walk>("Walk")
+      .def(torch::init<c10::intrusive_ptr<Stage>, Tensor, std::optional<Tensor>, double, double>())
+      .def("run", &Walk::run)
+      .def("take", &Walk::take)
+      .def("take_shortcut", &Walk::take_shortcut)
+      .def("put", &Walk::put)
+      .def("alpha", &Walk::get_alpha)
+      .def("weights", &Walk::get_weights)
+      .def("ran", &Walk::get_ran);
+}
+
+}  // namespace

@@ -1,0 +1,211 @@
+"""The sparse mode on the CPU with a compiled extension: what `native.cpp` does, one call a block, and when it can."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.errors import UsageError
+from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, NodeGates, RoutedWeighting, find_stages
+from dgnet.graph.weighting import Router, global_average_pool
+from dgnet.inference.sparse import SparseExecutor, set_mode, sum_nothing
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+_VECTOR_FLAGS = {
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+
+def use_native(network: nn.Module) -> nn.Module:
+    """Set `network` to the sparse mode, in place, its stages with the compiled extension as far as that takes them.
+
+    It takes routed weights (`Router`, average pooling), learned and fixed ones, with or without gates on blocks, in float32.
+    Where a stage has something of the user's own, or runs padded batches, it runs in plain PyTorch.
+
+    Raises UsageError where the extension cannot be built.
+    """
+    set_mode(network, "sparse")
+    load_native()
+    for stage in find_stages(network):
+        if _takes(stage):
+            stage._executor = NativeExecutor(stage)
+    return network
+
+
+class NativeExecutor(SparseExecutor):
+    """As SparseExecutor, of one stage, with its weightings and gates as constants."""
+
+    def __init__(self, stage: DynamicGraph) -> None:
+        topology, weighting, gates = stage.topology, stage.weighting, stage.node_gates
+        nodes = range(topology.num_nodes)
+        routers: Any = weighting.routers if isinstance(weighting, RoutedWeighting) else {}
+        columns: Any = {} if gates is None else gates.columns
+        is_routed = isinstance(weighting, RoutedWeighting)
+        self.constants = torch.classes.dgnet.Stage(
+            [list(topology.senders(j)) for j in nodes],
+            list(topology.entry),
+            [topology.pinned.get(j) for j in nodes],
+            [list(topology.free_receivers(i)) for i in nodes],
+            [[] if gates is None else list(gates.receivers(i)) for i in nodes],
+            [None if is_routed or j == 0 or j in topology.pinned else _constant(weighting.share(j)) for j in nodes],
+            [_constant(routers[str(i)].weight) if str(i) in routers else None for i in nodes],
+            [_constant(routers[str(i)].bias) if str(i) in routers else None for i in nodes],
+            [_constant(columns[str(i)].weight) if str(i) in columns else None for i in nodes],
+            None if weighting.threshold is None else _constant(weighting.threshold),
+            None if gates is None else _constant(gates.bias),
+            getattr(weighting, "gate_form", "") == "psi",
+            getattr(weighting, "inference_weight", "") == "raw",
+        )
+        steps = [_flatten(block) for block in stage.nodes]
+        # A stage of plain blocks is one call; else each block is called as the module that it is.
+        self.is_plain = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
+        if self.is_plain:
+            for node, block in enumerate(steps, start=1):
+                self._add_block(node, block or [])
+
+    def _add_block(self, node: int, steps: list[nn.Module]) -> None:
+        for before, step, following in zip([None, *steps], steps, [*steps[1:], None], strict=False):
+            if isinstance(step, nn.Conv2d):
+                options: Any = [list(step.padding), list(step.stride), list(step.dilation), step.groups]
+                weight = step.weight.detach()
+                bias = None if step.bias is None else step.bias.detach()
+                self.constants.add_convolution(node, weight, bias, *options, isinstance(following, nn.ReLU))
+            elif not isinstance(before, nn.Conv2d):
+                self.constants.add_rectifier(node)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparseExecutor, ()  # a copy is not compiled
+
+    @torch.no_grad()
+    def forward(self, stage: DynamicGraph, x: Tensor) -> Tensor:
+        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or stage.area is not None:
+            return super().forward(stage, x)
+        topology, gates = stage.topology, stage.node_gates
+        rectifies = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
+        offset = float(getattr(stage.weighting, "offset", 0.0))
+        least_logit = -math.inf if gates is None else gates.least_logit
+        walk = torch.classes.dgnet.Walk(self.constants, x, stage.find_imposed(x), offset, least_logit)
+        feature = stage.input(x)
+        summed = walk.run(feature, rectifies) if self.is_plain else self._run_blocks(stage, walk, feature, rectifies)
+        if stage._records:
+            _record(stage, walk)
+        if summed is None:
+            return stage.transform(topology.num_nodes - 1, sum_nothing(stage, x))
+        return stage.transform(topology.num_nodes - 1, summed, is_activated=rectifies)
+
+    def _run_blocks(self, stage: DynamicGraph, walk: Any, feature: Tensor, rectifies: bool) -> Tensor | None:
+        """x̂ of the output node, block by block; None where nothing reaches it."""
+        topology = stage.topology
+        last = topology.num_nodes - 1
+        walk.put(0, feature)
+        for node in range(1, last):
+            is_entry = node in topology.entry
+            summed = walk.take(node, rectifies and not is_entry)
+            if summed is None or len(summed) == 0:
+                continue
+            if is_entry:
+                feature = stage.finish_entry(stage.nodes[node - 1](summed), partial(walk.take_shortcut, node))
+            else:
+                feature = stage.transform(node, summed, is_activated=rectifies)
+            walk.put(node, feature)
+        output: Tensor | None = walk.take(last, rectifies)
+        return output
+
+
+def _record(stage: DynamicGraph, walk: Any) -> None:
+    alpha, weights, ran = walk.alpha(), walk.weights(), walk.ran()
+    rows = [(node, list(stage.topology.senders(node))) for node in range(1, stage.topology.num_nodes)]
+    for record in stage._records:
+        record.append(
+            stage,
+            [alpha[:, node, senders] for node, senders in rows],
+            [weights[:, node, senders] for node, senders in rows],
+            list(ran[:, :-1].unbind(1)),
+        )
+
+
+def _flatten(block: nn.Module) -> list[nn.Module] | None:
+    """The convolutions and rectifiers that a block is a sequence of; None where it is more than that."""
+    if block._forward_hooks or block._forward_pre_hooks:
+        return None
+    # With `takes_scale` a sequence differs from PyTorch's in training only.
+    if type(block) is nn.Sequential or (isinstance(block, nn.Sequential) and hasattr(block, "takes_scale")):
+        parts = [_flatten(child) for child in block.children()]
+        return None if None in parts else [step for part in parts for step in part or []]
+    if type(block) is nn.Identity:
+        return []
+    is_plain = type(block) is nn.Conv2d and block.padding_mode == "zeros" and not isinstance(block.padding, str)
+    return [block] if is_plain or type(block) is nn.ReLU else None
+
+
+def _takes(stage: DynamicGraph) -> bool:
+    """Whether the extension knows everything that the stage has."""
+    weighting, gates = stage.weighting, stage.node_gates
+    if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
+        return False
+    if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
+        return False
+    if isinstance(weighting, RoutedWeighting):
+        is_known = weighting.pool is global_average_pool and all(type(r) is Router for r in weighting.routers.values())
+        return is_known and stage.router_reads == "feature"
+    return gates is None or stage.router_reads == "feature"
+
+
+def _constant(values: Tensor) -> Tensor:
+    return values.detach().contiguous()
+
+
+@cache
+def load_native() -> None:
+    """Build the extension if this machine has not yet, and load it; `torch.classes.dgnet` is there afterwards.
+
+    It is kept in the folder of PyTorch's extensions (TORCH_EXTENSIONS_DIR, by default under ~/.cache).
+
+    Raises UsageError where there is no C++ compiler, or it fails.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+    if compiler is None:
+        raise UsageError(
+            "the compiled sparse mode needs a C++ compiler: install g++, name one in CXX, or run without --compile"
+        )
+    command = [compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]
+    command += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE)]
+    installed = Path(torch.__file__).parent
+    command += [f"-I{installed / 'include'}", f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10"]
+    key = hashlib.sha256("\0".join([torch.__version__, *command, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    library = folder / f"dgnet-{key}.so"
+    if not library.exists():
+        print(f"compiling the sparse mode, once on this machine: about half a minute ({library})", file=sys.stderr)
+        _build(command, library)
+    torch.ops.load_library(library)
+
+
+def _build(command: list[str], library: Path) -> None:
+    """Write `library` whole or not at all: other processes may be waiting for it."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
+            built.replace(library)
+    except OSError as error:
+        raise UsageError(f"the compiled sparse mode cannot be built: {error}; run without --compile") from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        message = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit status {error.returncode}")
+        raise UsageError(f"the compiled sparse mode cannot be built: {message}; run without --compile") from error
