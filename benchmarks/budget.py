@@ -3,8 +3,8 @@
     python benchmarks/budget.py STATIC_RUN DG_RUN BUDGET_RUN… --data 'CIFAR10/cifar10-test-000000.tar'
     python benchmarks/budget.py --table         # print the Markdown table of what is there
 
-STATIC_RUN and DG_RUN are compiled, as they would be deployed; the budgets run in the sparse mode, compiled at batch 1 and eager
-above (docs/inference.md). Normalisations are folded everywhere. Each call takes the next batch of the first images of the data,
+All are compiled, as they would be deployed: STATIC_RUN and DG_RUN as one graph, the budgets in the sparse mode
+(docs/inference.md). Normalisations are folded everywhere. Each call takes the next batch of the first images of the data,
 so that wirings vary as they do in use.
 """
 

@@ -61,7 +61,7 @@ def aggregate_rows(
     out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), -1, -1, -1))
     if not first.is_cpu:
         return _sum_blocks(out, features, weights, is_open, rows, size=max(len(out), 1))
-    elements = max(first[0].numel(), 1)
+    elements = max(first.shape[1:].numel(), 1)
     if is_open is not None and is_open.all():
         is_open = None
     is_partial = rows is not None or is_open is not None

@@ -29,7 +29,12 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
         parameter.requires_grad_(False)
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(use_native(network.eval()))
-    compiled = torch.compile(network.eval(), fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
+    return compile_graph(network.eval(), mode)
+
+
+def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    """`network` as one graph; `mode`: the mode that it is in."""
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
 
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():  # the compiler takes no constants under inference_mode
