@@ -73,7 +73,9 @@ def _evaluate_parser() -> Parser:
         "--speed", action="store_true", help="also images/s of the static baseline and of both modes, in one run"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="with --speed: compile (a C++ compiler is needed; the first time takes a minute)"
+        "--compile",
+        action="store_true",
+        help="with --speed: compile (a C++ compiler is needed; the first time takes about a minute)",
     )
     add_json(parser)
     return parser

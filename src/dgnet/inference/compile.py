@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from dgnet.graph import DynamicGraph
 from dgnet.inference.native import use_native
+from dgnet.inference.sparse import set_mode
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {"freezing": True},
@@ -17,7 +20,7 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 
 
 def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor], Tensor]:
-    """`network`, in evaluation mode, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
+    """A copy of `network` in evaluation, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
 
     `mode`: "sparse", or "dense", as which a network without dynamic stages counts. The sparse mode on the CPU takes any batch:
     what lies between the convolutions is a compiled extension (`dgnet.inference.native`). Elsewhere it is one graph with a
@@ -25,15 +28,18 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
 
     Raises UsageError where the sparse mode's extension cannot be built.
     """
+    network = deepcopy(network).eval()
+    if mode == "sparse" and next(network.parameters()).is_cpu:
+        return without_gradients(use_native(network))
+    if any(isinstance(module, DynamicGraph) for module in network.modules()):
+        set_mode(network, mode)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    if mode == "sparse" and next(network.parameters()).is_cpu:
-        return without_gradients(use_native(network.eval()))
-    return compile_graph(network.eval(), mode)
+    return compile_graph(network, mode)
 
 
 def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
-    """`network` as one graph; `mode`: the mode that it is in."""
+    """`network`, whose parameters need no gradients, as one graph; `mode`: the mode that it is in."""
     compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
 
     def run(images: Tensor) -> Tensor:

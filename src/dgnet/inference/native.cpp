@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -15,10 +16,12 @@ namespace {
 
 using at::Tensor;
 using Tensors = std::vector<std::optional<Tensor>>;
-using Nodes = std::vector<int64_t>;
+using Ints = std::vector<int64_t>;
+using Nodes = Ints;
 
 constexpr int64_t kChunk = 2048;       // elements of a sum that stay in the first cache while its terms pass by
 constexpr int64_t kChannelBlock = 64;  // channels that one thread pools
+constexpr int64_t kPlaces = 64;        // places of a map whose sum is kept apart
 constexpr int64_t kGrain = 32 * 1024;  // elements below which waking another thread costs more than it brings
 
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
@@ -46,14 +49,18 @@ void sum_terms(float* __restrict out, int64_t size, const Term* terms, size_t co
   }
 }
 
-// The sum of each channel, from channel `begin` to `end`, of one sample.
+// The sum of each channel, from channel `begin` to `end`, at most kChannelBlock, of one sample.
 void sum_channels(float* __restrict out, const float* __restrict map, int64_t channels, int64_t area, int64_t begin,
                   int64_t end, bool channels_last) {
   if (channels_last) {
     std::fill(out + begin, out + end, 0.0f);
-    for (int64_t place = 0; place < area; ++place) {
-      const float* __restrict at = map + place * channels;
-      for (int64_t c = begin; c < end; ++c) out[c] += at[c];
+    for (int64_t start = 0; start < area; start += kPlaces) {  // in parts: one long sum would round more
+      float part[kChannelBlock] = {};
+      for (int64_t place = start; place < std::min(start + kPlaces, area); ++place) {
+        const float* __restrict at = map + place * channels + begin;
+        for (int64_t c = 0; c < end - begin; ++c) part[c] += at[c];
+      }
+      for (int64_t c = begin; c < end; ++c) out[c] += part[c - begin];
     }
     return;
   }
@@ -86,7 +93,7 @@ float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
 // A convolution with its bias, and the rectifier that follows it; without a weight the rectifier alone.
 struct Step {
   std::optional<Tensor> weight, bias;
-  Nodes padding, stride, dilation;
+  Ints padding, stride, dilation;
   int64_t groups = 1;
   bool rectifies = false;
 
@@ -124,8 +131,8 @@ struct Stage : torch::CustomClassHolder {
   }
 
   // What the block of a node does, step by step.
-  void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Nodes padding, Nodes stride,
-                       Nodes dilation, int64_t groups, bool rectifies) {
+  void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Ints padding, Ints stride,
+                       Ints dilation, int64_t groups, bool rectifies) {
     blocks[node].push_back({std::move(weight), std::move(bias), std::move(padding), std::move(stride), std::move(dilation),
                             groups, rectifies});
   }
@@ -156,21 +163,19 @@ struct Walk : torch::CustomClassHolder {
                                                                : at::MemoryFormat::Contiguous),
         raw(x.contiguous(format)),
         offset(static_cast<float>(offset)),
-        least_logit(least_logit),
+        least_logit(static_cast<float>(least_logit)),
         alpha(samples * nodes * nodes, 0),
         weights(samples * nodes * nodes, 0),
         ran(samples * nodes, 0),
         alive(samples * nodes, 0),
-        needed(samples * nodes, 1),
         logits(samples * nodes, 0),
         features(nodes),
         places(samples * nodes, -1),
         rows(nodes) {
     if (imposed) impose(imposed->to(x.options()).expand({samples, nodes, nodes}).contiguous());
     if (stage->gate_bias) {
-      const Tensor bias = stage->gate_bias->to(at::kFloat).contiguous();
       for (int64_t b = 0; b < samples; ++b) {
-        std::copy_n(bias.const_data_ptr<float>(), nodes, logits.data() + b * nodes);
+        std::copy_n(stage->gate_bias->const_data_ptr<float>(), nodes, logits.data() + b * nodes);
       }
     }
     admit_all(0);
@@ -206,7 +211,10 @@ struct Walk : torch::CustomClassHolder {
 
   // Take in what a node has computed for those samples, and what follows for its out-edges.
   void put(int64_t node, Tensor feature) {
-    features[node] = feature.contiguous(format);
+    TORCH_CHECK(feature.dim() == 4, "a block writes (B, C, H, W), got ", feature.sizes());
+    TORCH_CHECK(feature.size(0) == static_cast<int64_t>(rows[node].size()), "a block was given ", rows[node].size(),
+                " samples and wrote ", feature.size(0));
+    features[node] = feature.to(at::kFloat).contiguous(format);
     for (size_t row = 0; row < rows[node].size(); ++row) places[node * samples + rows[node][row]] = row;
     if (!is_imposed) predict(node);
   }
@@ -219,7 +227,7 @@ struct Walk : torch::CustomClassHolder {
   // α and weights are what was imposed, 0 is closed; which node leads where is known beforehand.
   void impose(const Tensor& imposed) {
     is_imposed = true;
-    std::fill(needed.begin(), needed.end(), 0);
+    needed.assign(samples * nodes, 0);
     const float* given = imposed.const_data_ptr<float>();
     for (int64_t b = 0; b < samples; ++b) {
       uint8_t* is_alive = alive.data() + b * nodes;
@@ -296,6 +304,10 @@ struct Walk : torch::CustomClassHolder {
     const Tensor& feature = features[node];
     const int64_t count = feature.size(0), channels = feature.size(1), area = feature.size(2) * feature.size(3);
     const bool is_last = format == at::MemoryFormat::ChannelsLast;
+    for (const auto& weight : {router, columns}) {
+      TORCH_CHECK(!weight || weight->size(1) == channels, "node ", node, " has ", channels, " channels, its router reads ",
+                  weight ? weight->size(1) : 0);
+    }
     const float* maps = feature.const_data_ptr<float>();
     std::vector<float> pooled(count * channels);
     const int64_t blocks = (channels + kChannelBlock - 1) / kChannelBlock;
@@ -336,6 +348,11 @@ struct Walk : torch::CustomClassHolder {
       if (feature.defined()) like = &feature;
     }
     if (like == nullptr) return std::nullopt;
+    for (size_t edge = 0; !reads_raw && edge < senders.size(); ++edge) {
+      const Tensor& feature = features[senders[edge]];
+      TORCH_CHECK(!feature.defined() || feature.sizes().slice(1) == like->sizes().slice(1), "what node ", node,
+                  " sums has different shapes: ", feature.sizes(), " and ", like->sizes());
+    }
     std::vector<Term> terms;
     std::vector<size_t> starts{0};
     const int64_t size = like->numel() / std::max<int64_t>(like->size(0), 1);
@@ -382,14 +399,14 @@ struct Walk : torch::CustomClassHolder {
   const at::MemoryFormat format;
   const Tensor raw;
   const float offset;
-  const double least_logit;
+  const float least_logit;
   std::vector<float> alpha, weights;        // (B, N, N)
   std::vector<uint8_t> ran, alive, needed;  // (B, N)
   std::vector<float> logits;           // (B, N), of the gates
   std::vector<uint8_t> is_open;        // (B, E), of the node that is taken
   std::vector<Tensor> features;        // of each node, (n, C, H, W)
   std::vector<int64_t> places;         // (N, B): where a sample lies in them
-  std::vector<Nodes> rows;             // of each node: the samples for which it runs, ascending
+  std::vector<Ints> rows;              // of each node: the samples for which it runs, ascending
   bool is_imposed = false;
 };
 

@@ -1,10 +1,11 @@
-"""The sparse mode on the CPU with a compiled extension: what `native.cpp` does, one call a block, and when it can."""
+"""The sparse mode on the CPU with a compiled extension, `native.cpp`: when it takes a stage, handing one over, building it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, NodeGates, RoutedWeighting, find_stages
 from dgnet.graph.weighting import Router, global_average_pool
 from dgnet.inference.sparse import SparseExecutor, set_mode, sum_nothing
+from dgnet.models.connectivity import Transform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -33,12 +35,13 @@ def use_native(network: nn.Module) -> nn.Module:
     """Set `network` to the sparse mode, in place, its stages with the compiled extension as far as that takes them.
 
     It takes routed weights (`Router`, average pooling), learned and fixed ones, with or without gates on blocks, in float32.
-    Where a stage has something of the user's own, or runs padded batches, it runs in plain PyTorch.
+    Weights, and which modules have hooks, are as they are now. In plain PyTorch runs a stage that has a weighting, router or
+    pool of the user's own, hooks on these, or routers that read activations; so do padded batches, autocast, other precisions.
 
     Raises UsageError where the extension cannot be built.
     """
-    set_mode(network, "sparse")
     load_native()
+    set_mode(network, "sparse")
     for stage in find_stages(network):
         if _takes(stage):
             stage._executor = NativeExecutor(stage)
@@ -139,10 +142,9 @@ def _record(stage: DynamicGraph, walk: Any) -> None:
 
 def _flatten(block: nn.Module) -> list[nn.Module] | None:
     """The convolutions and rectifiers that a block is a sequence of; None where it is more than that."""
-    if block._forward_hooks or block._forward_pre_hooks:
+    if _has_hooks(block):
         return None
-    # With `takes_scale` a sequence differs from PyTorch's in training only.
-    if type(block) is nn.Sequential or (isinstance(block, nn.Sequential) and hasattr(block, "takes_scale")):
+    if type(block) in (nn.Sequential, Transform):
         parts = [_flatten(child) for child in block.children()]
         return None if None in parts else [step for part in parts for step in part or []]
     if type(block) is nn.Identity:
@@ -151,52 +153,61 @@ def _flatten(block: nn.Module) -> list[nn.Module] | None:
     return [block] if is_plain or type(block) is nn.ReLU else None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
+
+
 def _takes(stage: DynamicGraph) -> bool:
     """Whether the extension knows everything that the stage has."""
     weighting, gates = stage.weighting, stage.node_gates
     if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
         return False
+    if any(_has_hooks(module) for module in (weighting, stage.activation, gates) if module is not None):
+        return False
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
     if isinstance(weighting, RoutedWeighting):
-        is_known = weighting.pool is global_average_pool and all(type(r) is Router for r in weighting.routers.values())
+        is_known = weighting.pool is global_average_pool and all(
+            type(r) is Router and r.bias is not None for r in weighting.routers.values()
+        )
         return is_known and stage.router_reads == "feature"
     return gates is None or stage.router_reads == "feature"
 
 
 def _constant(values: Tensor) -> Tensor:
-    return values.detach().contiguous()
+    return values.detach().clone(memory_format=torch.contiguous_format)
 
 
 @cache
 def load_native() -> None:
     """Build the extension if this machine has not yet, and load it; `torch.classes.dgnet` is there afterwards.
 
-    It is kept in the folder of PyTorch's extensions (TORCH_EXTENSIONS_DIR, by default under ~/.cache).
+    It is kept in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions.
 
     Raises UsageError where there is no C++ compiler, or it fails.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
-    if compiler is None:
-        raise UsageError(
-            "the compiled sparse mode needs a C++ compiler: install g++, name one in CXX, or run without --compile"
-        )
-    command = [compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
+    if not compiler:
+        raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
+    command = [*compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]
     command += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE)]
     installed = Path(torch.__file__).parent
     command += [f"-I{installed / 'include'}", f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256("\0".join([torch.__version__, *command, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([torch.__version__, *command, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
     library = folder / f"dgnet-{key}.so"
     if not library.exists():
         print(f"compiling the sparse mode, once on this machine: about half a minute ({library})", file=sys.stderr)
         _build(command, library)
-    torch.ops.load_library(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # built against other system libraries, in a home that machines share
+        raise UsageError(f"{library} cannot be loaded: {error}; remove it, it is built anew") from error
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Write `library` whole or not at all: other processes may be waiting for it."""
+    """Write `library` whole or not at all: other processes may be loading it."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -204,8 +215,8 @@ def _build(command: list[str], library: Path) -> None:
             subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
             built.replace(library)
     except OSError as error:
-        raise UsageError(f"the compiled sparse mode cannot be built: {error}; run without --compile") from error
+        raise UsageError(f"the compiled sparse mode cannot be built: {error}") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         message = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit status {error.returncode}")
-        raise UsageError(f"the compiled sparse mode cannot be built: {message}; run without --compile") from error
+        raise UsageError(f"the compiled sparse mode cannot be built: {message}") from error
