@@ -33,13 +33,13 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
         return without_gradients(use_native(network))
     if any(isinstance(module, DynamicGraph) for module in network.modules()):
         set_mode(network, mode)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
     return compile_graph(network, mode)
 
 
 def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
-    """`network`, whose parameters need no gradients, as one graph; `mode`: the mode that it is in."""
+    """`network`, whose parameters then take no gradients, as one graph; `mode`: the mode that it is in."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
     compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
 
     def run(images: Tensor) -> Tensor:

@@ -90,17 +90,15 @@ float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
   return total;
 }
 
-// A convolution with its bias, and the rectifier that follows it; without a weight the rectifier alone.
+// A convolution, or without a weight a rectifier.
 struct Step {
   std::optional<Tensor> weight, bias;
   Ints padding, stride, dilation;
   int64_t groups = 1;
-  bool rectifies = false;
 
   Tensor operator()(Tensor x) const {
-    if (!weight) return at::relu_(x);  // of an input that is nobody else's
-    Tensor y = at::conv2d(x, *weight, bias, stride, padding, dilation, groups);
-    return rectifies ? at::relu_(y) : y;
+    if (!weight) return at::relu_(x);  // in place: what a step reads is nobody else's
+    return at::conv2d(x, *weight, bias, stride, padding, dilation, groups);
   }
 };
 
@@ -132,12 +130,12 @@ struct Stage : torch::CustomClassHolder {
 
   // What the block of a node does, step by step.
   void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Ints padding, Ints stride,
-                       Ints dilation, int64_t groups, bool rectifies) {
+                       Ints dilation, int64_t groups) {
     blocks[node].push_back({std::move(weight), std::move(bias), std::move(padding), std::move(stride), std::move(dilation),
-                            groups, rectifies});
+                            groups});
   }
 
-  void add_rectifier(int64_t node) { blocks[node].push_back({.rectifies = true}); }
+  void add_rectifier(int64_t node) { blocks[node].emplace_back(); }
 
   const std::vector<Nodes> senders;
   const std::vector<std::optional<double>> pinned;  // of each receiving node: what its in-edges weigh
@@ -178,7 +176,7 @@ struct Walk : torch::CustomClassHolder {
         std::copy_n(stage->gate_bias->const_data_ptr<float>(), nodes, logits.data() + b * nodes);
       }
     }
-    admit_all(0);
+    for (int64_t b = 0; b < samples; ++b) admit(0, b);
   }
 
   // x̂ of a node for the samples for which it is alive, (n, C, H, W): the weighted sum of its in-edges, of an entry node that of
@@ -248,10 +246,6 @@ struct Walk : torch::CustomClassHolder {
         }
       }
     }
-  }
-
-  void admit_all(int64_t node) {
-    for (int64_t b = 0; b < samples; ++b) admit(node, b);
   }
 
   void admit(int64_t node, int64_t sample) {
@@ -402,18 +396,18 @@ struct Walk : torch::CustomClassHolder {
   const float least_logit;
   std::vector<float> alpha, weights;        // (B, N, N)
   std::vector<uint8_t> ran, alive, needed;  // (B, N)
-  std::vector<float> logits;           // (B, N), of the gates
-  std::vector<uint8_t> is_open;        // (B, E), of the node that is taken
-  std::vector<Tensor> features;        // of each node, (n, C, H, W)
-  std::vector<int64_t> places;         // (N, B): where a sample lies in them
-  std::vector<Ints> rows;              // of each node: the samples for which it runs, ascending
+  std::vector<float> logits;                // (B, N), of the gates
+  std::vector<uint8_t> is_open;             // (B, E), of the node that is taken
+  std::vector<Tensor> features;             // of each node, (n, C, H, W)
+  std::vector<int64_t> places;              // (N, B): where a sample lies in them
+  std::vector<Ints> rows;                   // of each node: the samples for which it runs, ascending
   bool is_imposed = false;
 };
 
 TORCH_LIBRARY(dgnet, library) {
-  library.class_<Stage>("Stage").def(
-      torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>, Tensors, Tensors,
-                  Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool>())
+  library.class_<Stage>("Stage")
+      .def(torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>,
+                       Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool>())
       .def("add_convolution", &Stage::add_convolution)
       .def("add_rectifier", &Stage::add_rectifier);
   library.class_<Walk>("Walk")

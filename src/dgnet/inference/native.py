@@ -80,13 +80,12 @@ class NativeExecutor(SparseExecutor):
                 self._add_block(node, block or [])
 
     def _add_block(self, node: int, steps: list[nn.Module]) -> None:
-        for before, step, following in zip([None, *steps], steps, [*steps[1:], None], strict=False):
+        for step in steps:
             if isinstance(step, nn.Conv2d):
                 options: Any = [list(step.padding), list(step.stride), list(step.dilation), step.groups]
-                weight = step.weight.detach()
                 bias = None if step.bias is None else step.bias.detach()
-                self.constants.add_convolution(node, weight, bias, *options, isinstance(following, nn.ReLU))
-            elif not isinstance(before, nn.Conv2d):
+                self.constants.add_convolution(node, step.weight.detach(), bias, *options)
+            else:
                 self.constants.add_rectifier(node)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,12 +165,12 @@ def _takes(stage: DynamicGraph) -> bool:
         return False
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
-    if isinstance(weighting, RoutedWeighting):
-        is_known = weighting.pool is global_average_pool and all(
-            type(r) is Router and r.bias is not None for r in weighting.routers.values()
-        )
-        return is_known and stage.router_reads == "feature"
-    return gates is None or stage.router_reads == "feature"
+    if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
+        return False
+    return not isinstance(weighting, RoutedWeighting) or (
+        weighting.pool is global_average_pool
+        and all(type(router) is Router and router.bias is not None for router in weighting.routers.values())
+    )
 
 
 def _constant(values: Tensor) -> Tensor:

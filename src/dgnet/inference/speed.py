@@ -63,11 +63,10 @@ def deploy(
     Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode on the CPU and
     elsewhere at batch 1 only: larger batches are faster as they are.
     """
-    folded = fold_batch_norms(network, image_size)
-    if any(isinstance(module, DynamicGraph) for module in folded.modules()):
-        set_mode(folded, mode)
-    folded = folded.to(memory_format=torch.channels_last)
+    folded = fold_batch_norms(network, image_size).to(memory_format=torch.channels_last)
     is_cpu = next(folded.parameters()).is_cpu
     if compile and (mode != "sparse" or is_cpu or batch_size == 1):
         return compile_network(folded, mode)
+    if any(isinstance(module, DynamicGraph) for module in folded.modules()):
+        set_mode(folded, mode)
     return without_gradients(folded)
