@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,32 @@ PLACES = ("data", "val_data", "data_root", "output", "threads")
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: an arm of the grid with one seed."""
+    """One training run and its evaluation: an arm of the grid with one seed."""
 
     group: str
     arm: str
     seed: int
     options: dict[str, Any]  # of `dgnet train`, the recipe's included
+    evaluation: dict[str, Any] = field(default_factory=dict)  # options of `dgnet evaluate`, beside the usual
 
     @property
     def digest(self) -> str:
         """Of the options that decide the result: a run of another recipe is another run."""
-        decisive = {name: value for name, value in self.options.items() if name not in PLACES}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(self.training | ({"evaluate": self.evaluation} if self.evaluation else {}))
 
     @property
     def name(self) -> str:
-        """A folder's name."""
-        return f"{self.digest}-{self.options['model']}-seed{self.seed}"
+        """Its training's name, a folder: arms that differ in their evaluation share it."""
+        return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The options that decide what training results in."""
+        return {name: value for name, value in self.options.items() if name not in PLACES}
+
+
+def _digest(options: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def read_grid(path: Path) -> Grid:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         shared = yaml.safe_load((path.parent / values["recipe"]).read_text(encoding="utf-8")) | values["options"]
         runs = [
-            Run(group, arm, seed, fill_seed({**shared, **options, "seed": seed}, seed))
+            build_run(group, arm, seed, {**shared, **options})
             for group, part in values["groups"].items()
             for seed in part["seeds"]
             for arm, options in part["arms"].items()
@@ -96,6 +105,12 @@ def read_grid(path: Path) -> Grid:
                 f"{path}: arm {run.arm!r} with seed {run.seed} stands in groups {seen[run.arm, run.seed]}, {run.group}"
             )
     return grid
+
+
+def build_run(group: str, arm: str, seed: int, options: dict[str, Any]) -> Run:
+    """A run from an arm's and the recipe's options."""
+    evaluation = options.pop("evaluate", {})
+    return Run(group, arm, seed, fill_seed({**options, "seed": seed}, seed), dict(evaluation))
 
 
 def fill_seed(value: Any, seed: int) -> Any:

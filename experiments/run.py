@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,6 +97,7 @@ class Workers:
     def __init__(self, grid: Grid, data: Path, output: Path, device: str) -> None:
         self.grid, self.data, self.output, self.device = grid, data, output, device
         self.lock = threading.Lock()
+        self.folders: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
         self.failed: list[str] = []
@@ -122,7 +124,10 @@ class Workers:
             def work(run: Run) -> None:
                 if self.stopped or time.monotonic() - begun > 60 * minutes:
                     return
-                row = self.run_one(run)
+                with self.lock:
+                    folder_lock = self.folders[run.name]
+                with folder_lock:  # arms that differ in their evaluation share a training
+                    row = self.run_one(run)
                 if row is not None:
                     bar.write(
                         f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %",
@@ -153,13 +158,13 @@ class Workers:
         if is_begun:
             places = ("data", "val_data", "threads")
             options = {"resume": str(folder), **{name: options[name] for name in places if options.get(name) is not None}}
-        words = [f"{flag(name)}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
-        if self.call(["train", *words], log) is None:
+        if self.call(["train", *as_words(options)], log) is None:
             return None
         minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # unknown where it went on
         is_dynamic = run.options["model"].startswith("dg_")
         controls = ["--adjacency-controls"] if is_dynamic else []
-        found = self.call(["evaluate", str(folder), f"--device={self.device}", "--json", *controls], log)
+        words = [f"--device={self.device}", "--json", *controls, *as_words(run.evaluation)]
+        found = self.call(["evaluate", str(folder), *words], log)
         if found is None:
             return None
         cost = dgnet.cost(load_checkpoint(folder).build_network(), self.grid.image_size)
@@ -197,6 +202,11 @@ class Workers:
                 self.failed.append(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}")
             return None
         return out
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [f"{flag(name)}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:

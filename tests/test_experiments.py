@@ -118,6 +118,26 @@ def test_where_the_data_lie_makes_no_other_run(folder):
     assert grids.Run(run.group, run.arm, run.seed, {**run.options, "lr": 0.1}).digest != run.digest
 
 
+def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
+    arms = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
+    usual, raw = grids.read_grid(write_grid(folder, groups={"a": {"seeds": [3], "arms": arms}}, compare=[])).runs
+    assert usual.name == raw.name
+    assert usual.digest != raw.digest
+    assert usual.options == raw.options
+
+
+@pytest.mark.slow
+def test_one_training_is_evaluated_for_each_of_its_arms(folder):
+    arms = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
+    write_grid(folder, groups={"a": {"seeds": [3], "arms": arms}}, compare=[["usual", "raw"]])
+    done = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs", "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    rows = {row["arm"]: row for row in read_table(folder / "results" / "grid.csv")}
+    assert len(list((folder / "runs").glob("*-seed3"))) == 1
+    assert rows["usual"]["train_loss"] == rows["raw"]["train_loss"]
+    assert rows["usual"]["weight_std"] != rows["raw"]["weight_std"]
+
+
 def test_a_seed_stands_for_the_runs_own(folder):
     arm = {"model": "randwire_small_er", "model_kwargs": {"topology_seed": "$seed", "channels": 8}}
     grid = grids.read_grid(write_grid(folder, groups={"a": {"seeds": [3, 4], "arms": {"er": arm}}}, compare=[]))

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
 from dgnet.data import TRAIN, hold_out, open_dataset
 from dgnet.errors import UsageError
+from dgnet.graph import find_stages
 from dgnet.tables import TABLES
-from dgnet.training import TrainConfig
+from dgnet.training import TrainConfig, evaluate, open_evaluation_data
 from dgnet.training.module import Classifier
 from tests.command import ask, refuse
 from tests.data.test_sources import jpeg, write_folder, write_shard
@@ -149,9 +151,26 @@ def test_an_operating_point_is_chosen_and_written(run, tmp_path, capsys):
     assert set(speeds) == {"static", "dense", "sparse"}
 
 
+def test_an_open_edge_weighs_what_evaluate_is_asked_for(run, tmp_path, capsys):
+    gated, raw = (
+        json.loads(ask(capsys, "evaluate", run, "--inference-weight", weight, "--json")) for weight in ("gated", "raw")
+    )
+    assert gated == json.loads(ask(capsys, "evaluate", run, "--json"))
+    network = load_checkpoint(run).build_network()
+    for stage in find_stages(network):
+        stage.weighting.inference_weight = "raw"
+    dataset = open_evaluation_data(load_checkpoint(run))
+    assert raw == json.loads(json.dumps(asdict(evaluate(network, dataset))))
+    assert raw["loss"] != gated["loss"]
+    file = tmp_path / "raw.safetensors"
+    ask(capsys, "evaluate", run, "--inference-weight", "raw", "--write", file)
+    assert json.loads(ask(capsys, "evaluate", file, "--json")) == raw
+
+
 def test_evaluate_refuses_what_does_not_go_together(run, capsys):
     for words, message in (
-        (["--write", "x.safetensors"], "--write needs --threshold-offset"),
+        (["--write", "x.safetensors"], "--write needs --threshold-offset or --inference-weight"),
+        (["--inference-weight", "plain"], "unknown inference_weight 'plain'"),
         (["--offsets", "[0]"], "--offsets needs --sweep-threshold"),
         (["--compile"], "--compile needs --speed"),
         (["--sweep-threshold", "--speed"], "--sweep-threshold does not go with --speed"),

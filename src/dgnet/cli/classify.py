@@ -58,7 +58,16 @@ def _evaluate_parser() -> Parser:
         "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
     )
     parser.add_argument(
-        "--write", type=str | None, default=None, help="write a checkpoint with --threshold-offset: FILE.safetensors"
+        "--inference-weight",
+        type=str | None,
+        default=None,
+        help="what an open edge weighs: gated, as in training, or raw, its α (Eq. 5); by default as trained",
+    )
+    parser.add_argument(
+        "--write",
+        type=str | None,
+        default=None,
+        help="write a checkpoint with --threshold-offset or --inference-weight: FILE.safetensors",
     )
     parser.add_argument(
         "--sweep-threshold", action="store_true", help="accuracy, cost and time over threshold offsets, as a table and a plot"
@@ -88,9 +97,9 @@ def run_evaluate(args: Namespace) -> None:
 
     _check_evaluate(args)
     checkpoint = load_checkpoint(args.checkpoint)
-    if args.threshold_offset is not None:
-        options = {**checkpoint.model_kwargs, "threshold_offset": args.threshold_offset}
-        checkpoint = replace(checkpoint, model_kwargs=options)
+    changes = _changes(args)
+    if changes:
+        checkpoint = replace(checkpoint, model_kwargs={**checkpoint.model_kwargs, **changes})
     network = checkpoint.build_network()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
@@ -99,7 +108,8 @@ def run_evaluate(args: Namespace) -> None:
         return
     if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
         checkpoint.save(Path(args.write))
-        print(f"{args.write}: {checkpoint.model} with threshold_offset {args.threshold_offset}", file=sys.stderr)
+        words = ", ".join(f"{name} {value}" for name, value in changes.items())
+        print(f"{args.write}: {checkpoint.model} with {words}", file=sys.stderr)
     if args.mode == "sparse":
         say_if_idle(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
@@ -144,11 +154,16 @@ def run_evaluate(args: Namespace) -> None:
         )
 
 
+def _changes(args: Namespace) -> dict[str, Any]:
+    """The options of the network that `dgnet evaluate` changes, of those that only evaluation reads."""
+    names = ("threshold_offset", "inference_weight")
+    return {name: args[name] for name in names if args[name] is not None}
+
+
 def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that do not go together."""
-    has_offset = args.threshold_offset is not None
     needs = (
-        ("--write", args.write, "--threshold-offset", has_offset),
+        ("--write", args.write, "--threshold-offset or --inference-weight", bool(_changes(args))),
         ("--offsets", args.offsets is not None, "--sweep-threshold", args.sweep_threshold),
         ("--output", args.output, "--sweep-threshold", args.sweep_threshold),
         ("--compile", args.compile, "--speed", args.speed),
@@ -157,7 +172,7 @@ def _check_evaluate(args: Namespace) -> None:
         if is_given and not is_there:
             raise UsageError(f"{option} needs {needed}; add it, or leave {option} out")
     for option, is_given in (
-        ("--threshold-offset", has_offset),
+        ("--threshold-offset", args.threshold_offset is not None),
         ("--speed", args.speed),
         ("--adjacency-controls", args.adjacency_controls),
     ):
