@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file
-from dgnet.graph import DynamicGraph
+from dgnet.graph import find_stages
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity
 from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
@@ -51,7 +51,7 @@ class Checkpoint:
     def build_dynamic(self) -> nn.Module:
         """As `build_network`. Raises UsageError for a static network."""
         network = self.build_network()
-        if not any(isinstance(module, DynamicGraph) for module in network.modules()):
+        if not find_stages(network):
             raise UsageError(
                 f"{self.path} is of {self.model}, a static network: it has no routed edges to look at;"
                 " use a checkpoint of a model whose name begins with dg_"

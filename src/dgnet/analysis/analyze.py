@@ -34,7 +34,7 @@ from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range, reason
 from dgnet.files import read_table, replace_file, without_nan, write_table
-from dgnet.graph import find_stages, record_connectivity
+from dgnet.graph import find_stages, record_connectivity, require_stages
 
 SAMPLED = 2000
 """Images of the embedding, at most."""
@@ -96,7 +96,7 @@ def analyze(
     Raises UsageError for a network without dynamic stages, no images, an image that is not there, and a folder that cannot be
     written.
     """
-    find_stages(network)
+    require_stages(network)
     check_range("--batch-size", batch_size, 1)
     check_range("--workers", workers, 0)
     check_range("--extremes", extremes, 0, MOST_IMAGES)

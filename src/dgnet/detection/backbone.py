@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph
+from dgnet.graph import find_stages
 from dgnet.graph.area import ValidArea
 
 STRIDES = (4, 8, 16, 32)
@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         norm = nn.BatchNorm2d if fpn_norm else None
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm)
         self.out_channels = channels
-        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        self.stages = find_stages(network)
         self.area: ValidArea | None = None
         if self.stages:
             self._register_masks()

@@ -17,7 +17,7 @@ from dgnet.detection.coco import CocoDetection
 from dgnet.detection.evaluation import CocoEvaluation, DetectionResult
 from dgnet.detection.module import counted
 from dgnet.errors import check_range
-from dgnet.graph import DynamicGraph, record_connectivity
+from dgnet.graph import find_stages, record_connectivity
 from dgnet.inference import set_mode
 from dgnet.training.evaluate import WiringStatistics
 from dgnet.training.loading import EvaluationOrder, build_loader
@@ -50,9 +50,8 @@ def evaluate_detector(
     check_range("--batch-size", batch_size, 1)
     check_range("--workers", workers, 0)
     evaluation = CocoEvaluation(dataset.annotations, backend)
-    stages = [module for module in detector.modules() if isinstance(module, DynamicGraph)]
-    if mode != "dense" or stages:
-        set_mode(detector, mode)
+    stages = find_stages(detector)
+    set_mode(detector, mode)
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     statistics = WiringStatistics(stages) if stages and ranks[1] == 1 else None
     loader = build_loader(DetectionItems(dataset), EvaluationOrder(len(dataset), batch_size, *ranks), workers, collate)

@@ -5,6 +5,7 @@ from dgnet.graph.node_gate import NodeGates as NodeGates
 from dgnet.graph.record import Record as Record
 from dgnet.graph.record import find_stages as find_stages
 from dgnet.graph.record import record_connectivity as record_connectivity
+from dgnet.graph.record import require_stages as require_stages
 from dgnet.graph.record import use_connectivity as use_connectivity
 from dgnet.graph.stage import DynamicGraph as DynamicGraph
 from dgnet.graph.stage import remove as remove

@@ -18,8 +18,13 @@ from dgnet.graph.topology import Topology
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:
-    """The model's dynamic stages, in order. Raises UsageError where it has none."""
-    stages = [module for module in model.modules() if isinstance(module, DynamicGraph)]
+    """The model's dynamic stages, in order; none in a static network."""
+    return [module for module in model.modules() if isinstance(module, DynamicGraph)]
+
+
+def require_stages(model: nn.Module) -> list[DynamicGraph]:
+    """As `find_stages`. Raises UsageError where there are none."""
+    stages = find_stages(model)
     if not stages:
         raise UsageError(f"{type(model).__name__} has no dynamic stages; models that do: dgnet models")
     return stages
@@ -122,7 +127,7 @@ def record_connectivity(model: nn.Module) -> Iterator[Record]:
 
     Raises UsageError where the model has no dynamic stages.
     """
-    stages = find_stages(model)
+    stages = require_stages(model)
     record = Record(stages)
     for stage in stages:
         stage._records = [*stage._records, record]
@@ -142,7 +147,7 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
 
     Raises UsageError where a matrix is missing, has the wrong size, or weighs an edge that the topology lacks.
     """
-    stages = find_stages(model)
+    stages = require_stages(model)
     if len(adjacency) != len(stages):
         raise UsageError(f"the model has {len(stages)} dynamic stages, got {len(adjacency)} adjacency matrices")
     imposed = [

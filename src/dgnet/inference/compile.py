@@ -8,7 +8,6 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from dgnet.graph import DynamicGraph
 from dgnet.inference.native import use_native
 from dgnet.inference.sparse import set_mode
 
@@ -31,8 +30,7 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(use_native(network))
-    if any(isinstance(module, DynamicGraph) for module in network.modules()):
-        set_mode(network, mode)
+    set_mode(network, mode)
     return compile_graph(network, mode)
 
 

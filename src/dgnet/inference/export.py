@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dgnet.errors import UsageError, check_choice, reason
-from dgnet.graph import DynamicGraph
 from dgnet.inference.fold import fold_batch_norms
 from dgnet.inference.sparse import MODES, set_mode
 
@@ -33,8 +32,7 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     check_choice("--mode", mode, MODES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     folded = fold_batch_norms(network, (height, width)).cpu().float()
-    if mode != "dense" or any(isinstance(module, DynamicGraph) for module in folded.modules()):
-        set_mode(folded, mode)
+    set_mode(folded, mode)
     images = torch.randn(5, getattr(network, "in_chans", 3), height, width)
     try:
         with torch.no_grad(), _quiet():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import DynamicGraph, find_stages, remove
+from dgnet.graph import DynamicGraph, find_stages, remove, require_stages
 from dgnet.graph.aggregate import aggregate_rows
 from dgnet.graph.stage import DENSE, Executor, Predicted, stack_alive
 from dgnet.graph.topology import Topology
@@ -24,10 +24,10 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
     alive, and not at all where there are none; the output is the same to rounding. In both modes connectivity can be recorded
     (`record.ran` says which nodes ran) and imposed. Training is always dense.
 
-    Raises UsageError for an unknown mode and for a model without dynamic stages.
+    A model without dynamic stages has the mode "dense" only. Raises UsageError for another.
     """
     check_choice("mode", mode, MODES)
-    for stage in find_stages(model):
+    for stage in require_stages(model) if mode == "sparse" else find_stages(model):
         stage._executor = _SPARSE if mode == "sparse" else DENSE
     return model
 
@@ -37,7 +37,7 @@ def can_skip(model: nn.Module) -> bool:
 
     Raises UsageError for a model without dynamic stages.
     """
-    return any(stage.node_gates is not None or stage.weighting.threshold is not None for stage in find_stages(model))
+    return any(stage.node_gates is not None or stage.weighting.threshold is not None for stage in require_stages(model))
 
 
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dgnet.graph import DynamicGraph
+from dgnet.graph import find_stages
 from dgnet.inference.compile import compile_network, without_gradients
 from dgnet.inference.fold import fold_batch_norms
 from dgnet.inference.sparse import set_mode
@@ -44,10 +44,9 @@ def measure_speed(
     """
     device = str(images.device)
     size = (images.shape[2], images.shape[3])
-    is_dynamic = any(isinstance(module, DynamicGraph) for module in network.modules())
     steps: dict[str, Callable[[], object]] = {}
     sides = {} if static is None else {"static": static}
-    sides |= dict.fromkeys(("dense", "sparse") if is_dynamic else ("dense",), network)
+    sides |= dict.fromkeys(("dense", "sparse") if find_stages(network) else ("dense",), network)
     for name, side in sides.items():
         run = deploy(side.to(images.device), size, "sparse" if name == "sparse" else "dense", len(images), compile)
         steps[name] = partial(run, images.contiguous(memory_format=torch.channels_last))
@@ -67,6 +66,4 @@ def deploy(
     is_cpu = next(folded.parameters()).is_cpu
     if compile and (mode != "sparse" or is_cpu or batch_size == 1):
         return compile_network(folded, mode)
-    if any(isinstance(module, DynamicGraph) for module in folded.modules()):
-        set_mode(folded, mode)
-    return without_gradients(folded)
+    return without_gradients(set_mode(folded, mode))

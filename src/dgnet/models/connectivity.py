@@ -23,6 +23,7 @@ from dgnet.graph import (
     Weighting,
     aggregate,
     build_topology,
+    find_stages,
     global_average_pool,
 )
 from dgnet.graph.topology import TOPOLOGIES, TopologyLike
@@ -335,7 +336,7 @@ class DynamicNetwork(nn.Module):
     @property
     def stages(self) -> list[DynamicGraph]:
         """The dynamic stages, in order."""
-        return [module for module in self.modules() if isinstance(module, DynamicGraph)]
+        return find_stages(self)
 
     def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
         """Replace the static stages, each a sequence of blocks, by graphs."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dgnet.cost import cost_model
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import DynamicGraph
+from dgnet.graph import DynamicGraph, find_stages
 
 PER = ("batch", "sample")
 
@@ -37,7 +37,7 @@ class Budget:
         check_choice("--budget-per", per, PER)
         check_range("--budget-strength", strength, 0)
         check_range("--budget-warmup", warmup, 0, 1)
-        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        self.stages = find_stages(network)
         if not self.stages:
             raise UsageError(f"--budget {share} needs a network with dynamic stages, which {type(network).__name__} has not")
         if all(stage.node_gates is None for stage in self.stages):

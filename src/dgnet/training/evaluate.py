@@ -17,7 +17,7 @@ from dgnet.checkpoint import Checkpoint
 from dgnet.cost import CostModel, cost_model
 from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
-from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, use_connectivity
+from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, require_stages, use_connectivity
 from dgnet.inference import measure_speed, set_mode
 from dgnet.training.metrics import build_metrics, update_metrics
 
@@ -152,7 +152,7 @@ class Tally:
     def __init__(self, network: nn.Module, class_names: list[str], costs: CostModel, device: str) -> None:
         self.network = network
         self.class_names = class_names
-        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        self.stages = find_stages(network)
         self.metrics = build_metrics().to(device)
         self.statistics = WiringStatistics(self.stages)
         self.cost = ExecutedCost(costs)
@@ -251,11 +251,9 @@ def evaluate(
     check_range("--batch-size", batch_size, 1)
     check_range("--workers", workers, 0)
     network = network.to(device).eval()
-    stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
-    if stages or mode != "dense":
-        set_mode(network, mode)
+    set_mode(network, mode)
     if adjacency_controls:
-        find_stages(network)
+        require_stages(network)
         # Neighbours in a data set are often of one class.
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     other, mean = (build_metrics().to(device) for _ in range(2))

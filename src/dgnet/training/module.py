@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 
 from dgnet.data import IGNORED, BadImages, ImageDataset, Preprocessing, ShardStream, TrainingItems, fold
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, record_connectivity
+from dgnet.graph import find_stages, record_connectivity
 from dgnet.training.budget import Budget
 from dgnet.training.cached import CachedLoader
 from dgnet.training.config import RunConfig, TrainConfig
@@ -43,7 +43,7 @@ class RunModule(L.LightningModule):
         self.config = config
         self.carried = carried
         self.train_metrics = train_metrics
-        self.stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+        self.stages = find_stages(network)
         self.first_bad_step = torch.tensor(-1)  # whose loss was not finite; no buffer: those follow the first process
 
     def describe_epoch(self) -> str:
@@ -223,7 +223,7 @@ def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[s
     """Groups with and without weight decay; routing apart where it decays otherwise, thresholds with their learning rate."""
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
-    stages = [module for module in network.modules() if isinstance(module, DynamicGraph)]
+    stages = find_stages(network)
     weightings = [stage.weighting for stage in stages]
     gates = [stage.node_gates for stage in stages if stage.node_gates is not None]
     deciders = [weighting for weighting in weightings if weighting.reads_features]
