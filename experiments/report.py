@@ -24,6 +24,8 @@ from grid import Grid, read_grid
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_BELOW = 10.0
+"""Points of top-1 that a drawn arm may lie below the median arm."""
 MEASURES = {  # column: heading, digits
     "top1": ("{evaluated} top-1 %", 2),
     "train_top1": ("train top-1 %", 2),
@@ -142,13 +144,20 @@ def format_connectivity(arms: Arms) -> str:
 
 
 def draw_accuracy(grid: Grid, arms: Arms) -> Any:
-    """Top-1 of every run and the mean of every arm."""
+    """Top-1 of every run and the mean of every arm; an arm far below the others is a number at the edge."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.45 * len(arms)))
     names = list(arms)[::-1]
+    means = {arm: statistics.fmean(column(arms[arm], "top1")) for arm in names}
+    lowest = statistics.median(means.values()) - MOST_BELOW
     for height, arm in enumerate(names):
+        if means[arm] < lowest:
+            label = f"← {format_mean(column(arms[arm], 'top1'), 2)}"
+            axes.text(0.01, height, label, va="center", transform=axes.get_yaxis_transform())
+            continue
         values = column(arms[arm], "top1")
         axes.plot(values, [height] * len(values), "o", color=COLOURS[0], alpha=0.5, markersize=5)
-        axes.plot([statistics.fmean(values)] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
+        axes.plot([means[arm]] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
+    axes.set_ylim(-0.5, len(names) - 0.5)
     axes.set_yticks(range(len(names)), [f"{arm} ({len(arms[arm])})" for arm in names])
     axes.set_xlabel(f"{grid.evaluated} top-1, %; a dot a seed, a bar the mean")
     axes.grid(axis="x", alpha=0.3)
@@ -164,7 +173,8 @@ def draw_curves(grid: Grid, arms: Arms) -> Any:
             curves.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
     groups: dict[str, list[str]] = {}
     for run in grid.runs:
-        if run.arm in curves and run.arm not in groups.setdefault(run.group, []):
+        is_trained = not run.evaluation  # the curve of an arm that is only evaluated otherwise is there already
+        if is_trained and run.arm in curves and run.arm not in groups.setdefault(run.group, []):
             groups[run.group].append(run.arm)
     groups = {group: names for group, names in groups.items() if names}
     figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.6), squeeze=False, sharey=True)

@@ -157,6 +157,15 @@ def test_without_test_images_a_run_is_judged_on_those_it_holds_out(folder):
     assert "held-out top-1 %" in call("report.py", folder / "grid.yaml").stdout
 
 
+def test_an_arm_far_below_the_others_does_not_squeeze_the_picture(folder):
+    grid = grids.read_grid(folder / "grid.yaml")
+    arms = {name: {3: {"top1": str(top1)}} for name, top1 in (("static", 80.0), ("dynamic", 81.0), ("raw", 30.0))}
+    (axes,) = report.draw_accuracy(grid, arms).axes
+    assert axes.get_xlim()[0] > 75
+    assert [text.get_text() for text in axes.texts] == ["← 30.00"]
+    assert len(axes.lines) == 2 * 2
+
+
 def test_the_interval_is_that_of_a_paired_t_test():
     first = {seed: {"top1": str(value)} for seed, value in enumerate([80.0, 81.0, 79.5, 80.2])}
     second = {seed: {"top1": str(value)} for seed, value in enumerate([80.9, 81.2, 80.6, 80.1, 99.0])}
