@@ -147,16 +147,16 @@ def draw_accuracy(grid: Grid, arms: Arms) -> Any:
     """Top-1 of every run and the mean of every arm; an arm far below the others is a number at the edge."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.45 * len(arms)))
     names = list(arms)[::-1]
-    means = {arm: statistics.fmean(column(arms[arm], "top1")) for arm in names}
-    lowest = statistics.median(means.values()) - MOST_BELOW
-    for height, arm in enumerate(names):
-        if means[arm] < lowest:
-            label = f"← {format_mean(column(arms[arm], 'top1'), 2)}"
+    reached = [column(arms[arm], "top1") for arm in names]
+    lowest = statistics.median(map(statistics.fmean, reached)) - MOST_BELOW
+    for height, values in enumerate(reached):
+        mean = statistics.fmean(values)
+        if mean < lowest:
+            label = f"← {format_mean(values, 2)}"
             axes.text(0.01, height, label, va="center", transform=axes.get_yaxis_transform())
             continue
-        values = column(arms[arm], "top1")
         axes.plot(values, [height] * len(values), "o", color=COLOURS[0], alpha=0.5, markersize=5)
-        axes.plot([means[arm]] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
+        axes.plot([mean] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
     axes.set_ylim(-0.5, len(names) - 0.5)
     axes.set_yticks(range(len(names)), [f"{arm} ({len(arms[arm])})" for arm in names])
     axes.set_xlabel(f"{grid.evaluated} top-1, %; a dot a seed, a bar the mean")

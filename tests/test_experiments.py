@@ -23,6 +23,7 @@ import grid as grids  # noqa: E402
 import report  # noqa: E402
 
 RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
+ONE_TRAINING = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
 
 
 @pytest.fixture
@@ -119,8 +120,7 @@ def test_where_the_data_lie_makes_no_other_run(folder):
 
 
 def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
-    arms = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
-    usual, raw = grids.read_grid(write_grid(folder, groups={"a": {"seeds": [3], "arms": arms}}, compare=[])).runs
+    usual, raw = grids.read_grid(write_grid(folder, groups={"a": {"seeds": [3], "arms": ONE_TRAINING}}, compare=[])).runs
     assert usual.name == raw.name
     assert usual.digest != raw.digest
     assert usual.options == raw.options
@@ -128,8 +128,7 @@ def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
 
 @pytest.mark.slow
 def test_one_training_is_evaluated_for_each_of_its_arms(folder):
-    arms = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
-    write_grid(folder, groups={"a": {"seeds": [3], "arms": arms}}, compare=[["usual", "raw"]])
+    write_grid(folder, groups={"a": {"seeds": [3], "arms": ONE_TRAINING}}, compare=[["usual", "raw"]])
     done = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs", "--jobs", 2)
     assert done.returncode == 0, done.stderr
     rows = {row["arm"]: row for row in read_table(folder / "results" / "grid.csv")}
