@@ -10,14 +10,11 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from dgnet.analysis.figures import save_figure
 from dgnet.errors import UsageError
 from dgnet.files import read_table
 from grid import Grid, read_grid
@@ -56,8 +53,7 @@ def main() -> int:
         return 2
     print("\n\n".join([format_arms(grid, arms), format_differences(grid, arms), format_connectivity(arms)]))
     for name, figure in (("accuracy", draw_accuracy(grid, arms)), ("curves", draw_curves(grid, arms))):
-        for ending in ("png", "svg"):
-            figure.savefig(grid.table.with_name(f"{args.grid.stem}_{name}.{ending}"), dpi=150, bbox_inches="tight")
+        save_figure(figure, grid.table.parent, f"{args.grid.stem}_{name}")
     return 0
 
 
@@ -143,9 +139,10 @@ def format_connectivity(arms: Arms) -> str:
     return format_table(["arm", *(head for head, _ in CONNECTIVITY.values())], lines)
 
 
-def draw_accuracy(grid: Grid, arms: Arms) -> Any:
+def draw_accuracy(grid: Grid, arms: Arms) -> Figure:
     """Top-1 of every run and the mean of every arm; an arm far below the others is a number at the edge."""
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.45 * len(arms)))
+    figure = Figure(figsize=(7, 0.8 + 0.45 * len(arms)), layout="constrained")
+    axes = figure.subplots()
     names = list(arms)[::-1]
     reached = [column(arms[arm], "top1") for arm in names]
     lowest = statistics.median(map(statistics.fmean, reached)) - MOST_BELOW
@@ -164,7 +161,7 @@ def draw_accuracy(grid: Grid, arms: Arms) -> Any:
     return figure
 
 
-def draw_curves(grid: Grid, arms: Arms) -> Any:
+def draw_curves(grid: Grid, arms: Arms) -> Figure:
     """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
     curves: dict[str, dict[int, list[float]]] = {}
     digests = {(arm, row["digest"]) for arm, rows in arms.items() for row in rows.values()}
@@ -177,7 +174,8 @@ def draw_curves(grid: Grid, arms: Arms) -> Any:
         if is_trained and run.arm in curves and run.arm not in groups.setdefault(run.group, []):
             groups[run.group].append(run.arm)
     groups = {group: names for group, names in groups.items() if names}
-    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.6), squeeze=False, sharey=True)
+    figure = Figure(figsize=(5 * len(groups), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)
     for axes, (group, names) in zip(panels[0], groups.items(), strict=True):
         partners = [first for first, second in grid.compare if second in names and first not in names and first in curves]
         for number, arm in enumerate([*dict.fromkeys(partners), *names]):

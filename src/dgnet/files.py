@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dgnet.errors import UsageError, reason
+
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -33,6 +35,15 @@ def replace_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             written.unlink()
         raise
+
+
+@contextmanager
+def writing(target: object, advice: str = "name another with --output") -> Iterator[None]:
+    """Raises UsageError, with `target` and `advice`, where what is written inside the `with` block cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
 
 
 def without_nan(document: Any) -> Any:

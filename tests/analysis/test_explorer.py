@@ -15,12 +15,12 @@ from dgnet.analysis.explorer import (
     shorten_names,
     write_explorer,
 )
+from dgnet.analysis.sweep import OFFSETS
 from dgnet.cost import cost_model
 from dgnet.data import decode
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
 from dgnet.inference import set_mode, set_threshold_offset
-from dgnet.training.sweep import OFFSETS
 from tests.analysis.pictures import CLASSES, Pictures
 
 

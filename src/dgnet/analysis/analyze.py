@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from dgnet.analysis.statistics import ImageResult, Statistics, flatten_edges
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range, reason
-from dgnet.files import read_table, replace_file, without_nan, write_table
+from dgnet.files import read_table, replace_file, without_nan, write_table, writing
 from dgnet.graph import find_stages, record_connectivity, require_stages
 
 SAMPLED = 2000
@@ -121,15 +120,6 @@ def analyze(
         _save_figures(analysis, dataset, folder)
         _save_tables(analysis, dataset, folder)
     return analysis
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raises UsageError where what is written into `folder` inside the `with` block cannot be."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {reason(error)}; name another with --output") from None
 
 
 def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:

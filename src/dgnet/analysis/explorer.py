@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dgnet.analysis.statistics import flatten_edges
+from dgnet.analysis.sweep import OFFSETS
 from dgnet.cost import CostModel, cost_model
 from dgnet.data import IGNORED, ImageDataset
-from dgnet.errors import UsageError, check_range, reason
-from dgnet.files import replace_file
+from dgnet.errors import UsageError, check_range
+from dgnet.files import replace_file, writing
 from dgnet.graph import Topology, find_stages, record_connectivity
 from dgnet.inference import find_threshold_offset, set_mode, set_threshold_offset
-from dgnet.training.sweep import OFFSETS
 
 THUMBNAIL = 96
 """The longer side of a thumbnail in pixels, at most."""
@@ -269,10 +269,8 @@ def write_explorer(
     path = Path(path)
     found = collect(network, dataset, images, class_names, batch_size, workers, device)
     page = render_explorer(describe_exploration(found, model, Path(source).name))
-    try:
+    with writing(path, "name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as written:
             written.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a character
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}; name another folder") from None
     return path

@@ -184,7 +184,7 @@ def _check_evaluate(args: Namespace) -> None:
 
 def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, Any]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
-    from dgnet.training.sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
+    from dgnet.analysis.sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
     points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
     folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))

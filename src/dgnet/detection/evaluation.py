@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dgnet.detection.coco import CocoAnnotations
 from dgnet.errors import UsageError, check_choice, reason
-from dgnet.files import replace_file
+from dgnet.files import replace_file, writing
 
 BACKENDS = ("pycocotools", "faster-coco-eval")
 """What computes the figures: the reference, or the same in C++."""
@@ -197,12 +197,10 @@ def read_results(path: str | Path, annotations: CocoAnnotations) -> list[dict[st
 def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Write results in COCO's format as a JSON file, whole or not at all. Raises UsageError where it cannot be written."""
     path = Path(path)
-    try:
+    with writing(f"results {path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as written:
             written.write_text(json.dumps(list(results)), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"results {path} cannot be written: {reason(error)}; name another file") from None
 
 
 def _load_backend(name: str) -> tuple[Any, Any]:

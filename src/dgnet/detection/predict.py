@@ -17,8 +17,8 @@ from dgnet.data.images import decode, read_image
 from dgnet.detection.checkpoint import DetectorCheckpoint
 from dgnet.detection.draw import draw_detections
 from dgnet.detection.evaluation import write_results
-from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import replace_file
+from dgnet.errors import BadImageError, UsageError
+from dgnet.files import replace_file, writing
 
 RESULTS = "results.json"
 _MANY = 10  # images, which take a few seconds: there is a bar
@@ -100,12 +100,10 @@ def predict_detections(
             results.append({"image_id": number, "category_id": category, "bbox": box, "score": score, "file_name": str(path)})
         shown = scores >= least_score
         drawing = draw_detections(image, boxes[shown], labels[shown], checkpoint.class_names, scores[shown])
-        try:
+        with writing(f"drawing {target}", "name another folder"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(target) as written:
                 drawing.save(written, format="JPEG", quality=90)
-        except OSError as error:
-            raise UsageError(f"drawing {target} cannot be written ({reason(error)}); name another folder") from None
         drawn.append(Drawn(str(path), str(target), int(shown.sum())))
     if drawn:
         write_results(output / RESULTS, results)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dgnet.errors import UsageError, check_choice, reason
+from dgnet.files import writing
 from dgnet.inference.fold import fold_batch_norms
 from dgnet.inference.sparse import MODES, set_mode
 
@@ -50,21 +51,20 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
     """
     check_choice("--format", format, FORMATS)
     text = json.dumps(carried, ensure_ascii=False)
-    try:
+    with writing(path):
         if format == "torch":
             torch.export.save(program, path, extra_files={"dgnet": text})
             return
-        with _quiet():
-            translated = torch.onnx.export(
-                program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-            )
+        try:
+            with _quiet():
+                translated = torch.onnx.export(
+                    program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+                )
+        except ImportError as error:
+            raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
         assert translated is not None
         translated.model.metadata_props["dgnet"] = text
         translated.save(path)
-    except ImportError as error:
-        raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {reason(error)}; name another with --output") from None
 
 
 def run_onnx(path: Path, images: Tensor) -> Tensor:

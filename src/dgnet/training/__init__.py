@@ -9,5 +9,4 @@ from dgnet.training.evaluate import open_evaluation_data as open_evaluation_data
 from dgnet.training.run import is_main_process as is_main_process
 from dgnet.training.run import join_processes as join_processes
 from dgnet.training.run import read_run as read_run
-from dgnet.training.sweep import sweep_thresholds as sweep_thresholds
 from dgnet.training.train import train as train

@@ -31,7 +31,7 @@ from torch.nn import Module
 
 from dgnet.checkpoint import read_tensors, save_tensors
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import read_table, replace_file
+from dgnet.files import read_table, replace_file, writing
 from dgnet.options import flag
 from dgnet.training.checkpointing import LAST, Checkpointing, Interrupted, WholeCheckpointIO
 from dgnet.training.config import RESUME_OPTIONS, RunConfig
@@ -256,12 +256,10 @@ def write_config(config: RunConfig, folder: Path) -> None:
     Raises UsageError where the folder cannot be written.
     """
     text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
-    try:
+    with writing(f"the run folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with replace_file(folder / "config.yaml") as written:
             written.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the run folder {folder} cannot be written: {reason(error)}; name another with --output") from None
 
 
 def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dgnet.analysis.figures import save_figure
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
-from dgnet.errors import UsageError, check_range, reason
+from dgnet.errors import UsageError, check_range
+from dgnet.files import write_table, writing
 from dgnet.inference import fold_batch_norms, set_mode, set_threshold_offset, time_alternating
 from dgnet.training.evaluate import Tally
 
@@ -109,26 +111,15 @@ def format_sweep(points: Sequence[SweepPoint]) -> str:
 
 def save_sweep(points: Sequence[SweepPoint], folder: Path) -> list[Path]:
     """Write `threshold_sweep.csv`, `.png` and `.svg` into `folder`. Raises UsageError where it cannot be written."""
-    paths = [folder / f"threshold_sweep.{ending}" for ending in ("csv", "png", "svg")]
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with paths[0].open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(SweepPoint)])
-            writer.writeheader()
-            writer.writerows(asdict(point) for point in points)
-        figure = draw_sweep(points)
-        for path in paths[1:]:
-            figure.savefig(path, dpi=150, bbox_inches="tight")
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {reason(error)}; name another with --output") from None
-    return paths
+        write_table(folder / "threshold_sweep.csv", [asdict(point) for point in points])
+        return [folder / "threshold_sweep.csv", *save_figure(draw_sweep(points), folder, "threshold_sweep")]
 
 
-def draw_sweep(points: Sequence[SweepPoint]) -> Any:
+def draw_sweep(points: Sequence[SweepPoint]) -> Figure:
     """Top-1 against executed multiply-adds and against time, a point an offset."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     measures = (
         ("executed multiply-adds an image, M", [point.executed_multiply_adds / 1e6 for point in points]),
