@@ -14,13 +14,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from dgnet.analysis.figures import save_figure
+from dgnet.analysis.figures import COLOURS, save_figure
 from dgnet.errors import UsageError
 from dgnet.files import read_table
 from grid import Grid, read_grid
 
-# Okabe and Ito's colours, told apart by all kinds of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_BELOW = 10.0
 """Points of top-1 that a drawn arm may lie below the median arm."""
 MEASURES = {  # column: heading, digits

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dgnet.analysis.figures import save_figure
+from dgnet.analysis.figures import COLOURS, save_figure
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range
@@ -112,7 +112,6 @@ def format_sweep(points: Sequence[SweepPoint]) -> str:
 def save_sweep(points: Sequence[SweepPoint], folder: Path) -> list[Path]:
     """Write `threshold_sweep.csv`, `.png` and `.svg` into `folder`. Raises UsageError where it cannot be written."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / "threshold_sweep.csv", [asdict(point) for point in points])
         return [folder / "threshold_sweep.csv", *save_figure(draw_sweep(points), folder, "threshold_sweep")]
 
@@ -127,7 +126,7 @@ def draw_sweep(points: Sequence[SweepPoint]) -> Figure:
     )
     ordered = sorted(range(len(points)), key=lambda index: points[index].threshold_offset)
     for axes, (label, values) in zip(panels, measures, strict=True):
-        axes.plot([values[i] for i in ordered], [points[i].top1 for i in ordered], "o-", color="#0072B2", markersize=4)
+        axes.plot([values[i] for i in ordered], [points[i].top1 for i in ordered], "o-", color=COLOURS[0], markersize=4)
         labelled: list[tuple[float, float]] = []
         width = (max(values) - min(values)) or 1.0
         for i in ordered:
