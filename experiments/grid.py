@@ -13,6 +13,8 @@ import yaml
 from dgnet.errors import UsageError, reason
 from dgnet.files import read_table
 
+KEYS = {"recipe", "data", "test", "options", "groups", "compare"}
+
 PLACES = ("data", "val_data", "data_root", "output", "threads")
 """Options that do not decide the result."""
 
@@ -56,7 +58,6 @@ class Grid:
     compare: list[tuple[str, str]]
     data: str
     test: str | None  # None: runs are evaluated on training images that they hold out
-    image_size: int
 
     @property
     def evaluated(self) -> str:
@@ -78,6 +79,8 @@ def read_grid(path: Path) -> Grid:
     """The grid in a YAML file. Raises UsageError for one that cannot be read or lacks something."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if unknown := sorted(set(values) - KEYS):
+            raise ValueError(f"unknown key {unknown[0]!r}; keys: {', '.join(sorted(KEYS))}")
         shared = yaml.safe_load((path.parent / values["recipe"]).read_text(encoding="utf-8")) | values["options"]
         runs = [
             build_run(group, arm, seed, {**shared, **options})
@@ -86,7 +89,7 @@ def read_grid(path: Path) -> Grid:
             for arm, options in part["arms"].items()
         ]
         compare = [(str(first), str(second)) for first, second in values.get("compare", [])]
-        grid = Grid(path, runs, compare, values["data"], values.get("test"), int(values["image_size"]))
+        grid = Grid(path, runs, compare, values["data"], values.get("test"))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is no grid: {reason(error)}; see experiments/README.md") from None
     for run in runs:

@@ -100,7 +100,7 @@ class Workers:
         self.folders: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
-        self.failed: list[str] = []
+        self.failed = 0
 
     def __enter__(self) -> Workers:
         return self
@@ -128,11 +128,10 @@ class Workers:
                     folder_lock = self.folders[run.name]
                 with folder_lock:  # arms that differ in their evaluation share a training
                     row = self.run_one(run)
-                if row is not None:
-                    bar.write(
-                        f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %",
-                        sys.stderr,
-                    )
+                if row is None:
+                    bar.set_postfix(failed=self.failed)
+                    return
+                bar.write(f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %", sys.stderr)
                 bar.update()
 
             try:
@@ -141,9 +140,7 @@ class Workers:
             except BaseException:
                 self.__exit__()
                 raise
-        for line in self.failed:
-            print(line, file=sys.stderr)
-        return int(bool(self.failed))
+        return int(self.failed > 0)
 
     def run_one(self, run: Run) -> dict[str, Any] | None:
         """Train, evaluate on the test images, add to the table. None where it failed."""
@@ -167,7 +164,8 @@ class Workers:
         found = self.call(["evaluate", str(folder), *words], log)
         if found is None:
             return None
-        cost = dgnet.cost(load_checkpoint(folder).build_network(), self.grid.image_size)
+        checkpoint = load_checkpoint(folder)
+        cost = dgnet.cost(checkpoint.build_network(), checkpoint.preprocessing.image_size)
         evaluation = json.loads(found)
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
         row |= {"epochs": run.options["epochs"], "parameters": cost.params, "multiply_adds": cost.multiply_adds}
@@ -199,7 +197,8 @@ class Workers:
                 self.processes.discard(process)
         if process.returncode:
             if not self.stopped:
-                self.failed.append(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}")
+                self.failed += 1
+                tqdm.write(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}", sys.stderr)
             return None
         return out
 

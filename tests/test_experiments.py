@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import yaml
 
+import dgnet
 from dgnet.errors import UsageError
 from dgnet.files import read_table, write_table
 from tests.data.test_sources import jpeg, write_shard
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import grid as grids  # noqa: E402
 import report  # noqa: E402
 
+MODELS = {"static": "resnet20", "dynamic": "dg_resnet20"}
 RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
 ONE_TRAINING = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
 
@@ -43,9 +45,8 @@ def write_grid(folder: Path, **changes: object) -> Path:
         "recipe": "recipe.yaml",
         "data": "train-{000000..000000}.tar",
         "test": "test.tar",
-        "image_size": 8,
         "options": {"epochs": 2, "evaluate_every": 2, "cache": True},
-        "groups": {"a": {"seeds": [3, 4], "arms": {"static": {"model": "resnet20"}, "dynamic": {"model": "dg_resnet20"}}}},
+        "groups": {"a": {"seeds": [3, 4], "arms": {arm: {"model": model} for arm, model in MODELS.items()}}},
         "compare": [["static", "dynamic"]],
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
@@ -74,6 +75,8 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder):
     for row in rows:
         assert 0 <= float(row["top1"]) <= 100
         assert (row["top1_mean_adjacency"] != "") == (row["arm"] == "dynamic")
+        network = dgnet.create_model(MODELS[row["arm"]], num_classes=2, channels=[4, 4, 4])
+        assert int(row["multiply_adds"]) == dgnet.cost(network, 8).multiply_adds  # of the images that it was trained on
     curves = read_table(folder / "results" / "grid_curves.csv")
     assert len(curves) == 4 * 2
     # The last checkpoint's accuracy is the one that training measured at its end; test images were read in no other epoch.
@@ -182,6 +185,7 @@ def test_the_interval_is_that_of_a_paired_t_test():
     [
         ({"recipe": "absent.yaml"}, "is no grid"),
         ({"groups": None}, "is no grid"),
+        ({"image_size": 8}, "unknown key 'image_size'; keys: compare, data, groups, options, recipe, test"),
         ({"test": None}, "arm 'static' needs either `test` in the grid or `holdout` among its options, not both"),
         ({"options": {"holdout": 4}}, "arm 'static' needs either `test` in the grid or `holdout`"),
         ({"compare": [["static", "fixed"]]}, "compares 'fixed', which is no arm"),

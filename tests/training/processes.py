@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from dgnet.errors import UsageError
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 
@@ -26,6 +28,7 @@ def run_training(options: dict[str, Any], resume: bool, environment: dict[str, s
     folder = Path(options["output"])
     os.setsid()  # a group of its own, with the processes that load images
     os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning reads it when imported, here by the server
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
