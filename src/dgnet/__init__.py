@@ -14,16 +14,16 @@ from dgnet.models import list_models as list_models
 from dgnet.models import load_static_weights as load_static_weights
 
 if TYPE_CHECKING:
-    from dgnet.analysis.figures import plot_adjacency as plot_adjacency
-    from dgnet.analysis.figures import plot_graph as plot_graph
+    from dgnet.analysis.adjacency import plot_adjacency as plot_adjacency
+    from dgnet.analysis.adjacency import plot_graph as plot_graph
 
 
 def __getattr__(name: str) -> Any:
     """What draws is imported when it is asked for: it needs matplotlib, which takes a while."""
     if name in ("plot_adjacency", "plot_graph"):
-        from dgnet.analysis import figures
+        from dgnet.analysis import adjacency
 
-        return getattr(figures, name)
+        return getattr(adjacency, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

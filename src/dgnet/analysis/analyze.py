@@ -15,19 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dgnet.analysis.figures import (
-    Curve,
-    GraphRow,
-    draw_class_distance,
-    draw_class_means,
-    draw_curves,
-    draw_edges,
-    draw_graphs,
-    draw_points,
-    save_figure,
-    shorten,
-)
+from dgnet.analysis.adjacency import GraphRow, draw_edges, draw_graphs
+from dgnet.analysis.figures import save_figure, shorten
 from dgnet.analysis.observations import Observation, judge
+from dgnet.analysis.plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
 from dgnet.analysis.statistics import ImageResult, Statistics, flatten_edges
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset

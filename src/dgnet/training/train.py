@@ -69,7 +69,8 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
     if config.cache and trainer.world_size > 1:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
     about = (
-        f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes, {config.epochs} epochs"
+        f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
+        f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epochs"
     )
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
