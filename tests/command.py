@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dgnet.cli import main
 
+QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
+"""Options of `dgnet train` on a few images, in a second."""
+
 
 def ask(capsys, *arguments: object) -> str:
     """What the command prints on stdout; it must succeed."""

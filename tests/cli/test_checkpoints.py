@@ -1,0 +1,100 @@
+"""What a run's weights start, and checkpoints that are damaged or of another network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dgnet
+from dgnet.checkpoint import load_checkpoint
+from dgnet.cli import main
+from tests.command import QUICK, ask, refuse
+from tests.data.test_sources import write_folder
+
+
+def test_the_safetensors_file_loads_by_name(run):
+    model = dgnet.create_model("dg_resnet20", num_classes=2, channels=(4, 4, 4), checkpoint_path=str(run / "model.safetensors"))
+    state = load_checkpoint(run).state_dict
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_hold_tensors_and_plain_values(run):
+    for path in (run / "checkpoints").iterdir():
+        assert torch.load(path, weights_only=True)["dgnet"]["class_names"] == ["dark", "light"]
+
+
+def test_weights_start_a_run_and_reset_another_head(run, images, tmp_path, capsys):
+    options = ["--epochs", 1, "--lr", 1e-9, *QUICK[:-2], "--weights", run]
+    ask(capsys, "train", "--data", images, "--output", tmp_path / "same", *options)
+    before, after = load_checkpoint(run).state_dict, load_checkpoint(tmp_path / "same").state_dict
+    torch.testing.assert_close(before["fc.weight"], after["fc.weight"])
+    write_folder(tmp_path / "three", {"a": 4, "b": 4, "c": 4})
+    three = ["--data", tmp_path / "three", "--val-data", tmp_path / "three"]
+    capsys.readouterr()
+    assert main([str(a) for a in ["train", *three, "--output", tmp_path / "other", *options]]) == 0
+    assert "reset fc.weight, fc.bias to 3 classes" in capsys.readouterr().err
+    after = load_checkpoint(tmp_path / "other").state_dict
+    torch.testing.assert_close(before["conv1.weight"], after["conv1.weight"])
+    assert after["fc.weight"].shape == (3, 4)
+
+
+def test_weights_of_the_static_network_start_a_dynamic_one(images, tmp_path, capsys):
+    options = ["--data", images, "--epochs", 1, "--lr", 1e-9, *QUICK[:-2]]
+    ask(capsys, "train", "--model", "resnet20", "--output", tmp_path / "static", *options)
+    arguments = ["train", "--weights", tmp_path / "static", "--output", tmp_path / "dynamic", *options]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "stayed as initialised: layer1.weighting.tau, layer1.weighting" in capsys.readouterr().err
+    static, dynamic = (load_checkpoint(tmp_path / name).state_dict for name in ("static", "dynamic"))
+    torch.testing.assert_close(dynamic["layer2.nodes.1.conv1.weight"], static["layer2.1.conv1.weight"])
+    line = refuse(capsys, "train", "--model", "dg_resnet32", "--weights", tmp_path / "static", *options)
+    assert "is a checkpoint of resnet20, not of dg_resnet32 as asked for (these are not the weights of the static" in line
+
+
+def test_weights_of_another_model(run, images, tmp_path, capsys):
+    line = refuse(
+        capsys, "train", "--data", images, "--model", "dg_resnet32", "--weights", run, "--output", tmp_path / "x", *QUICK
+    )
+    assert "is a checkpoint of dg_resnet20, not of dg_resnet32 as asked for" in line
+    options = ["--weighting", "learned", "--output", tmp_path / "x", *QUICK]
+    line = refuse(capsys, "train", "--data", images, "--weights", run, *options)
+    assert "is of dg_resnet20 with other options" in line
+    torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
+    line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
+    assert "not of dg_resnet20 as asked for" in line
+    assert "holds weights only" in refuse(capsys, "evaluate", tmp_path / "raw.pth")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_truncated_checkpoint(run, tmp_path, suffix, capsys):
+    source = run / "model.safetensors" if suffix == ".safetensors" else run / "checkpoints" / "last.ckpt"
+    path = tmp_path / f"cut{suffix}"
+    for share in (0.0, 0.3, 0.9):
+        path.write_bytes(source.read_bytes()[: int(share * source.stat().st_size)])
+        assert "is truncated or no checkpoint" in refuse(capsys, "evaluate", path)
+
+
+def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, capsys):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"state_dict": {}, "dgnet": Attack()}, tmp_path / "evil.ckpt")
+    for arguments in (["evaluate", tmp_path / "evil.ckpt"], ["train", "--weights", tmp_path / "evil.ckpt"]):
+        assert "carries pickled code and was not loaded" in refuse(capsys, *arguments)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_whose_description_is_damaged(run, tmp_path, capsys):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    for damage, expected in (
+        ({"dgnet": {}}, "lacks 'model'"),
+        ({"dgnet": "x"}, "is no dict"),
+        ({"state_dict": None}, "holds no state dict"),
+        ({"dgnet": {**content["dgnet"], "preprocessing": {"image_size": "ab"}}}, "cannot be read"),
+        ({"dgnet": {**content["dgnet"], "model": "dg_resnet32"}}, "its weights are not those of dg_resnet32"),
+    ):
+        torch.save({**content, **damage}, tmp_path / "damaged.ckpt")
+        assert expected in refuse(capsys, "evaluate", tmp_path / "damaged.ckpt")

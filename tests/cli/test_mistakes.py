@@ -1,0 +1,82 @@
+"""Mistakes of all commands that classify: one line each, nothing lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.command import refuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("train --modle x", "unknown option --modle; did you mean '--model'?"),
+        ("train extra", "unrecognized arguments: extra"),
+        ("train --model dg_resnt20", "unknown model 'dg_resnt20'; did you mean 'dg_resnet20'?"),
+        ("train --model resnet20 --weighting fixed", "resnet20 is static and has no option 'weighting'; use dg_resnet20"),
+        ("train --model resnet18 --weighting fixed", "resnet18 is static and has no option 'weighting'; use dg_resnet18"),
+        ('train --model resnet18 --model-kwargs {"foo":1}', "resnet18 has no option 'foo'"),
+        ('train --model-kwargs {"layers":[1,1,1]}', "dg_resnet20 cannot be built with"),
+        ('train --model-kwargs {"channels":[4]}', "dg_resnet20 cannot be built with"),
+        ('train --model-kwargs {"drop_rate":2}', "drop_rate must be 0 to 1, got 2"),
+        ('train --model-kwargs {"router":"x"}', "router must be a class or callable, got 'x'"),
+        ('train --model-kwargs {"router_std":-1}', "router_std must be at least 0, got -1"),
+        ("train --output FILE/sub", "the run folder FILE/sub cannot be written: Not a directory"),
+        ("train --output FILE", "--output FILE is a file"),
+        ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, learned, fixed"),
+        ('train --model-kwargs {"router_bas":1}', "has no option 'router_bas'; did you mean 'router_bias'?"),
+        ('train --model-kwargs {"num_classes":3}', "cannot set num_classes: it follows from the data"),
+        ("train --epochs 0", "--epochs must be at least 1, got 0"),
+        ("train --epochs many", "--epochs: "),
+        ("train --batch-size -1", "--batch-size must be at least 1"),
+        ("train --batch-size 100000", "is more than the 1442 training images"),
+        ("train --seed 5000000000", "--seed must be 0 to 4294967295"),
+        ("train --warmup-epochs 30 --epochs 10", "--warmup-epochs must be 0 to 10, got 30"),
+        ("train --evaluate-every 3 --epochs 10", "--evaluate-every 3 leaves out the last of 10 epochs; use a divisor"),
+        ("train --holdout -1", "--holdout must be at least 0, got -1"),
+        ("train --holdout 5000", "--holdout 5000 leaves none of the 1442 training images; hold out fewer"),
+        ("train --holdout 5 --val-data digits", "--holdout takes the place of --val-data; leave one out"),
+        (
+            "train --cache true --workers 1",
+            "--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc",
+        ),
+        (
+            "train --cache true --image-size 96",
+            "--cache true augments with pad-crop or none, and images of (96, 96) call for rrc",
+        ),
+        ("train --data a-{0..4.tar", "cannot be expanded"),
+        ("train --lr inf", "--lr: Expected a 'float'. Got value: inf"),
+        ("train --lr 0", "--lr must be above 0"),
+        ("train --hflip 2", "--hflip must be 0 to 1, got 2"),
+        ("train --precision fp8", "unknown --precision 'fp8'"),
+        ("train --optimizer sdg", "unknown --optimizer 'sdg'; did you mean 'sgd'?"),
+        ("train --accelerator tpuu", "--accelerator tpuu"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --batch-size 9 --accumulate 2", "--batch-size 9 cannot be divided by --accumulate 2"),
+        ("train --ema 1", "--ema must be below 1"),
+        ("train --epoch-images 9", "--epoch-images is for streams"),
+        ("train --sync-bn true --accelerator cpu", "--sync-bn needs CUDA devices"),
+        ("train --checkpoint-every sometimes", "--checkpoint-every must be like '500 steps'"),
+        ("train --on-bad-image ignore", "unknown --on-bad-image 'ignore'"),
+        ("train --loggers [{name:x}]", "--loggers"),
+        ("train --resume nowhere", "nowhere is no run folder"),
+        ("train --data nowhere", "data source 'nowhere' does not exist"),
+        ("train --data no-{0..1}.tar --val-data digits", "no-0.tar does not exist"),
+        ("train --weights nowhere.ckpt", "nowhere.ckpt does not exist"),
+        ("evaluate nowhere", "nowhere does not exist"),
+        ("evaluate", "checkpoint"),
+        ("predict nowhere x.jpg", "nowhere does not exist"),
+        ("train --model dla34 --grad-checkpointing true", "dla34 has no gradient checkpointing; leave out"),
+        ("cost --table 6", "unknown --table '6'; allowed: 1, 2, 4, 5"),
+        ("cost dg_resnet5", "unknown model 'dg_resnet5'"),
+        ("cost dg_resnet18 --image-size 0 3", "at least 1 pixel"),
+        ("cost vit_tiny_patch16_224 --image-size 32 32", "cannot take an image of 32×32"),
+        ("cost --image-size 3", "expected 2 arguments"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    assert expected in refuse(capsys, *arguments.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]  # nothing was begun
