@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
-from dgnet.files import replace_file
+from dgnet.files import replace_file, writing
 from dgnet.graph import find_stages
 from dgnet.models import create_model
 from dgnet.models.connectivity import Connectivity
@@ -70,10 +70,8 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write it as a safetensors file. Raises UsageError where the file cannot be written."""
         carried = describe_network(self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config)
-        try:
+        with writing(path, "name another file"):
             save_tensors(self.build_network().state_dict(), path, carried)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{path} cannot be written: {reason(error)}; name another file") from None
 
 
 def describe_network(
@@ -90,10 +88,13 @@ def describe_network(
 
 
 def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str, Any]) -> None:
-    """Write a network's own keys as safetensors, with the carried values as metadata."""
+    """Write a network's own keys as safetensors, with the carried values as metadata. Raises OSError where it cannot."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with replace_file(path) as written:
-        save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
+        try:
+            save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
+        except SafetensorError as error:
+            raise OSError(reason(error)) from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

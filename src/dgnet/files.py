@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,36 @@ def writing(target: object, advice: str = "name another with --output") -> Itera
         yield
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
+
+
+@contextmanager
+def hold(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
+    """Keep other processes that hold `path`, a file or a folder, out of the `with` block.
+
+    Raises UsageError with `refusal` where another process has it and keeps it for `seconds`. Where the system or the file
+    system has no locks, nobody is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    end = time.monotonic() + seconds
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise UsageError(refusal) from None
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def without_nan(document: Any) -> Any:

@@ -96,6 +96,10 @@ def test_evaluate_refuses_what_does_not_go_together(run, capsys):
         (["--offsets", "[0]"], "--offsets needs --sweep-threshold"),
         (["--compile"], "--compile needs --speed"),
         (["--sweep-threshold", "--speed"], "--sweep-threshold does not go with --speed"),
+        (
+            ["--sweep-threshold", "--inference-weight", "raw", "--write", "x.safetensors"],
+            "--sweep-threshold does not go with --write",
+        ),
         (["--threshold-offset", "0.1", "--write", "x.ckpt"], "must end in .safetensors"),
         (["--mode", "fast"], "unknown mode 'fast'"),
     ):

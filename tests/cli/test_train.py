@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
 from dgnet.data import TRAIN, hold_out, open_dataset
 from dgnet.errors import UsageError
-from dgnet.files import read_table
+from dgnet.files import hold, read_table
 from dgnet.training import TrainConfig
 from dgnet.training.module import Classifier
 from tests.command import QUICK, ask, refuse
@@ -182,6 +183,30 @@ def test_the_default_run_folder_is_the_next_free_one(images, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
         assert f"runs/dg_resnet20-{number}" in ask(capsys, "train", "--data", images, "--epochs", 1, *QUICK)
+
+
+def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dgnet.training.run.PATIENCE", 0.2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    folder = tmp_path / "run"
+    options = ["--data", images, "--epochs", 1, "--threads", 1, "--output", folder, *QUICK]
+    folder.mkdir()
+    with hold(folder, "held"):
+        assert "is a run's that goes on in another process" in refuse(capsys, "train", *options)
+    ask(capsys, "train", *options)
+    assert os.environ["OMP_NUM_THREADS"] == "1"  # what Lightning gives further processes
+    (folder / "metrics.csv").unlink()  # the run goes on
+    with hold(folder, "held"):
+        assert "is a run's that goes on in another process" in refuse(capsys, "train", "--resume", folder)
+
+
+def test_slurm_starts_as_many_tasks_as_the_run_has_processes(images, tmp_path, capsys, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "training")
+    line = refuse(capsys, "train", "--data", images, "--accelerator", "cpu", "--output", tmp_path / "run", *QUICK)
+    assert "--devices 1 --nodes 1 make 1 processes, and SLURM started 2 tasks" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_image_that_does_not_decode_ends_training(images, tmp_path, capsys):

@@ -106,6 +106,12 @@ def test_adjacency_controls_give_every_image_the_mean_and_anothers_weights(tiny,
     assert result.weight_std > 0.01  # not a trivial case
 
 
+def test_classes_of_one_name_keep_a_cost_each(tiny):
+    dataset = Images(torch.randn(6, 3, 12, 10), [0, 1, 2, 0, 1, 2])
+    dataset.class_names = ["crane", "fox", "crane"]
+    assert list(evaluate(tiny(), dataset).executed_by_class) == ["crane (0)", "fox", "crane (2)"]
+
+
 def test_controls_need_dynamic_stages():
     with pytest.raises(UsageError, match="has no dynamic stages"):
         evaluate(CifarResNet((1, 1, 1)), Images(torch.randn(2, 3, 8, 8), [0, 1]), adjacency_controls=True)

@@ -1,11 +1,13 @@
 """The `dgnet` command: parses, calls, prints. A command is in `COMMANDS`; its file has its options and what it prints.
 
-Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted, 143 terminated; 1 anything else.
+Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted, 143 terminated; 141 nobody reads
+what it prints; 1 anything else.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dgnet: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe had enough
-        return 0
+        return 128 + signal.SIGPIPE
 
 
 def _run(entry: Command | Group, name: str, words: list[str]) -> int:

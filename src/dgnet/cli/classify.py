@@ -175,6 +175,7 @@ def _check_evaluate(args: Namespace) -> None:
         ("--threshold-offset", args.threshold_offset is not None),
         ("--speed", args.speed),
         ("--adjacency-controls", args.adjacency_controls),
+        ("--write", args.write is not None),
     ):
         if args.sweep_threshold and is_given:
             raise UsageError(f"--sweep-threshold does not go with {option}; leave one out")

@@ -14,7 +14,7 @@ from dgnet.detection.module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
 from dgnet.models import create_model
 from dgnet.models.connectivity import stored_options
-from dgnet.training.run import Run, RunResult
+from dgnet.training.run import Run, RunResult, open_run
 from dgnet.training.train import describe_initial
 
 
@@ -24,7 +24,11 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
     Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
     Interrupted where a signal ended the run after it saved a checkpoint.
     """
-    run = Run(config, resume)
+    with open_run(config, resume) as run:
+        return _train(config, run)
+
+
+def _train(config: DetectConfig, run: Run) -> RunResult:
     train_set = CocoDetection(config.data, config.images, is_training=True)
     val_set = CocoDetection(config.val_data, config.evaluation_images, class_names=train_set.class_names)
     run.say(f"{config.data}: {train_set.counts}")

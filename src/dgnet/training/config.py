@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 from torch import nn
 
 from dgnet.data import is_stream
-from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.options import check_bounds, check_choices, option
 
 ROUTING_DECAY = ("weights", "all", "none")
@@ -111,6 +111,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
+        if get_optimizer_info(self.optimizer).second_order:
+            raise UsageError(f"--optimizer {self.optimizer} takes second derivatives, which training has not; use another")
+        try:
+            get_optimizer_class(self.optimizer)
+        except (AssertionError, ImportError) as error:
+            raise UsageError(f"--optimizer {self.optimizer} cannot be used here: {reason(error)}") from None
         check_bounds(self, _BOUNDS)
         if self.ema == 1 or self.clip_grad == 0:
             raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")

@@ -73,7 +73,8 @@ class ExecutedCost:
             "executed_std": float(executed.std(correction=0)),
             "executed_percentiles": {str(share): float(value) for share, value in zip(shares, percentiles, strict=True)},
             "executed_by_class": {
-                name: float(executed[labels == index].mean())
+                # Names may repeat: ImageNet has two kinds of crane.
+                name if class_names.count(name) == 1 else f"{name} ({index})": float(executed[labels == index].mean())
                 for index, name in enumerate(class_names)
                 if (labels == index).any()
             },

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from dgnet.files import read_table, write_table
+from dgnet.files import read_table, write_table, writing
 
 
 class MetricsFile(Logger):
@@ -38,7 +38,8 @@ class MetricsFile(Logger):
         if not any(name.startswith("train_") for name in metrics):
             return
         self.rows.append({**metrics, "epoch": int(metrics["epoch"]), "step": step})
-        write_table(self.path, self.rows, sorted({name for row in self.rows for name in row}))
+        with writing(self.path, "then go on with --resume"):
+            write_table(self.path, self.rows, sorted({name for row in self.rows for name in row}))
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

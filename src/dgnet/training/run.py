@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import pickle
@@ -11,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
@@ -31,7 +33,7 @@ from torch.nn import Module
 
 from dgnet.checkpoint import read_tensors, save_tensors
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import read_table, replace_file, writing
+from dgnet.files import hold, read_table, replace_file, writing
 from dgnet.options import flag
 from dgnet.training.checkpointing import LAST, Checkpointing, Interrupted, WholeCheckpointIO
 from dgnet.training.config import RESUME_OPTIONS, RunConfig
@@ -43,6 +45,9 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 C = TypeVar("C", bound=RunConfig)
 
+PATIENCE = 10.0
+"""Seconds that processes which load images may outlive one that was killed; so long they hold its folder."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -52,19 +57,40 @@ class RunResult:
     metrics: dict[str, float]
 
 
-class Run:
-    """A run that is about to begin, or to go on in the folder `resume`; `step`: where it goes on, None from the start.
+@contextmanager
+def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
+    """A run that is about to begin, or to go on in the folder `resume`, which is its own inside the `with` block.
 
-    Raises UsageError for a folder that holds something, and for a checkpoint that is damaged.
+    Where nothing was written, no folder is left.
+
+    Raises UsageError for a folder that holds something or that another process trains in, and for a checkpoint that is damaged.
     """
+    if not is_main_process():  # the first process chose the folder
+        yield Run(config, resume, resume or Path(config.output or "runs"))
+        return
+    folder, made = (resume, []) if resume else make_folder(config)
+    try:
+        with hold(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE):
+            if not resume:
+                check_empty(folder)
+            yield Run(config, resume, folder)
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
 
-    def __init__(self, config: RunConfig, resume: Path | None) -> None:
+
+class Run:
+    """A run that writes `folder`; `step`: where it goes on, None from the start. Raises UsageError for a damaged checkpoint."""
+
+    def __init__(self, config: RunConfig, resume: Path | None, folder: Path) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
+            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning's launcher chooses for itself
         self.is_main = is_main_process()
         self.progress = Progress()
         self.resume = resume
-        self.folder = resume or (claim_folder(config) if self.is_main else Path(config.output or "runs"))
+        self.folder = folder
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
         self.learned: list[str] | None = None  # the classes
@@ -91,8 +117,18 @@ class Run:
             )
 
     def build_trainer(self, config: RunConfig, best: str) -> L.Trainer:
-        """The trainer of the run. Raises UsageError where a batch cannot be divided among its devices."""
+        """The trainer of the run.
+
+        Raises UsageError where a batch cannot be divided among its devices, and where SLURM started more or fewer processes.
+        """
         trainer = build_trainer(config, self.folder, self.progress, best, self.step)
+        if SLURMEnvironment.detect() and not dist.is_torchelastic_launched():
+            tasks = int(os.environ["SLURM_NTASKS"])
+            if tasks != trainer.world_size:
+                raise UsageError(
+                    f"--devices {config.devices} --nodes {config.nodes} make {trainer.world_size} processes,"
+                    f" and SLURM started {tasks} tasks; use as many"
+                )
         if config.batch_size % (trainer.world_size * config.accumulate):
             of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
             raise UsageError(
@@ -107,7 +143,6 @@ class Run:
         Raises Interrupted where a signal ended the run after it saved a checkpoint.
         """
         folder = self.folder
-        was_there = folder.exists()
         if self.is_main and not self.resume:
             write_config(module.config, folder)
         from_step = f" from step {self.step:,} on" if self.step is not None else ""
@@ -128,7 +163,7 @@ class Run:
                 raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
             is_new = not self.resume and not any(folder.glob("checkpoints/*.ckpt"))
             if isinstance(error, BadImageError) and self.is_main and is_new:
-                clear_folder(folder, keep=was_there)  # a folder without a checkpoint is no run to keep
+                clear_folder(folder)  # without a checkpoint it is no run to keep
             if isinstance(error, SystemExit):  # Lightning leaves so
                 raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
             raise
@@ -148,7 +183,9 @@ def _listed(names: Sequence[str]) -> str:
 def _write_weights(folder: Path) -> None:
     """Write model.safetensors from the last checkpoint."""
     tensors, carried = read_tensors(folder / "checkpoints" / LAST)
-    save_tensors(tensors, folder / "model.safetensors", carried or {})
+    path = folder / "model.safetensors"
+    with writing(path, f"then go on with --resume {folder}"):
+        save_tensors(tensors, path, carried or {})
 
 
 def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C, RunResult | None]:
@@ -207,7 +244,9 @@ def _best(folder: Path, name: str) -> float:
 
 def is_main_process() -> bool:
     """Whether this process writes and prints: Lightning starts the command again in each further process."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    # Until there is a trainer Lightning knows of the machine by itself where a launcher gives each process a rank.
+    node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
+    return rank_zero_only.rank == 0 and node == 0  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -226,40 +265,47 @@ def join_processes(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
-def claim_folder(config: RunConfig) -> Path:
-    """The run folder to write: `--output`, or the next free one. Raises UsageError where it holds something."""
-    if config.output is None:
-        number = 1
-        while (folder := Path("runs") / f"{config.model}-{number}").exists():
-            number += 1
-        return folder
-    folder = Path(config.output)
-    if folder.is_file():
-        raise UsageError(f"--output {folder} is a file; name a folder")
+def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
+    """The run folder, `--output` or the next free one, and the folders that were made for it, the innermost first.
+
+    Raises UsageError where it holds something or cannot be made.
+    """
+    if config.output is not None:
+        folder = Path(config.output)
+        if folder.is_file():
+            raise UsageError(f"--output {folder} is a file; name a folder")
+        check_empty(folder)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        with writing(f"the run folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder, made
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{config.model}-{number}"
+        made = [path for path in (folder, folder.parent) if not path.exists()]
+        with writing(f"the run folder {folder}"), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder, made
+
+
+def check_empty(folder: Path) -> None:
+    """Raises UsageError where the folder that `--output` names holds something."""
     if folder.is_dir() and any(folder.iterdir()):
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
-    return folder
 
 
-def clear_folder(folder: Path, keep: bool) -> None:
-    """Remove what a run wrote, and the folder too unless it is to `keep`."""
+def clear_folder(folder: Path) -> None:
+    """Remove what a run wrote."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not keep:
-        folder.rmdir()
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """Make the run folder and write its config.yaml, which repeats the run in a folder of its own.
-
-    Raises UsageError where the folder cannot be written.
-    """
+    """Write config.yaml, which repeats the run in a folder of its own. Raises UsageError where it cannot be written."""
     text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
-    with writing(f"the run folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(folder / "config.yaml") as written:
-            written.write_text(text, encoding="utf-8")
+    with writing(f"the run folder {folder}"), replace_file(folder / "config.yaml") as written:
+        written.write_text(text, encoding="utf-8")
 
 
 def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:
@@ -303,7 +349,7 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
     if config.sync_bn and trainer.strategy.root_device.type != "cuda":
         raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")

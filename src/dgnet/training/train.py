@@ -17,7 +17,7 @@ from dgnet.models.static_weights import classifier_prefixes
 from dgnet.training.budget import Budget
 from dgnet.training.config import TrainConfig
 from dgnet.training.module import Classifier, ImageDataModule
-from dgnet.training.run import Run, RunResult
+from dgnet.training.run import Run, RunResult, open_run
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, and a network with stride 4 needs some more
 
@@ -30,7 +30,11 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
     Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
     Interrupted where a signal ended the run after it saved a checkpoint.
     """
-    run = Run(config, resume)
+    with open_run(config, resume) as run:
+        return _train(config, run)
+
+
+def _train(config: TrainConfig, run: Run) -> RunResult:
     train_set, val_set = open_train_and_evaluation(
         config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
     )
