@@ -88,6 +88,11 @@ def test_router_and_aggregation_counts_by_hand():
     assert cost.aggregation_multiply_adds == sum(9 * m + r for m, r in zip(maps, raw, strict=True))
 
 
+def test_with_the_shortcut_in_the_node_an_entry_nodes_is_weighed_too():
+    edge, node = (dgnet.cost(dgnet.create_model("dg_resnet20", shortcut=kind), 32) for kind in ("edge", "node"))
+    assert node.aggregation_multiply_adds - edge.aggregation_multiply_adds == 16 * 32 * 32 + 32 * 16 * 16 + 64 * 8 * 8
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = dgnet.create_model("dg_resnet20")
     dgnet.cost(model, 32)

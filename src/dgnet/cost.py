@@ -144,9 +144,11 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
             stage.routers[node] += output[0].numel() * module.in_features
 
     def count_edges(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        feature, entry = output[0].numel(), inputs[0][0].numel()
+        if module.shortcut == "node" and module.entry_shortcut:  # an entry node's shortcut is weighed too
+            entry += feature
         for node in range(1, module.topology.num_nodes):
-            is_entry = node in module.topology.entry
-            counts.stages[id(module)].edges[node] = (inputs[0] if is_entry else output)[0].numel()
+            counts.stages[id(module)].edges[node] = entry if node in module.topology.entry else feature
 
     def watch(stage: StageCost, predict: Callable[[int, Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
         def watched(node: int, feature: Tensor) -> Tensor:

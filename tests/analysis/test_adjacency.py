@@ -88,6 +88,8 @@ def test_what_was_not_recorded(record, tiny):
             plot(record, image=6)
         with pytest.raises(UsageError, match="expected an adjacency"):
             plot([torch.zeros(3)])
+    with pytest.raises(UsageError, match="image 3 was not recorded: the record holds 1"):
+        dgnet.plot_adjacency([torch.ones(5, 3, 3).tril(-1), torch.ones(3, 3).tril(-1)], image=3)
     with pytest.raises(UsageError, match="unknown show 'spread'; allowed: mean, std, open"):
         dgnet.plot_adjacency(record, "spread")
     with pytest.raises(UsageError, match="nothing was recorded"), dgnet.record_connectivity(tiny()) as empty:

@@ -92,4 +92,5 @@ def test_gates_go_with_every_weighting_and_options_that_idle_are_refused():
     ]:
         with pytest.raises(UsageError, match=message):
             dgnet.create_model("dg_resnet20", **options)
-    dgnet.create_model("dg_resnet20", weighting="fixed", node_gate="hard", threshold_offset=0.1)
+    # Gates read what routers would read.
+    dgnet.create_model("dg_resnet20", weighting="fixed", node_gate="hard", threshold_offset=0.1, router_reads="activation")

@@ -10,7 +10,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity
-from dgnet.inference import export_network, set_mode
+from dgnet.inference import export, export_network, set_mode
 from dgnet.inference.compile import compile_graph
 from dgnet.inference.export import check_export, run_onnx, save_export
 from tests.conftest import close_some
@@ -87,6 +87,12 @@ def test_a_file_that_differs_is_refused(tiny, tmp_path):
     nn.init.normal_(other.fc.weight)
     with pytest.raises(UsageError, match="differs from the checkpoint"):
         check_export(tmp_path / "network.pt2", "torch", other, SIZE)
+
+
+def test_a_file_that_gives_no_numbers_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "run_onnx", lambda path, images: torch.full((len(images), 10), torch.nan))
+    with pytest.raises(UsageError, match="differs from the checkpoint by nan"):
+        check_export(tmp_path / "network.onnx", "onnx", dgnet.create_model("resnet20"), (32, 32))
 
 
 def test_forms_that_cannot_be(tiny, tmp_path):

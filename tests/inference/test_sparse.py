@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity, use_connectivity
+from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
 from dgnet.inference.native import NativeExecutor, load_native, use_native
 from tests.conftest import close_some, spread_routers
@@ -141,6 +141,13 @@ def test_nothing_that_a_dead_block_holds_reaches_the_output(tiny, set_sparse):
         after = set_sparse(network)(images)
     torch.testing.assert_close(before[1], after[1])
     assert ((after - before)[[0, 2]].abs() > 1e-4).any(1).all()
+
+
+def test_a_stage_without_entry_nodes_may_be_dead_altogether(tiny, set_sparse):
+    chain = Topology(torch.ones(5, 5).tril(-1).triu(-1), entry=())
+    network = tiny(topology=[chain, "complete", "complete"], node_gate="hard", node_gate_bias=-50.0).eval()
+    ran = check_modes_agree(network, torch.randn(3, 3, 12, 10), set_sparse)
+    assert not ran[0][:, 1:-1].any()
 
 
 def test_training_is_dense_and_modes_can_be_changed_back(tiny):

@@ -113,6 +113,15 @@ def test_what_a_static_network_lacks_is_listed_and_a_head_of_other_classes_stays
     assert torch.equal(after["layer2.input.0.weight"], static.layer2[0].downsample[0].weight)
 
 
+def test_static_weights_start_a_network_with_gates_on_its_blocks():
+    static = timm.create_model("resnet18")
+    dynamic = dgnet.create_model("dg_resnet18", node_gate="hard")
+    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    gates = {name for name in dynamic.state_dict() if ".node_gates." in name}
+    assert gates <= set(initial)
+    assert torch.equal(dynamic.layer2.nodes[1].conv1.weight, static.layer2[1].conv1.weight)
+
+
 def test_static_weights_of_another_family_are_refused():
     dynamic = dgnet.create_model("dg_resnet18")
     before = copy.deepcopy(dynamic.state_dict())
@@ -330,6 +339,15 @@ def test_networks_can_be_built_on_the_meta_device():
     with torch.device("meta"):
         models = [dgnet.create_model(name) for name in ("dg_resnet18", "dg_mobilenetv2_100", "randwire_small_er")]
     assert all(parameter.is_meta for model in models for parameter in model.parameters())
+
+
+def test_a_network_from_the_meta_device_computes_what_its_weights_say():
+    trained = dgnet.create_model("dg_resnet20", weighting="fixed").eval()
+    with torch.device("meta"):
+        network = dgnet.create_model("dg_resnet20", weighting="fixed").eval()
+    network.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(images), trained(images))
 
 
 def test_a_weighting_of_the_users_own_sees_the_projection_on_every_topology():

@@ -162,6 +162,24 @@ def test_the_topology_and_weighting_can_be_the_users_own():
     assert record.adjacency[0].unique().tolist() == [0, 0.5]
 
 
+@pytest.mark.parametrize("name", ["dg_resnet18", "dg_resnet20", "dg_regnetx_006"])
+def test_a_router_of_the_users_own_starts_its_layers_as_it_likes(name):
+    class Convolved(nn.Module):
+        def __init__(self, channels, edges):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, edges, 1)
+            nn.init.zeros_(self.conv.weight)
+            nn.init.constant_(self.conv.bias, 3)
+
+        def forward(self, pooled):
+            return self.conv(pooled[..., None, None]).flatten(1).sigmoid()
+
+    model = dgnet.create_model(name, router=Convolved)
+    routers = [module for module in model.modules() if isinstance(module, Convolved)]
+    assert len(routers) > 3
+    assert all(not router.conv.weight.any() and (router.conv.bias == 3).all() for router in routers)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -113,6 +113,8 @@ def test_gradient_checkpointing_changes_nothing(tiny, shortcut):
     for (name, parameter), other in zip(network.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, msg=name)
     assert runs == {0: 9, 1: 18}  # each node once more
+    for (name, buffer), other in zip(network.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=0, atol=0, msg=name)  # statistics count a batch once
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def plot_adjacency(record: Record | Sequence[Tensor], show: str = "mean", image:
     count = len(matrices[0])
     if image is not None:
         return draw_edges(
-            [matrix[_check_image(image, count)] for matrix in matrices], masks, f"weight of an edge, image {image}"
+            [matrix[_check_image(image, len(matrix))] for matrix in matrices], masks, f"weight of an edge, image {image}"
         )
     moments = {
         "mean": lambda matrix: matrix.mean(0),

@@ -185,7 +185,7 @@ def _save_figures(analysis: Analysis, dataset: ImageDataset, folder: Path) -> No
             name = f"graphs_{group}" if len(parts) == 1 else f"graphs_{group}_{number}"
             save(draw_graphs(rows, masks, _TITLES[group]), name)
     classes = statistics.classes
-    if analysis.follows_image and len(classes) > 1:
+    if analysis.follows_image and len(classes) > 1 and statistics.free.any():
         names = [dataset.class_names[label] for label in classes]
         free = statistics.free
         difference = (statistics.class_mean() - statistics.mean())[:, free]
@@ -237,7 +237,7 @@ def class_name(names: Sequence[str], label: int) -> str:
 
 def embed(statistics: Statistics) -> tuple[Tensor, list[float]] | None:
     """The sampled images' weights of free edges in two dimensions, (S, 2), and the share of the variance along each: principal
-    components. None where the weights do not vary in two directions.
+    components. None where the weights do not vary.
     """
     from sklearn.decomposition import PCA
 

@@ -107,8 +107,8 @@ def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observat
         because += "without labels nothing says which images are easy"
     else:
         because += (
-            f"the half of the images with the smaller loss executes {easy / 1e6:.2f} M multiply-adds, the other half"
-            f" {hard / 1e6:.2f} M, {abs(100 * saved):.2f} % {'less' if saved >= 0 else 'more'}"
+            f"of {len(statistics.sample.losses):,} sampled images the half with the smaller loss executes {easy / 1e6:.2f} M"
+            f" multiply-adds, the other half {hard / 1e6:.2f} M, {abs(100 * saved):.2f} % {'less' if saved >= 0 else 'more'}"
         )
     because += f" (needed: {100 * LEAST_DIFFERENCE:.0f} % each)."
     verdicts = [None if value is None else value >= LEAST_DIFFERENCE for value in (other, spread, saved)]

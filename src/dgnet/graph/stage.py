@@ -5,11 +5,13 @@ Letters: B batch, N nodes, E in-edges of a node, C channels, H and W height and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dgnet.errors import UsageError, check_choice
@@ -287,9 +289,28 @@ class Executor:
         """
         sources = (x, *senders) if node in stage.topology.entry else tuple(senders)
         if stage.grad_checkpointing and stage.training and torch.is_grad_enabled():
-            feature: Tensor = checkpoint(stage.compute, node, weights, is_open, *sources, use_reentrant=False)
+            options: dict[str, Any] = {"use_reentrant": False}
+            if not torch.compiler.is_compiling():  # there no such contexts are allowed
+                options["context_fn"] = lambda: (nullcontext(), keep_statistics(stage.nodes[node - 1 : node]))
+            feature: Tensor = checkpoint(stage.compute, node, weights, is_open, *sources, **options)
             return feature
         return stage.compute(node, weights, is_open, *sources)
+
+
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch normalisations in `module` do not count the batch that passes through them: it passed before."""
+    norms = [(child, child.momentum, child.num_batches_tracked) for child in module.modules() if isinstance(child, _BatchNorm)]
+    counts = [None if count is None else count.clone() for *_, count in norms]
+    for norm, *_ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for (norm, momentum, count), before in zip(norms, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and before is not None:
+                count.copy_(before)
 
 
 DENSE = Executor()

@@ -6,7 +6,7 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,11 @@ class FixedWeighting(Weighting):
         super().__init__(topology, channels)
         self.one: Tensor
         self.register_buffer("one", torch.ones(1), persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        self.one.fill_(1)  # from the meta device it comes without a value, and no state dict brings one
+        return self
 
     def share(self, node: int) -> Tensor:
         return self.one.expand(len(self.topology.senders(node)))

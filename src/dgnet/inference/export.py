@@ -89,9 +89,10 @@ def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[
         with torch.no_grad():
             expected = network(images)
             found = run_onnx(path, images) if format == "onnx" else torch.export.load(path).module()(images)
-        worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
-    if worst > 1e-3:
-        raise UsageError(f"{path} differs from the checkpoint by {worst:.1e} of the largest logit; do not use it")
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference <= 1e-3:  # or it is no number
+            raise UsageError(f"{path} differs from the checkpoint by {difference:.1e} of the largest logit; do not use it")
+        worst = max(worst, difference)
     return worst
 
 

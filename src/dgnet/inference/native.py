@@ -35,8 +35,9 @@ def use_native(network: nn.Module) -> nn.Module:
     """Set `network` to the sparse mode, in place, its stages with the compiled extension as far as that takes them.
 
     It takes routed weights (`Router`, average pooling), learned and fixed ones, with or without gates on blocks, in float32.
-    Weights, and which modules have hooks, are as they are now. In plain PyTorch runs a stage that has a weighting, router or
-    pool of the user's own, hooks on these, or routers that read activations; so do padded batches, autocast, other precisions.
+    Weights, and which modules have hooks, are as they are now: call it again where they change. In plain PyTorch runs a stage
+    that has a weighting, router or pool of the user's own, hooks on these, or routers that read activations; so do padded
+    batches, autocast, other precisions.
 
     Raises UsageError where the extension cannot be built.
     """

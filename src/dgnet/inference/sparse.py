@@ -186,7 +186,8 @@ def sum_nothing(stage: DynamicGraph, x: Tensor) -> Tensor:
     """x̂ of the output node where it has no open in-edge for any sample: zeros, (B, C, H, W), for the raw stage input `x`."""
     _note_rows(stage, torch.empty(0, dtype=torch.long, device=x.device))
     # A run on no samples: what no node has computed has no size yet.
-    shape = stage.nodes[stage.topology.entry[0] - 1](x[:0]).shape
+    entry = stage.topology.entry
+    shape = stage.nodes[entry[0] - 1](x[:0]).shape if entry else stage.input(x[:0]).shape
     _note_rows(stage, None)
     return x.new_zeros(len(x), *shape[1:])
 

@@ -17,7 +17,7 @@ from dgnet.inference.sparse import set_mode
 
 
 def time_alternating(steps: Mapping[str, Callable[[], object]], rounds: int = 5, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, a figure a round; the steps take turns, in an order that turns round, after one call to warm up."""
+    """Seconds of each step, a figure a round; they take turns, in an order that turns round, after two calls to warm up."""
 
     def timed(step: Callable[[], object]) -> float:
         started = time.perf_counter()

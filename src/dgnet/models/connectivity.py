@@ -60,7 +60,7 @@ class Connectivity:
     inference_weight: str = "gated"  # an open edge in evaluation weighs as in training, or its "raw" α (Eq. 5)
     # Gates on blocks, whatever the weighting
     node_gate: str = "none"  # "hard", or "gumbel" with noise in training: a block runs for a sample or does not
-    node_gate_bias: float = 2.0  # at start: a gate is open with probability σ(2) = 0.88
+    node_gate_bias: float = 2.0  # at start: a gumbel gate is open with probability σ(2) = 0.88, a hard one open
     threshold_offset: float = 0.0  # in evaluation edges close under τ + offset, gates under ½ + offset
     # Learned weighting
     learned_start: float = 1.0
@@ -100,6 +100,8 @@ class Connectivity:
         weightings = [self.weighting] if isinstance(self.weighting, str) else []
         chosen = {"topology": self._topology_names(), "weighting": weightings, "node_gate": [self.node_gate]}
         used = {option for axis, names in chosen.items() for name in names for option in _AXES[axis][name]}
+        if not weightings:
+            used.add("router_reads")  # the stage applies it, whatever the user's own weighting is
         belongs = {option: axis for axis, options in _AXES.items() for named in options.values() for option in named}
         return {option: axis for option, axis in belongs.items() if option not in used}
 
@@ -199,7 +201,7 @@ _WEIGHTING_OPTIONS: dict[str, tuple[str, ...]] = {
     "learned": ("learned_start", "learned_activation"),
     "fixed": (),
 }
-_GATED = ("node_gate_bias", "threshold_offset")
+_GATED = ("node_gate_bias", "threshold_offset", "router_reads")
 _NODE_GATE_OPTIONS: dict[str, tuple[str, ...]] = {"none": (), "hard": _GATED, "gumbel": _GATED}
 _AXES = {"topology": TOPOLOGY_OPTIONS, "weighting": _WEIGHTING_OPTIONS, "node_gate": _NODE_GATE_OPTIONS}
 
@@ -372,12 +374,14 @@ class DynamicNetwork(nn.Module):
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """The static network's initialisation, then the weightings' own: it must not reach into routers."""
         static = getattr(super(), "init_weights", None)
+        deciders = [part for stage in self.stages for part in (stage.weighting, stage.node_gates) if part is not None]
+        # A router of the user's own may have started its layers as it likes, and have no `reset_parameters`.
+        before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in deciders]
         if static is not None:
             static(*args, **kwargs)
-        for stage in self.stages:
-            stage.weighting.reset_parameters()
-            if stage.node_gates is not None:
-                stage.node_gates.reset_parameters()
+        for part, state in zip(deciders, before, strict=True):
+            part.load_state_dict(state)
+            part.reset_parameters()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each node in the backward pass: a stage keeps its N features and nothing inside the nodes."""

@@ -15,7 +15,7 @@ def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> l
     """Load a static checkpoint of timm's or torchvision's into the dynamic network of the same family, in place.
 
     Blocks become nodes, a stage's projection becomes its input node. Returns the names that stayed as initialised: routers,
-    thresholds, edge weights, projections that the static network lacks, a head of another number of classes.
+    thresholds, edge weights, gates on blocks, projections that the static network lacks, a head of another number of classes.
 
     Raises UsageError, with the model untouched, for a model without stages and for weights of another family.
     """
@@ -72,7 +72,7 @@ def _is_unused_projection(name: str, own: Mapping[str, Tensor]) -> bool:
 
 
 def _parts_without_static_counterpart(model: DynamicNetwork, loaded: Mapping[str, Tensor]) -> list[str]:
-    """Weightings, and projections that the static network lacks."""
+    """Weightings, gates, and projections that the static network lacks."""
     own, taken = model.state_dict(), set(model.static_names.values())
     added = []
     for prefix in (f"{name}.input." for name in model.stage_names):
@@ -81,4 +81,4 @@ def _parts_without_static_counterpart(model: DynamicNetwork, loaded: Mapping[str
         keeps_channels = weight is not None and weight.shape[0] == weight.shape[1]
         if prefix not in taken or (keeps_channels and not any(name.startswith(prefix) for name in loaded)):
             added.append(prefix)
-    return [*(f"{name}.weighting." for name in model.stage_names), *added]
+    return [*(f"{name}.{part}." for name in model.stage_names for part in ("weighting", "node_gates")), *added]
