@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from dgnet.cli import main
 from tests.command import ask, refuse
 
 QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
@@ -13,12 +15,8 @@ QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
 def test_a_measurement(capsys, task):
     result = json.loads(ask(capsys, "bench", "dg_resnet20", "--task", task, *QUICK, "--json"))
     assert (result["model"], result["against"], result["task"]) == ("dg_resnet20", "resnet20", task)
-    assert (result["batch_size"], result["image_size"], result["device"], result["dtype"]) == (
-        4,
-        16,
-        result["device"],
-        "float32",
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert (result["batch_size"], result["image_size"], result["device"], result["dtype"]) == (4, 16, device, "float32")
     assert result["ratio_quartiles"][0] <= result["ratio"] <= result["ratio_quartiles"][1]
     for side in ("model", "against"):
         measured = result[f"{side}_side"]
@@ -65,6 +63,12 @@ def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys
 )
 def test_refusals(capsys, arguments, message):
     assert message in refuse(capsys, "bench", *arguments)
+
+
+def test_a_network_that_cannot_take_the_size_is_named(capsys):
+    words = ["bench", "dg_resnet20", "--against", "vit_tiny_patch16_224", "--task", "infer", "--batch-size", "2"]
+    assert main(words) == 2
+    assert "dgnet: vit_tiny_patch16_224 cannot run infer here" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

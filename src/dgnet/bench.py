@@ -221,10 +221,12 @@ class _Side:
         self.image_size = image_size
         self.seconds: list[float] = []
         allocated = self._allocated()
-        step = self._prepare(network)
-        started = time.perf_counter()
         try:
+            step = self._prepare(network)
+            started = time.perf_counter()
             self._wait(step)
+        except UsageError:
+            raise
         except Exception as error:  # whatever a layer, the device or the compiler makes of it
             raise UsageError(f"{name} cannot run {config.task} here: {reason(error)}") from error
         self.first_call_seconds = time.perf_counter() - started

@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 
 class BadImageError(UsageError):
-    """An image that cannot be read or does not decode."""
+    """An image that cannot be read, does not decode, or is not the one that its annotations speak of."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -78,6 +78,9 @@ def test_data_are_never_split_silently(tmp_path):
     write_folder(tmp_path, {"ant": 3, "cat": 2})
     with pytest.raises(UsageError, match="has no evaluation images of its own; name them with --val-data"):
         open_train_and_evaluation(str(tmp_path), None)
+    write_folder(tmp_path / "two", {"train": 3, "val": 2})  # classes of these names, or splits without class folders
+    with pytest.raises(UsageError, match="has no evaluation images of its own"):
+        open_train_and_evaluation(str(tmp_path / "two"), None)
 
 
 def test_shards_are_read_by_offset_with_their_class_names(tmp_path):

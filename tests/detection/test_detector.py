@@ -171,6 +171,7 @@ def test_what_is_frozen_does_not_train():
         ("resnet18", {"options": {"rpn_pre_nms_top_n_train": 0.5}}, "rpn_pre_nms_top_n_train must be a whole number, got 0.5"),
         ("resnet18", {"options": {"box_score_thresh": "much"}}, "box_score_thresh must be a number, got 'much'"),
         ("resnet18", {"options": {"min_size": 1}}, "min_size cannot be set: use short_side"),
+        ("resnet18", {"options": {"rpn_fg_iou_thresh": 0.2}}, "cannot be built with rpn_fg_iou_thresh=0.2"),
     ],
 )
 def test_refusals(model, options, expected):

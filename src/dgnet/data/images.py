@@ -89,7 +89,7 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Im
 
     `size`: the width and height that are known of it. An image that has them only as it is stored is not turned upright.
 
-    Raises BadImageError, with `name`, where they are no image or one that is cut short, UsageError where its size is another.
+    Raises BadImageError, with `name`, where they are no image, one that is cut short, or one of another size.
     """
     try:
         with warnings.catch_warnings():
@@ -100,7 +100,7 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Im
         raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
     if size is not None and image.size != size:
         found, expected = (f"{width} × {height}" for width, height in (image.size, size))
-        raise UsageError(f"{name} is {found} pixels, its annotations say {expected}; they belong to another image")
+        raise BadImageError(f"{name} is {found} pixels, its annotations say {expected}; they belong to another image")
     return image
 
 
@@ -180,7 +180,7 @@ class BadImages:
         # One write at the end of the file: on a local disk processes do not cut into each other's lines.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"{line}\n".encode())
+            os.write(descriptor, f"{line}\n".encode(errors="surrogateescape"))  # names may be no UTF-8
         finally:
             os.close(descriptor)
         if len(known) + 1 > self.limit:
@@ -191,7 +191,9 @@ class BadImages:
 
     def read(self) -> list[str]:
         """Those listed so far."""
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        return self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):

@@ -32,7 +32,7 @@ def expand_shards(pattern: str) -> list[str]:
 
     try:
         paths: list[str] = expand_urls(pattern)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # the latter of a variable in single quotes that is not set
         raise UsageError(f"shard pattern {pattern!r} cannot be expanded ({error}); expected …{{000000..000004}}.tar") from None
     missing = [path for path in paths if not is_stream(path) and not os.path.isfile(path)]
     if missing:

@@ -217,7 +217,7 @@ class TimmDataset(ImageDataset):
             else:
                 with image:
                     content = image.read()
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, TypeError, AssertionError) as error:  # the last two of an empty row
             raise BadImageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
         check_label(self.name(index), label, len(self.labels))
         return content, self.labels[label]
@@ -267,12 +267,17 @@ def open_dataset(
 
 def _split_folder(root: Path, role: str) -> Path | None:
     """The subfolder of `root` for `role`, where `root` is divided into splits."""
-    # A class may be called train: then it holds images, not class folders.
-    is_divided = (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
-    found = next((root / name for name in _FOLDERS[role] if (root / name).is_dir()), None) if is_divided else None
-    if is_divided and found is None:
+    if not _is_divided(root):
+        return None
+    found = next((root / name for name in _FOLDERS[role] if (root / name).is_dir()), None)
+    if found is None:
         raise UsageError(f"{root} holds train/ but neither val/ nor test/; name the evaluation data with --val-data")
     return found
+
+
+def _is_divided(root: Path) -> bool:
+    """Whether a folder holds splits. A class may be called train: then it holds images, not class folders."""
+    return (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
 
 
 def gives_both(source: str) -> bool:
@@ -280,7 +285,7 @@ def gives_both(source: str) -> bool:
     if source == "digits" or source.startswith(("hfds/", "torch/")):
         return True
     root = Path(source)
-    return (root / "train").is_dir() and any((root / name).is_dir() for name in _FOLDERS[EVALUATION])
+    return _is_divided(root) and any((root / name).is_dir() for name in _FOLDERS[EVALUATION])
 
 
 def open_train_and_evaluation(

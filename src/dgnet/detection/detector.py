@@ -76,7 +76,7 @@ class Detector(FasterRCNN):
             super().__init__(
                 backbone, num_classes + 1, **sizes, image_mean=list(cfg["mean"]), image_std=list(cfg["std"]), **options
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AssertionError) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
             raise UsageError(f"torchvision's FasterRCNN cannot be built with {given}: {reason(error)}") from None
         # The transform pads a batch, and knows what it padded.
