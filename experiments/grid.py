@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dgnet.files import read_table
 KEYS = {"recipe", "data", "test", "options", "groups", "compare"}
 
 PLACES = ("data", "val_data", "data_root", "output", "threads")
-"""Options that do not decide the result."""
+"""Options that do not decide the result. Which images a run sees does, and is the grid's to say; where they lie is not."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Run:
     arm: str
     seed: int
     options: dict[str, Any]  # of `dgnet train`, the recipe's included
-    evaluation: dict[str, Any] = field(default_factory=dict)  # options of `dgnet evaluate`, beside the usual
+    evaluation: dict[str, Any]  # options of `dgnet evaluate`, beside the usual
+    images: tuple[str | None, ...]  # the grid's data and test
 
     @property
     def digest(self) -> str:
@@ -42,7 +43,7 @@ class Run:
     @property
     def training(self) -> dict[str, Any]:
         """The options that decide what training results in."""
-        return {name: value for name, value in self.options.items() if name not in PLACES}
+        return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
 
 
 def _digest(options: dict[str, Any]) -> str:
@@ -83,7 +84,7 @@ def read_grid(path: Path) -> Grid:
             raise ValueError(f"unknown key {unknown[0]!r}; keys: {', '.join(sorted(KEYS))}")
         shared = yaml.safe_load((path.parent / values["recipe"]).read_text(encoding="utf-8")) | values["options"]
         runs = [
-            build_run(group, arm, seed, {**shared, **options})
+            build_run(group, arm, seed, {**shared, **options}, (values["data"], values.get("test")))
             for group, part in values["groups"].items()
             for seed in part["seeds"]
             for arm, options in part["arms"].items()
@@ -110,10 +111,10 @@ def read_grid(path: Path) -> Grid:
     return grid
 
 
-def build_run(group: str, arm: str, seed: int, options: dict[str, Any]) -> Run:
-    """A run from an arm's and the recipe's options."""
+def build_run(group: str, arm: str, seed: int, options: dict[str, Any], images: tuple[str | None, ...]) -> Run:
+    """A run from an arm's and the recipe's options, and the grid's images."""
     evaluation = options.pop("evaluate", {})
-    return Run(group, arm, seed, fill_seed({**options, "seed": seed}, seed), dict(evaluation))
+    return Run(group, arm, seed, fill_seed({**options, "seed": seed}, seed), dict(evaluation), images)
 
 
 def fill_seed(value: Any, seed: int) -> Any:

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from dgnet.analysis.figures import COLOURS, save_figure
 from dgnet.errors import UsageError
-from dgnet.files import read_table
+from dgnet.files import read_table, writing
 from grid import Grid, read_grid
 
 MOST_BELOW = 10.0
@@ -46,12 +46,15 @@ def main() -> int:
         arms = collect(grid)
         if not arms:
             raise UsageError(f"{grid.table} holds no run of {args.grid}; run it: python experiments/run.py {args.grid}")
+        print("\n\n".join([format_arms(grid, arms), format_differences(grid, arms), format_connectivity(arms)]))
+        with writing(grid.table.parent, "the tables above stay"):
+            save_figure(draw_accuracy(grid, arms), grid.table.parent, f"{args.grid.stem}_accuracy")
+            curves = read_curves(grid, arms)
+            if curves:
+                save_figure(draw_curves(grid, curves), grid.table.parent, f"{args.grid.stem}_curves")
     except UsageError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join([format_arms(grid, arms), format_differences(grid, arms), format_connectivity(arms)]))
-    for name, figure in (("accuracy", draw_accuracy(grid, arms)), ("curves", draw_curves(grid, arms))):
-        save_figure(figure, grid.table.parent, f"{args.grid.stem}_{name}")
     return 0
 
 
@@ -75,11 +78,11 @@ def column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
 
 
 def format_mean(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation; the value alone where there is no other."""
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):,.{digits}f}{spread}"
 
 
 def format_table(heads: list[str], rows: list[list[str]]) -> str:
@@ -94,9 +97,10 @@ def format_arms(grid: Grid, arms: Arms) -> str:
     heads = ["arm", "seeds", "epochs", "parameters", "multiply-adds M", *measures, "minutes"]
     lines = []
     for arm, rows in arms.items():
-        first = next(iter(rows.values()))
-        cells = [arm, str(len(rows)), first["epochs"], f"{int(first['parameters']):,}"]
-        cells.append(f"{int(first['multiply_adds']) / 1e6:.2f}")
+        epochs = next(iter(rows.values()))["epochs"]
+        # Of a random graph each seed has its own.
+        cells = [arm, str(len(rows)), epochs, format_mean(column(rows, "parameters"), 0)]
+        cells.append(format_mean([value / 1e6 for value in column(rows, "multiply_adds")], 2))
         cells += [format_mean(column(rows, name), digits) for name, (_, digits) in MEASURES.items()]
         lines.append([*cells, format_mean(column(rows, "minutes"), 1)])
     return format_table(heads, lines)
@@ -159,17 +163,26 @@ def draw_accuracy(grid: Grid, arms: Arms) -> Figure:
     return figure
 
 
-def draw_curves(grid: Grid, arms: Arms) -> Figure:
-    """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
-    curves: dict[str, dict[int, list[float]]] = {}
-    digests = {(arm, row["digest"]) for arm, rows in arms.items() for row in rows.values()}
+Curves = dict[str, dict[int, list[float]]]
+"""For each arm that is trained, the training losses of its seeds by epoch."""
+
+
+def read_curves(grid: Grid, arms: Arms) -> Curves:
+    """The curves of the runs in `arms`; that of an arm that is only evaluated otherwise is there already."""
+    evaluated = {run.arm for run in grid.runs if run.evaluation}
+    digests = {(arm, row["digest"]) for arm, rows in arms.items() if arm not in evaluated for row in rows.values()}
+    curves: Curves = {}
     for row in read_table(grid.curves):
         if (row["arm"], row["digest"]) in digests:
             curves.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
+    return curves
+
+
+def draw_curves(grid: Grid, curves: Curves) -> Figure:
+    """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
     groups: dict[str, list[str]] = {}
     for run in grid.runs:
-        is_trained = not run.evaluation  # the curve of an arm that is only evaluated otherwise is there already
-        if is_trained and run.arm in curves and run.arm not in groups.setdefault(run.group, []):
+        if run.arm in curves and run.arm not in groups.setdefault(run.group, []):
             groups[run.group].append(run.arm)
     groups = {group: names for group, names in groups.items() if names}
     figure = Figure(figsize=(5 * len(groups), 3.6), layout="constrained")

@@ -8,16 +8,14 @@ Interrupt it when you like and start it again, on another machine too: a run is 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
-from dgnet.files import read_table, write_table
+from dgnet.files import hold, read_table, write_table
 from dgnet.options import flag
 from grid import Grid, Run, missing_runs, read_grid
 
@@ -46,6 +44,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--dry-run", action="store_true", help="list what is missing and run nothing")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # so that what it started is stopped too
     try:
         return run_grid(args)
     except UsageError as error:
@@ -55,7 +54,7 @@ def main() -> int:
         print("run.py: interrupted; start it again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe had enough
-        return 0
+        return 128 + signal.SIGPIPE
 
 
 def run_grid(args: argparse.Namespace) -> int:
@@ -76,19 +75,9 @@ def run_grid(args: argparse.Namespace) -> int:
     jobs = args.jobs or (4 if device == "cuda" else len(os.sched_getaffinity(0)))
     check_range("--jobs", jobs, 1)
     args.output.mkdir(parents=True, exist_ok=True)
-    with only_one(args.output / ".lock"), Workers(grid, args.data, args.output, device) as workers:
+    refusal = f"another run.py works on {args.grid}; it runs what is missing"
+    with hold(args.grid, refusal), Workers(grid, args.data, args.output, device) as workers:
         return workers.run(missing, jobs, args.minutes)
-
-
-@contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Raises UsageError where another process is inside with the same path."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another run.py works in {path.parent}; give this one an --output of its own") from None
-        yield
 
 
 class Workers:
@@ -161,6 +150,8 @@ class Workers:
         is_dynamic = run.options["model"].startswith("dg_")
         controls = ["--adjacency-controls"] if is_dynamic else []
         words = [f"--device={self.device}", "--json", *controls, *as_words(run.evaluation)]
+        if options.get("val_data"):  # where it lies now: a run that is done may have been trained elsewhere
+            words.append(f"--data={options['val_data']}")
         found = self.call(["evaluate", str(folder), *words], log)
         if found is None:
             return None

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import yaml
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.files import read_table, write_table
+from dgnet.files import hold, read_table, write_table
 from tests.data.test_sources import jpeg, write_shard
+from tests.training.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -113,15 +115,15 @@ def test_another_recipe_is_another_run(folder):
     rows = [{"digest": run.digest, "arm": run.arm, "seed": run.seed} for run in before.runs]
     write_table(before.table, rows[:3])
     assert [(run.arm, run.seed) for run in grids.missing_runs(before)] == [("dynamic", 4)]
-    write_grid(folder, options={"epochs": 3})
-    assert len(grids.missing_runs(grids.read_grid(folder / "grid.yaml"))) == 4
+    for change in ({"options": {"epochs": 3}}, {"data": "train-{000000..000001}.tar"}, {"test": "other.tar"}):
+        assert len(grids.missing_runs(grids.read_grid(write_grid(folder, **change)))) == 4
 
 
 def test_where_the_data_lie_makes_no_other_run(folder):
     run = grids.read_grid(folder / "grid.yaml").runs[0]
-    moved = grids.Run(run.group, run.arm, run.seed, {**run.options, "data": "elsewhere", "threads": 1})
+    moved = replace(run, options={**run.options, "data": "elsewhere", "threads": 1})
     assert moved.digest == run.digest
-    assert grids.Run(run.group, run.arm, run.seed, {**run.options, "lr": 0.1}).digest != run.digest
+    assert replace(run, options={**run.options, "lr": 0.1}).digest != run.digest
 
 
 def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
@@ -129,6 +131,28 @@ def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
     assert usual.name == raw.name
     assert usual.digest != raw.digest
     assert usual.options == raw.options
+
+
+def test_one_runner_works_on_a_grid(folder):
+    with hold(folder / "grid.yaml", "held"):
+        refused = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
+    assert refused.returncode == 2
+    assert refused.stderr == f"run.py: another run.py works on {folder}/grid.yaml; it runs what is missing\n"
+
+
+@pytest.mark.slow
+def test_a_terminated_runner_stops_what_it_started_and_goes_on(folder):
+    words = ["run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs", "--jobs", 2]
+    runner = subprocess.Popen([sys.executable, ROOT / "experiments" / words[0], *map(str, words[1:])])
+    wait_for(lambda: len(list((folder / "runs").glob("*/config.yaml"))) == 2, 120)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    for path in (folder / "runs").glob("*/"):
+        with hold(path, f"{path} is trained in still"):
+            pass
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    assert len(read_table(folder / "results" / "grid.csv")) == 4
 
 
 @pytest.mark.slow
