@@ -247,6 +247,21 @@ def test_two_processes_write_one_run(images, tmp_path):
     assert load_checkpoint(tmp_path / "run").config["devices"] == "2"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", range(4))
+def test_whichever_process_meets_an_image_that_does_not_decode_it_is_one_line(broken, tmp_path):
+    write_folder(tmp_path / "data", {"a": 2, "b": 2})
+    path = sorted((tmp_path / "data").rglob("*.jpg"))[broken]
+    path.write_bytes(b"no image")
+    options = ["--val-data", tmp_path / "data", "--accelerator", "cpu", "--devices", "2", "--output", tmp_path / "run"]
+    command = [sys.executable, "-m", "dgnet", "train", "--data", tmp_path / "data", *options, *QUICK]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert f"{path} does not decode as an image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_is_divided_among_devices(images, tmp_path, capsys):
     options = ["--accelerator", "cpu", "--devices", 2, "--output", tmp_path / "run", *QUICK, "--batch-size", 3]
     line = refuse(capsys, "train", "--data", images, *options)

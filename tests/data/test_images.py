@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dgnet.checkpoint import load_checkpoint
 from dgnet.data import IGNORED, TRAIN, BadImages, Preprocessing, TrainingItems, decode, open_dataset
 from dgnet.errors import BadImageError, UsageError
-from dgnet.training import TrainConfig, train
+from dgnet.training import TrainConfig, evaluate, open_evaluation_data, train
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)  # height 12, width 16
 PHOTO = np.stack([GRADIENT, GRADIENT.T.reshape(12, 16), 255 - GRADIENT], axis=2)
@@ -112,6 +113,9 @@ def test_bad_images_are_skipped_counted_and_listed(folder, workers):
     ]
     assert len(listed) == 6
     assert result.metrics["val_top1"] * 21 / 100 == pytest.approx(round(result.metrics["val_top1"] * 21 / 100))
+    checkpoint = load_checkpoint(folder / "run")
+    again = evaluate(checkpoint.build_network(), open_evaluation_data(checkpoint))
+    assert (again.images, again.top1) == (21, pytest.approx(result.metrics["val_top1"]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

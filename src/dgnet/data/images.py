@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,6 +195,12 @@ class BadImages:
         if not self.path.exists():
             return []
         return self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+
+    def leave_out(self, dataset: ImageDataset) -> ImageDataset:
+        """The images of `dataset` that are not listed."""
+        parts = (re.split(" does not decode as an image | cannot be read: ", line)[0] for line in self.read())
+        names = {name.removeprefix("image ") for name in parts}
+        return Part(dataset, [i for i in range(len(dataset)) if dataset.name(i) not in names]) if names else dataset
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from dgnet.checkpoint import Checkpoint
 from dgnet.cost import CostModel, cost_model
-from dgnet.data import EVALUATION, TRAIN, ImageDataset, hold_out, open_dataset
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset
 from dgnet.errors import check_range
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages, record_connectivity, require_stages, use_connectivity
 from dgnet.inference import measure_speed, set_mode
@@ -213,6 +215,8 @@ def open_evaluation_data(
 
     `needs_labels`: see `dgnet.data.open_dataset`.
 
+    Images that the run skipped, as its `--on-bad-image skip` had asked for, are left out, and a line on stderr says so.
+
     Raises UsageError for a source that is not there or has classes unknown to it.
     """
     config = checkpoint.config
@@ -223,7 +227,21 @@ def open_evaluation_data(
     else:
         source = source or config.get("val_data") or config["data"]
         dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels)
+    if config.get("on_bad_image") == "skip":
+        dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
+    return dataset
+
+
+def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:
+    """Without what the run that wrote the checkpoint `path` skipped."""
+    whole = len(dataset)
+    for folder in (path.parent, path.parent.parent):
+        listed = folder / "bad_images.txt"
+        dataset = BadImages(listed, limit=0).leave_out(dataset)
+        if len(dataset) < whole:
+            print(f"{whole - len(dataset)} of {whole:,} images are left out: {listed} says why", file=sys.stderr)
+            break
     return dataset
 
 

@@ -9,7 +9,9 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -156,14 +158,19 @@ class Run:
             raise
         except BaseException as error:
             launcher = trainer.strategy.launcher
+            has_refused = False
             if isinstance(launcher, _SubprocessScriptLauncher):  # or the processes that it started wait for this one
+                has_refused = isinstance(error, RuntimeError) and _has_refused(launcher.procs)
                 launcher.kill(signal.SIGKILL)
             # What else went wrong follows from a signal: helpers of a whole group of processes were told too.
             if checkpointing.signum:
                 raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
             is_new = not self.resume and not any(folder.glob("checkpoints/*.ckpt"))
-            if isinstance(error, BadImageError) and self.is_main and is_new:
+            is_bad_image = isinstance(error, BadImageError) or (has_refused and not (folder / "bad_images.txt").exists())
+            if is_bad_image and self.is_main and is_new:
                 clear_folder(folder)  # without a checkpoint it is no run to keep
+            if has_refused:
+                raise SystemExit(2) from None
             if isinstance(error, SystemExit):  # Lightning leaves so
                 raise KeyboardInterrupt if isinstance(error.__context__, KeyboardInterrupt) else error from None
             raise
@@ -174,6 +181,14 @@ class Run:
             self.say(f"trained at {pace}; best {module.best_title} {_best(folder, module.best):.2f} %")
         _write_weights(folder)
         return RunResult(folder, _last_metrics(folder))
+
+
+def _has_refused(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether one of the processes met a mistake, printed its line and left: that breaks the connection to it."""
+    end = time.monotonic() + 3  # soon Lightning would end this process too
+    while time.monotonic() < end and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    return any(process.poll() == 2 for process in processes)
 
 
 def _listed(names: Sequence[str]) -> str:
