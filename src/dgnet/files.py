@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,6 +46,13 @@ def writing(target: object, advice: str = "name another with --output") -> Itera
         yield
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
+
+
+def make_writable(folder: Path) -> None:
+    """Make `folder`, before the work whose results go there. Raises UsageError where nothing can be written into it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

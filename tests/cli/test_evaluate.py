@@ -89,6 +89,12 @@ def test_an_open_edge_weighs_what_evaluate_is_asked_for(run, tmp_path, capsys):
     assert json.loads(ask(capsys, "evaluate", file, "--json")) == raw
 
 
+def test_a_sweep_that_cannot_be_written_is_refused_before_it_begins(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refuse(capsys, "evaluate", run, "--sweep-threshold", "--output", tmp_path / "file")
+    assert "file cannot be written: File exists; name another with --output" in line
+
+
 def test_evaluate_refuses_what_does_not_go_together(run, capsys):
     for words, message in (
         (["--write", "x.safetensors"], "--write needs --threshold-offset or --inference-weight"),

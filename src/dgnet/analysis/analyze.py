@@ -23,7 +23,7 @@ from dgnet.analysis.statistics import ImageResult, Statistics, flatten_edges
 from dgnet.cost import cost_model
 from dgnet.data import ImageDataset
 from dgnet.errors import UsageError, check_range, reason
-from dgnet.files import read_table, replace_file, without_nan, write_table, writing
+from dgnet.files import make_writable, read_table, replace_file, without_nan, write_table, writing
 from dgnet.graph import find_stages, record_connectivity, require_stages
 
 SAMPLED = 2000
@@ -93,8 +93,7 @@ def analyze(
     if not len(dataset):
         raise UsageError("the data set holds no images; name another with --data")
     chosen = find_images(dataset, images)
-    with writing(folder):  # before minutes of work: a folder that cannot be made loses nothing
-        folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder)
     statistics = gather_statistics(network, dataset, extremes, chosen, batch_size, workers, device, seed)
     groups = {
         "chosen": [image for image in statistics.chosen.values() if image is not None],

@@ -24,6 +24,7 @@ from dgnet.cli.command import (
     say_if_idle,
 )
 from dgnet.errors import UsageError, check_range
+from dgnet.files import make_writable
 
 
 def _train_parser() -> Parser:
@@ -187,8 +188,9 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis.sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
-    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
     folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
+    make_writable(folder)
+    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
     paths = save_sweep(points, folder)
     if args.json:
         print_json([asdict(point) for point in points])
