@@ -26,6 +26,7 @@ from tqdm import tqdm
 import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
+from dgnet.cli import leave_pipe
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.files import hold, read_table, write_table
@@ -53,8 +54,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("run.py: interrupted; start it again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe had enough
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        return leave_pipe()
 
 
 def run_grid(args: argparse.Namespace) -> int:

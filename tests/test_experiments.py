@@ -119,6 +119,14 @@ def test_another_recipe_is_another_run(folder):
         assert len(grids.missing_runs(grids.read_grid(write_grid(folder, **change)))) == 4
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_choices"])
+def test_the_rows_of_the_shipped_grids_are_found(name):
+    grid = grids.read_grid(ROOT / "experiments" / f"{name}.yaml")
+    arms = report.collect(grid)
+    assert len(arms) >= 10
+    assert report.read_curves(grid, arms)
+
+
 def test_where_the_data_lie_makes_no_other_run(folder):
     run = grids.read_grid(folder / "grid.yaml").runs[0]
     moved = replace(run, options={**run.options, "data": "elsewhere", "threads": 1})

@@ -82,6 +82,8 @@ def hold(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
                 break
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # not by closing alone: processes that were forked hold it too
         os.close(descriptor)
 
 

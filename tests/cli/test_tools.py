@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,14 @@ def test_version_and_help(capsys):
         assert caught.value.code == 0
         assert expected in capsys.readouterr().out
     assert main([]) == 2
+
+
+def test_a_reader_that_has_enough_is_no_traceback():
+    process = subprocess.Popen([sys.executable, "-m", "dgnet", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait(60) == 141
 
 
 def test_cost(capsys):

@@ -190,11 +190,13 @@ def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     folder = tmp_path / "run"
     options = ["--data", images, "--epochs", 1, "--threads", 1, "--output", folder, *QUICK]
+    threads = torch.get_num_threads()
     folder.mkdir()
     with hold(folder, "held"):
         assert "is a run's that goes on in another process" in refuse(capsys, "train", *options)
     ask(capsys, "train", *options)
     assert os.environ["OMP_NUM_THREADS"] == "1"  # what Lightning gives further processes
+    torch.set_num_threads(threads)
     (folder / "metrics.csv").unlink()  # the run goes on
     with hold(folder, "held"):
         assert "is a run's that goes on in another process" in refuse(capsys, "train", "--resume", folder)

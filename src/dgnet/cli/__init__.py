@@ -37,15 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dgnet`; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
+        status = _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         print(f"dgnet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dgnet: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe had enough
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        return leave_pipe()
+
+
+def leave_pipe() -> int:
+    """Where the reader of a pipe had enough: what is not written yet goes nowhere; returns the exit status for it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _run(entry: Command | Group, name: str, words: list[str]) -> int:

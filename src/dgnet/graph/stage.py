@@ -5,8 +5,8 @@ Letters: B batch, N nodes, E in-edges of a node, C channels, H and W height and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -291,26 +291,35 @@ class Executor:
         if stage.grad_checkpointing and stage.training and torch.is_grad_enabled():
             options: dict[str, Any] = {"use_reentrant": False}
             if not torch.compiler.is_compiling():  # there no such contexts are allowed
-                options["context_fn"] = lambda: (nullcontext(), keep_statistics(stage.nodes[node - 1 : node]))
+                options["context_fn"] = lambda: (nullcontext(), KeepStatistics(stage.nodes[node - 1 : node]))
             feature: Tensor = checkpoint(stage.compute, node, weights, is_open, *sources, **options)
             return feature
         return stage.compute(node, weights, is_open, *sources)
 
 
-@contextmanager
-def keep_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch normalisations in `module` do not count the batch that passes through them: it passed before."""
-    norms = [(child, child.momentum, child.num_batches_tracked) for child in module.modules() if isinstance(child, _BatchNorm)]
-    counts = [None if count is None else count.clone() for *_, count in norms]
-    for norm, *_ in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for (norm, momentum, count), before in zip(norms, counts, strict=True):
+class KeepStatistics:
+    """Inside the `with` block batch normalisations in `module` do not count the batch that passes: it passed before.
+
+    It is entered once for each backward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
+        self.before: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.before = [
+            (norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())
+            for norm in self.norms
+        ]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
             norm.momentum = momentum
-            if count is not None and before is not None:
-                count.copy_(before)
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 DENSE = Executor()

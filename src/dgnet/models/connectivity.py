@@ -102,7 +102,10 @@ class Connectivity:
         used = {option for axis, names in chosen.items() for name in names for option in _AXES[axis][name]}
         if not weightings:
             used.add("router_reads")  # the stage applies it, whatever the user's own weighting is
-        belongs = {option: axis for axis, options in _AXES.items() for named in options.values() for option in named}
+        belongs: dict[str, str] = {}
+        for axis, options in _AXES.items():
+            for option in (option for named in options.values() for option in named):
+                belongs.setdefault(option, axis)
         return {option: axis for option, axis in belongs.items() if option not in used}
 
     def _topology_names(self) -> list[str]:

@@ -8,13 +8,12 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,12 +66,12 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
 
     Raises UsageError for a folder that holds something or that another process trains in, and for a checkpoint that is damaged.
     """
-    if not is_main_process():  # the first process chose the folder
+    if not is_main_process(config.nodes):  # the first process chose the folder
         yield Run(config, resume, resume or Path(config.output or "runs"))
         return
     folder, made = (resume, []) if resume else make_folder(config)
     try:
-        with hold(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE):
+        with _hold_folder(folder):
             if not resume:
                 check_empty(folder)
             yield Run(config, resume, folder)
@@ -82,6 +81,10 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
                 path.rmdir()
 
 
+def _hold_folder(folder: Path) -> AbstractContextManager[None]:
+    return hold(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE)
+
+
 class Run:
     """A run that writes `folder`; `step`: where it goes on, None from the start. Raises UsageError for a damaged checkpoint."""
 
@@ -89,7 +92,7 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
             os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning's launcher chooses for itself
-        self.is_main = is_main_process()
+        self.is_main = is_main_process(config.nodes)
         self.progress = Progress()
         self.resume = resume
         self.folder = folder
@@ -158,10 +161,13 @@ class Run:
             raise
         except BaseException as error:
             launcher = trainer.strategy.launcher
-            has_refused = False
-            if isinstance(launcher, _SubprocessScriptLauncher):  # or the processes that it started wait for this one
-                has_refused = isinstance(error, RuntimeError) and _has_refused(launcher.procs)
-                launcher.kill(signal.SIGKILL)
+            others: list[subprocess.Popen[bytes]] = []
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                others += launcher.procs
+                launcher.procs.clear()  # Lightning watches them, and would kill this process where one left
+            has_refused = isinstance(error, RuntimeError) and _has_refused(others)
+            for process in others:  # or they would wait for this one
+                process.kill()
             # What else went wrong follows from a signal: helpers of a whole group of processes were told too.
             if checkpointing.signum:
                 raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
@@ -185,8 +191,8 @@ class Run:
 
 def _has_refused(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     """Whether one of the processes met a mistake, printed its line and left: that breaks the connection to it."""
-    end = time.monotonic() + 3  # soon Lightning would end this process too
-    while time.monotonic() < end and all(process.poll() is None for process in processes):
+    end = time.monotonic() + 3
+    while processes and time.monotonic() < end and all(process.poll() is None for process in processes):
         time.sleep(0.05)
     return any(process.poll() == 2 for process in processes)
 
@@ -235,7 +241,9 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     if not is_done or _read_progress(last)[0] <= int(rows[-1]["step"]):
         return config, None
     if is_main_process() and not (folder / "model.safetensors").exists():
-        _write_weights(folder)
+        with _hold_folder(folder):
+            if not (folder / "model.safetensors").exists():
+                _write_weights(folder)
     return config, RunResult(folder, _last_metrics(folder))
 
 
@@ -257,10 +265,12 @@ def _best(folder: Path, name: str) -> float:
     return max(float(row[name]) for row in read_table(folder / "metrics.csv") if row.get(name))
 
 
-def is_main_process() -> bool:
-    """Whether this process writes and prints: Lightning starts the command again in each further process."""
-    # Until there is a trainer Lightning knows of the machine by itself where a launcher gives each process a rank.
-    node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
+def is_main_process(nodes: int = 1) -> bool:
+    """Whether this process writes and prints: Lightning starts the command again in each further process.
+
+    `nodes`: on how many machines the run takes place, where there is no trainer yet, which knows.
+    """
+    node = int(os.environ.get("NODE_RANK", 0)) if nodes > 1 and "RANK" not in os.environ else 0
     return rank_zero_only.rank == 0 and node == 0  # type: ignore[attr-defined]
 
 
@@ -294,13 +304,16 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
         with writing(f"the run folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         return folder, made
+    runs = Path("runs")
+    made = [] if runs.exists() else [runs]
+    with writing(runs):
+        runs.mkdir(exist_ok=True)
     for number in itertools.count(1):
-        folder = Path("runs") / f"{config.model}-{number}"
-        made = [path for path in (folder, folder.parent) if not path.exists()]
+        folder = runs / f"{config.model}-{number}"
         with writing(f"the run folder {folder}"), suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
-    return folder, made
+    return folder, [folder, *made]
 
 
 def check_empty(folder: Path) -> None:
@@ -319,8 +332,10 @@ def clear_folder(folder: Path) -> None:
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write config.yaml, which repeats the run in a folder of its own. Raises UsageError where it cannot be written."""
     text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
-    with writing(f"the run folder {folder}"), replace_file(folder / "config.yaml") as written:
-        written.write_text(text, encoding="utf-8")
+    with writing(f"the run folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)  # another process that had waited for it may have taken it away
+        with replace_file(folder / "config.yaml") as written:
+            written.write_text(text, encoding="utf-8")
 
 
 def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:
