@@ -19,7 +19,7 @@ from dgnet.errors import UsageError
 from dgnet.files import read_table, writing
 from grid import Grid, read_grid
 
-MOST_BELOW = 10.0
+MOST_BELOW = 15.0
 """Points of top-1 that a drawn arm may lie below the median arm."""
 MEASURES = {  # column: heading, digits
     "top1": ("{evaluated} top-1 %", 2),
