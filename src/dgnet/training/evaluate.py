@@ -68,6 +68,7 @@ class ExecutedCost:
         """The cost figures of `Evaluation`."""
         executed, labels = torch.cat(self.executed), torch.cat(self.labels)
         shares = (5, 25, 50, 75, 95)
+        named = Counter(class_names)
         percentiles = np.percentile(executed.numpy(), shares)
         return {
             "dense_multiply_adds": self.costs.dense,
@@ -76,7 +77,7 @@ class ExecutedCost:
             "executed_percentiles": {str(share): float(value) for share, value in zip(shares, percentiles, strict=True)},
             "executed_by_class": {
                 # Names may repeat: ImageNet has two kinds of crane.
-                name if class_names.count(name) == 1 else f"{name} ({index})": float(executed[labels == index].mean())
+                name if named[name] == 1 else f"{name} ({index})": float(executed[labels == index].mean())
                 for index, name in enumerate(class_names)
                 if (labels == index).any()
             },
