@@ -13,7 +13,7 @@ from dgnet.detection.evaluation import CocoEvaluation
 from dgnet.detection.module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
 from dgnet.models import create_model
-from dgnet.models.connectivity import stored_options
+from dgnet.models.dynamic import stored_options
 from dgnet.training.run import Run, RunResult, open_run
 from dgnet.training.train import describe_initial
 

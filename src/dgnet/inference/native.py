@@ -21,7 +21,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, NodeGates, RoutedWeighting, find_stages
 from dgnet.graph.weighting import Router, global_average_pool
 from dgnet.inference.sparse import SparseExecutor, set_mode, sum_nothing
-from dgnet.models.connectivity import Transform
+from dgnet.models.dynamic import Transform
 
 SOURCE = Path(__file__).with_name("native.cpp")
 

@@ -12,7 +12,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from dgnet.models.connectivity import Connectivity, DynamicNetwork
+from dgnet.models.connectivity import Connectivity
+from dgnet.models.dynamic import DynamicNetwork
 from dgnet.models.factory import build_model
 from dgnet.models.resnet import split_block
 from dgnet.models.staged import StagedNetwork

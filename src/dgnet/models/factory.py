@@ -13,7 +13,8 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from dgnet.errors import UsageError, check_range, did_you_mean, reason
-from dgnet.models.connectivity import Connectivity, DynamicNetwork
+from dgnet.models.connectivity import Connectivity
+from dgnet.models.dynamic import DynamicNetwork
 
 
 def list_models() -> list[str]:

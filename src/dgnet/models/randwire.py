@@ -13,7 +13,8 @@ from torch import nn
 
 from dgnet.errors import check_range
 from dgnet.graph import Topology
-from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, Transform, build_stage
+from dgnet.models.connectivity import Connectivity
+from dgnet.models.dynamic import BlockParts, DynamicNetwork, Transform, build_stage
 from dgnet.models.factory import build_model, imagenet_cfg
 from dgnet.models.staged import StagedNetwork
 

@@ -10,7 +10,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from dgnet.errors import UsageError
-from dgnet.models.connectivity import BlockParts, Connectivity, DynamicNetwork, take_modules
+from dgnet.models.connectivity import Connectivity
+from dgnet.models.dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models.factory import build_model, imagenet_cfg
 
 _PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}

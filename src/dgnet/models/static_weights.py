@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
-from dgnet.models.connectivity import DynamicNetwork
+from dgnet.models.dynamic import DynamicNetwork
 
 
 def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

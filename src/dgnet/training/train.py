@@ -12,7 +12,7 @@ from dgnet.checkpoint import describe_network, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
 from dgnet.errors import UsageError
 from dgnet.models import create_model
-from dgnet.models.connectivity import stored_options
+from dgnet.models.dynamic import stored_options
 from dgnet.models.static_weights import classifier_prefixes
 from dgnet.training.budget import Budget
 from dgnet.training.config import TrainConfig
