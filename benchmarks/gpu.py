@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--minutes", type=float, default=9.0, help="start nothing after so many minutes")
+    parser.add_argument("--compile-ahead", type=int, default=7, help="networks compiled side by side before the first is timed")
     args = parser.parse_args()
     begun = time.monotonic()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -39,24 +40,12 @@ def main() -> int:
             command = [sys.executable, HERE / script, "--device=cuda", f"--minutes={min(left, minutes)}", output, *options]
             subprocess.run(command, check=True)
 
-    run("sparse.py", "sparse_cuda.json", 2.0, "--batches", "8", "64", "256")
-    networks = ("networks.py", "networks_cuda.json")
-    run("aggregate.py", "aggregate_cuda.json", 1.5, "--dtypes", "bfloat16", "--map-mib", "256")
-    large = ("--dtypes", "bfloat16", "--train-batch-size", "128", "--infer-batch-sizes", "64")
-    run(*networks, args.minutes, "--tasks", "train", "--forms", "compiled", *large)
-    run(*networks, args.minutes, "--tasks", "infer", "--forms", "compiled", *large)
-    run(
-        *networks,
-        args.minutes,
-        "--tasks",
-        "infer",
-        "--forms",
-        "cuda-graphs",
-        "--dtypes",
-        "bfloat16",
-        "--infer-batch-sizes",
-        "1",
-    )
+    networks = ("networks.py", "networks_cuda.json", args.minutes, "--dtypes=bfloat16", f"--compile-ahead={args.compile_ahead}")
+    run(*networks, "--tasks", "train", "--forms", "compiled", "--train-batch-size", "64")
+    run("sparse.py", "sparse_cuda.json", 1.5, "--batches", "8", "64", "256")
+    run("aggregate.py", "aggregate_cuda.json", 1.0, "--dtypes", "bfloat16", "--map-mib", "256")
+    run(*networks, "--tasks", "infer", "--forms", "cuda-graphs", "--infer-batch-sizes", "1")
+    run(*networks, "--tasks", "infer", "--forms", "compiled", "--infer-batch-sizes", "64")
     return 0
 
 

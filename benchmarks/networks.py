@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
     parser.add_argument("--stem", action="store_true", help="in place of DG-Nets, the static ResNets on DG's stem")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
+    parser.add_argument(
+        "--compile-ahead",
+        type=int,
+        default=0,
+        help="first compile what is missing, so many rows side by side, into the compiler's cache",
+    )
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
     args = parser.parse_args()
     results = read_rows(args.output)
@@ -61,16 +68,18 @@ def main() -> None:
         return
     begun = time.monotonic()
     wanted = missing_rows(list_rows(args), results)
+    if args.compile_ahead:
+        with ThreadPoolExecutor(args.compile_ahead) as pool:
+            for row in wanted:
+                pool.submit(run_bench, row, 1, args.device, errors=subprocess.DEVNULL)  # what fails shows in its turn
+        print(f"compiled ahead in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     for number, row in enumerate(wanted, start=1):
         if time.monotonic() - begun > 60 * args.minutes:
             print(f"{len(wanted) - number + 1} rows are left; run again to go on", file=sys.stderr)
             break
         print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
-        model = row.pop("model")
-        options = [f"{flag(name)}={value}" for name, value in row.items()]
-        options += [f"--rounds={args.rounds}", f"--device={args.device}", "--json"]
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "dgnet", "bench", model, *options], stdout=subprocess.PIPE, text=True)
+        done = run_bench(row, args.rounds, args.device)
         if done.returncode:
             print(f"  failed with status {done.returncode}", file=sys.stderr)
             continue
@@ -79,6 +88,14 @@ def main() -> None:
         results.append(result)
         write_rows(args.output, results)
         print(f"  ratio {result['ratio']:.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def run_bench(row: dict[str, Any], rounds: int, device: str, errors: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`dgnet bench` of a row, in a process of its own; `errors` is where its progress and messages go."""
+    options = [f"{flag(name)}={value}" for name, value in row.items() if name != "model"]
+    options += [f"--rounds={rounds}", f"--device={device}", "--json"]
+    command = [sys.executable, "-m", "dgnet", "bench", row["model"], *options]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
