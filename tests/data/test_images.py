@@ -108,7 +108,7 @@ def config(folder: Path, **more: object) -> TrainConfig:
 def test_bad_images_are_skipped_counted_and_listed(folder, workers):
     result = train(config(folder, on_bad_image="skip", workers=workers))
     listed = (folder / "run" / "bad_images.txt").read_text().splitlines()
-    assert sorted({line.split(" does not")[0] for line in listed}) == [
+    assert sorted({line.split("\t")[0] for line in listed}) == [
         str(folder / "data" / split / "odd" / f"{index:02}.jpg") for split in ("train", "val") for index in (9, 10, 11)
     ]
     assert len(listed) == 6

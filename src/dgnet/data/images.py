@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import random
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,7 +163,7 @@ _BITS = 2**64 - 1
 
 
 class BadImages:
-    """The list of images that did not decode and were skipped: a text file, one a line, which all processes append to.
+    """The list of images that did not decode and were skipped: their names and, after a tab, why; all processes append to it.
 
     Raises UsageError for more than `limit`.
     """
@@ -172,34 +171,33 @@ class BadImages:
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
 
-    def add(self, error: BadImageError) -> None:
+    def add(self, name: str, error: BadImageError) -> None:
         """List an image, once."""
-        line = str(error)
         known = self.read()
-        if line in known:
+        if name in known:
             return
         # One write at the end of the file: on a local disk processes do not cut into each other's lines.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"{line}\n".encode(errors="surrogateescape"))  # names may be no UTF-8
+            os.write(descriptor, f"{name}\t{error}\n".encode(errors="surrogateescape"))  # names may be no UTF-8
         finally:
             os.close(descriptor)
         if len(known) + 1 > self.limit:
             raise UsageError(
-                f"more than {self.limit} images do not decode, the last: {line}; all are listed in {self.path},"
+                f"more than {self.limit} images do not decode, the last: {error}; all are listed in {self.path},"
                 " --max-bad-images allows more"
             )
 
     def read(self) -> list[str]:
-        """Those listed so far."""
+        """The names of those listed so far."""
         if not self.path.exists():
             return []
-        return self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        return [line.rpartition("\t")[0] for line in lines if line]
 
     def leave_out(self, dataset: ImageDataset) -> ImageDataset:
         """The images of `dataset` that are not listed."""
-        parts = (re.split(" does not decode as an image | cannot be read: ", line)[0] for line in self.read())
-        names = {name.removeprefix("image ") for name in parts}
+        names = set(self.read())
         return Part(dataset, [i for i in range(len(dataset)) if dataset.name(i) not in names]) if names else dataset
 
 
@@ -223,5 +221,5 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
             except BadImageError as error:
                 if self.bad is None:
                     raise
-                self.bad.add(error)
+                self.bad.add(self.dataset.name(index), error)
         return torch.zeros(3, *self.image_size), IGNORED

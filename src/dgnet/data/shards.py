@@ -123,7 +123,7 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             except BadImageError as error:
                 if self.bad is None:
                     raise
-                self.bad.add(error)
+                self.bad.add(name, error)
                 continue
             yield image, label
 
