@@ -30,6 +30,7 @@ from dgnet.cli import leave_pipe
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.files import hold, make_writable, read_table, write_table
+from dgnet.graph import find_stages
 from dgnet.options import flag
 from grid import Grid, Run, missing_runs, read_grid
 
@@ -148,16 +149,17 @@ class Workers:
         if self.call(["train", *as_words(options)], log) is None:
             return None
         minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # unknown where it went on
-        is_dynamic = run.options["model"].startswith("dg_")
-        controls = ["--adjacency-controls"] if is_dynamic else []
+        checkpoint = load_checkpoint(folder)
+        network = checkpoint.build_network()
+        follows_images = any(stage.weighting.reads_features for stage in find_stages(network))
+        controls = ["--adjacency-controls"] if follows_images else []
         words = [f"--device={self.device}", "--json", *controls, *as_words(run.evaluation)]
         if options.get("val_data"):  # where it lies now: a run that is done may have been trained elsewhere
             words.append(f"--data={options['val_data']}")
         found = self.call(["evaluate", str(folder), *words], log)
         if found is None:
             return None
-        checkpoint = load_checkpoint(folder)
-        cost = dgnet.cost(checkpoint.build_network(), checkpoint.preprocessing.image_size)
+        cost = dgnet.cost(network, checkpoint.preprocessing.image_size)
         evaluation = json.loads(found)
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
         row |= {"epochs": run.options["epochs"], "parameters": cost.params, "multiply_adds": cost.multiply_adds}
