@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import torch
 import yaml
 
 import dgnet
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import grid as grids  # noqa: E402
 import report  # noqa: E402
+import similarity  # noqa: E402
 
 MODELS = {"static": "resnet20", "dynamic": "dg_resnet20"}
 RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
@@ -257,3 +259,21 @@ def test_every_arm_of_the_grids_in_the_repository_is_a_network_that_can_be_built
             config = TrainConfig(**{**run.options, "val_data": None})
             dgnet.create_model(config.model, **config.network_kwargs)
             json.dumps(run.options)
+
+
+def test_nodes_that_read_the_same_are_alike_and_others_less():
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    for sender, receiver in [(0, 1), (1, 2), (1, 3), (2, 4), (3, 4)]:
+        mask[receiver, sender] = True
+    torch.manual_seed(0)
+    network = dgnet.create_model("dg_resnet20", channels=[4, 4, 4], topology=mask, weighting="fixed").eval()
+    first, *others = similarity.similarity(network, torch.randn(3, 3, 8, 8))
+    assert others == [pytest.approx((1, 1))] * 2  # the third reads what the second does; the first reads a larger map
+    assert 0 < first[1] < first[0] < 0.999
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_what_is_no_run_has_no_similarity(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["similarity.py", str(tmp_path / "nothing")])
+    assert similarity.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,99 @@
+"""How alike the nodes of a stage hear: cosine similarity of what they read, at the start and trained.
+
+    python experiments/similarity.py RUN [RUN ...] --data CIFAR10/cifar10-test-000000.tar
+
+Nodes that all read the same sum are one wide layer; nodes that read different ones are depth. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgnet.checkpoint import load_checkpoint
+from dgnet.errors import UsageError, check_range
+from dgnet.graph import find_stages
+from dgnet.training.evaluate import open_evaluation_data
+from report import format_table
+
+
+def main() -> int:
+    """Print one row for each run and stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders or checkpoints of networks with graphs")
+    parser.add_argument("--data", help="images; by default those that the run was evaluated on")
+    parser.add_argument("--images", type=int, default=64, help="the first so many")
+    args = parser.parse_args()
+    try:
+        check_range("--images", args.images, 2)
+        rows = [row for run in args.runs for row in compare(run, args.data, args.images)]
+    except UsageError as error:
+        print(f"similarity.py: {error}", file=sys.stderr)
+        return 2
+    heads = ["run", "stage", "next node, start", "trained", "any two nodes, start", "trained"]
+    print(format_table(heads, rows))
+    return 0
+
+
+def compare(run: Path, source: str | None, images: int) -> list[list[str]]:
+    """A row for each stage of a run's network."""
+    checkpoint = load_checkpoint(run)
+    network = checkpoint.build_network()
+    if not find_stages(network):
+        raise UsageError(f"{run}: {checkpoint.model} has no graphs")
+    data = open_evaluation_data(checkpoint, source)
+    batch = torch.stack([data[index][0] for index in range(min(images, len(data)))])
+    trained = similarity(network.eval(), batch)
+    torch.manual_seed(0)
+    network.init_weights()
+    start = similarity(network.train(), batch)  # on the batch's own statistics
+    return [
+        [run.name, str(stage), *(f"{value:.2f}" for pair in zip(before, after, strict=True) for value in pair)]
+        for stage, (before, after) in enumerate(zip(start, trained, strict=True), start=1)
+    ]
+
+
+@torch.no_grad()
+def similarity(network: nn.Module, images: Tensor) -> list[tuple[float, float]]:
+    """Mean cosine similarity of what two nodes of a stage read, for each stage: of a node and the next one, and of any two.
+
+    Each is a mean over `images`, (B, 3, H, W), and over the pairs of nodes that read maps of one shape.
+    """
+    found = []
+    read: dict[int, Tensor] = {}
+
+    def note(index: int, inputs: tuple[Tensor, ...]) -> None:
+        read[index] = inputs[0].flatten(1)
+
+    def sum_up(*_: object) -> None:
+        pairs = {
+            (one, other): F.cosine_similarity(read[one], read[other]).mean().item()
+            for one, other in combinations(sorted(read), 2)
+            if read[one].shape == read[other].shape
+        }
+        consecutive = [value for (one, other), value in pairs.items() if other == one + 1]
+        found.append((fmean(consecutive), fmean(pairs.values())) if consecutive else (float("nan"),) * 2)
+        read.clear()
+
+    hooks = []
+    for stage in find_stages(network):
+        for index, node in enumerate(stage.nodes):
+            hooks.append(node.register_forward_pre_hook(lambda _, inputs, index=index: note(index, inputs)))
+        hooks.append(stage.register_forward_hook(sum_up))
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
