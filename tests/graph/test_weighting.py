@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import LearnedWeighting, RoutedWeighting, Router, aggregate, record_connectivity
-from dgnet.graph.topology import complete
+from dgnet.graph.topology import chain, complete
+from dgnet.graph.weighting import CLOSED_BIAS
 
 
 @pytest.mark.parametrize("num_edges", [1, 2, 5])
@@ -99,3 +101,13 @@ def test_router_start():
     router = Router(64, 100, bias=-3.0, std=0.1)
     assert router.bias.unique().tolist() == [-3.0]
     assert 0.09 < router.weight.std().item() < 0.11
+
+
+def test_only_the_edges_of_the_start_begin_open():
+    weighting = RoutedWeighting(complete(5), 4, bias=2.0, start=chain(5))
+    for _ in range(2):
+        for node in range(4):
+            assert weighting.routers[str(node)].bias.tolist() == [2.0] + [CLOSED_BIAS] * (3 - node)
+        for parameter in weighting.parameters():
+            nn.init.zeros_(parameter)
+        weighting.reset_parameters()

@@ -224,6 +224,21 @@ def test_weights_of_one_random_graph_do_not_load_into_another():
 
 
 @torch.no_grad()
+def test_a_start_opens_the_edges_of_the_random_graph_of_that_seed():
+    options = {"num_blocks": 8, "channels": 4, "num_classes": 2, "topology_seed": 3}
+    graph = dgnet.create_model("randwire_small_er", er_p=0.3, **options)
+    model = dgnet.create_model("dg_randwire_small", router_start="er", er_p=0.3, **options)
+    images = torch.randn(2, 3, 64, 64)
+    for network in (model, dgnet.create_model("dg_randwire_small", **{**options, **model.stored_options()})):
+        with dgnet.record_connectivity(network.train()) as record:
+            network(images)
+        for alpha, stage in zip(record.alpha, find_stages(graph), strict=True):
+            assert torch.equal(alpha > 0.9, stage.mask.expand_as(alpha))
+            assert torch.equal(alpha > 0, torch.ones(10, 10, dtype=torch.bool).tril(-1).expand_as(alpha))
+            assert alpha[:, ~stage.mask].max() < 0.001
+
+
+@torch.no_grad()
 def test_randwires_entry_nodes_read_the_raw_input_and_its_output_is_the_mean():
     model = dgnet.create_model("randwire_small_er", num_blocks=8, channels=4, topology_seed=2).eval()
     stage = model.layer2
@@ -298,6 +313,20 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("dg_resnet18", {"router_start": "ba"}, "stage 1: topology 'ba' with ba_m=5 needs at least 6 blocks, the stage has 2"),
+        ("dg_resnet18", {"router_start": "era"}, "unknown router_start 'era'; did you mean 'er'"),
+        ("dg_resnet18", {"router_start": ["er"]}, r"unknown router_start \['er'\]"),
+        (
+            "dg_resnet18",
+            {"weighting": "learned", "router_start": "er"},
+            "router_start='er' has no effect with weighting='learned'",
+        ),
+        ("dg_resnet18", {"topology": "chain", "router_start": "er"}, "router_start='er' opens a part of topology='complete'"),
+        (
+            "dg_resnet18",
+            {"router": nn.Linear, "router_start": "er"},
+            "router_start='er' has no effect with a router of your own",
+        ),
         ("dg_resnet18", {"topology": "ba"}, "stage 1: topology 'ba' with ba_m=5 needs at least 6 blocks, the stage has 2"),
         ("dg_resnet50", {"topology": "ws"}, "stage 1: topology 'ws' with ws_k=4, ws_p=0.75 needs at least 5 blocks, the stage"),
         ("randwire_small_er", {"er_p": 0.01}, "stage 1: topology 'er' with er_p=0.01 gave no connected graph of 32 blocks"),

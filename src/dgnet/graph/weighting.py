@@ -5,7 +5,7 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -136,20 +136,25 @@ class PooledLinear(nn.Linear):
 class Router(PooledLinear):
     """α = σ(Wᵀφ + b), one row of W for each out-edge (Eq. 4): (B, C) -> (B, E).
 
-    W starts at N(0, `std`); b at `bias`: +3 lets every edge start open, σ(3) = 0.953 (§6.4).
+    W starts at N(0, `std`); b at `bias`, one for all edges or one for each: +3 lets an edge start open, σ(3) = 0.953 (§6.4).
     """
 
-    def __init__(self, channels: int, num_edges: int, bias: float = 3.0, std: float = 0.01) -> None:
+    def __init__(self, channels: int, num_edges: int, bias: float | Sequence[float] = 3.0, std: float = 0.01) -> None:
         self.start = (bias, std)
         super().__init__(channels, num_edges)
 
     def reset_parameters(self) -> None:
         bias, std = self.start
         nn.init.normal_(self.weight, std=std)
-        nn.init.constant_(self.bias, bias)
+        with torch.no_grad():
+            self.bias.copy_(torch.tensor(bias))
 
     def forward(self, pooled: Tensor) -> Tensor:
         return super().forward(pooled).sigmoid()
+
+
+CLOSED_BIAS = -8.0
+"""b of an edge that starts closed: α = 0.0003, of which thirty together weigh next to nothing, and optimisers still move it."""
 
 
 class RoutedWeighting(Weighting):
@@ -159,6 +164,7 @@ class RoutedWeighting(Weighting):
 
     `router`: class or callable (channels, num_edges) -> module mapping (B, C) pooled features, float32 even under
         autocast, to α, (B, E), in [0, 1]. None: `Router` with `bias` and `std`.
+    `start`: the edges that begin at `bias`, the others at `CLOSED_BIAS`; None for all. For `Router` only.
     `pool`: what the routers see of a feature, (B, C, H, W) -> (B, C).
     `gate`: "psi", or "alpha" for the plain α; the latter gives τ no gradient, so τ stays at its start.
     `threshold`, `learn_threshold`: where τ starts, and whether it moves.
@@ -179,6 +185,7 @@ class RoutedWeighting(Weighting):
         learn_threshold: bool = True,
         inference_weight: str = "gated",
         offset: float = 0.0,
+        start: Topology | None = None,
     ) -> None:
         super().__init__(topology, channels)
         check_choice("gate", gate, ("psi", "alpha"))
@@ -188,14 +195,17 @@ class RoutedWeighting(Weighting):
         self.inference_weight = inference_weight
         self.threshold_start = threshold
         self.offset = offset
-        build = router or (lambda channels, num_edges: Router(channels, num_edges, bias, std))
-        self.routers = nn.ModuleDict(
-            {
-                str(i): build(channels, len(topology.free_receivers(i)))
-                for i in range(topology.num_nodes - 1)
-                if topology.free_receivers(i)
-            }
-        )
+        self.routers = nn.ModuleDict()
+        for node in range(topology.num_nodes - 1):
+            receivers = topology.free_receivers(node)
+            if not receivers:
+                continue
+            if router is not None:
+                self.routers[str(node)] = router(channels, len(receivers))
+                continue
+            opening = receivers if start is None else start.receivers(node)
+            biases = [bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
+            self.routers[str(node)] = Router(channels, len(receivers), biases, std)
         # (N,), so that row j of an adjacency and tau[j] belong together; tau[0] has no edge to gate.
         self.tau = nn.Parameter(torch.empty(topology.num_nodes), requires_grad=learn_threshold and gate == "psi")
         nn.init.constant_(self.tau, threshold)

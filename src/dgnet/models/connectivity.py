@@ -46,6 +46,7 @@ class Connectivity:
     router: Callable[[int, int], nn.Module] | None = None  # (channels, num_edges) -> module: (B, C) -> α (B, E); None: Router
     router_bias: float = 3.0  # b at start: +3 opens every edge (§6.4, Fig. 4)
     router_std: float = 0.01  # W at start
+    router_start: str = "complete"  # the topology of the edges that start open, within a complete one
     router_reads: str = "feature"  # routers see the "feature" that is distributed, or its "activation"
     router_pool: Callable[[Tensor], Tensor] | None = None  # (B, C, H, W) -> (B, C); None: global average pooling
     gate: str = "psi"  # training weight: "psi" = α·σ(α - τ), or "alpha"
@@ -68,6 +69,7 @@ class Connectivity:
         for name in ("router", "router_pool"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
+        check_choice("router_start", self.router_start, TOPOLOGIES)
         check_choice("node_gate", self.node_gate, _NODE_GATE_OPTIONS)
         for name in ("router_bias", "threshold", "threshold_offset", "node_gate_bias", "learned_start"):
             check_range(name, getattr(self, name))
@@ -88,11 +90,17 @@ class Connectivity:
                     f"{option}={getattr(self, option)!r} has no effect with {axis}={getattr(self, axis)!r};"
                     f" leave it out, or use {allowed}"
                 )
+        if self.router_start != "complete":
+            if self.topology != "complete":
+                raise UsageError(f"router_start={self.router_start!r} opens a part of topology='complete', which it needs")
+            if self.router is not None:
+                raise UsageError(f"router_start={self.router_start!r} has no effect with a router of your own; leave it out")
 
     def _idle_options(self) -> dict[str, str]:
         """Options without effect on the chosen values of the axes, and an axis that each belongs to."""
         weightings = [self.weighting] if isinstance(self.weighting, str) else []
-        chosen = {"topology": self._topology_names(), "weighting": weightings, "node_gate": [self.node_gate]}
+        topologies = [*self._topology_names(), self.router_start]
+        chosen = {"topology": topologies, "weighting": weightings, "node_gate": [self.node_gate]}
         used = {option for axis, names in chosen.items() for name in names for option in _AXES[axis][name]}
         if not weightings:
             used.add("router_reads")  # the stage applies it, whatever the user's own weighting is
@@ -144,14 +152,18 @@ class Connectivity:
         except UsageError as error:
             raise UsageError(f"stage {stage}: {error}") from None
 
-    def build_weighting(self, topology: Topology, channels: int) -> Weighting:
-        """The weighting of one stage; a topology that pins all its edges leaves nothing to learn."""
+    def build_weighting(self, topology: Topology, channels: int, stage: int) -> Weighting:
+        """The weighting of one stage, counted from 1; a topology that pins all its edges leaves nothing to learn.
+
+        Raises UsageError, naming the stage, where `router_start` does not fit its number of nodes.
+        """
         if not isinstance(self.weighting, str):
             return self.weighting(topology, channels)
         if self.weighting == "fixed" or not any(map(topology.free_receivers, range(topology.num_nodes))):
             return FixedWeighting(topology, channels)
         if self.weighting == "learned":
             return LearnedWeighting(topology, channels, self.learned_start, self.learned_activation)
+        start = None if self.router_start == "complete" else self._build_topology(self.router_start, stage, topology.num_nodes)
         return RoutedWeighting(
             topology,
             channels,
@@ -164,6 +176,7 @@ class Connectivity:
             learn_threshold=self.learn_threshold,
             inference_weight=self.inference_weight,
             offset=self.threshold_offset,
+            start=start,
         )
 
     def build_node_gates(self, topology: Topology, channels: int) -> NodeGates | None:
@@ -187,6 +200,7 @@ _WEIGHTING_OPTIONS: dict[str, tuple[str, ...]] = {
         "router",
         "router_bias",
         "router_std",
+        "router_start",
         "router_reads",
         "router_pool",
         "gate",

@@ -84,13 +84,13 @@ def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Mod
     return projection
 
 
-def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity) -> DynamicGraph:
-    """A stage of static blocks as a graph of N = blocks + 2 nodes.
+def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity, stage: int) -> DynamicGraph:
+    """A stage of static blocks, counted from 1, as a graph of N = blocks + 2 nodes.
 
     The first block's shortcut becomes the input node; where it has none and the shape changes, a projection is added. It is
     built only if something reads it. Raises UsageError where blocks, topology and options do not fit together.
     """
-    weighting = connectivity.build_weighting(topology, parts[0].out_channels)
+    weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
     node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
     first = parts[0]
     for node, part in enumerate(parts, start=1):
@@ -156,9 +156,9 @@ class DynamicNetwork(nn.Module):
         static_names: dict[str, str] = {}
         stages = {name: dict(self.get_submodule(name).named_children()) for name in self.stage_names}
         topologies = connectivity.build_topologies([len(blocks) + 2 for blocks in stages.values()])
-        for (name, blocks), topology in zip(stages.items(), topologies, strict=True):
+        for stage, ((name, blocks), topology) in enumerate(zip(stages.items(), topologies, strict=True), start=1):
             parts = [split_block(block) for block in blocks.values()]
-            self.set_submodule(name, build_stage(parts, topology, connectivity))
+            self.set_submodule(name, build_stage(parts, topology, connectivity, stage))
             for position, (block_name, part) in enumerate(zip(blocks, parts, strict=True)):
                 if part.shortcut_name and position == 0:
                     static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
@@ -175,9 +175,10 @@ class DynamicNetwork(nn.Module):
         They stand in place of the options of `Connectivity` that the network was built with. A weighting or router of the
         user's own has no plain form and is left out.
         """
-        drawn = {option for options in TOPOLOGY_OPTIONS.values() for option in options}
-        options = {name: value for name, value in self.connectivity_options.items() if name not in drawn}
+        options = dict(self.connectivity_options)
         if TOPOLOGY_OPTIONS.get(options.get("topology", "")) != ():
+            drawn = {option for drawing in TOPOLOGY_OPTIONS.values() for option in drawing}
+            options = {name: value for name, value in options.items() if name not in drawn}
             options["topology"] = [stage.topology.to_dict() for stage in self.stages]
         return options
 

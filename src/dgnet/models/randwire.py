@@ -75,7 +75,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
         topologies = connectivity.build_topologies([num_blocks + 2] * len(self.stage_names))
         for index, (name, topology) in enumerate(zip(self.stage_names, topologies, strict=True), start=1):
             planes = channels * 2 ** (index - 1)
-            self.add_module(name, build_wired_stage(topology, width, planes, connectivity))
+            self.add_module(name, build_wired_stage(topology, width, planes, connectivity, index))
             width = planes
             self.feature_info.append({"num_chs": width, "reduction": stem_stride**2 * 2**index, "module": name})
         self.conv3 = build_convolution(width, head_channels, 1, stride=1)
@@ -85,7 +85,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
         self.init_weights()
 
 
-def build_wired_stage(topology: Topology, in_channels: int, channels: int, connectivity: Connectivity) -> nn.Module:
+def build_wired_stage(topology: Topology, in_channels: int, channels: int, connectivity: Connectivity, stage: int) -> nn.Module:
     """A stage whose entry nodes are all the nodes that hear from nothing but its input."""
     blocks = range(1, topology.num_nodes - 1)
     entry = tuple(node for node in blocks if topology.senders(node) == (0,))
@@ -93,7 +93,7 @@ def build_wired_stage(topology: Topology, in_channels: int, channels: int, conne
     for node in blocks:
         in_width, stride = (in_channels, 2) if node in entry else (channels, 1)
         parts.append(BlockParts(build_node(in_width, channels, stride), None, nn.Identity(), in_width, channels, stride))
-    return build_stage(parts, replace(topology, entry=entry), connectivity)
+    return build_stage(parts, replace(topology, entry=entry), connectivity, stage)
 
 
 _NAMES = ("randwire_small_er", "randwire_small_ba", "randwire_small_ws", "dg_randwire_small")
