@@ -21,6 +21,7 @@ from grid import Grid, read_grid
 
 MOST_BELOW = 15.0
 """Points of top-1 that a drawn arm may lie below the median arm."""
+MOST_COLUMNS = 4  # of panels
 MEASURES = {  # column: heading, digits
     "top1": ("{evaluated} top-1 %", 2),
     "train_top1": ("train top-1 %", 2),
@@ -185,9 +186,13 @@ def draw_curves(grid: Grid, curves: Curves) -> Figure:
         if run.arm in curves and run.arm not in groups.setdefault(run.group, []):
             groups[run.group].append(run.arm)
     groups = {group: names for group, names in groups.items() if names}
-    figure = Figure(figsize=(5 * len(groups), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)
-    for axes, (group, names) in zip(panels[0], groups.items(), strict=True):
+    columns = min(len(groups), MOST_COLUMNS)
+    lines = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_axis_off()
+    for axes, (group, names) in zip(panels.flat, groups.items(), strict=False):
         partners = [first for first, second in grid.compare if second in names and first not in names and first in curves]
         for number, arm in enumerate([*dict.fromkeys(partners), *names]):
             colour, style = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
@@ -200,7 +205,8 @@ def draw_curves(grid: Grid, curves: Curves) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("training loss")
+    for line in panels:
+        line[0].set_ylabel("training loss")
     return figure
 
 

@@ -40,6 +40,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = []
     with matplotlib.rc_context({"svg.hashsalt": "dgnet", "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names may hold what no font here has
+        figure.set_dpi(200)  # text is a little wider at some resolutions than at others
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once: it is slow, and a second time would move things a little
         for ending in ("png", "svg"):
