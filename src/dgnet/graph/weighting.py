@@ -200,12 +200,11 @@ class RoutedWeighting(Weighting):
             receivers = topology.free_receivers(node)
             if not receivers:
                 continue
-            if router is not None:
-                self.routers[str(node)] = router(channels, len(receivers))
-                continue
-            opening = receivers if start is None else start.receivers(node)
+            opening = (start or topology).receivers(node)
             biases = [bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
-            self.routers[str(node)] = Router(channels, len(receivers), biases, std)
+            num_edges = len(receivers)
+            built = Router(channels, num_edges, biases, std) if router is None else router(channels, num_edges)
+            self.routers[str(node)] = built
         # (N,), so that row j of an adjacency and tau[j] belong together; tau[0] has no edge to gate.
         self.tau = nn.Parameter(torch.empty(topology.num_nodes), requires_grad=learn_threshold and gate == "psi")
         nn.init.constant_(self.tau, threshold)

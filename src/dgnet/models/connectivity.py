@@ -163,7 +163,6 @@ class Connectivity:
             return FixedWeighting(topology, channels)
         if self.weighting == "learned":
             return LearnedWeighting(topology, channels, self.learned_start, self.learned_activation)
-        start = None if self.router_start == "complete" else self._build_topology(self.router_start, stage, topology.num_nodes)
         return RoutedWeighting(
             topology,
             channels,
@@ -176,7 +175,7 @@ class Connectivity:
             learn_threshold=self.learn_threshold,
             inference_weight=self.inference_weight,
             offset=self.threshold_offset,
-            start=start,
+            start=self._build_topology(self.router_start, stage, topology.num_nodes),
         )
 
     def build_node_gates(self, topology: Topology, channels: int) -> NodeGates | None:
