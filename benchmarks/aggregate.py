@@ -26,7 +26,7 @@ import dgnet
 from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.graph import aggregate
-from dgnet.graph.aggregate import aggregate_by_loop
+from dgnet.graph._aggregate import aggregate_by_loop
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgnet._cost_tables import TABLES
 from dgnet.graph import DynamicGraph, find_stages
-from dgnet.tables import TABLES
 
 MODELS = tuple(row.model for row in TABLES["1"].rows if not row.model.startswith("dg_"))
 """The static networks of Table 1; each has a `dg_` form."""

@@ -19,12 +19,12 @@ from torch import nn
 
 import dgnet
 from common import ratios
+from dgnet._cost import cost_model
 from dgnet.bench import describe_hardware, versions
-from dgnet.cost import cost_model
 from dgnet.graph import find_stages, record_connectivity
 from dgnet.inference import export_network, fold_batch_norms, set_mode, time_alternating
-from dgnet.inference.export import save_export
-from dgnet.inference.sparse import MODES
+from dgnet.inference._export import save_export
+from dgnet.inference._sparse import MODES
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dgnet.bench import describe_hardware, versions
 from dgnet.data import TRAIN, ImageDataset, Preprocessing, open_dataset
 from dgnet.training import TrainConfig
-from dgnet.training.module import ImageDataModule
+from dgnet.training._module import ImageDataModule
 
 BATCH = 32
 

@@ -30,10 +30,10 @@ import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.data import ImageDataset
 from dgnet.training import TrainConfig
-from dgnet.training.module import Classifier, ImageDataModule, build_parameter_groups
-from dgnet.training.progress import Progress
-from dgnet.training.run import build_trainer, quiet_lightning
-from dgnet.training.train import prepare_data
+from dgnet.training._module import Classifier, ImageDataModule, build_parameter_groups
+from dgnet.training._progress import Progress
+from dgnet.training._run import build_trainer, quiet_lightning
+from dgnet.training._train import prepare_data
 
 
 class Noise(ImageDataset):

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 import dgnet
 from common import missing_rows, ratios, read_rows, write_rows
+from dgnet._cost import cost_model
 from dgnet.bench import describe_hardware, versions
-from dgnet.cost import cost_model
 from dgnet.graph import find_stages, record_connectivity, use_connectivity
 from dgnet.inference import fold_batch_norms, set_mode, time_alternating
-from dgnet.inference.native import use_native
-from dgnet.inference.sparse import MODES
+from dgnet.inference._native import use_native
+from dgnet.inference._sparse import MODES
 
 TARGETS = {1: 0.9, 8: 0.85, 64: 0.85}
 """Least share of the ideal on a CPU, by batch size; with every node alive sparse is to be at most 3 % slower."""

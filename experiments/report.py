@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from dgnet.analysis.figures import COLOURS, save_figure
+from dgnet.analysis._figures import COLOURS, save_figure
 from dgnet.errors import UsageError
 from dgnet.files import read_table, writing
 from grid import Grid, read_grid

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dgnet.checkpoint import load_checkpoint
 from dgnet.errors import UsageError, check_range
 from dgnet.graph import find_stages
-from dgnet.training.evaluate import open_evaluation_data
+from dgnet.training._evaluate import open_evaluation_data
 from report import format_table
 
 

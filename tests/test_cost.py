@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgnet
+from dgnet._cost_tables import TABLES, cost_rows, format_cost_table
 from dgnet.errors import UsageError
-from dgnet.tables import TABLES, cost_rows, format_cost_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,8 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from dgnet.cost import Cost as Cost
-from dgnet.cost import cost as cost
+from dgnet._cost import Cost as Cost
+from dgnet._cost import cost as cost
 from dgnet.errors import UsageError as UsageError
 from dgnet.graph import record_connectivity as record_connectivity
 from dgnet.graph import use_connectivity as use_connectivity
@@ -14,16 +14,16 @@ from dgnet.models import list_models as list_models
 from dgnet.models import load_static_weights as load_static_weights
 
 if TYPE_CHECKING:
-    from dgnet.analysis.adjacency import plot_adjacency as plot_adjacency
-    from dgnet.analysis.adjacency import plot_graph as plot_graph
+    from dgnet.analysis import plot_adjacency as plot_adjacency
+    from dgnet.analysis import plot_graph as plot_graph
 
 
 def __getattr__(name: str) -> Any:
     """What draws is imported when it is asked for: it needs matplotlib, which takes a while."""
     if name in ("plot_adjacency", "plot_graph"):
-        from dgnet.analysis import adjacency
+        from dgnet import analysis
 
-        return getattr(adjacency, name)
+        return getattr(analysis, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,8 +20,8 @@ from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import find_stages
 from dgnet.models import create_model
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.static_weights import classifier_prefixes, is_static, load_static_weights
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
 
 
 @dataclass(frozen=True)

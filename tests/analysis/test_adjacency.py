@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import dgnet
-from dgnet.analysis.adjacency import GraphRow, draw_edges, draw_graphs
-from dgnet.analysis.figures import save_figure
+from dgnet.analysis._adjacency import GraphRow, draw_edges, draw_graphs
+from dgnet.analysis._figures import save_figure
 from dgnet.errors import UsageError
 from tests.analysis.drawn import arrows, panels, words
 

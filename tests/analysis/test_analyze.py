@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dgnet.analysis.analyze import analyze, name_runs
+from dgnet.analysis._analyze import analyze, name_runs
 from dgnet.checkpoint import describe_network, save_tensors
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError

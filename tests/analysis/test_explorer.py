@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dgnet.analysis.explorer import (
+from dgnet._cost import cost_model
+from dgnet.analysis._explorer import (
     collect,
     describe_exploration,
     quantise,
@@ -15,8 +16,7 @@ from dgnet.analysis.explorer import (
     shorten_names,
     write_explorer,
 )
-from dgnet.analysis.sweep import OFFSETS
-from dgnet.cost import cost_model
+from dgnet.analysis._sweep import OFFSETS
 from dgnet.data import decode
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import dgnet
-from dgnet.analysis.adjacency import GraphRow, draw_graphs
-from dgnet.analysis.figures import save_figure
+from dgnet.analysis._adjacency import GraphRow, draw_graphs
+from dgnet.analysis._figures import save_figure
 
 
 def test_importing_dgnet_does_not_import_matplotlib_nor_drawing_what_trains():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dgnet.analysis import live
+from dgnet.analysis import _live as live
 from dgnet.checkpoint import describe_network, load_checkpoint, save_tensors
 from dgnet.data import Preprocessing, decode
 from dgnet.errors import BadImageError

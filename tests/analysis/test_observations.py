@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dgnet.analysis.observations import explained_share, judge, rank_correlation
-from dgnet.analysis.statistics import Statistics
-from dgnet.cost import cost_model
+from dgnet._cost import cost_model
+from dgnet.analysis._observations import explained_share, judge, rank_correlation
+from dgnet.analysis._statistics import Statistics
 from dgnet.data import IGNORED
 
 COUNT = 40

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dgnet.analysis.plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
-from dgnet.analysis.statistics import list_edges
+from dgnet.analysis._plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
+from dgnet.analysis._statistics import list_edges
 from tests.analysis.drawn import words
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dgnet.analysis import statistics as module
-from dgnet.analysis.analyze import gather_statistics
-from dgnet.analysis.statistics import Extremes, ImageResult, flatten_edges, list_edges
-from dgnet.cost import cost_model
+from dgnet._cost import cost_model
+from dgnet.analysis import _statistics as module
+from dgnet.analysis._analyze import gather_statistics
+from dgnet.analysis._statistics import Extremes, ImageResult, flatten_edges, list_edges
 from dgnet.data import IGNORED
 from dgnet.graph import build_topology, record_connectivity
 from tests.conftest import close_some
@@ -97,7 +97,7 @@ def test_one_pass_equals_all_matrices_in_memory(tiny, images, batch_size):
 
 
 def test_a_sample_is_drawn_by_seed_and_holds_its_images(tiny, images, monkeypatch):
-    monkeypatch.setattr("dgnet.analysis.analyze.SAMPLED", 6)
+    monkeypatch.setattr("dgnet.analysis._analyze.SAMPLED", 6)
     network = tiny().eval()
     weights = flatten_edges(run_all(network, images)[1], [stage.topology for stage in network.stages])
     drawn = []
@@ -112,7 +112,7 @@ def test_a_sample_is_drawn_by_seed_and_holds_its_images(tiny, images, monkeypatc
 
 def test_memory_does_not_grow_with_the_data_set(tiny, images, monkeypatch):
     """The numbers that are kept are as many after thrice the images."""
-    monkeypatch.setattr("dgnet.analysis.analyze.SAMPLED", 6)
+    monkeypatch.setattr("dgnet.analysis._analyze.SAMPLED", 6)
     monkeypatch.setattr(module, "MOST_WIRINGS", 2)
     network = tiny()
     close_some(network, images)

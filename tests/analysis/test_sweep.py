@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dgnet.analysis.sweep import draw_sweep, save_sweep, sweep_thresholds
+from dgnet.analysis._sweep import draw_sweep, save_sweep, sweep_thresholds
 from dgnet.errors import UsageError
 from dgnet.inference import set_threshold_offset
-from dgnet.training.evaluate import evaluate
+from dgnet.training._evaluate import evaluate
 from tests.training.test_evaluate import Images
 
 

@@ -20,7 +20,7 @@ import dgnet.cli
 from dgnet.checkpoint import read_tensors
 from dgnet.detection import DetectConfig, load_detector, read_annotations, train_detector
 from dgnet.training import Interrupted, read_run
-from dgnet.training.checkpointing import Checkpointing
+from dgnet.training._checkpointing import Checkpointing
 from tests.command import ask, refuse
 from tests.detection.synthetic import box_entry, image_entry, write_set
 from tests.training.processes import free_port

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
+from dgnet._cost_tables import TABLES
 from dgnet.checkpoint import load_checkpoint
-from dgnet.tables import TABLES
 from tests.command import ask, refuse
 from tests.data.test_sources import write_folder
 

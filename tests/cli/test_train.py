@@ -19,7 +19,7 @@ from dgnet.data import TRAIN, hold_out, open_dataset
 from dgnet.errors import UsageError
 from dgnet.files import hold, read_table
 from dgnet.training import TrainConfig
-from dgnet.training.module import Classifier
+from dgnet.training._module import Classifier
 from tests.command import QUICK, ask, refuse
 from tests.data.test_sources import write_folder
 
@@ -186,7 +186,7 @@ def test_the_default_run_folder_is_the_next_free_one(images, tmp_path, monkeypat
 
 
 def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dgnet.training.run.PATIENCE", 0.2)
+    monkeypatch.setattr("dgnet.training._run.PATIENCE", 0.2)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     folder = tmp_path / "run"
     options = ["--data", images, "--epochs", 1, "--threads", 1, "--output", folder, *QUICK]

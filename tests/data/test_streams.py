@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from dgnet.data import EVALUATION, Preprocessing, ShardStream, open_dataset, open_train_and_evaluation
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, train
-from dgnet.training.loading import TrainingLoader, TrainingOrder
+from dgnet.training._loading import TrainingLoader, TrainingOrder
 from tests.data.test_sources import jpeg, write_shard
 
 CLASSES = [str(label) for label in range(12)]

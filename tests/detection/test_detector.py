@@ -7,7 +7,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import dgnet
 from dgnet.detection import Backbone, Detector
-from dgnet.detection.checkpoint import load_trained
+from dgnet.detection._checkpoint import load_trained
 from dgnet.errors import UsageError
 from dgnet.inference import fold_batch_norms, set_mode
 

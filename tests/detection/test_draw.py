@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dgnet.detection import draw_detections
-from dgnet.detection.draw import class_colour
+from dgnet.detection._draw import class_colour
 
 NAMES = ["cell", "plate"]
 BOXES = torch.tensor([[40.0, 60, 120, 140], [150, 30, 190, 170]])

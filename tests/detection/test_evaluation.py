@@ -28,7 +28,7 @@ from dgnet.detection import (
     write_results,
 )
 from dgnet.errors import UsageError
-from dgnet.training.loading import EvaluationOrder
+from dgnet.training._loading import EvaluationOrder
 from tests.conftest import SHARED_DATA
 from tests.detection.synthetic import box_entry, image_entry, random_set, write_set
 from tests.training.processes import FORK, free_port

@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from dgnet.detection.config import DetectConfig
-from dgnet.detection.module import DetectionModule
+from dgnet._cost_tables import TABLES
+from dgnet.detection._config import DetectConfig
+from dgnet.detection._module import DetectionModule
 from dgnet.errors import UsageError
-from dgnet.tables import TABLES
-from dgnet.training.loading import EndlessOrder, TrainingOrder
+from dgnet.training._loading import EndlessOrder, TrainingOrder
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*_fpn*.yaml"))
 NEEDED = {"data": "a.json", "images": "images", "val_data": "b.json"}

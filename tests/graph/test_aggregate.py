@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import aggregate
-from dgnet.graph.aggregate import aggregate_by_loop
+from dgnet.graph._aggregate import aggregate_by_loop
 
-module = importlib.import_module("dgnet.graph.aggregate")
-stage_module = importlib.import_module("dgnet.graph.stage")
+module = importlib.import_module("dgnet.graph._aggregate")
+stage_module = importlib.import_module("dgnet.graph._stage")
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dgnet.graph import global_average_pool
-from dgnet.graph.area import ValidArea
+from dgnet.graph._pooling import ValidArea
 
 SIZES = [(40, 64), (64, 33), (1, 50)]
 

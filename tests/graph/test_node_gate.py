@@ -9,7 +9,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, NodeGates, record_connectivity
-from dgnet.graph.topology import complete
+from dgnet.graph._topology import complete
 
 
 def test_a_gate_in_training_is_0_or_1_with_the_gradient_of_its_probability():

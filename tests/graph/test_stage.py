@@ -6,7 +6,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, RoutedWeighting, Topology, record_connectivity, use_connectivity
-from dgnet.graph.topology import complete
+from dgnet.graph._topology import complete
 from tests.conftest import close_some
 from tests.graph.twin import run_stage_by_edges
 

@@ -5,7 +5,7 @@ import torch
 
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, RoutedWeighting, Topology, build_topology
-from dgnet.graph.topology import chain, complete, residual
+from dgnet.graph._topology import chain, complete, residual
 
 
 def test_named_topologies_have_the_papers_edges():

@@ -6,8 +6,8 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import LearnedWeighting, RoutedWeighting, Router, aggregate, record_connectivity
-from dgnet.graph.topology import chain, complete
-from dgnet.graph.weighting import CLOSED_BIAS
+from dgnet.graph._topology import chain, complete
+from dgnet.graph._weighting import CLOSED_BIAS
 
 
 @pytest.mark.parametrize("num_edges", [1, 2, 5])

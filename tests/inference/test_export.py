@@ -10,9 +10,10 @@ from torch import nn
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity
-from dgnet.inference import export, export_network, set_mode
-from dgnet.inference.compile import compile_graph
-from dgnet.inference.export import check_export, run_onnx, save_export
+from dgnet.inference import _export as export
+from dgnet.inference import export_network, set_mode
+from dgnet.inference._compile import compile_graph
+from dgnet.inference._export import check_export, run_onnx, save_export
 from tests.conftest import close_some
 
 SIZE = (12, 8)

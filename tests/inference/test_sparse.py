@@ -11,7 +11,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
-from dgnet.inference.native import NativeExecutor, load_native, use_native
+from dgnet.inference._native import NativeExecutor, load_native, use_native
 from tests.conftest import close_some, spread_routers
 
 SMALL = {

@@ -13,7 +13,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import Topology, Weighting, find_stages
-from dgnet.models.dynamic import DynamicNetwork
+from dgnet.models._dynamic import DynamicNetwork
 
 DYNAMIC = [name for name in dgnet.list_models() if isinstance(dgnet.create_model(name, num_classes=2), DynamicNetwork)]
 WITH_STATIC = [name for name in DYNAMIC if "randwire" not in name]

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dgnet
-from dgnet.cost import cost_model
+from dgnet._cost import cost_model
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
-from dgnet.training.budget import Budget
+from dgnet.training._budget import Budget
 
 
 def count_by_hand(network: nn.Module, ran: list[torch.Tensor], size: tuple[int, int]) -> list[int]:

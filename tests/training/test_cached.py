@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from dgnet.data import ImageDataset, Preprocessing
 from dgnet.errors import UsageError
-from dgnet.training.cached import CachedLoader
-from dgnet.training.loading import TrainingOrder
+from dgnet.training._cached import CachedLoader
+from dgnet.training._loading import TrainingOrder
 
 PREPROCESSING = Preprocessing((16, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 

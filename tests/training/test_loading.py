@@ -10,8 +10,8 @@ from PIL import Image
 
 from dgnet.data import IGNORED, ImageDataset, Preprocessing, fold
 from dgnet.training import TrainConfig
-from dgnet.training.loading import EvaluationOrder, TrainingOrder
-from dgnet.training.module import ImageDataModule
+from dgnet.training._loading import EvaluationOrder, TrainingOrder
+from dgnet.training._module import ImageDataModule
 
 PREPROCESSING = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

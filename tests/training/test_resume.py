@@ -21,8 +21,8 @@ from dgnet.cli import main
 from dgnet.errors import UsageError
 from dgnet.files import read_table
 from dgnet.training import Interrupted, TrainConfig, read_run, train
-from dgnet.training.checkpointing import WholeCheckpointIO
-from dgnet.training.module import Classifier, ImageDataModule
+from dgnet.training._checkpointing import WholeCheckpointIO
+from dgnet.training._module import Classifier, ImageDataModule
 from tests.data.test_sources import write_shard
 from tests.training.processes import Run, wait_for
 

@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 def run_analyze(args: Namespace) -> None:
     """`dgnet analyze`."""
-    from dgnet.analysis.analyze import read_curves, save_curves, save_document
+    from dgnet.analysis._analyze import read_curves, save_curves, save_document
 
     if args.checkpoint is None and not args.curves:
         raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
@@ -85,8 +85,8 @@ def _find_folder(args: Namespace) -> Path:
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
     """The document, what is printed, and the files written for a checkpoint."""
-    from dgnet.analysis.analyze import analyze
-    from dgnet.analysis.explorer import write_explorer
+    from dgnet.analysis._analyze import analyze
+    from dgnet.analysis._explorer import write_explorer
     from dgnet.checkpoint import load_checkpoint
     from dgnet.inference import can_skip
     from dgnet.training import describe_source, open_evaluation_data

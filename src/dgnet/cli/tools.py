@@ -47,7 +47,7 @@ def _cost_parser() -> Parser:
 
 def run_cost(args: Namespace) -> None:
     """`dgnet cost`."""
-    from dgnet.tables import cost_rows, format_cost_table
+    from dgnet._cost_tables import cost_rows, format_cost_table
 
     rows = cost_rows(args.models, tuple(args.image_size) if args.image_size else None, args.table)
     if args.json:
@@ -97,7 +97,7 @@ def _export_parser() -> Parser:
 def run_export(args: Namespace) -> None:
     """`dgnet export`."""
     from dgnet.checkpoint import describe_network, load_checkpoint
-    from dgnet.inference.export import FORMATS, check_export, export_network, save_export
+    from dgnet.inference._export import FORMATS, check_export, export_network, save_export
 
     check_choice("--format", args.format, FORMATS)
     checkpoint = load_checkpoint(args.checkpoint)

@@ -1,6 +1,6 @@
 // A stage's sparse mode on the CPU in float32: what a node predicts, whether a block runs, and the sums, in few passes.
 //
-// What it computes is defined by dgnet.graph and dgnet.inference.sparse, its twins in the tests.
+// What it computes is defined by dgnet.graph and dgnet.inference._sparse, its twins in the tests.
 // Letters: B samples, N nodes, E edges of a node, C channels.
 
 #include <ATen/ATen.h>

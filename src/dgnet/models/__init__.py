@@ -5,7 +5,7 @@ from dgnet.models import mobilenetv2 as mobilenetv2
 from dgnet.models import randwire as randwire
 from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
-from dgnet.models.connectivity import Connectivity as Connectivity
-from dgnet.models.factory import create_model as create_model
-from dgnet.models.factory import list_models as list_models
-from dgnet.models.static_weights import load_static_weights as load_static_weights
+from dgnet.models._connectivity import Connectivity as Connectivity
+from dgnet.models._factory import create_model as create_model
+from dgnet.models._factory import list_models as list_models
+from dgnet.models._static_weights import load_static_weights as load_static_weights

@@ -12,11 +12,11 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.dynamic import DynamicNetwork
-from dgnet.models.factory import build_model
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._factory import build_model
+from dgnet.models._staged import StagedNetwork
 from dgnet.models.resnet import split_block
-from dgnet.models.staged import StagedNetwork
 
 
 class CifarResNet(StagedNetwork):

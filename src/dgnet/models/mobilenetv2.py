@@ -12,9 +12,9 @@ from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.dynamic import BlockParts, DynamicNetwork, take_modules
-from dgnet.models.factory import build_model, imagenet_cfg
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._factory import build_model, imagenet_cfg
 
 # Stages as timm writes them: block, repeats, kernel, stride, expansion, channels (Sandler et al., 2018, Table 2).
 _STAGES = [

@@ -13,10 +13,10 @@ from torch import nn
 
 from dgnet.errors import check_range
 from dgnet.graph import Topology
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.dynamic import BlockParts, DynamicNetwork, Transform, build_stage
-from dgnet.models.factory import build_model, imagenet_cfg
-from dgnet.models.staged import StagedNetwork
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import BlockParts, DynamicNetwork, Transform, build_stage
+from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._staged import StagedNetwork
 
 
 def build_node(in_channels: int, out_channels: int, stride: int) -> Transform:

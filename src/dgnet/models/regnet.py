@@ -10,9 +10,9 @@ from timm.models.regnet import RegNet, model_cfgs
 from timm.models.regnet import _filter_fn as checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.dynamic import BlockParts, DynamicNetwork, take_modules
-from dgnet.models.factory import build_model, imagenet_cfg
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._factory import build_model, imagenet_cfg
 
 
 def split_block(block: Any) -> BlockParts:

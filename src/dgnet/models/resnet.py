@@ -10,9 +10,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from torch import nn
 
 from dgnet.errors import UsageError
-from dgnet.models.connectivity import Connectivity
-from dgnet.models.dynamic import BlockParts, DynamicNetwork, take_modules
-from dgnet.models.factory import build_model, imagenet_cfg
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._factory import build_model, imagenet_cfg
 
 _PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}
 

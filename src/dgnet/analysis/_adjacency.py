@@ -1,0 +1,233 @@
+"""Adjacency matrices as pictures: heat maps of edges (Fig. 5, 6) and graphs of images (Fig. 7).
+
+Rows of a heat map are receiving nodes, columns sending nodes, as in an adjacency matrix (§3.4).
+
+Letters: B batch, N nodes of a stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch
+from torch import Tensor
+
+from dgnet.analysis._figures import ABOVE, WEIGHTS, WIDTH, ShownFigure, add_colour_bar, plain, scale, shrink_text, write_cell
+from dgnet.errors import UsageError, check_choice
+from dgnet.graph import Record, node_names
+
+_UNIT = 0.3  # inches from node to node of a graph
+_NODE = 6.0  # points, radius of a node
+_BEND = 0.45  # how far the arrow of an edge that passes nodes by bends, as a share of its length
+_THICKEST = 1.9  # points, of the edge that weighs most
+_FAINT = "#b0b0b0"
+_SHOWN = {
+    "mean": "mean weight of an edge",
+    "std": "standard deviation of an edge's weight",
+    "open": "images for which an edge is open, %",
+}
+
+
+def plot_adjacency(record: Record | Sequence[Tensor], show: str = "mean", image: int | None = None) -> Figure:
+    """Heat maps of the edges, one a stage, as a matplotlib figure (Fig. 5 and 6).
+
+    `record`: of `dgnet.record_connectivity`, or an adjacency for each stage, (N, N) or (B, N, N). `show`: "mean" or "std" of
+    the weights over the recorded images, or "open", the share of images for which an edge is open. `image`: show the weights of
+    this one instead.
+
+    Raises UsageError for an unknown `show` and an image that was not recorded.
+    """
+    check_choice("show", show, _SHOWN)
+    matrices, masks = _take(record)
+    count = len(matrices[0])
+    if image is not None:
+        return draw_edges(
+            [matrix[_check_image(image, len(matrix))] for matrix in matrices], masks, f"weight of an edge, image {image}"
+        )
+    moments = {
+        "mean": lambda matrix: matrix.mean(0),
+        "std": lambda matrix: matrix.std(0, correction=0),
+        "open": lambda matrix: 100 * (matrix != 0).double().mean(0),
+    }
+    label = f"{_SHOWN[show]} ({count:,} image{'s' * (count != 1)})"
+    limits = (0.0, 100.0) if show == "open" else None
+    return draw_edges([moments[show](matrix) for matrix in matrices], masks, label, limits)
+
+
+def plot_graph(record: Record | Sequence[Tensor], image: int = 0, picture: Any = None) -> Figure:
+    """The graphs of one image, one a stage, as a matplotlib figure (Fig. 7): arrows run from sending to receiving node.
+
+    `record`: as for `plot_adjacency`; `image`: which of those recorded; `picture`: to be shown beside them, a PIL image, an
+    (H, W, 3) array or a (3, H, W) tensor of values in [0, 1].
+
+    Raises UsageError for an image that was not recorded.
+    """
+    matrices, masks = _take(record)
+    row = GraphRow([matrix[_check_image(image, len(matrix))] for matrix in matrices], picture, f"image {image}")
+    return draw_graphs([row], masks)
+
+
+def _take(record: Record | Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """For each stage the adjacency, (B, N, N), and which edges exist, (N, N); all of them where that is not known."""
+    if isinstance(record, Record):
+        return [matrix.cpu().double() for matrix in record.adjacency], [topology.mask for topology in record.topology]
+    matrices = [matrix.detach().cpu().double() for matrix in record]
+    if not matrices or any(m.ndim not in (2, 3) or m.shape[-1] != m.shape[-2] or not m.numel() for m in matrices):
+        raise UsageError(
+            f"expected an adjacency, (N, N) or (B, N, N), for each stage, got {[tuple(m.shape) for m in matrices]}"
+        )
+    matrices = [matrix if matrix.ndim == 3 else matrix[None] for matrix in matrices]
+    return matrices, [torch.ones(matrix.shape[1:], dtype=torch.bool).tril(-1) for matrix in matrices]
+
+
+def _check_image(image: int, count: int) -> int:
+    if not 0 <= image < count:
+        raise UsageError(f"image {image} was not recorded: the record holds {count}, 0 to {count - 1}")
+    return image
+
+
+def draw_edges(
+    matrices: Sequence[Tensor], masks: Sequence[Tensor], label: str, limits: tuple[float, float] | None = None
+) -> Figure:
+    """A heat map a stage of one number an edge, on one scale.
+
+    `matrices`, `masks`: (N, N) a stage; `label`: what the colour is; `limits`: of the colours, by default the least and the
+    largest number.
+    """
+    columns = min(len(matrices), 4)
+    rows = math.ceil(len(matrices) / columns)
+    figure = ShownFigure(figsize=(WIDTH, 0.3 + rows * (WIDTH / columns)), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    values = torch.cat([matrix[mask] for matrix, mask in zip(matrices, masks, strict=True)])
+    norm = scale(values, limits)
+    digits = 0 if limits == (0.0, 100.0) else 2 if norm.vmax and norm.vmax >= 0.2 else 3
+    for stage, (axes, matrix, mask) in enumerate(zip(panels, matrices, masks, strict=False), start=1):
+        names = node_names(len(mask))
+        # The input node has no in-edge, the output node no out-edge.
+        shown = np.ma.masked_array(matrix.numpy(), ~mask.numpy())[1:, :-1]
+        axes.imshow(shown, cmap=WEIGHTS, norm=norm)
+        axes.set_xticks(range(len(names) - 1), names[:-1])
+        axes.set_yticks(range(len(names) - 1), names[1:])
+        axes.set(title=f"stage {stage}", xlabel="sending node")
+        size = WIDTH / columns * 0.5 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # that fits a cell
+        if size >= 4.5:
+            for row, column in mask[1:, :-1].nonzero().tolist():
+                write_cell(axes, row, column, f"{shown[row, column]:.{digits}f}", norm, min(size, 7.5))
+        axes.spines[["top", "right"]].set_visible(False)
+        shrink_text(axes, 8 if len(names) <= 12 else 5)
+        if (stage - 1) % columns == 0:
+            axes.set_ylabel("receiving node", fontsize=8)
+    for axes in panels[len(matrices) :]:  # left over in the last row
+        axes.set_axis_off()
+    add_colour_bar(figure, norm, WEIGHTS, f"{label}; darker is more")
+    return figure
+
+
+@dataclass(frozen=True)
+class GraphRow:
+    """An image in a figure of graphs."""
+
+    matrices: Sequence[Tensor]  # for each stage its adjacency, (N, N), 0 where an edge is closed
+    picture: Any = None  # what imshow takes, or a (3, H, W) tensor
+    caption: str = ""
+
+
+def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = "") -> Figure:
+    """A row an image: its picture, caption, and a graph a stage (Fig. 7). `masks`: which edges exist, (N, N) a stage.
+
+    An edge's colour and width are its weight, on one scale for all rows; a closed edge is faint and dotted, a block that does
+    not run faint. Edges that pass nodes by bend upwards to every second node, downwards to the others, so that nothing crosses
+    an arrow's head.
+    """
+    sizes = [len(mask) for mask in masks]
+    reach = _BEND * (max(sizes) - 1) / 2 + 0.35  # of the longest edge, in nodes
+    height = max(_UNIT * (2 * reach + 0.9), 0.95)
+    has_picture = any(row.picture is not None for row in rows)
+    left = (0.95 if has_picture else 0.0, 1.45)  # inches of picture and caption
+    figure = ShownFigure(
+        figsize=(sum(left) + _UNIT * sum(sizes) + 0.3, height * len(rows) + 1.15 + 0.25 * bool(title)),
+        layout=ConstrainedLayoutEngine(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0),
+    )
+    ratios = [*(width / _UNIT for width in left if width), *sizes]
+    panels = figure.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
+    values = torch.cat([matrix[mask] for row in rows for matrix, mask in zip(row.matrices, masks, strict=True)])
+    opened = values[values != 0]
+    norm = scale(opened, None)
+    largest = float(opened.abs().max()) if len(opened) else 1.0
+    for number, (row, axes) in enumerate(zip(rows, panels, strict=True)):
+        first = int(has_picture)
+        if has_picture:
+            axes[0].set_axis_off()
+            if row.picture is not None:
+                axes[0].imshow(_to_array(row.picture))
+        axes[first].set_axis_off()
+        axes[first].text(0, 0.5, plain(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
+        for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
+            _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
+            panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # one scale for all stages
+            if number == 0:
+                # Inside the axes: where these keep their aspect, the layout leaves no room for a title above them.
+                panel.text((len(mask) - 1) / 2, reach, f"stage {stage}", **ABOVE)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    handles = [
+        Line2D([], [], color=matplotlib.colormaps[WEIGHTS](0.8), linewidth=2, label="open edge, left to right"),
+        Line2D([], [], color=_FAINT, linewidth=0.8, linestyle=":", label="closed edge"),
+        Line2D(
+            [], [], color=_FAINT, marker="o", markersize=7, markerfacecolor="white", linestyle="none", label="block not run"
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    add_colour_bar(figure, norm, WEIGHTS, f"weight of an open edge (line width: 0 to {largest:.2f}); darker is more")
+    return figure
+
+
+def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, largest: float, name: str) -> None:
+    num_nodes = len(mask)
+    colours = matplotlib.colormaps[WEIGHTS]
+    for receiver, sender in mask.nonzero().tolist():
+        weight = float(matrix[receiver, sender])
+        bend = 0.0 if receiver == sender + 1 else _BEND if receiver % 2 else -_BEND
+        width = _THICKEST * abs(weight) / largest
+        arrow = FancyArrowPatch(
+            (sender, 0),
+            (receiver, 0),
+            connectionstyle=f"arc3,rad={bend}",
+            arrowstyle="-|>",
+            mutation_scale=3.5 + 2 * width,
+            shrinkA=_NODE,
+            shrinkB=_NODE,
+            linewidth=width if weight else 0.6,
+            linestyle="-" if weight else ":",
+            color=colours(norm(weight)) if weight else _FAINT,
+            zorder=2 if weight else 1,
+        )
+        arrow.set_in_layout(False)  # the axes' limits hold it: asking every arrow for its size is slow
+        arrow.set_gid(f"{name}-edge{sender}-{receiver}-{'open' if weight else 'closed'}")
+        axes.add_patch(arrow)
+    for node, text in enumerate(node_names(num_nodes)):
+        runs = node in (0, num_nodes - 1) or bool(matrix[node].any())
+        edge = "black" if runs else _FAINT
+        axes.plot(
+            node, 0, "o", markersize=2 * _NODE, markerfacecolor="white", markeredgecolor=edge, markeredgewidth=0.8, zorder=3
+        )
+        axes.text(node, 0, text, ha="center", va="center_baseline", fontsize=6, color=edge, zorder=4)
+    axes.set(xlim=(-0.5, num_nodes - 0.5), aspect="equal")
+    axes.set_axis_off()
+
+
+def _to_array(picture: Any) -> Any:
+    if isinstance(picture, Tensor):
+        return picture.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+    return picture

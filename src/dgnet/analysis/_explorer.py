@@ -1,0 +1,276 @@
+"""The explorer: one HTML file in which a person looks at the path that each image takes, at thresholds that were really run.
+
+Letters: M images, O threshold offsets, E edges of all stages together.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dgnet._cost import CostModel, cost_model
+from dgnet.analysis._statistics import flatten_edges
+from dgnet.analysis._sweep import OFFSETS
+from dgnet.data import IGNORED, ImageDataset
+from dgnet.errors import UsageError, check_range
+from dgnet.files import replace_file, writing
+from dgnet.graph import Topology, find_stages, record_connectivity
+from dgnet.inference import find_threshold_offset, set_mode, set_threshold_offset
+
+THUMBNAIL = 96
+"""The longer side of a thumbnail in pixels, at most."""
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What a network did with M images at each of O threshold offsets."""
+
+    own_offset: float  # the network's; one of the offsets
+    offsets: tuple[float, ...]
+    class_names: list[str]
+    topologies: list[Topology]  # of each stage
+    dense_multiply_adds: int  # of one image with every edge open
+    names: list[str]  # where each image is
+    labels: list[int | None]  # None for an image without a label
+    thumbnails: list[bytes]  # WebP
+    predictions: Tensor  # (M, O), class indices
+    confidences: Tensor  # (M, O), the probability of the predicted class
+    losses: Tensor  # (M, O), cross-entropy; not a number without a label
+    executed: Tensor  # (M, O), multiply-adds of the nodes that ran and the edges that were open
+    weights: Tensor  # (M, O, E), as aggregated, 0 where closed; see `flatten_edges`
+
+    @property
+    def edges(self) -> list[list[tuple[int, int]]]:
+        """For each stage its edges (i, j), by receiving node."""
+        return [[(i, j) for j in range(t.num_nodes) for i in t.senders(j)] for t in self.topologies]
+
+
+class _Shown(Dataset[tuple[Tensor, int, bytes]]):
+    """The images of a data set at `indices`: tensor, label or IGNORED, thumbnail; each is decoded once."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int], classes: int) -> None:
+        self.dataset, self.indices, self.classes = dataset, indices, classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bytes]:
+        image, label = self.dataset.load(self.indices[index])
+        is_label = isinstance(label, int) and 0 <= label < self.classes
+        return self.dataset.transform(image), label if is_label else IGNORED, make_thumbnail(image)
+
+
+def _collate(items: list[tuple[Tensor, int, bytes]]) -> tuple[Tensor, Tensor, list[bytes]]:
+    images, labels, thumbnails = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels), list(thumbnails)
+
+
+def make_thumbnail(image: Image.Image) -> bytes:
+    """A WebP image of at most `THUMBNAIL` pixels a side."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=80)
+    return file.getvalue()
+
+
+@torch.no_grad()
+def collect(
+    network: nn.Module,
+    dataset: ImageDataset,
+    images: int = 1000,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "cpu",
+    offsets: Sequence[float] = OFFSETS,
+) -> Exploration:
+    """Run `network` at each threshold offset on `images` images, spread evenly over `dataset`, whose transform is set.
+
+    Each image is loaded once and run once an offset, in the sparse mode. `class_names`: of the network's outputs, by default
+    the data set's. The network's own offset is among those that are run, and stays. An image whose label is None or not one of
+    the classes has no label. The network is left on `device`, in evaluation and sparse mode.
+
+    Raises UsageError for a network in which nothing can close, for no images, for fewer class names than outputs, and for sizes
+    that make no sense.
+    """
+    check_range("--images", images, 1)
+    check_range("--batch-size", batch_size, 1)
+    check_range("--workers", workers, 0)
+    if not len(dataset):
+        raise UsageError("the data set holds no images, there is nothing to explore; name another with --data")
+    names = list(dataset.class_names if class_names is None else class_names)
+    network = set_mode(network.to(device).eval(), "sparse")
+    topologies = [stage.topology for stage in find_stages(network)]
+    own_offset = find_threshold_offset(network)
+    offsets = sorted({*offsets, own_offset})
+    count = min(images, len(dataset))
+    indices = [index * len(dataset) // count for index in range(count)]
+    shown = _Shown(dataset, indices, len(names))
+    loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
+    costs: CostModel | None = None
+    labels: list[Tensor] = []
+    thumbnails: list[bytes] = []
+    batches: list[list[Tensor]] = []  # of each the predictions, confidences, losses, costs, weights, (B, O, …)
+    with tqdm(total=count * len(offsets), desc="explore", unit="run") as bar:
+        for batch, batch_labels, batch_thumbnails in loader:
+            costs = costs or cost_model(network, tuple(batch.shape[2:]))
+            labels.append(batch_labels)
+            thumbnails += batch_thumbnails
+            batch = batch.to(device)
+            figures = []
+            for offset in offsets:
+                with at_offset(network, offset), record_connectivity(network) as record:
+                    logits = network(batch).float().cpu()
+                if logits.shape[1] > len(names):
+                    raise UsageError(f"the network tells {logits.shape[1]} classes apart, {len(names)} are named")
+                confidences, predictions = logits.softmax(1).max(1)
+                losses = F.cross_entropy(logits, batch_labels, ignore_index=IGNORED, reduction="none")
+                losses = torch.where(batch_labels == IGNORED, torch.nan, losses)
+                weights = flatten_edges(record.adjacency, topologies).cpu()
+                figures.append((predictions, confidences, losses, costs.executed_in(record), weights))
+                bar.update(len(batch))
+            batches.append([torch.stack(values, dim=1) for values in zip(*figures, strict=True)])
+    assert costs is not None
+    predictions, confidences, losses, executed, weights = map(torch.cat, zip(*batches, strict=True))
+    return Exploration(
+        offsets=tuple(offsets),
+        own_offset=own_offset,
+        class_names=names,
+        topologies=topologies,
+        dense_multiply_adds=costs.dense,
+        names=[dataset.name(index) for index in indices],
+        labels=[None if value == IGNORED else value for value in torch.cat(labels).tolist()],
+        thumbnails=thumbnails,
+        predictions=predictions,
+        confidences=confidences,
+        losses=losses,
+        executed=executed,
+        weights=weights,
+    )
+
+
+@contextmanager
+def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
+    """Inside the `with` block edges and gates close under another threshold offset."""
+    own = find_threshold_offset(network)
+    set_threshold_offset(network, offset)
+    try:
+        yield
+    finally:
+        set_threshold_offset(network, own)
+
+
+def quantise(weights: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], float, float]:
+    """Weights as bytes, with the least and the greatest weight of an open edge.
+
+    0 is a closed edge; a byte c from 1 on stands for least + (c - 1) · (greatest - least) / 254, so that an open edge's weight
+    is off by (greatest - least) / 508 at most.
+    """
+    values = weights.double().numpy()
+    is_open = values != 0
+    least, greatest = (float(values[is_open].min()), float(values[is_open].max())) if is_open.any() else (0.0, 0.0)
+    steps = np.rint((values - least) * (254 / (greatest - least))) if greatest > least else np.zeros_like(values)
+    return np.where(is_open, 1 + steps, 0).astype(np.uint8), least, greatest
+
+
+def describe_exploration(found: Exploration, model: str, source: str) -> dict[str, Any]:
+    """The plain values that the page reads, one list an image."""
+    codes, least, greatest = quantise(found.weights)
+    stages = zip(found.topologies, found.edges, strict=True)
+    return {
+        "model": model,
+        "source": source,
+        "offsets": list(found.offsets),
+        "class_names": found.class_names,
+        "stages": [{"num_nodes": topology.num_nodes, "edges": edges} for topology, edges in stages],
+        "own_offset": found.own_offset,
+        "dense_multiply_adds": found.dense_multiply_adds,
+        "names": shorten_names(found.names),
+        "labels": found.labels,
+        "thumbnails": [base64.b64encode(thumbnail).decode() for thumbnail in found.thumbnails],
+        "predictions": found.predictions.tolist(),
+        "confidences": _rounded(found.confidences),
+        "losses": _rounded(found.losses),
+        "executed": found.executed.round().long().tolist(),
+        "weights": {
+            "codes": base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode(),  # (M, O, E)
+            "least": least,
+            "greatest": greatest,
+        },
+    }
+
+
+def _rounded(values: Tensor) -> list[list[float | None]]:
+    """With four digits after the point; null where a value is not a finite number."""
+    return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
+
+def shorten_names(names: Sequence[str]) -> list[str]:
+    """Names without the folders that all of them share: a page that is passed on tells nothing of its maker's disk."""
+    paths = [name.split("/") for name in names]
+    shared = 0
+    for folder in zip(*(path[:-1] for path in paths), strict=False):
+        if len(set(folder)) > 1:
+            break
+        shared += 1
+    return ["/".join(path[shared:]) for path in paths]
+
+
+def render_explorer(data: dict[str, Any]) -> str:
+    """The page with `data` (`describe_exploration`) in it."""
+    template = files("dgnet.analysis").joinpath("explorer.html").read_text(encoding="utf-8")
+    # Inside a script element only "<" matters, as in "</script>" and "<!--"; the others keep it safe anywhere else too.
+    document = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        document = document.replace(character, f"\\u{ord(character):04x}")
+    values = {"title": html.escape(f"{data['model']}: connectivity explorer"), "data": document}
+    return re.sub(r"\{\{(title|data)\}\}", lambda match: values[match[1]], template)
+
+
+def write_explorer(
+    network: nn.Module,
+    dataset: ImageDataset,
+    path: str | Path,
+    *,
+    images: int = 1000,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "cpu",
+    model: str = "network",
+    source: str = "",
+) -> Path:
+    """Run `network` as `collect` does, and write the explorer page; returns its path.
+
+    `model`, `source`: the names of the network and of its images, for the heading; of a path its last part.
+
+    Raises UsageError as `collect` does, and where the file cannot be written.
+    """
+    path = Path(path)
+    found = collect(network, dataset, images, class_names, batch_size, workers, device)
+    page = render_explorer(describe_exploration(found, model, Path(source).name))
+    with writing(path, "name another folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as written:
+            written.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a character
+    return path

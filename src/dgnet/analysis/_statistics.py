@@ -1,0 +1,250 @@
+"""Statistics of connectivity over a data set: one pass, in float64, in memory that does not grow with the data set (§6.5).
+
+Letters: B batch, N nodes of a stage, E edges of all stages, K classes, S sampled images.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgnet._cost import CostModel
+from dgnet.data import IGNORED
+from dgnet.graph import Record, Topology, find_stages
+from dgnet.training._evaluate import WiringStatistics
+
+MOST_WIRINGS = 100_000
+"""Wirings that are told apart."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edge of a network."""
+
+    stage: int  # from 1
+    sender: int  # 0 is the stage's input node
+    receiver: int
+    is_free: bool  # weighed by the weighting, not pinned by the topology
+
+
+def list_edges(topologies: Sequence[Topology]) -> list[Edge]:
+    """The edges stage by stage, by receiver, then by sender: the order of `flatten_edges`."""
+    return [
+        Edge(stage, sender, receiver, receiver not in topology.pinned)
+        for stage, topology in enumerate(topologies, start=1)
+        for receiver in range(topology.num_nodes)
+        for sender in topology.senders(receiver)
+    ]
+
+
+def flatten_edges(matrices: Sequence[Tensor], topologies: Sequence[Topology]) -> Tensor:
+    """(…, E) from (…, N, N) for each stage."""
+    pairs = zip(matrices, topologies, strict=True)
+    return torch.cat([matrix[..., topology.mask.to(matrix.device)] for matrix, topology in pairs], dim=-1)
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What a network made of one image."""
+
+    index: int  # in the data set
+    label: int | None  # None where it has none
+    prediction: int
+    confidence: float  # probability of the prediction
+    loss: float | None  # cross-entropy; None without a label
+    executed: float  # multiply-adds
+    adjacency: list[Tensor]  # for each stage the weights as aggregated, (N, N), 0 where an edge is closed
+
+
+class Extremes:
+    """The `count` images with the smallest values, or the `largest`; of equal ones those that came first."""
+
+    def __init__(self, count: int, largest: bool = False) -> None:
+        self.count, self.largest = count, largest
+        self._kept: list[tuple[float, ImageResult]] = []
+
+    def update(self, values: Tensor, build: Callable[[int], ImageResult]) -> None:
+        """`values`: of a batch, (B,), NaN for an image without one; `build` gives the image at a place of the batch."""
+        keys = -values if self.largest else values
+        for place in keys.argsort(stable=True)[: self.count].tolist():  # NaN comes last
+            key = float(keys[place])
+            if math.isnan(key) or (len(self._kept) == self.count and key >= self._kept[-1][0]):
+                break
+            bisect.insort(self._kept, (key, build(place)), key=lambda entry: entry[0])
+            del self._kept[self.count :]
+
+    @property
+    def images(self) -> list[ImageResult]:
+        """The images, the most extreme first."""
+        return [image for _, image in self._kept]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images of the data set drawn beforehand: what statistics of ranks, and pictures of points, are made of."""
+
+    indices: Tensor  # (S,), ascending
+    weights: Tensor  # (S, E) of the edges, 0 where closed
+    labels: Tensor  # (S,), IGNORED where there is none
+    confidences: Tensor  # (S,)
+    losses: Tensor  # (S,), NaN without a label
+    executed: Tensor  # (S,), multiply-adds
+
+
+class Statistics:
+    """What a network's connectivity does over a data set, accumulated over batches in the data set's order.
+
+    `extremes`: how many images to keep of the easiest and the hardest, by loss and by executed multiply-adds; `chosen`: indices
+    of images to keep; `sampled`: indices of the `Sample`. Memory: E × K numbers, and what is kept.
+
+    Raises UsageError for a network without dynamic stages.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: int,
+        costs: CostModel,
+        extremes: int = 0,
+        chosen: Sequence[int] = (),
+        sampled: Sequence[int] = (),
+    ) -> None:
+        stages = find_stages(network)
+        self.topologies = [stage.topology for stage in stages]
+        self.edges = list_edges(self.topologies)
+        self.costs = costs
+        self.wiring = WiringStatistics(stages, MOST_WIRINGS)
+        self.images = self.labelled = self.correct = 0
+        self.loss_sum = 0.0
+        self.executed_sum = self.executed_square = 0.0  # about the dense cost
+        self.executed_least, self.executed_most = math.inf, -math.inf
+        self.class_images = torch.zeros(classes, dtype=torch.int64)
+        self.class_sums = torch.zeros(classes, len(self.edges), dtype=torch.float64)
+        self.easiest, self.hardest = Extremes(extremes), Extremes(extremes, largest=True)
+        self.cheapest, self.dearest = Extremes(extremes), Extremes(extremes, largest=True)
+        self.chosen: dict[int, ImageResult | None] = dict.fromkeys(chosen)  # None until it comes
+        size = len(sampled)
+        self.sample = Sample(
+            torch.tensor(sorted(sampled), dtype=torch.int64),
+            torch.zeros(size, len(self.edges)),
+            torch.full((size,), IGNORED),
+            *(torch.full((size,), math.nan, dtype=torch.float64) for _ in range(3)),
+        )
+
+    def update(self, logits: Tensor, labels: Tensor, record: Record) -> None:
+        """`logits`: (B, K) and `labels`: (B,), IGNORED where there is none, of the next images; `record`: of their forward."""
+        logits, labels = logits.detach().cpu().double(), labels.cpu()
+        adjacency = [matrix.cpu() for matrix in record.adjacency]
+        first, batch = self.images, len(labels)
+        self.images += batch
+        self.wiring.update(adjacency)
+
+        confidences, predictions = logits.softmax(1).max(1)
+        is_labelled = labels != IGNORED
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+        losses = torch.where(is_labelled, losses, math.nan)
+        self.labelled += int(is_labelled.sum())
+        self.correct += int((predictions == labels).sum())
+        self.loss_sum += float(losses[is_labelled].sum())
+
+        executed = self.costs.executed_in(record)
+        distance = executed - self.costs.dense
+        self.executed_sum += float(distance.sum())
+        self.executed_square += float(distance.square().sum())
+        self.executed_least = min(self.executed_least, float(executed.min()))
+        self.executed_most = max(self.executed_most, float(executed.max()))
+
+        weights = flatten_edges(adjacency, self.topologies)
+        self.class_images += labels[is_labelled].bincount(minlength=len(self.class_images))
+        self.class_sums.index_add_(0, labels[is_labelled], weights[is_labelled].double())
+
+        def build(place: int) -> ImageResult:
+            return ImageResult(
+                first + place,
+                int(labels[place]) if is_labelled[place] else None,
+                int(predictions[place]),
+                float(confidences[place]),
+                float(losses[place]) if is_labelled[place] else None,
+                float(executed[place]),
+                [matrix[place].clone() for matrix in adjacency],
+            )
+
+        for extremes, values in (
+            (self.easiest, losses),
+            (self.hardest, losses),
+            (self.cheapest, executed),
+            (self.dearest, executed),
+        ):
+            extremes.update(values, build)
+        for index in self.chosen.keys() & set(range(first, first + batch)):
+            self.chosen[index] = build(index - first)
+        start, end = torch.searchsorted(self.sample.indices, torch.tensor([first, first + batch])).tolist()
+        places = self.sample.indices[start:end] - first
+        for kept, values in (
+            (self.sample.weights, weights),
+            (self.sample.labels, labels),
+            (self.sample.confidences, confidences),
+            (self.sample.losses, losses),
+            (self.sample.executed, executed),
+        ):
+            kept[start:end] = values[places].to(kept.dtype)
+
+    @property
+    def top1(self) -> float | None:
+        """Percent of the labelled images; None where there is none."""
+        return 100 * self.correct / self.labelled if self.labelled else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean cross-entropy of the labelled images; None where there is none."""
+        return self.loss_sum / self.labelled if self.labelled else None
+
+    @property
+    def executed_mean(self) -> float:
+        """Multiply-adds of an image."""
+        return self.costs.dense + self.executed_sum / self.images
+
+    @property
+    def executed_std(self) -> float:
+        """Spread of an image's multiply-adds over the images."""
+        variance = self.executed_square / self.images - (self.executed_sum / self.images) ** 2
+        return math.sqrt(max(variance, 0.0))
+
+    def mean(self) -> Tensor:
+        """Mean weight of every edge, (E,)."""
+        return flatten_edges(self.wiring.mean(), self.topologies)
+
+    def std(self) -> Tensor:
+        """Standard deviation of every edge's weight over the images, (E,)."""
+        return flatten_edges(self.wiring.std(), self.topologies)
+
+    def open_share(self) -> Tensor:
+        """Share of images for which every edge is open, (E,)."""
+        return flatten_edges(self.wiring.open_share(), self.topologies)
+
+    @property
+    def free(self) -> Tensor:
+        """Which edges the weighting weighs, (E,) bool."""
+        return torch.tensor([edge.is_free for edge in self.edges])
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that have images."""
+        labels: list[int] = self.class_images.nonzero().flatten().tolist()
+        return labels
+
+    def class_mean(self) -> Tensor:
+        """Mean weight of every edge over the images of each of `classes`, (len(classes), E)."""
+        return self.class_sums[self.classes] / self.class_images[self.classes, None]
+
+    def class_distance(self) -> Tensor:
+        """How far the mean wirings of `classes` are apart: root mean square over the free edges of the weights' difference."""
+        means = self.class_mean()[:, self.free]
+        distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance / math.sqrt(max(means.shape[1], 1))

@@ -1,0 +1,120 @@
+"""Checkpoints of detectors, and trained weights that a detector starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dgnet.checkpoint import DETECT, describe_mismatch, find_checkpoint, load_weights, read_described, read_tensors
+from dgnet.detection._detector import Detector
+from dgnet.errors import UsageError, reason
+from dgnet.models import create_model
+from dgnet.models._static_weights import classifier_prefixes
+
+_BODY = "backbone.body."
+_HEADS = ("roi_heads.box_predictor.",)
+
+
+@dataclass(frozen=True)
+class DetectorCheckpoint:
+    """What a checkpoint of `dgnet detect train` says of its detector."""
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    model: str
+    model_kwargs: dict[str, Any]
+    class_names: list[str]  # of the labels 1, 2, …
+    category_ids: dict[int, int]  # of the labels, in the training annotations
+    detector: dict[str, Any]  # arguments of Detector beside network and classes
+    config: dict[str, Any]
+
+    def build(self) -> Detector:
+        """The trained detector, in evaluation mode. Raises UsageError where its weights are not those that it describes."""
+        detector = Detector(create_model(self.model, **self.model_kwargs), len(self.class_names), **self.detector)
+        try:
+            detector.load_state_dict(self.state_dict)
+        except RuntimeError as error:
+            raise UsageError(
+                f"{self.path} is damaged: its weights are not those of a detector on {self.model}"
+                f" ({describe_mismatch(error)}); use another checkpoint"
+            ) from None
+        return detector.eval()
+
+
+def describe_detector(
+    model: str,
+    model_kwargs: dict[str, Any],
+    class_names: list[str],
+    category_ids: dict[int, int],
+    detector: dict[str, Any],
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """The plain values that a checkpoint carries beside its tensors."""
+    return {
+        "task": DETECT,
+        "model": model,
+        "model_kwargs": model_kwargs,
+        "class_names": class_names,
+        "category_ids": [category_ids.get(label, label) for label in range(1, len(class_names) + 1)],
+        "detector": detector,
+        "config": config,
+    }
+
+
+def load_detector(path: str | Path) -> DetectorCheckpoint:
+    """A checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors of `dgnet detect train`.
+
+    Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of a detector.
+    """
+    path, state_dict, carried = read_described(path, DETECT)
+    try:
+        ids = [int(id) for id in carried["category_ids"]]
+        return DetectorCheckpoint(
+            path,
+            state_dict,
+            str(carried["model"]),
+            dict(carried["model_kwargs"]),
+            [str(name) for name in carried["class_names"]],
+            dict(enumerate(ids, start=1)),
+            dict(carried["detector"]),
+            dict(carried["config"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is damaged: its description of the detector cannot be read ({reason(error)}); use another checkpoint"
+        ) from None
+
+
+def load_backbone(network: nn.Module, model: str, path: str | Path) -> list[str] | None:
+    """Load a classifier's weights into `network`; returns the names that stayed as initialised, but for the classifier's own.
+
+    None, and nothing done, where the file is a detector's. Raises UsageError for weights of another model.
+    """
+    state_dict, _ = read_tensors(find_checkpoint(Path(path)))
+    if any(name.startswith(_BODY) for name in state_dict):
+        return None
+    heads = classifier_prefixes(network)
+    return [name for name in load_weights(network, model, path) if not name.startswith(heads)]
+
+
+def load_trained(detector: Detector, path: str | Path) -> list[str]:
+    """Load a detector's weights, dgnet's or torchvision's; returns the names that stayed, of a head of other classes.
+
+    Raises UsageError for a detector of another backbone or pyramid.
+    """
+    state_dict, _ = read_tensors(find_checkpoint(Path(path)))
+    own = detector.state_dict()
+    reset = [
+        name for name in own if name.startswith(_HEADS) and name in state_dict and state_dict[name].shape != own[name].shape
+    ]
+    try:
+        detector.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} holds the weights of another detector ({describe_mismatch(error)}); give its backbone with --model, and"
+            " its options"
+        ) from None
+    return reset

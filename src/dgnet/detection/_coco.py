@@ -1,0 +1,343 @@
+"""Images and boxes in COCO's format: a JSON of annotations and a folder of images.
+
+Letters: A annotations, H and W an image's height and width in pixels, n boxes of an image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
+
+from dgnet.data._images import decode, read_image
+from dgnet.data._sources import map_labels
+from dgnet.errors import UsageError, reason
+
+
+class Target(TypedDict):
+    """What torchvision's detectors learn from, and the image's id."""
+
+    boxes: Tensor  # (n, 4) float32: left, top, right, bottom in pixels
+    labels: Tensor  # (n,) int64, from 1 on; 0 is background
+    image_id: int | None  # None: the image only evens processes out, and counts for nothing
+
+
+class CocoImage(NamedTuple):
+    """An image as the annotations list it."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class AnnotationCounts:
+    """What was found in an annotation file; as text, one line for the log."""
+
+    images: int  # in use
+    boxes: int  # to train on
+    crowd_boxes: int = 0  # not trained on; evaluation ignores what they cover
+    clipped_boxes: int = 0  # cut at their image's border
+    boxes_without_area: int = 0  # also those that lie outside their image; not trained on
+    images_without_boxes: int = 0  # not trained on
+    repeated_image_ids: int = 0  # the first counts
+    repeated_annotation_ids: int = 0  # the first counts
+    boxes_of_unlisted_images: int = 0  # left out
+
+    def __str__(self) -> str:
+        found = [
+            ("crowd boxes not trained on", self.crowd_boxes),
+            ("boxes clipped to their image", self.clipped_boxes),
+            ("boxes without area not trained on", self.boxes_without_area),
+            ("images without boxes left out", self.images_without_boxes),
+            ("repeated image ids left out", self.repeated_image_ids),
+            ("repeated annotation ids left out", self.repeated_annotation_ids),
+            ("boxes of images that are not listed left out", self.boxes_of_unlisted_images),
+        ]
+        oddities = "; ".join(f"{what}: {count:,}" for what, count in found if count)
+        return f"{self.images:,} images, {self.boxes:,} boxes" + (f" ({oddities})" if oddities else "")
+
+
+@dataclass(frozen=True)
+class CocoAnnotations:
+    """The annotations of a set of images, as the file has them: boxes are neither clipped nor left out.
+
+    Those of image i lie at `offsets[i]` to `offsets[i + 1]`. `is_target`: which are trained on.
+    """
+
+    path: Path
+    images: list[CocoImage]
+    class_names: list[str]  # of the labels 1, 2, …
+    category_ids: dict[int, int]  # of the labels that the file has
+    boxes: np.ndarray  # (A, 4) float64: left, top, width, height in pixels
+    labels: np.ndarray  # (A,) int64
+    areas: np.ndarray  # (A,) float64: of the object, which may be less than its box's
+    is_crowd: np.ndarray  # (A,) bool
+    is_target: np.ndarray  # (A,) bool
+    offsets: np.ndarray  # (images + 1,) int64
+    counts: AnnotationCounts
+
+    def target(self, index: int) -> Target:
+        """The boxes of image `index` to train on, clipped to it."""
+        image = self.images[index]
+        own = np.arange(self.offsets[index], self.offsets[index + 1])
+        own = own[self.is_target[own]]
+        boxes = clip_boxes(self.boxes[own], np.array([[image.width, image.height]]))
+        return {"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(self.labels[own]), "image_id": image.id}
+
+
+def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes as left, top, right, bottom, cut at the image's border, (n, 4).
+
+    `boxes`: left, top, width, height, (n, 4); `sizes`: width and height of their images, (n, 2) or (1, 2).
+    """
+    start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    return np.concatenate([start.clip(0, sizes), end.clip(0, sizes)], axis=1)
+
+
+# In pixels. A thinner box has no area: its float32 corners could fall together when it is scaled or flipped, which
+# torchvision's detectors refuse in the middle of training. A box that leaves its image by less was rounded.
+_THIN = 0.01
+
+
+def read_annotations(path: str | Path, is_training: bool = False, class_names: Sequence[str] | None = None) -> CocoAnnotations:
+    """The annotations in a JSON file of COCO's format (cocodataset.org/#format-data), of object detection.
+
+    Of images and annotations whose id repeats the first counts; annotations of images that are not listed are left out. With
+    `is_training` so are images without a box to train on. Labels are 1 to K in the order of the category ids, or as
+    `class_names`, known from training, has them.
+
+    Raises UsageError for a file that is no such JSON or names no images, for annotations of a category that it does not list,
+    for a category that is not among `class_names`, and in training for a file without boxes.
+    """
+    path = Path(path)
+    document = _read_json(path)
+    names = _read_categories(path, document["categories"])
+    category_ids = sorted(names)
+    own = [names[id] for id in category_ids]
+    known = list(own if class_names is None else class_names)
+    labels = {id: label + 1 for id, label in zip(category_ids, map_labels(str(path), own, known), strict=True)}
+    images = _read_images(path, document["images"])
+    places = {id: place for place, id in enumerate(images)}
+    rows, repeated, unlisted = _read_boxes(path, document["annotations"], places, labels)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+    order = np.argsort(table[:, 0], kind="stable")
+    place, label, is_crowd = table[order, :3].astype(np.int64).T
+    boxes, areas = table[order, 3:7], table[order, 7]
+
+    sizes = np.array([[image.width, image.height] for image in images.values()], dtype=np.float64)[place]
+    clipped = clip_boxes(boxes, sizes)
+    has_area = (clipped[:, 2:] - clipped[:, :2] >= _THIN).all(1)
+    is_target = has_area & (is_crowd == 0)
+    is_cut = (np.abs(clipped[:, 2:] - clipped[:, :2] - boxes[:, 2:]) >= _THIN).any(1)
+    is_used = np.bincount(place[is_target], minlength=len(images)) > 0
+    if not is_training:
+        is_used[:] = True
+    elif not is_used.any():
+        raise UsageError(f"{path} holds no boxes to train on; check its annotations")
+    in_use = is_used[place]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=len(images))[is_used])])
+    counts = AnnotationCounts(
+        images=int(is_used.sum()),
+        boxes=int(is_target.sum()),
+        crowd_boxes=int(is_crowd.sum()),
+        clipped_boxes=int((is_cut & is_target).sum()),
+        boxes_without_area=int((~has_area & (is_crowd == 0)).sum()),
+        images_without_boxes=int((~is_used).sum()),
+        repeated_image_ids=len(document["images"]) - len(images),
+        repeated_annotation_ids=repeated,
+        boxes_of_unlisted_images=unlisted,
+    )
+    return CocoAnnotations(
+        path=path,
+        images=[image for image, used in zip(images.values(), is_used, strict=True) if used],
+        class_names=known,
+        category_ids={label: id for id, label in labels.items()},
+        boxes=boxes[in_use],
+        labels=label[in_use],
+        areas=areas[in_use],
+        is_crowd=is_crowd[in_use] > 0,
+        is_target=is_target[in_use],
+        offsets=offsets,
+        counts=counts,
+    )
+
+
+def _read_json(path: Path) -> dict[str, list[Any]]:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON ({reason(error)}); expected annotations in COCO's format") from None
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(name), list):
+            raise UsageError(
+                f"{path} is not in COCO's format: it lacks the list {name!r}; expected a file like instances_val2017.json"
+            )
+        if name != "annotations" and not document[name]:
+            raise UsageError(f"{path} lists no {name}")
+    return document
+
+
+def _read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
+    """The name of each category id; a name that several have is followed by the id."""
+    names: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        try:
+            id, name = _whole(entry["id"]), str(entry["name"])
+        except (LookupError, TypeError):
+            raise UsageError(f"{path}: categories[{number}] is none; expected a whole number `id` and a `name`") from None
+        if names.setdefault(id, name) != name:
+            raise UsageError(f"{path}: categories {names[id]!r} and {name!r} have the same id {id}; give each its own")
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {id: f"{name} ({id})" if name in shared else name for id, name in names.items()}
+
+
+def _read_images(path: Path, entries: list[Any]) -> dict[int, CocoImage]:
+    """Images by id, in the file's order."""
+    images: dict[int, CocoImage] = {}
+    for number, entry in enumerate(entries):
+        try:
+            image = CocoImage(_whole(entry["id"]), entry["file_name"], _whole(entry["width"]), _whole(entry["height"]))
+            if not isinstance(image.file_name, str) or min(image.width, image.height) < 1:
+                raise TypeError
+        except (LookupError, TypeError):
+            raise UsageError(
+                f"{path}: images[{number}] is none; expected `file_name` and the whole numbers `id`, `width` and `height`"
+            ) from None
+        images.setdefault(image.id, image)
+    return images
+
+
+def _read_boxes(
+    path: Path, entries: list[Any], places: dict[int, int], labels: dict[int, int]
+) -> tuple[list[tuple[float, ...]], int, int]:
+    """Rows of (place of the image, label, crowd, left, top, width, height, area); how many repeated, and were of no image."""
+    rows: list[tuple[float, ...]] = []
+    seen: set[int] = set()
+    repeated = unlisted = 0
+    for number, entry in enumerate(entries):
+        try:
+            id, image, category = _whole(entry["id"]), _whole(entry["image_id"]), _whole(entry["category_id"])
+            left, top, width, height = map(float, entry["bbox"])
+            area = entry.get("area")
+            area = width * height if area is None else float(area)
+            is_crowd = bool(entry.get("iscrowd"))
+            if not np.isfinite(left + top + width + height + area):
+                raise ValueError
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise UsageError(
+                f"{path}: annotations[{number}] is none; expected the whole numbers `id`, `image_id`, `category_id`, and `bbox`"
+                " as [left, top, width, height] in pixels"
+            ) from None
+        if image not in places:
+            unlisted += 1
+        elif id in seen:
+            repeated += 1
+        elif category not in labels:
+            raise UsageError(f"{path}: annotation {id} is of category {category}, which is not listed; add it to `categories`")
+        else:
+            seen.add(id)
+            rows.append((places[image], labels[category], is_crowd, left, top, width, height, area))
+    return rows, repeated, unlisted
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:  # some tools write 1.0
+        raise TypeError
+    return int(value)
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """Images with boxes: item i is an image, (3, H, W) float32 in [0, 1], and its `Target`.
+
+    An image is turned as its EXIF orientation says, or left as stored where only that has the size that its boxes belong to.
+
+    `is_training`, `class_names`: see `read_annotations`, also for what is raised. Raises UsageError for images that are not
+    there, at once; and for an item BadImageError where its image does not decode, UsageError where it has another size.
+    """
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_folder: str | Path,
+        is_training: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.annotations = read_annotations(annotation_file, is_training, class_names)
+        self.folder = Path(image_folder)
+        _check_files(self.folder, self.annotations)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the labels 1, 2, …"""
+        return self.annotations.class_names
+
+    @property
+    def counts(self) -> AnnotationCounts:
+        """What was found in the annotation file."""
+        return self.annotations.counts
+
+    @property
+    def aspect_ratios(self) -> list[float]:
+        """Width over height of each image."""
+        return [image.width / image.height for image in self.annotations.images]
+
+    def __len__(self) -> int:
+        return len(self.annotations.images)
+
+    def name(self, index: int) -> str:
+        """The path of an image."""
+        return str(self.folder / self.annotations.images[index].file_name)
+
+    def load(self, index: int) -> Image.Image:
+        """The image, decoded."""
+        _, _, width, height = self.annotations.images[index]
+        return decode(read_image(Path(self.name(index))), self.name(index), (width, height))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        return to_tensor(self.load(index)), self.annotations.target(index)
+
+
+def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
+    """Raises UsageError unless each image is there. Folders are listed: millions of files are not asked for one by one."""
+    listed: dict[Path, set[str]] = {}
+    missing = []
+    for image in annotations.images:
+        path = folder / image.file_name
+        if path.parent not in listed:
+            try:
+                listed[path.parent] = set(os.listdir(path.parent))
+            except OSError:
+                listed[path.parent] = set()
+        # A file system may not tell upper from lower case.
+        if path.name not in listed[path.parent] and not path.is_file():
+            missing.append(path)
+    if not folder.is_dir():
+        raise UsageError(f"image folder {folder} does not exist")
+    if missing:
+        raise UsageError(
+            f"image {missing[0]} does not exist ({len(missing):,} of the {len(annotations.images):,} that {annotations.path}"
+            " lists are missing); check the image folder"
+        )
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """An image and its boxes, mirrored left to right."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
+    return image.flip(-1), {**target, "boxes": boxes}

@@ -1,0 +1,266 @@
+"""COCO's average precision of detections, and results in COCO's format.
+
+A result is {image_id, category_id, bbox: [left, top, width, height] in pixels, score} (cocodataset.org/#format-results).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from dgnet.detection._coco import CocoAnnotations
+from dgnet.errors import UsageError, check_choice, reason
+from dgnet.files import replace_file, writing
+
+BACKENDS = ("pycocotools", "faster-coco-eval")
+"""What computes the figures: the reference, or the same in C++."""
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """Average precision in percent, of at most 100 detections an image and class; None where there is no object of the kind.
+
+    Small objects have less than 32² pixels, large ones more than 96².
+    """
+
+    ap: float | None  # mean over IoU 0.50, 0.55, …, 0.95
+    ap50: float | None  # at IoU 0.50
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    by_class: dict[str, dict[str, float | None]]  # the same six of each class that the annotations list
+    images: int  # of the annotations; one without detections counts too
+
+
+class CocoEvaluation:
+    """Detections of a set of images, gathered over all processes, and their average precision.
+
+    An image counts once, however often processes see it. `backend`: one of BACKENDS.
+
+    Raises UsageError for a backend that is not installed.
+    """
+
+    def __init__(self, annotations: CocoAnnotations, backend: str = "pycocotools") -> None:
+        _load_backend(backend)
+        self.annotations, self.backend = annotations, backend
+        self._known = {image.id for image in annotations.images}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self._detections: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def update(self, image_ids: Iterable[int], detections: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add the detections of some images, as torchvision's detectors give them.
+
+        Of each image `boxes` (n, 4), left, top, right, bottom in pixels of the image as it was read, `scores` (n,) and
+        `labels` (n,). Those of a class that the annotations do not list are left out.
+
+        Raises UsageError for an image that is not among the annotations'.
+        """
+        for image_id, found in zip(image_ids, detections, strict=True):
+            if image_id not in self._known:
+                raise UsageError(f"image {image_id} is not among the {len(self._known):,} of {self.annotations.path}")
+            boxes, scores, labels = (found[name].detach().cpu().numpy() for name in ("boxes", "scores", "labels"))
+            is_listed = np.isin(labels, list(self.annotations.category_ids))
+            self._detections.setdefault(image_id, (boxes[is_listed], scores[is_listed], labels[is_listed]))
+
+    def results(self) -> list[dict[str, Any]]:
+        """The detections of all processes in COCO's format, image by image as the annotations list them.
+
+        To be called in all processes at once.
+        """
+        merged = self._detections
+        if _is_distributed():
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, self._detections)
+            merged = {id: found for part in reversed(parts) for id, found in part.items()}
+        results = []
+        for image in self.annotations.images:
+            if image.id not in merged:
+                continue
+            boxes, scores, labels = merged[image.id]
+            boxes = boxes.astype(np.float64)
+            boxes[:, 2:] -= boxes[:, :2]
+            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
+                category = self.annotations.category_ids[label]
+                results.append({"image_id": image.id, "category_id": category, "bbox": box, "score": score})
+        return results
+
+    def compute(self, results: list[dict[str, Any]] | None = None) -> DetectionResult:
+        """The figures, the same in all processes; to be called in all at once, the first one computes.
+
+        `results`: what `results()` gave, where it was asked already.
+        """
+        results = self.results() if results is None else results
+        computed: list[Any] = [None]
+        if not _is_distributed() or dist.get_rank() == 0:
+            computed = [evaluate_results(self.annotations, results, backend=self.backend)]
+        if _is_distributed():
+            dist.broadcast_object_list(computed)
+        result: DetectionResult = computed[0]
+        return result
+
+
+def evaluate_results(
+    annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]], *, backend: str = "pycocotools"
+) -> DetectionResult:
+    """The figures of `results` in COCO's format; 0 where there are none.
+
+    The objects are those of the annotation file as they are: crowds are ignored, boxes are not clipped, and one without area
+    is an object that nobody can find. `backend`: one of BACKENDS; both give the same figures.
+
+    Raises UsageError for results that are not in the format or of other images, and for a backend that is not installed.
+    """
+    index, evaluator = _load_backend(backend)
+    check_results(results, annotations, "results")
+    table = {"images": [{"id": image.id} for image in annotations.images], "categories": _categories(annotations)}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step
+        truth, found = index(), index()
+        # Not by `loadRes`, which fails without results.
+        truth.dataset = {**table, "annotations": _objects(annotations)}
+        found.dataset = {**table, "annotations": _detections(results)}
+        truth.createIndex()
+        found.createIndex()
+        evaluation = evaluator(truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # (IoU thresholds, recalls, classes, areas, detections an image), -1 where there is no object
+    precision = evaluation.eval["precision"][..., -1]
+    thresholds = [round(100 * threshold) for threshold in evaluation.params.iouThrs]
+    names = [category["name"] for category in table["categories"]]
+
+    def figures(precision: np.ndarray) -> dict[str, float | None]:
+        return {
+            "ap": _mean(precision[..., 0]),
+            "ap50": _mean(precision[thresholds.index(50), ..., 0]),
+            "ap75": _mean(precision[thresholds.index(75), ..., 0]),
+            "ap_small": _mean(precision[..., 1]),
+            "ap_medium": _mean(precision[..., 2]),
+            "ap_large": _mean(precision[..., 3]),
+        }
+
+    return DetectionResult(
+        **figures(precision),
+        by_class={name: figures(precision[:, :, place]) for place, name in enumerate(names)},
+        images=len(annotations.images),
+    )
+
+
+def check_results(results: Any, annotations: CocoAnnotations, where: str) -> None:
+    """Raises UsageError, saying `where`, for results that are not in COCO's format or not of the annotations' images."""
+    if not isinstance(results, Sequence) or isinstance(results, str):
+        raise UsageError(f"{where}: expected a list of {{image_id, category_id, bbox, score}}, got a {type(results).__name__}")
+    images = {image.id for image in annotations.images}
+    categories = set(annotations.category_ids.values())
+    for number, result in enumerate(results):
+        try:
+            image, category = result["image_id"], result["category_id"]
+            left, top, width, height = result["bbox"]
+            is_good = math.isfinite(left + top + width + height + result["score"]) and width >= 0 and height >= 0
+            is_known = image in images, category in categories
+        except (LookupError, TypeError, ValueError):
+            is_good = False
+        if not is_good:
+            raise UsageError(
+                f"{where}[{number}] is no result; expected `image_id`, `category_id`, `bbox` as [left, top, width, height] in"
+                " pixels, and `score`"
+            )
+        if not all(is_known):
+            what = f"category {category!r}" if is_known[0] else f"image {image!r}"
+            raise UsageError(f"{where}[{number}] is of {what}, which {annotations.path} does not list")
+
+
+def read_results(path: str | Path, annotations: CocoAnnotations) -> list[dict[str, Any]]:
+    """Results from a JSON file of COCO's format. Raises UsageError as `check_results`, and for a file that is no JSON."""
+    try:
+        results: list[dict[str, Any]] = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"results {path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON ({reason(error)}); expected results in COCO's format") from None
+    check_results(results, annotations, str(path))
+    return results
+
+
+def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results in COCO's format as a JSON file, whole or not at all. Raises UsageError where it cannot be written."""
+    path = Path(path)
+    with writing(f"results {path}", "name another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as written:
+            written.write_text(json.dumps(list(results)), encoding="utf-8")
+
+
+def _load_backend(name: str) -> tuple[Any, Any]:
+    """A backend's classes of a set of annotations and of its evaluation."""
+    check_choice("evaluation backend", name, BACKENDS)
+    try:
+        if name == "pycocotools":
+            from pycocotools import coco, cocoeval
+
+            return coco.COCO, cocoeval.COCOeval
+        import faster_coco_eval
+
+        return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    except ImportError as error:
+        package = "'dgnet[detect]'" if name == "pycocotools" else name
+        raise UsageError(f"evaluation needs {name} ({reason(error)}); install it with: pip install {package}") from None
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _categories(annotations: CocoAnnotations) -> list[dict[str, Any]]:
+    """By id, as the backends order classes."""
+    ids = sorted((id, annotations.class_names[label - 1]) for label, id in annotations.category_ids.items())
+    return [{"id": id, "name": name} for id, name in ids]
+
+
+def _objects(annotations: CocoAnnotations) -> list[dict[str, Any]]:
+    counts = np.diff(annotations.offsets)
+    images = np.repeat([image.id for image in annotations.images], counts)
+    columns = zip(
+        images.tolist(),
+        annotations.labels.tolist(),
+        annotations.boxes.tolist(),
+        annotations.areas.tolist(),
+        annotations.is_crowd.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "id": id,  # from 1 on: to the backends a match of 0 is none
+            "image_id": image,
+            "category_id": annotations.category_ids[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(is_crowd),
+        }
+        for id, (image, label, box, area, is_crowd) in enumerate(columns, start=1)
+    ]
+
+
+def _detections(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**result, "id": id, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for id, result in enumerate(results, start=1)
+    ]
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    """In percent; None where there was no object."""
+    known = precision[precision > -1]
+    return 100 * float(known.mean()) if known.size else None

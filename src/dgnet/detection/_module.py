@@ -1,0 +1,118 @@
+"""The Lightning module and data module of detection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from timm.scheduler import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dgnet.detection._batching import AspectRatioOrder, DetectionItems, collate
+from dgnet.detection._coco import CocoDetection, Target
+from dgnet.detection._config import DetectConfig
+from dgnet.detection._detector import Detector
+from dgnet.detection._evaluation import CocoEvaluation
+from dgnet.graph import record_connectivity
+from dgnet.training._loading import EndlessOrder, EvaluationOrder, TrainingLoader, build_loader
+from dgnet.training._metrics import build_means, edge_figure_names, edge_figures
+from dgnet.training._module import RunDataModule, RunModule, take_figures
+
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+"""What torchvision's Faster R-CNN learns from; `loss` is their sum."""
+
+Detections = Mapping[str, Tensor]
+
+
+class DetectionModule(RunModule):
+    """Faster R-CNN's four losses, warm-up and steps of the learning rate; COCO's average precision."""
+
+    best = "val_ap"
+    best_title = "AP"
+    network: Detector
+    config: DetectConfig
+
+    def __init__(self, detector: Detector, config: DetectConfig, carried: dict[str, Any], evaluation: CocoEvaluation) -> None:
+        super().__init__(detector, config, carried, build_means("train_", ("loss", *LOSSES)))
+        self.evaluation = evaluation
+        self.val_edges = build_means("val_", [name for pair in edge_figure_names(self.stages) for name in pair])
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> dict[str, Any]:
+        images, targets = batch
+        losses: dict[str, Tensor] = self.network(images, targets)
+        loss = torch.stack([losses[name].float() for name in LOSSES]).sum()
+        weight = loss.new_tensor([float(len(images))])
+        for name, value in {"loss": loss, **losses}.items():
+            self.train_metrics[name].update(value.detach()[None], weight)
+        return self.finish_step(loss)
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
+        images, targets = batch
+        if not self.stages:
+            detections = self.network(images)
+        else:
+            with record_connectivity(self.network) as record:
+                detections = self.network(images)
+            for name, values in edge_figures(self.stages, record.adjacency).items():
+                counts = values.new_tensor([float(target["image_id"] is not None) for target in targets])
+                self.val_edges[name].update(values, counts)
+        self.evaluation.update(*counted(targets, detections))
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.evaluation.reset()
+
+    def evaluation_figures(self) -> dict[str, Any]:
+        figures = asdict(self.evaluation.compute())
+        known = {name: value for name, value in figures.items() if name.startswith("ap") and isinstance(value, float)}
+        return {**{f"val_{name}": value for name, value in known.items()}, **take_figures(self.val_edges)}
+
+    def describe_epoch(self) -> str:
+        return f"iteration {(self.current_epoch + 1) * self.config.evaluate_every:,}/{self.config.iterations:,}"
+
+    def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
+        losses = ", ".join(f"{name.removeprefix('loss_')} {values[f'train_{name}']:.3f}" for name in LOSSES)
+        return f"train loss {values['train_loss']:.3f} ({losses}); AP {values['val_ap']:.2f}, AP50 {values['val_ap50']:.2f}"
+
+    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+        config = self.config
+        return MultiStepLRScheduler(
+            optimizer,
+            decay_t=[step + 1 for step in config.lr_steps],  # timm counts from 1
+            decay_rate=0.1,
+            warmup_t=config.warmup_iterations,
+            warmup_prefix=False,
+            warmup_lr_init=config.peak_lr * config.warmup_factor,
+            t_in_epochs=False,
+        )
+
+
+def counted(targets: Sequence[Target], detections: Sequence[Detections]) -> tuple[list[int], list[Detections]]:
+    """The ids and detections of the images that count."""
+    pairs = [(target["image_id"], found) for target, found in zip(targets, detections, strict=True)]
+    return [id for id, _ in pairs if id is not None], [found for id, found in pairs if id is not None]
+
+
+class DetectionDataModule(RunDataModule):
+    """Loaders: training in steps of one aspect ratio, evaluation with each image once."""
+
+    train: CocoDetection
+
+    def __init__(self, train: CocoDetection, val: CocoDetection, config: DetectConfig) -> None:
+        super().__init__(config.data)
+        self.train, self.val, self.config = train, val, config
+
+    def train_dataloader(self) -> TrainingLoader:
+        config, trainer = self.config, self.running
+        order = AspectRatioOrder(self.train.aspect_ratios, config.batch_size, config.seed, *self.ranks, config.accumulate)
+        endless = EndlessOrder(order, config.evaluate_every)
+        items = DetectionItems(self.train, config.hflip, config.seed)
+        return TrainingLoader(build_loader(items, endless, config.workers, collate), endless, lambda: trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        order = EvaluationOrder(len(self.val), self.config.evaluation_batch_size, *self.ranks)
+        return build_loader(DetectionItems(self.val), order, self.config.workers, collate)

@@ -1,0 +1,110 @@
+"""Networks as files that other runtimes take: torch.export and ONNX."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from dgnet.errors import UsageError, check_choice, reason
+from dgnet.files import writing
+from dgnet.inference._fold import fold_batch_norms
+from dgnet.inference._sparse import MODES, set_mode
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
+"""What can be written, and how files of it are called."""
+
+
+def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: str = "dense") -> ExportedProgram:
+    """`network` in evaluation as one graph with a symbolic batch: (B, C, H, W) -> (B, classes), normalisations folded.
+
+    `mode`: "dense", every node on every sample, masked; "sparse", each node on the gathered samples for which it is alive.
+
+    Raises UsageError for an unknown mode, for "sparse" of a network without dynamic stages, and where the exporter fails.
+    """
+    check_choice("--mode", mode, MODES)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    folded = fold_batch_norms(network, (height, width)).cpu().float()
+    set_mode(folded, mode)
+    images = torch.randn(5, getattr(network, "in_chans", 3), height, width)
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(folded, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+    except Exception as error:  # whatever the exporter makes of a module of the user's own
+        raise UsageError(f"{type(network).__name__} cannot be exported in its {mode} form: {reason(error)}") from error
+
+
+def save_export(program: ExportedProgram, path: Path, format: str, carried: dict[str, Any]) -> None:
+    """Write an exported network with its description (class names, preprocessing, …) as metadata under "dgnet".
+
+    `format`: "onnx", with input `images` and output `logits`; "torch", which `torch.export.load` reads.
+
+    Raises UsageError for an unknown format, a file that cannot be written, and where a package is missing.
+    """
+    check_choice("--format", format, FORMATS)
+    text = json.dumps(carried, ensure_ascii=False)
+    with writing(path):
+        if format == "torch":
+            torch.export.save(program, path, extra_files={"dgnet": text})
+            return
+        try:
+            with _quiet():
+                translated = torch.onnx.export(
+                    program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+                )
+        except ImportError as error:
+            raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
+        assert translated is not None
+        translated.model.metadata_props["dgnet"] = text
+        translated.save(path)
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    """The logits that onnxruntime computes from an exported network on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits)
+
+
+def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[int, int]) -> float:
+    """The largest difference from `network` in evaluation, as a share of its largest logit, over batches of 1, 3 and 8 images.
+
+    The images are noise. Raises UsageError where it is more than 1e-3: the file must not be used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    network = network.cpu().float().eval()
+    worst = 0.0
+    for batch in (1, 3, 8):
+        images = torch.randn(batch, getattr(network, "in_chans", 3), *image_size, generator=generator)
+        with torch.no_grad():
+            expected = network(images)
+            found = run_onnx(path, images) if format == "onnx" else torch.export.load(path).module()(images)
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference <= 1e-3:  # or it is no number
+            raise UsageError(f"{path} differs from the checkpoint by {difference:.1e} of the largest logit; do not use it")
+        worst = max(worst, difference)
+    return worst
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' advice to their own developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,214 @@
+"""From a static network to a dynamic one: blocks taken apart, stages built as graphs, and the mixin that all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from timm.layers import ConvNormAct
+from timm.models.resnet import downsample_conv
+from torch import Tensor, nn
+
+from dgnet.errors import UsageError
+from dgnet.graph import DynamicGraph, Topology, aggregate, find_stages
+from dgnet.models._connectivity import TOPOLOGY_OPTIONS, Connectivity
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A residual block taken apart: activation(transform(x) + shortcut(x)).
+
+    `shortcut`: None where the block has none; the identity or a projection otherwise.
+    """
+
+    transform: Transform
+    shortcut: nn.Module | None
+    activation: nn.Module
+    in_channels: int
+    out_channels: int
+    stride: int
+    shortcut_name: str = ""  # of the shortcut in the static block
+
+
+class Transform(nn.Sequential):
+    """f_j: a block's convolution path up to its last normalisation, under the static block's own module names."""
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether f_j begins with a convolution that commutes with a scale and writes no more than it reads."""
+        first, _ = self._split()
+        if not isinstance(first, nn.Conv2d) or first.bias is not None:
+            return False
+        return first.out_channels <= first.in_channels * first.stride[0] * first.stride[1]
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """f_j(x), or f_j(scale · x) for `scale` (B,), without a scaled copy of x for the backward pass to keep."""
+        if scale is None:
+            return super().forward(x)
+        first, rest = self._split()
+        x = aggregate([first(x)], scale[:, None])
+        for module in rest:
+            x = module(x)
+        return x
+
+    def _split(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The first module and the others, timm's convolution with normalisation and activation taken apart."""
+        first, *rest = self
+        if isinstance(first, ConvNormAct):
+            first, *rest = [*first.children(), *rest]
+        return first, rest
+
+    def zero_init_last(self) -> None:
+        """Start the last normalisation at γ = 0, as timm's blocks do; timm's `init_weights` calls this."""
+        norms = [module for module in self.children() if isinstance(module, nn.BatchNorm2d)]
+        if norms:
+            nn.init.zeros_(norms[-1].weight)
+
+
+def take_modules(block: nn.Module, names: Sequence[str]) -> Transform:
+    """The named children of `block` in this order, without those that are absent or do nothing."""
+    transform = Transform()
+    for name in names:
+        module = getattr(block, name, None)
+        if module is not None and not isinstance(module, nn.Identity):
+            transform.add_module(name, module)
+    return transform
+
+
+def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """1×1 convolution and normalisation: brings a stage's input to its output's shape."""
+    projection: Any = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+    nn.init.kaiming_normal_(projection[0].weight, mode="fan_out", nonlinearity="relu")
+    return projection
+
+
+def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity, stage: int) -> DynamicGraph:
+    """A stage of static blocks, counted from 1, as a graph of N = blocks + 2 nodes.
+
+    The first block's shortcut becomes the input node; where it has none and the shape changes, a projection is added. It is
+    built only if something reads it. Raises UsageError where blocks, topology and options do not fit together.
+    """
+    weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
+    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
+    first = parts[0]
+    for node, part in enumerate(parts, start=1):
+        reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
+        if reads_raw and node not in topology.entry:
+            raise UsageError(
+                f"node {node} changes the shape and must be an entry node of the topology, which has {topology.entry}"
+            )
+        if node in topology.entry and (part.in_channels, part.stride) != (first.in_channels, first.stride):
+            raise UsageError(f"node {node} cannot read the raw stage input and must not be an entry node of the topology")
+        if connectivity.shortcut == "node" and part.shortcut is None and node not in topology.entry:
+            raise UsageError("shortcut='node' cannot be had: the blocks of this network have no shortcut; leave it out")
+    activation = parts[-1].activation
+    if connectivity.router_reads == "activation" and isinstance(activation, nn.Identity):
+        raise UsageError("router_reads='activation' has no effect: nothing follows the addition in this network; leave it out")
+    entry_shortcut = first.shortcut is not None
+    reads_features = weighting.reads_features and bool(topology.free_receivers(0))
+    is_read = topology.reads_input_node or reads_features or node_gates is not None
+    input: nn.Module = nn.Identity()
+    if is_read or (connectivity.shortcut == "node" and entry_shortcut):
+        if first.shortcut is not None:
+            input = first.shortcut
+        elif first.in_channels != first.out_channels or first.stride != 1:
+            input = build_projection(first.in_channels, first.out_channels, first.stride)
+    return DynamicGraph(
+        topology,
+        weighting,
+        input=input,
+        nodes=[part.transform for part in parts],
+        activation=activation,
+        shortcut=connectivity.shortcut,
+        entry_shortcut=entry_shortcut,
+        router_reads=connectivity.router_reads,
+        node_gates=node_gates,
+    )
+
+
+def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain arguments of `create_model` that build `network` again, which was built with `options`."""
+    if not isinstance(network, DynamicNetwork):
+        return dict(options)
+    given = {f.name for f in fields(Connectivity)}
+    return {**{name: value for name, value in options.items() if name not in given}, **network.stored_options()}
+
+
+class DynamicNetwork(nn.Module):
+    """What dynamic networks add to their static class, as a mixin before it: timm's interface over `DynamicGraph` stages."""
+
+    stage_names: tuple[str, ...]
+    connectivity_options: dict[str, Any]
+    """`Connectivity.plain_options` of the network."""
+    static_names: Mapping[str, str] = MappingProxyType({})
+    """How the static network's parameter names begin, and how the same parameters' names begin here."""
+
+    @property
+    def stages(self) -> list[DynamicGraph]:
+        """The dynamic stages, in order."""
+        return find_stages(self)
+
+    def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
+        """Replace the static stages, each a sequence of blocks, by graphs."""
+        self.connectivity_options = connectivity.plain_options()
+        static_names: dict[str, str] = {}
+        stages = {name: dict(self.get_submodule(name).named_children()) for name in self.stage_names}
+        topologies = connectivity.build_topologies([len(blocks) + 2 for blocks in stages.values()])
+        for stage, ((name, blocks), topology) in enumerate(zip(stages.items(), topologies, strict=True), start=1):
+            parts = [split_block(block) for block in blocks.values()]
+            self.set_submodule(name, build_stage(parts, topology, connectivity, stage))
+            for position, (block_name, part) in enumerate(zip(blocks, parts, strict=True)):
+                if part.shortcut_name and position == 0:
+                    static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
+                static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
+        self.static_names = static_names
+
+    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A static checkpoint under timm's names; a family whose torchvision names differ overrides this."""
+        return state_dict
+
+    def stored_options(self) -> dict[str, Any]:
+        """Plain arguments of `create_model` that give the same connectivity; graphs without a fixed name by their edges.
+
+        They stand in place of the options of `Connectivity` that the network was built with. A weighting or router of the
+        user's own has no plain form and is left out.
+        """
+        options = dict(self.connectivity_options)
+        if TOPOLOGY_OPTIONS.get(options.get("topology", "")) != ():
+            drawn = {option for drawing in TOPOLOGY_OPTIONS.values() for option in drawing}
+            options = {name: value for name, value in options.items() if name not in drawn}
+            options["topology"] = [stage.topology.to_dict() for stage in self.stages]
+        return options
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The static network's initialisation, then the weightings' own: it must not reach into routers."""
+        static = getattr(super(), "init_weights", None)
+        deciders = [part for stage in self.stages for part in (stage.weighting, stage.node_gates) if part is not None]
+        # A router of the user's own may have started its layers as it likes, and have no `reset_parameters`.
+        before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in deciders]
+        if static is not None:
+            static(*args, **kwargs)
+        for part, state in zip(deciders, before, strict=True):
+            part.load_state_dict(state)
+            part.reset_parameters()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each node in the backward pass: a stage keeps its N features and nothing inside the nodes."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Thresholds and learned edge weights: decay would pull them towards 0."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("weighting.tau", "weighting.alpha"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups: stem, then each node; a projection goes with its stage's first block."""
+        matcher: dict[str, Any] = super().group_matcher(coarse=True)  # type: ignore[misc]
+        if coarse:
+            return matcher
+        blocks = matcher["blocks"]
+        (stage, _), *rest = [(blocks, None)] if isinstance(blocks, str) else blocks
+        nodes = [(rf"{stage}\.nodes\.(\d+)", None), (rf"{stage}\.input", (0,)), (stage, (99999,))]
+        return {**matcher, "blocks": [*nodes, *rest]}

@@ -1,0 +1,97 @@
+"""Build models by name, through timm's registry."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from dgnet.errors import UsageError, check_range, did_you_mean, reason
+from dgnet.models._connectivity import Connectivity
+from dgnet.models._dynamic import DynamicNetwork
+
+
+def list_models() -> list[str]:
+    """The names that dgnet registers with timm."""
+    names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("dgnet.")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
+
+    `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
+    drop_path_rate, features_only, checkpoint_path, …). Raises UsageError for an unknown model, option or value.
+    """
+    if not timm.is_model(name.partition(".")[0]):
+        raise UsageError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}; names: dgnet models")
+    for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
+        if kwargs.get(rate) is not None:
+            check_range(rate, kwargs[rate], 0, 1)
+    try:
+        return timm.create_model(name, **kwargs)
+    except UsageError:
+        raise
+    except _BAD_VALUE as error:
+        raise _explain(error, name, kwargs) from error
+
+
+def build_model(
+    cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    """What each registered function calls: timm's builder, with one-line errors for unknown options."""
+    if pretrained:
+        raise UsageError(
+            f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
+            f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
+        )
+    try:
+        return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+    except TypeError as error:
+        if _UNKNOWN_OPTION.search(str(error)):
+            raise _explain(error, name, kwargs, cls) from error
+        raise
+
+
+def imagenet_cfg(**names: Any) -> dict[str, Any]:
+    """A default config for timm: ImageNet at 224 pixels as the paper evaluates it (§6.1). `names`: first_conv, classifier."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": "apache-2.0",
+        **names,
+    }
+
+
+# What a constructor may make of a value that it cannot use.
+_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
+_UNKNOWN_OPTION = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def _explain(error: Exception, name: str, kwargs: dict[str, Any], cls: type[nn.Module] | None = None) -> UsageError:
+    unknown = _UNKNOWN_OPTION.search(str(error))
+    if unknown is None:
+        given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
+        return UsageError(f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}")
+    option, connectivity = unknown[1], [f.name for f in fields(Connectivity)]
+    if cls is not None and issubclass(cls, DynamicNetwork):
+        arguments = {argument for base in cls.__mro__[:-1] for argument in inspect.signature(base).parameters}
+        known = [*connectivity, *(arguments - {option, "self", "args", "kwargs", "options"})]
+        return UsageError(
+            f"{name} has no option {option!r}{did_you_mean(option, known)}; connectivity options: {', '.join(connectivity)}"
+        )
+    if option in connectivity:
+        dynamic = f"dg_{name}" if timm.is_model(f"dg_{name}") else "a dg_ model"
+        return UsageError(f"{name} is static and has no option {option!r}; use {dynamic}, see: dgnet models")
+    return UsageError(f"{name} has no option {option!r}; its options are those of timm's {name}")

@@ -1,0 +1,84 @@
+"""Weights of a static network, mapped onto the nodes of its dynamic counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dgnet.errors import UsageError
+from dgnet.models._dynamic import DynamicNetwork
+
+
+def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Load a static checkpoint of timm's or torchvision's into the dynamic network of the same family, in place.
+
+    Blocks become nodes, a stage's projection becomes its input node. Returns the names that stayed as initialised: routers,
+    thresholds, edge weights, gates on blocks, projections that the static network lacks, a head of another number of classes.
+
+    Raises UsageError, with the model untouched, for a model without stages and for weights of another family.
+    """
+    if not isinstance(model, DynamicNetwork) or not model.static_names:
+        raise UsageError(f"{type(model).__name__} has no static counterpart to take weights from; load its own state dict")
+    if not is_static(model, state_dict):
+        raise UsageError("these are the weights of a dynamic network; load them with load_state_dict")
+    own = model.state_dict()
+    heads = classifier_prefixes(model)
+    loaded: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in model.translate_static(state_dict).items():
+        target = _rename(name, model.static_names)
+        if target in own and own[target].shape == tensor.shape:
+            loaded[target] = tensor
+        elif not (target.startswith(heads) or _is_unused_projection(target, own)):
+            unknown.append(name)
+    initial = [name for name in own if name not in loaded and not name.endswith((".mask", "num_batches_tracked"))]
+    optional = (*heads, *_parts_without_static_counterpart(model, loaded))
+    missing = [name for name in initial if not name.startswith(optional)]
+    if unknown or missing:
+        first = f"it lacks {missing[0]}" if missing else f"{unknown[0]} has no place"
+        raise UsageError(
+            f"these are not the weights of the static counterpart of {type(model).__name__}: {len(unknown)} have no place or"
+            f" another shape, {len(missing)} are missing ({first}); take those of the same family and size"
+        )
+    model.load_state_dict({**own, **loaded})
+    return initial
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the classifier's parameters begin."""
+    classifier: Any = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
+
+
+def is_static(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether `state_dict` is of a static network while `model` is dynamic and has a static counterpart."""
+    if not isinstance(model, DynamicNetwork) or not model.static_names:
+        return False
+    return not any(".nodes." in name for name in state_dict)
+
+
+def _rename(name: str, static_names: Mapping[str, str]) -> str:
+    for static, dynamic in static_names.items():  # a projection's prefix stands before its block's
+        if name.startswith(static):
+            return dynamic + name.removeprefix(static)
+    return name
+
+
+def _is_unused_projection(name: str, own: Mapping[str, Tensor]) -> bool:
+    stage, found, _ = name.partition(".input.")
+    return bool(found) and not any(other.startswith(f"{stage}.input.") for other in own)
+
+
+def _parts_without_static_counterpart(model: DynamicNetwork, loaded: Mapping[str, Tensor]) -> list[str]:
+    """Weightings, gates, and projections that the static network lacks."""
+    own, taken = model.state_dict(), set(model.static_names.values())
+    added = []
+    for prefix in (f"{name}.input." for name in model.stage_names):
+        weight = own.get(f"{prefix}0.weight")
+        # ResNet-18's stage 1 keeps its channels: the static network needs a projection only for DG's stride.
+        keeps_channels = weight is not None and weight.shape[0] == weight.shape[1]
+        if prefix not in taken or (keeps_channels and not any(name.startswith(prefix) for name in loaded)):
+            added.append(prefix)
+    return [*(f"{name}.{part}." for name in model.stage_names for part in ("weighting", "node_gates")), *added]

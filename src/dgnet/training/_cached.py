@@ -1,0 +1,95 @@
+"""Small data sets as tensors on the training device: decoded once, augmented there a batch at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from dgnet.data import ImageDataset, Preprocessing, fold
+from dgnet.training._loading import TrainingOrder
+
+
+class CachedLoader:
+    """Batches of a data set that lies decoded in memory: images (B, 3, H, W), normalised, and labels (B,).
+
+    The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
+    eighth, cropped at random and flipped with probability `hflip`, as `Preprocessing.training_transform` does it image by
+    image, here as a function of (seed, epoch, index). `order`: a training order; without one every image comes once, as they
+    lie in the data set, `batch_size` at a time.
+
+    Raises BadImageError for an image that does not decode.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        order: TrainingOrder | None = None,
+        augment: str = "none",
+        hflip: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.images, self.labels = _decode_all(dataset, preprocessing, torch.device(device))
+        self.batch_size = batch_size
+        self.order = order
+        self.padding = [side // 8 if augment == "pad-crop" else 0 for side in preprocessing.image_size]
+        self.hflip = hflip if augment == "pad-crop" else 0.0
+        self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
+        self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.order) if self.order is not None else -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.order is None:
+            for index in torch.arange(len(self.images), device=self.images.device).split(self.batch_size):
+                yield self._normalise(self.images[index]), self.labels[index]
+            return
+        places = self._draw_places(fold(self.order.seed, self.order.epoch, 1))
+        for index in self.order.indices().to(self.images.device):
+            yield self._normalise(self._crop(self.images[index], *(column[index] for column in places))), self.labels[index]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+    def _draw_places(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Top, left, and whether to flip, of each image, (images, 1). Drawn on the CPU: the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape, (down, across) = (len(self.images), 1), self.padding
+        top = torch.randint(2 * down + 1, shape, generator=generator)
+        left = torch.randint(2 * across + 1, shape, generator=generator)
+        flipped = torch.rand(shape, generator=generator) < self.hflip
+        device = self.images.device
+        return top.to(device), left.to(device), flipped.to(device)
+
+    def _crop(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
+        """Each image padded and cropped at its place, those `flipped` mirrored; (B, 3, H, W)."""
+        batch, channels, height, width = images.shape
+        (down, across), device = self.padding, images.device
+        rows = top + torch.arange(height, device=device)
+        columns = torch.arange(width, device=device)
+        columns = left + torch.where(flipped, width - 1 - columns, columns)
+        padded = F.pad(images, (across, across, down, down))
+        sample = torch.arange(batch, device=device)[:, None, None, None]
+        channel = torch.arange(channels, device=device)[None, :, None, None]
+        return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 3, H, W), resized and cropped as for evaluation, and labels (N,)."""
+    resize_and_crop = Compose(preprocessing.evaluation_transform().transforms[:-2])  # type: ignore[attr-defined]
+    images = torch.empty((len(dataset), 3, *preprocessing.image_size), dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.long)
+    for index in tqdm(range(len(dataset)), desc="decoding images", leave=False, disable=None, file=sys.stderr):
+        image, label = dataset.load(index)
+        images[index] = TF.pil_to_tensor(resize_and_crop(image))
+        labels[index] = label
+    return images.to(device), labels.to(device)

@@ -1,0 +1,113 @@
+"""Training a classifier: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dgnet.checkpoint import describe_network, load_weights
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
+from dgnet.errors import UsageError
+from dgnet.models import create_model
+from dgnet.models._dynamic import stored_options
+from dgnet.models._static_weights import classifier_prefixes
+from dgnet.training._budget import Budget
+from dgnet.training._config import TrainConfig
+from dgnet.training._module import Classifier, ImageDataModule
+from dgnet.training._run import Run, RunResult, open_run
+
+_DIGITS_SIZE = 16  # pixels: digits are 8×8, and a network with stride 4 needs some more
+
+
+def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
+    """Train a classifier as `config` says; writes the run folder.
+
+    `resume`: a run folder, whose run goes on from its last checkpoint; see `read_run`.
+
+    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
+    Interrupted where a signal ended the run after it saved a checkpoint.
+    """
+    with open_run(config, resume) as run:
+        return _train(config, run)
+
+
+def _train(config: TrainConfig, run: Run) -> RunResult:
+    train_set, val_set = open_train_and_evaluation(
+        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
+    )
+    run.check_data(len(train_set), train_set.class_names, config.batch_size)
+    classes = len(train_set.class_names)
+    try:
+        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+    except UsageError as error:
+        if config.budget is not None and "no option 'node_gate'" in str(error):
+            raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
+        raise
+    preprocessing, config = prepare_data(config, network, train_set, val_set)
+    if config.weights and run.step is None:
+        initial = load_weights(network, config.model, config.weights)
+        if initial:
+            run.say(f"{config.weights}: {describe_initial(network, initial)}")
+    budget = None
+    if config.budget is not None:
+        how = (config.budget_per, config.budget_strength, config.budget_warmup)
+        budget = Budget(network, preprocessing.image_size, config.budget, *how)
+    options = stored_options(network, config.network_kwargs)
+    carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
+    parameters = sum(p.numel() for p in network.parameters())
+    if config.grad_checkpointing:
+        try:
+            network.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError):
+            raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if config.compile:
+        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
+
+    module = Classifier(network, config, carried, budget)
+    trainer = run.build_trainer(config, module.best)
+    if config.cache and trainer.world_size > 1:
+        raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
+    about = (
+        f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
+        f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epochs"
+    )
+    return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
+
+
+def describe_initial(network: nn.Module, names: list[str]) -> str:
+    """What of a network stayed as initialised after trained weights were loaded, in one line."""
+    heads = [name for name in names if name.startswith(classifier_prefixes(network))]
+    others = [name for name in names if name not in heads]
+    lines = []
+    if heads:
+        classes = network.num_classes
+        lines.append(f"trained for other classes; reset {', '.join(heads)} to {classes} classes")
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        lines.append(f"stayed as initialised: {', '.join(others[:3])}{more}")
+    return "; ".join(lines)
+
+
+def prepare_data(
+    config: TrainConfig, network: nn.Module, train: ImageDataset | ShardStream, val: ImageDataset
+) -> tuple[Preprocessing, TrainConfig]:
+    """Set both data sets' transforms; returns the preprocessing that a checkpoint carries, and the resolved configuration."""
+    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, size)  # type: ignore[arg-type]
+    if config.crop_pct is not None:
+        preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
+    augment = config.augment
+    if augment == "auto":
+        augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
+    if config.cache and augment == "rrc":
+        raise UsageError(f"--cache true augments with pad-crop or none, and images of {preprocessing.image_size} call for rrc")
+    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
+    val.transform = preprocessing.evaluation_transform()
+    height, width = preprocessing.image_size
+    config = replace(config, image_size=height if height == width else None, augment=augment)
+    return preprocessing, config.resolve(network)
