@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, reason
-from dgnet.graph import DynamicGraph, Record, Topology
+from dgnet.graph import DynamicGraph, Record, Topology, find_stages
 
 
 @dataclass(frozen=True)
@@ -122,26 +123,28 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
     counted = deepcopy(model).to("meta").eval()
     counts = _Counts()
     nodes: dict[int, tuple[StageCost, int]] = {}  # of each module inside a node: its stage and node
-    routing: set[int] = set()  # modules that decide
-    deciding: list[tuple[StageCost, int]] = []  # the stage and node whose out-edges are predicted now
+    routing: set[int] = set()  # modules of weightings and gates
+    done: list[tuple[StageCost, int]] = []  # the stage and node that ran last: what routes then predicts its out-edges
+
+    def count_routing(output: Tensor, inputs_each: int) -> None:
+        stage, node = done[-1]
+        stage.routers[node] += output[0].numel() * inputs_each
 
     def count_convolution(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        multiply_adds = output[0].numel() * module.weight[0].numel()
+        inputs_each = module.weight[0].numel()
         if id(module) in routing:
-            stage, node = deciding[-1]
-            stage.routers[node] += multiply_adds
+            count_routing(output, inputs_each)
             return
         counts.activations += output[0].numel()
         if id(module) in nodes:
             stage, node = nodes[id(module)]
-            stage.nodes[node] += multiply_adds
+            stage.nodes[node] += output[0].numel() * inputs_each
         else:
-            counts.fixed += multiply_adds
+            counts.fixed += output[0].numel() * inputs_each
 
     def count_linear(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if id(module) in routing:
-            stage, node = deciding[-1]
-            stage.routers[node] += output[0].numel() * module.in_features
+            count_routing(output, module.in_features)
 
     def count_edges(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         feature, entry = output[0].numel(), inputs[0][0].numel()
@@ -150,24 +153,18 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
         for node in range(1, module.topology.num_nodes):
             counts.stages[id(module)].edges[node] = entry if node in module.topology.entry else feature
 
-    def watch(stage: StageCost, predict: Callable[[int, Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
-        def watched(node: int, feature: Tensor) -> Tensor:
-            deciding.append((stage, node))
-            return predict(node, feature)
+    def note_done(stage: StageCost, node: int, *of_hook: Any) -> None:
+        done.append((stage, node))
 
-        return watched
-
-    for graph in counted.modules():
-        if isinstance(graph, DynamicGraph):
-            num_nodes = graph.topology.num_nodes
-            stage = StageCost(graph.topology, [0] * num_nodes, [0] * num_nodes, [0] * num_nodes)
-            counts.stages[id(graph)] = stage
-            for node, module in enumerate([graph.input, *graph.nodes]):
-                nodes |= {id(child): (stage, node) for child in module.modules()}
-            decider: Any
-            for decider in filter(None, (graph.weighting, graph.node_gates)):
-                routing |= {id(child) for child in decider.modules()}
-                decider.predict = watch(stage, decider.predict)
+    for graph in find_stages(counted):
+        num_nodes = graph.topology.num_nodes
+        stage = StageCost(graph.topology, [0] * num_nodes, [0] * num_nodes, [0] * num_nodes)
+        counts.stages[id(graph)] = stage
+        for node, block in enumerate([graph.input, *graph.nodes]):
+            nodes |= {id(child): (stage, node) for child in block.modules()}
+            block.register_forward_hook(partial(note_done, stage, node))
+        for decider in filter(None, (graph.weighting, graph.node_gates)):
+            routing |= {id(child) for child in decider.modules()}
     hooks: dict[type[nn.Module], Callable[..., Any]] = {
         nn.Conv2d: count_convolution,
         nn.Linear: count_linear,

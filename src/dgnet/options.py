@@ -1,17 +1,23 @@
-"""Options as fields of a frozen dataclass: the one source of a command's options, their help and what they allow."""
+"""Options as fields of frozen dataclasses: the one place of an option's default, help, allowed values and effect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any
 
 from dgnet.errors import check_choice, check_range
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its help text, and the values allowed where they are few."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, used_by: Mapping[str, tuple[str, ...]] | None = None
+) -> Any:
+    """A field with its help text.
+
+    `choices`: the allowed values, where they are few. `used_by`: for an option that belongs to an axis, the values of the
+    axis under which the option has an effect; None for an option that always has one.
+    """
+    metadata = {"help": help, "choices": choices, "used_by": used_by}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -20,6 +26,14 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 def flag(name: str) -> str:
     """A field's name as it is typed: batch_size is --batch-size."""
     return f"--{name.replace('_', '-')}"
+
+
+def is_used(option: Field[Any], chosen: Mapping[str, list[str]]) -> bool:
+    """Whether an option has an effect; `chosen`: for each axis the values in use."""
+    used_by: Mapping[str, tuple[str, ...]] | None = option.metadata.get("used_by")
+    if used_by is None:
+        return True
+    return any(name in names for axis, names in used_by.items() for name in chosen[axis])
 
 
 def check_bounds(config: Any, bounds: Mapping[str, tuple[float, ...]]) -> None:

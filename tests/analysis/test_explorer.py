@@ -68,7 +68,7 @@ def test_images_are_spread_over_the_data_set(tiny):
 def test_the_network_is_left_without_an_offset(tiny):
     network = tiny(node_gate="hard")
     collect(network, Pictures([0]))
-    assert {stage.weighting.offset for stage in network.stages} == {stage.node_gates.offset for stage in network.stages} == {0}
+    assert {stage.threshold_offset for stage in network.stages} == {0}
 
 
 def test_a_networks_own_offset_is_run_and_stays(tiny):
@@ -77,7 +77,7 @@ def test_a_networks_own_offset_is_run_and_stays(tiny):
     found = collect(network, data)
     assert found.own_offset == 0.25
     assert found.offsets == tuple(sorted({*OFFSETS, 0.25}))
-    assert network.stages[0].weighting.offset == 0.25
+    assert network.stages[0].threshold_offset == 0.25
     with torch.no_grad(), record_connectivity(network) as record:
         network(torch.cat([data.tensor(image) for image in range(3)]))
     executed = cost_model(network, (12, 12)).executed(record.ran, [matrix != 0 for matrix in record.adjacency])

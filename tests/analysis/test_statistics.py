@@ -12,7 +12,7 @@ from dgnet.analysis import _statistics as module
 from dgnet.analysis._analyze import gather_statistics
 from dgnet.analysis._statistics import Extremes, ImageResult, flatten_edges, list_edges
 from dgnet.data import IGNORED
-from dgnet.graph import build_topology, record_connectivity
+from dgnet.graph import RandomGraphOptions, build_topology, record_connectivity
 from tests.conftest import close_some
 from tests.training.test_evaluate import Images
 
@@ -176,7 +176,7 @@ def test_extremes_take_the_first_of_equals_and_never_what_is_not_a_number():
 
 
 def test_edges_are_listed_in_the_order_of_their_weights():
-    topologies = [build_topology("complete", 4), build_topology("er", 6, er_p=0.9)]
+    topologies = [build_topology("complete", 4), build_topology("er", 6, RandomGraphOptions(er_p=0.9))]
     edges = list_edges(topologies)
     matrices = [torch.zeros(len(topology.mask), len(topology.mask)) for topology in topologies]
     for place, edge in enumerate(edges):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -80,7 +80,7 @@ def test_an_open_edge_weighs_what_evaluate_is_asked_for(run, tmp_path, capsys):
     assert gated == json.loads(ask(capsys, "evaluate", run, "--json"))
     network = load_checkpoint(run).build_network()
     for stage in find_stages(network):
-        stage.weighting.inference_weight = "raw"
+        stage.weighting.options = replace(stage.weighting.options, inference_weight="raw")
     dataset = open_evaluation_data(load_checkpoint(run))
     assert raw == json.loads(json.dumps(asdict(evaluate(network, dataset))))
     assert raw["loss"] != gated["loss"]

@@ -14,7 +14,7 @@ from dgnet.graph import aggregate
 from dgnet.graph._aggregate import aggregate_by_loop
 
 module = importlib.import_module("dgnet.graph._aggregate")
-stage_module = importlib.import_module("dgnet.graph._stage")
+nodes_module = importlib.import_module("dgnet.graph._nodes")
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -178,7 +178,7 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
         run = torch.compile(network, fullgraph=True) if form == "compiled" else network
         with monkeypatch.context() as patch:
             if form == "loop":
-                patch.setattr(stage_module, "aggregate", aggregate_by_loop)
+                patch.setattr(nodes_module, "aggregate", aggregate_by_loop)
             losses[form] = []
             for _ in range(20):
                 loss = torch.nn.functional.cross_entropy(run(images), labels)

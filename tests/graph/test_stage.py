@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, RoutedWeighting, Topology, record_connectivity, use_connectivity
+from dgnet.graph import (
+    DynamicGraph,
+    FixedWeighting,
+    RoutedOptions,
+    RoutedWeighting,
+    StageOptions,
+    Topology,
+    record_connectivity,
+    use_connectivity,
+)
 from dgnet.graph._topology import complete
 from tests.conftest import close_some
 from tests.graph.twin import run_stage_by_edges
@@ -59,7 +68,7 @@ def small_stage(dtype: torch.dtype = torch.float64) -> DynamicGraph:
     topology = complete(4)
     stage = DynamicGraph(
         topology,
-        RoutedWeighting(topology, 3, bias=0.3, std=0.5, threshold=0.2),
+        RoutedWeighting(topology, 3, RoutedOptions(router_bias=0.3, router_std=0.5, threshold=0.2)),
         input=nn.Conv2d(2, 3, 1),
         nodes=[nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, padding=1)],
         activation=nn.Identity(),
@@ -206,7 +215,7 @@ def test_options_of_a_stage_change_the_function_not_the_shape(tiny, option, valu
 def test_with_the_shortcut_in_the_node_the_entry_adds_the_weighted_projection():
     topology = complete(3)
     f, projection = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
-    stage = DynamicGraph(topology, FixedWeighting(topology, 3), projection, [f], nn.ReLU(), shortcut="node")
+    stage = DynamicGraph(topology, FixedWeighting(topology, 3), projection, [f], nn.ReLU(), StageOptions(shortcut="node"))
     x = torch.randn(2, 2, 4, 4)
     weights = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0.3, 0.7, 0]])
     with use_connectivity(stage, [weights]):

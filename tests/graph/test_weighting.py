@@ -5,9 +5,17 @@ import torch
 from torch import nn
 
 from dgnet.errors import UsageError
-from dgnet.graph import LearnedWeighting, RoutedWeighting, Router, aggregate, record_connectivity
+from dgnet.graph import (
+    LearnedOptions,
+    LearnedWeighting,
+    RoutedOptions,
+    RoutedWeighting,
+    Router,
+    aggregate,
+    record_connectivity,
+)
+from dgnet.graph._router import CLOSED_BIAS
 from dgnet.graph._topology import chain, complete
-from dgnet.graph._weighting import CLOSED_BIAS
 
 
 @pytest.mark.parametrize("num_edges", [1, 2, 5])
@@ -22,31 +30,31 @@ def test_a_fresh_edge_is_open_and_weighs_what_the_notes_say():
     weighting = RoutedWeighting(complete(4), 8)
     alpha = weighting.predict(0, torch.zeros(2, 8, 3, 3))
     torch.testing.assert_close(alpha, torch.full((2, 3), 0.9526), rtol=0, atol=1e-4)
-    gated, is_open = weighting.train().gate(1, alpha)
-    assert is_open is None
-    torch.testing.assert_close(gated, torch.full((2, 3), 0.687), rtol=0, atol=1e-3)
-    assert weighting.eval().gate(1, alpha)[1].all()
+    assert weighting.train().find_open(1, alpha, 0.0) is None
+    torch.testing.assert_close(weighting.weigh(1, alpha), torch.full((2, 3), 0.687), rtol=0, atol=1e-3)
+    assert weighting.eval().find_open(1, alpha, 0.0).all()
 
 
 def test_an_edge_closes_where_alpha_is_below_the_threshold():
-    weighting = RoutedWeighting(complete(4), 8, threshold=0.5).eval()
+    weighting = RoutedWeighting(complete(4), 8, RoutedOptions(threshold=0.5)).eval()
     alpha = torch.tensor([[0.4, 0.5, 0.6]])
-    assert weighting.gate(3, alpha)[1].tolist() == [[False, True, True]]
+    assert weighting.find_open(3, alpha, 0.0).tolist() == [[False, True, True]]
+    assert weighting.find_open(3, alpha, 0.05).tolist() == [[False, False, True]]
 
 
 @pytest.mark.parametrize(("gate", "inference_weight"), [("psi", "gated"), ("psi", "raw"), ("alpha", "gated")])
 def test_gate_and_inference_weight(gate, inference_weight):
-    weighting = RoutedWeighting(complete(4), 8, gate=gate, inference_weight=inference_weight, threshold=0.2)
+    weighting = RoutedWeighting(complete(4), 8, RoutedOptions(gate=gate, inference_weight=inference_weight, threshold=0.2))
     alpha = torch.tensor([[0.3, 0.9]])
     psi = alpha * torch.sigmoid(alpha - 0.2)
-    torch.testing.assert_close(weighting.train().gate(2, alpha)[0], psi if gate == "psi" else alpha)
+    torch.testing.assert_close(weighting.train().weigh(2, alpha), psi if gate == "psi" else alpha)
     in_evaluation = psi if (gate, inference_weight) == ("psi", "gated") else alpha
-    torch.testing.assert_close(weighting.eval().gate(2, alpha)[0], in_evaluation)
+    torch.testing.assert_close(weighting.eval().weigh(2, alpha), in_evaluation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_routing_runs_in_float32_under_autocast(dtype):
-    weighting = RoutedWeighting(complete(4), 8, std=1.0)
+    weighting = RoutedWeighting(complete(4), 8, RoutedOptions(router_std=1.0))
     feature = torch.randn(2, 8, 5, 5).to(dtype)
     expected = weighting.predict(0, feature.float())
     with torch.autocast("cpu", torch.bfloat16):
@@ -58,24 +66,24 @@ def test_routing_runs_in_float32_under_autocast(dtype):
 def test_learned_weights_are_one_an_edge_and_start_at_one():
     weighting = LearnedWeighting(complete(5), 8)
     assert weighting.alpha.shape == (10,)
-    rows = [weighting.share(j) for j in range(1, 5)]
+    rows = [weighting.shared_alpha(j) for j in range(1, 5)]
     assert [len(row) for row in rows] == [1, 2, 3, 4]
     assert all(bool((row == 1).all()) for row in rows)
-    sigmoid = LearnedWeighting(complete(5), 8, activation="sigmoid")
-    torch.testing.assert_close(sigmoid.share(2), torch.ones(2).sigmoid())
+    sigmoid = LearnedWeighting(complete(5), 8, LearnedOptions(learned_activation="sigmoid"))
+    torch.testing.assert_close(sigmoid.shared_alpha(2), torch.ones(2).sigmoid())
 
 
 def test_thresholds_can_stay_where_they_are(tiny):
-    assert not RoutedWeighting(complete(4), 8, learn_threshold=False).tau.requires_grad
-    assert not RoutedWeighting(complete(4), 8, gate="alpha").tau.requires_grad  # it would get no gradient
+    assert not RoutedWeighting(complete(4), 8, RoutedOptions(learn_threshold=False)).tau.requires_grad
+    assert not RoutedWeighting(complete(4), 8, RoutedOptions(gate="alpha")).tau.requires_grad  # it would get no gradient
     assert RoutedWeighting(complete(4), 8).tau.requires_grad
 
 
 def test_unknown_values_are_refused():
     with pytest.raises(UsageError, match="unknown gate 'pzi'; did you mean 'psi'"):
-        RoutedWeighting(complete(4), 8, gate="pzi")
+        RoutedWeighting(complete(4), 8, RoutedOptions(gate="pzi"))
     with pytest.raises(UsageError, match="unknown learned_activation"):
-        LearnedWeighting(complete(4), 8, activation="tanh")
+        LearnedWeighting(complete(4), 8, LearnedOptions(learned_activation="tanh"))
 
 
 def test_a_router_of_the_users_own_sees_pooled_features_of_each_node(tiny):
@@ -104,7 +112,7 @@ def test_router_start():
 
 
 def test_only_the_edges_of_the_start_begin_open():
-    weighting = RoutedWeighting(complete(5), 4, bias=2.0, start=chain(5))
+    weighting = RoutedWeighting(complete(5), 4, RoutedOptions(router_bias=2.0), start=chain(5))
     for _ in range(2):
         for node in range(4):
             assert weighting.routers[str(node)].bias.tolist() == [2.0] + [CLOSED_BIAS] * (3 - node)

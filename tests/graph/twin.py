@@ -44,16 +44,16 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
         for b in range(len(x)):
             total = torch.zeros_like(x[b] if j == 1 else features[0][b])
             is_alive = False
-            least = 0.5 if gates is None or stage.training else 0.5 + gates.offset
+            least = 0.5 if gates is None or stage.training else 0.5 + stage.threshold_offset
             gate = gates is None or j == last or sigmoid(votes[b][j] + gates.bias[j].item()) >= least
             for i in range(j):
                 if not mask[j][i] or not alive[i][b] or not (gate or stage.training):
                     continue
                 a = alpha[i, j][b]
-                psi = a * sigmoid(a - tau) if stage.weighting.gate_form == "psi" else a
-                if not stage.training and stage.weighting.inference_weight == "raw":
+                psi = a * sigmoid(a - tau) if stage.weighting.options.gate == "psi" else a
+                if not stage.training and stage.weighting.options.inference_weight == "raw":
                     psi = a
-                if not stage.training and a < tau + stage.weighting.offset:
+                if not stage.training and a < tau + stage.threshold_offset:
                     continue
                 is_alive = True
                 adjacency[b, j, i] = psi

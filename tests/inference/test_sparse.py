@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, record_connectivity, use_connectivity
+from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, least_logit, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
-from dgnet.inference._native import NativeExecutor, load_native, use_native
+from dgnet.inference._build import load_native
+from dgnet.inference._native import NativePlan, use_native
 from tests.conftest import close_some, spread_routers
 
 SMALL = {
@@ -186,7 +187,7 @@ def test_plain_blocks_run_inside_the_extension(tiny, threads, layout):
     """One call a stage: blocks with hooks, which other tests count, are called as modules."""
     network = fold_batch_norms(tiny(layers=(4, 3, 2), channels=(16, 80, 130), node_gate="hard", node_gate_bias=0.3), (20, 18))
     use_native(network.eval())
-    assert all(stage._executor.is_plain for stage in find_stages(network))
+    assert all(stage.inference_walk.is_plain for stage in find_stages(network))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -228,7 +229,7 @@ def test_a_gate_at_its_threshold_is_open(tiny):
     for stage in find_stages(network):
         for column in stage.node_gates.columns.values():
             column.weight.zero_()
-        stage.node_gates.bias.fill_(stage.node_gates.least_logit)
+        stage.node_gates.bias.fill_(least_logit(0.1))
     ran = check_modes_agree(network, torch.randn(2, 3, 12, 10), use_native)
     assert torch.cat(ran, dim=1).all()
 
@@ -236,12 +237,11 @@ def test_a_gate_at_its_threshold_is_open(tiny):
 @torch.no_grad()
 def test_what_the_extension_does_not_know_runs_in_pytorch(tiny):
     class Doubled(RoutedWeighting):
-        def gate(self, node, alpha):
-            weights, is_open = super().gate(node, alpha)
-            return 2 * weights, is_open
+        def weigh(self, node, alpha):
+            return 2 * super().weigh(node, alpha)
 
     network = use_native(tiny(weighting=Doubled).eval())
-    assert not any(isinstance(stage._executor, NativeExecutor) for stage in find_stages(network))
+    assert not any(isinstance(stage.inference_walk, NativePlan) for stage in find_stages(network))
     check_modes_agree(network, torch.randn(3, 3, 12, 10), use_native)
     hooked = tiny().eval()
     hooked.layer1.weighting.routers["0"].register_forward_hook(lambda module, inputs, alpha: 0.5 * alpha)

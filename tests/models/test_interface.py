@@ -153,8 +153,8 @@ def test_the_topology_and_weighting_can_be_the_users_own():
     from dgnet.graph import FixedWeighting
 
     class Halves(FixedWeighting):
-        def share(self, node):
-            return super().share(node) / 2
+        def shared_alpha(self, node):
+            return super().shared_alpha(node) / 2
 
     model = dgnet.create_model("dg_resnet20", weighting=Halves, topology=lambda n: torch.ones(n, n).tril(-1)).eval()
     with dgnet.record_connectivity(model) as record:

@@ -45,7 +45,7 @@ def count_by_hand(network: nn.Module, ran: list[torch.Tensor], size: tuple[int, 
 def test_what_is_executed_equals_a_count_by_hand(tiny, training):
     network = tiny(node_gate="hard", node_gate_bias=0.3).train(training)
     budget = Budget(network, (12, 8), 0.6)
-    with record_connectivity(network) as record, budget.observe():
+    with record_connectivity(network) as record, budget.watch():
         network(torch.randn(6, 3, 12, 8))
     costs = cost_model(network, (12, 8))
     expected = torch.tensor(count_by_hand(network, record.ran, (12, 8)))
@@ -65,7 +65,7 @@ def test_training_ends_at_the_budget_and_evaluation_executes_the_same(tiny, per)
     images, labels = torch.randn(32, 3, 12, 8), torch.arange(32) % 5
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
     for step in range(80):
-        with budget.observe():
+        with budget.watch():
             logits = network(images)
         loss = F.cross_entropy(logits, labels) + budget.penalty(budget.executed(), step / 80)
         optimizer.zero_grad()
@@ -79,11 +79,11 @@ def test_training_ends_at_the_budget_and_evaluation_executes_the_same(tiny, per)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    with torch.no_grad(), budget.observe():
+    with torch.no_grad(), budget.watch():
         in_training = network(images)
     in_training_executed = budget.executed()
     network.eval()
-    with torch.no_grad(), budget.observe():
+    with torch.no_grad(), budget.watch():
         in_evaluation = network(images)
     assert (budget.executed() - in_training_executed).abs().max() < 0.2
     losses = [F.cross_entropy(logits, labels).item() for logits in (in_training, in_evaluation)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from timm.layers import SqueezeExcite
@@ -12,8 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dgnet.errors import UsageError
-from dgnet.graph import find_stages
-from dgnet.graph._pooling import ValidArea
+from dgnet.graph import ValidArea, current_area, find_stages, use_area
 
 STRIDES = (4, 8, 16, 32)
 """Of the feature maps that the pyramid is built on (§6.3)."""
@@ -32,8 +32,7 @@ class Backbone(nn.Module):
 
     Where the network is dynamic, routers pool over each image's own area, and each spatial convolution sees zeros beside it:
     an image has the same maps and the same wiring whatever it is padded with. (The pyramid and what follows see the padding,
-    as they do in torchvision.) `area` is set before each forward, to
-    None for images without padding; a static network is as torchvision's.
+    as they do in torchvision.) `announce_area` says how the next batch is padded; a static network is as torchvision's.
 
     Raises UsageError for a network that lacks one of the maps.
     """
@@ -66,7 +65,6 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm)
         self.out_channels = channels
         self.stages = find_stages(network)
-        self.area: ValidArea | None = None
         if self.stages:
             self._register_masks()
         self.train()  # Lightning leaves modules in the mode that they are built in
@@ -79,47 +77,58 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Maps by name, (B, channels, H / stride, W / stride), from a padded batch, (B, 3, H, W)."""
-        if self.area is not None and self.training and any(stage.grad_checkpointing for stage in self.stages):
+        area = _ANNOUNCED.get()
+        _ANNOUNCED.set(None)
+        if area is not None and self.training and any(stage.grad_checkpointing for stage in self.stages):
             raise UsageError("gradient checkpointing does not go with padded images: the second pass would see the padding")
-        self._set_area(self.area)
-        try:
+        with use_area(area if self.stages else None):
             maps = self.body.forward_intermediates(  # type: ignore[operator]
                 images, indices=list(self.indices), stop_early=True, intermediates_only=True
             )
-        finally:
-            self.area = None
-            self._set_area(None)
         named = OrderedDict((str(level), feature) for level, feature in enumerate(maps))
         # In float32 under autocast too: anchors take their type from the maps.
         return OrderedDict((level, feature.float()) for level, feature in self.fpn(named).items())
 
-    def _set_area(self, area: ValidArea | None) -> None:
-        for stage in self.stages:
-            stage.area = area
-
     def _register_masks(self) -> None:
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-                module.register_forward_pre_hook(self._mask)
+                module.register_forward_pre_hook(_mask)
             elif isinstance(module, SqueezeExcite):
-                module.register_forward_pre_hook(self._mask)
-                module.fc1.register_forward_pre_hook(self._rescale_mean)
+                module.register_forward_pre_hook(_mask)
+                module.register_forward_pre_hook(_note_share)
+                module.fc1.register_forward_pre_hook(_rescale_mean)
 
-    def _mask(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Zeros in the padding: normalisation has filled it."""
-        if self.area is None:
-            return None
-        feature, *rest = inputs
-        mask = self.area.mask(feature)
-        if isinstance(module, SqueezeExcite):
-            self._squeezed = self.area.share(feature)
-        return (feature * mask, *rest)
 
-    def _rescale_mean(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The mean over the image's own area from that over the map, (n, C, 1, 1)."""
-        if self.area is None:
-            return None
-        return (inputs[0] / self._squeezed.to(inputs[0].dtype)[:, None, None, None],)
+_ANNOUNCED: ContextVar[ValidArea | None] = ContextVar("announced_area", default=None)
+
+
+def announce_area(area: ValidArea | None) -> None:
+    """Say how the batch is padded that a `Backbone` reads next in this thread or task; None for no padding."""
+    _ANNOUNCED.set(area)
+
+
+def _mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Zeros in the padding of what a module reads: normalisation has filled it."""
+    area = current_area()
+    if area is None:
+        return None
+    feature, *rest = inputs
+    return (feature * area.mask(feature), *rest)
+
+
+def _note_share(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep, for the mean that follows, the share of the map that holds pixels."""
+    area = current_area()
+    if area is not None:
+        area.shares[id(module.fc1)] = area.share(inputs[0])
+
+
+def _rescale_mean(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The mean over the image's own area from that over the map, (n, C, 1, 1)."""
+    area = current_area()
+    if area is None:
+        return None
+    return (inputs[0] / area.shares[id(module)].to(inputs[0].dtype)[:, None, None, None],)
 
 
 def _feature_infos(network: nn.Module) -> list[Mapping[str, Any]]:

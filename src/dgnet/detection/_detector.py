@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from dgnet.detection._backbone import Backbone
+from dgnet.detection._backbone import Backbone, announce_area
 from dgnet.errors import UsageError, check_range, did_you_mean, reason
-from dgnet.graph._pooling import ValidArea
+from dgnet.graph import ValidArea
 
 # Arguments of FasterRCNN that the detector decides, and how.
 _TAKEN = {
@@ -80,18 +80,19 @@ class Detector(FasterRCNN):
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
             raise UsageError(f"torchvision's FasterRCNN cannot be built with {given}: {reason(error)}") from None
         # The transform pads a batch, and knows what it padded.
-        self.transform.register_forward_hook(self._note_area)
+        self.transform.register_forward_hook(_announce_area)
         # Boxes are computed in float32 under autocast too: half precision rounds their corners by pixels.
         for module in (self.rpn.head, self.roi_heads.box_predictor):
             module.register_forward_hook(_lift)
 
-    def _note_area(
-        self, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[ImageList, list[dict[str, Tensor]] | None]
-    ) -> None:
-        images = outputs[0]
-        height, width = images.tensors.shape[-2:]
-        is_padded = any(tuple(size) != (height, width) for size in images.image_sizes)
-        self.backbone.area = ValidArea(images.image_sizes, (height, width)) if is_padded else None
+
+def _announce_area(
+    module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[ImageList, list[dict[str, Tensor]] | None]
+) -> None:
+    images = outputs[0]
+    height, width = images.tensors.shape[-2:]
+    is_padded = any(tuple(size) != (height, width) for size in images.image_sizes)
+    announce_area(ValidArea(images.image_sizes, (height, width)) if is_padded else None)
 
 
 def _lift(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:

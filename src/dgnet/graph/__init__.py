@@ -1,21 +1,46 @@
-"""§3 of the paper: topology, weighting, aggregation, stage. Imports torch and networkx, knows no backbone."""
+"""§3 of the paper: topology, weighting, aggregation, stage. Imports torch and networkx, knows no backbone.
+
+Where the equations are: (1) _topology, (3) _aggregate and _nodes, (4) _router and _pooling, (5) _gating; the gradients (7) to
+(10) _aggregate, _gating and _router. (2), the network as a sequence of stages, is in dgnet.models, (6), the loss, in
+dgnet.training.
+"""
 
 from dgnet.graph._aggregate import aggregate as aggregate
+from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
+from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
+from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
+from dgnet.graph._gating import least_logit as least_logit
+from dgnet.graph._nodes import OWN_WEIGHTING as OWN_WEIGHTING
+from dgnet.graph._nodes import StageNodes as StageNodes
+from dgnet.graph._nodes import StageOptions as StageOptions
+from dgnet.graph._pooling import ValidArea as ValidArea
+from dgnet.graph._pooling import current_area as current_area
+from dgnet.graph._pooling import global_average_pool as global_average_pool
+from dgnet.graph._pooling import select_samples as select_samples
+from dgnet.graph._pooling import use_area as use_area
 from dgnet.graph._record import Record as Record
-from dgnet.graph._record import find_stages as find_stages
 from dgnet.graph._record import record_connectivity as record_connectivity
-from dgnet.graph._record import require_stages as require_stages
 from dgnet.graph._record import use_connectivity as use_connectivity
+from dgnet.graph._router import Router as Router
 from dgnet.graph._stage import DynamicGraph as DynamicGraph
-from dgnet.graph._stage import remove as remove
+from dgnet.graph._stage import find_stages as find_stages
+from dgnet.graph._stage import require_stages as require_stages
 from dgnet.graph._topology import TOPOLOGIES as TOPOLOGIES
+from dgnet.graph._topology import TOPOLOGY_NAMES as TOPOLOGY_NAMES
+from dgnet.graph._topology import RandomGraphOptions as RandomGraphOptions
 from dgnet.graph._topology import Topology as Topology
+from dgnet.graph._topology import TopologyLike as TopologyLike
 from dgnet.graph._topology import build_topology as build_topology
 from dgnet.graph._topology import node_names as node_names
+from dgnet.graph._walk import DenseWalk as DenseWalk
+from dgnet.graph._walk import Walk as Walk
 from dgnet.graph._weighting import FixedWeighting as FixedWeighting
+from dgnet.graph._weighting import LearnedOptions as LearnedOptions
 from dgnet.graph._weighting import LearnedWeighting as LearnedWeighting
+from dgnet.graph._weighting import RoutedOptions as RoutedOptions
 from dgnet.graph._weighting import RoutedWeighting as RoutedWeighting
-from dgnet.graph._weighting import Router as Router
 from dgnet.graph._weighting import Weighting as Weighting
-from dgnet.graph._weighting import global_average_pool as global_average_pool
+from dgnet.graph._wiring import Observer as Observer
+from dgnet.graph._wiring import Wiring as Wiring
+from dgnet.graph._wiring import observe as observe

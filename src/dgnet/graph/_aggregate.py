@@ -1,4 +1,8 @@
-"""x̂_j = Σ α_ij x_i: a node's input (Eq. 3).
+"""x̂_j = Σ_i α_ij x_i, a node's input (Eq. 3), and its gradients, which Eqs. (7) to (10) are made of.
+
+The backward pass gives p_ij = ∂L/∂w_ij = ⟨∂L/∂x̂_j, x_i⟩ of each sample, summed over C, H and W. Eqs. (8) (router weights),
+(9) (router biases) and (10) (thresholds) share this factor; `psi` in _gating.py and the router in _router.py continue from
+there. It also gives w_ij · ∂L/∂x̂_j, by which the gradient reaches the nodes' own weights, Eq. (7).
 
 Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 """
@@ -147,6 +151,7 @@ class _Aggregate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """p_ij of Eqs. (8) to (10) for the weights, and w_ij · ∂L/∂x̂_j (Eq. 7) for the features."""
         weights, is_open, *features = ctx.saved_tensors
         dtype = _sum_dtype(grad)
         grad_sum = grad.to(dtype)

@@ -1,101 +1,176 @@
-"""Gates on nodes: whether a block runs for a sample, decided from what its senders saw.
+"""What closes: ψ and τ on edges (Eq. 5), gates on blocks, and the removal of nodes without an open in-edge (§3.3).
 
-In a complete graph a block is dead only where all its in-edges close at once, which routers on single edges rarely bring
-about. A closed gate closes them together.
+In a complete graph a block is dead only if all its in-edges close at once, which routers on single edges rarely bring about. A
+block gate closes them together.
 
-Letters: B batch, N nodes of a stage, E gated out-edges of a node, C channels.
+Letters: B batch, N nodes of a stage, E in-edges of a node (out-edges where said so), C channels.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import check_choice
+from dgnet.errors import check_choice, check_range
+from dgnet.graph._pooling import pool_feature
+from dgnet.graph._router import PooledLinear
 from dgnet.graph._topology import Topology
-from dgnet.graph._weighting import PooledLinear, global_average_pool
+from dgnet.options import option
 
-if TYPE_CHECKING:
-    from dgnet.graph._pooling import ValidArea
+
+def psi(alpha: Tensor, tau: Tensor) -> Tensor:
+    """ψ(α) = α · σ(α - τ), the weight of an edge in training (Eq. 5).
+
+    `alpha`: (B, E); `tau`: τ of the receiving node, a scalar. Autograd of it gives the factors of Eqs. (8) to (10):
+    ∂ψ/∂α = s + α·s·(1 - s) and ∂ψ/∂τ = -α·s·(1 - s), s = σ(α - τ). (The paper's Eqs. (8) and (9) leave ∂ψ/∂α out.)
+    """
+    return alpha * torch.sigmoid(alpha - tau)
+
+
+def is_above_threshold(alpha: Tensor, tau: Tensor, offset: float) -> Tensor:
+    """Whether an edge is open in evaluation: α ≥ τ + offset (Eq. 5, where the offset is 0)."""
+    return alpha >= tau + offset
+
+
+def stack_alive(senders: Sequence[Tensor | None]) -> Tensor | None:
+    """Whether the senders of a node are alive, (B, E), from a (B,) for each, None for alive; None where all are."""
+    given = [sender for sender in senders if sender is not None]
+    if not given:
+        return None
+    ones = torch.ones_like(given[0])
+    return torch.stack([ones if sender is None else sender for sender in senders], dim=1)
+
+
+def close_edges(
+    weights: Tensor, is_open: Tensor | None, sender_is_alive: Tensor | None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Close the edges below their threshold, those from dead nodes, and those into a node whose gate is closed (§3.3).
+
+    `weights`, `is_open`: (B, E), the latter None for all open; `sender_is_alive`: (B, E), None for all; `gate`: whether the
+    node's own gate is open, (B,), None for open.
+    Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,). None: all.
+
+    Where gates train, `sender_is_alive` and `gate` are 0 or 1 and pass gradients on. Then a weight is the product of the
+    three, and the in-edges of a closed gate stay open: the gate's gradient needs what the block would have added.
+    """
+    if is_open is None and gate is None and sender_is_alive is None:
+        return weights, None, None
+    if sender_is_alive is None:
+        sender_is_alive = torch.ones_like(weights, dtype=torch.bool if gate is None else gate.dtype)
+    if sender_is_alive.is_floating_point():
+        passes = sender_is_alive > 0.5
+        is_alive = (passes if is_open is None else is_open & passes).any(1).to(sender_is_alive.dtype)
+        weights = weights * sender_is_alive.to(weights.dtype)
+        weights = weights if is_open is None else torch.where(is_open, weights, 0)
+        return weights, is_open, is_alive if gate is None else is_alive * gate
+    is_open = sender_is_alive if is_open is None else is_open & sender_is_alive
+    is_open = is_open if gate is None else is_open & gate[:, None]
+    return torch.where(is_open, weights, 0), is_open, is_open.any(1)
+
+
+def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:
+    """For which samples each node has an open path to the output node, (B, N); None where no edge is closed.
+
+    `is_open`: of each node whose in-edges are not all open, which of them are, (B, E).
+    """
+    if not is_open:
+        return None
+    batch, device = next((len(opened), opened.device) for opened in is_open.values())
+    needed = torch.zeros(batch, topology.num_nodes, dtype=torch.bool, device=device)
+    needed[:, topology.output] = True
+    for node in range(topology.output, 0, -1):
+        for edge, sender in enumerate(topology.senders(node)):
+            needed[:, sender] |= needed[:, node] & is_open[node][:, edge] if node in is_open else needed[:, node]
+    return needed
+
+
+_GATED = {"node_gate": ("hard", "gumbel")}
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """Options of block gates."""
+
+    node_gate: str = option(
+        "none",
+        "a gate on each block, which closes all its in-edges at once; gumbel has noise in training",
+        ("none", "hard", "gumbel"),
+    )
+    node_gate_bias: float = option(
+        2.0, "c at start: a gumbel gate is open with probability σ(2) = 0.88 in training, a hard one is open", used_by=_GATED
+    )
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        check_choice("node_gate", self.node_gate, ("none", *_GATED["node_gate"]))
+        check_range("node_gate_bias", self.node_gate_bias)
 
 
 class NodeGates(nn.Module):
-    """One gate for each block: open where σ(c_j + Σ_i v_ij · φ(x_i)) ≥ ½, the sum over the node's senders that are alive.
+    """One gate for each block: open where σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders that are alive.
 
-    v_ij is a column more of the router of sender i. In training a gate is 0 or 1 too, and passes gradients straight through
-    as σ(z / `temperature`) would. `form`: "hard", or "gumbel", which adds logistic noise to z in training: a closed gate is
+    v_ij: this module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its
+    gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate is
     tried open now and then.
-
-    `bias`: c_j at start; `std`: v at start; `offset`: in evaluation a gate is open from a probability of ½ + offset.
     """
 
-    area: ValidArea | None = None
-    """As that of `Weighting`."""
-
-    def __init__(
-        self,
-        topology: Topology,
-        channels: int,
-        form: str = "gumbel",
-        bias: float = 2.0,
-        std: float = 0.01,
-        temperature: float = 1.0,
-        offset: float = 0.0,
-    ) -> None:
+    def __init__(self, topology: Topology, channels: int, options: GateOptions, std: float = 0.01) -> None:
         super().__init__()
-        check_choice("node_gate", form, ("hard", "gumbel"))
+        check_choice("node_gate", options.node_gate, _GATED["node_gate"])
         self.topology = topology
-        self.form = form
-        self.start = (bias, std)
-        self.temperature = temperature
-        self.offset = offset
+        self.form = options.node_gate
+        self.start = (options.node_gate_bias, std)
         self.columns = nn.ModuleDict(
             {
                 str(i): PooledLinear(channels, len(self.receivers(i)), bias=False)
-                for i in range(topology.num_nodes - 1)
+                for i in range(topology.output)
                 if self.receivers(i)
             }
         )
-        self.bias = nn.Parameter(torch.empty(topology.num_nodes))  # (N,), as τ: those of input and output node are idle
+        self.bias = nn.Parameter(torch.empty(topology.num_nodes))  # c, (N,), as τ: those of input and output node are unused
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put the parameters back to their start."""
+        """Reset the parameters to their start."""
         bias, std = self.start
         nn.init.constant_(self.bias, bias)
         for column in self.columns.values():
-            nn.init.normal_(column.weight, std=std)  # type: ignore[arg-type]
+            assert isinstance(column, PooledLinear)
+            nn.init.normal_(column.weight, std=std)
 
     def receivers(self, node: int) -> tuple[int, ...]:
         """The blocks among the nodes that `node` sends to, ascending."""
-        return tuple(j for j in self.topology.receivers(node) if j != self.topology.num_nodes - 1)
+        return tuple(j for j in self.topology.receivers(node) if j != self.topology.output)
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
         """v_ij · φ(x_i) for the node's out-edges to blocks, (B, E), from its feature, (B, C, H, W)."""
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            pooled = global_average_pool(feature) if self.area is None else self.area.pool(feature)
-            votes: Tensor = self.columns[str(node)](pooled)
+            votes: Tensor = self.columns[str(node)](pool_feature(feature))
             return votes
 
-    def decide(self, node: int, votes: Tensor) -> Tensor:
+    def decide(self, node: int, votes: Tensor, offset: float = 0.0) -> Tensor:
         """Whether the block runs, (B,): bool in evaluation, 0 or 1 with a gradient in training.
 
-        `votes`: what its senders predicted, 0 where they are dead, (B, number of in-edges).
+        `votes`: what its senders predicted, (B, number of in-edges), 0 where they are dead. `offset`: in evaluation a gate is
+        open from a probability of ½ + offset.
         """
         logit = votes.sum(1) + self.bias[node].to(votes.dtype)
         if not self.training:
-            return logit >= self.least_logit
+            return logit >= least_logit(offset)
         if self.form == "gumbel":
             uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + uniform.log() - torch.log1p(-uniform)
-        soft = (logit / self.temperature).sigmoid()
+        soft = logit.sigmoid()
         return (logit >= 0).to(soft.dtype) + (soft - soft.detach())
 
-    @property
-    def least_logit(self) -> float:
-        """The logit from which a gate is open in evaluation."""
-        share = 0.5 + self.offset
-        return math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(math.inf, self.offset)
+
+def least_logit(offset: float) -> float:
+    """The logit from which a gate is open in evaluation: that of the probability ½ + offset."""
+    probability = 0.5 + offset
+    if 0 < probability < 1:
+        return math.log(probability / (1 - probability))
+    return math.copysign(math.inf, offset)

@@ -1,34 +1,47 @@
-"""Where the pixels of padded images lie: a batch of images of several sizes is padded to the largest.
+"""φ of Eq. (4), what a router sees of a feature; and the part of a padded batch that holds the images.
 
-Letters: B batch, n samples that are computed on, C channels, H and W height and width of a map.
+Letters: B batch, n samples that a map holds, C channels, H and W height and width of a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from dgnet.graph._weighting import global_average_pool
+from dgnet.graph._context import ContextValue
+
+
+def global_average_pool(feature: Tensor) -> Tensor:
+    """φ of Eq. (4): (B, C, H, W) -> (B, C), at least in float32."""
+    # Not `mean`: its backward writes a map in another memory format than the feature's; that of `sum` is a view.
+    height, width = feature.shape[2:]
+    return feature.sum((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32)) / (height * width)
 
 
 class ValidArea:
     """The top left part of each image of a padded batch that holds its pixels.
 
-    `sizes`: height and width of each image; `padded`: those of the batch. Of a map at another resolution the valid part is
-    what strided convolutions make of it: ceil(h · H / padded height) rows.
-
-    `rows`: the samples that a map holds, (n,); None for all. An executor that gathers samples sets it.
+    `sizes`: height and width of each image; `padded`: those of the batch. On a map of another resolution the valid part has
+    the size that strided convolutions give it: ceil(h · H / padded height) rows.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> None:
         self.sizes, self.padded = sizes, padded
         self.rows: Tensor | None = None
+        self.shares: dict[int, Tensor] = {}  # of maps that are being averaged, by the id of the module that reads the mean
         self._masks: dict[tuple[int, int], Tensor] = {}
 
+    def select(self, rows: Tensor | None) -> ValidArea:
+        """The area of maps that hold only the samples `rows`, (n,); None for all samples."""
+        selected = ValidArea(self.sizes, self.padded)
+        selected.rows, selected._masks = rows, self._masks
+        return selected
+
     def mask(self, feature: Tensor) -> Tensor:
-        """1 where a map, (n, C, H, W), holds pixels of its image and 0 in the padding: (n, 1, H, W), of the map's type."""
+        """1 where a map, (n, C, H, W), holds pixels of its image and 0 in the padding: (n, 1, H, W), in the map's dtype."""
         height, width = feature.shape[2:]
         if (height, width) not in self._masks:
             ends = [
@@ -47,7 +60,7 @@ class ValidArea:
         """The share of a map, (n, C, H, W), that holds pixels: (n,)."""
         return self.mask(feature).flatten(1).mean(1, dtype=torch.float32)
 
-    def pool(self, feature: Tensor, pool: Callable[[Tensor], Tensor] = global_average_pool) -> Tensor:
+    def pool(self, feature: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
         """`pool` of each sample's valid part, (n, C, H, W) -> (n, C)."""
         mask = self.mask(feature)
         if pool is global_average_pool:
@@ -55,3 +68,27 @@ class ValidArea:
         ends = zip(mask[:, 0, :, 0].sum(1).tolist(), mask[:, 0, 0].sum(1).tolist(), strict=True)
         parts = [pool(sample[None, :, : int(h), : int(w)]) for sample, (h, w) in zip(feature, ends, strict=True)]
         return torch.cat(parts)
+
+
+_AREA: ContextValue[ValidArea | None] = ContextValue("valid_area", None)
+
+
+def current_area() -> ValidArea | None:
+    """The valid area of the batch that passes now; None where no image is padded."""
+    return _AREA.get()
+
+
+def use_area(area: ValidArea | None) -> AbstractContextManager[None]:
+    """Inside the `with` block features are of a batch with this valid area; None for images without padding."""
+    return _AREA.set(area)
+
+
+def select_samples(area: ValidArea | None, rows: Tensor | None) -> AbstractContextManager[None]:
+    """Inside the `with` block maps hold only the samples `rows`, (n,), of the batch that `area` describes; None for all."""
+    return nullcontext() if area is None else use_area(area.select(rows))
+
+
+def pool_feature(feature: Tensor, pool: Callable[[Tensor], Tensor] = global_average_pool) -> Tensor:
+    """φ(x) of Eq. (4), over the valid area where there is one: (n, C, H, W) -> (n, C)."""
+    area = current_area()
+    return pool(feature) if area is None else area.pool(feature, pool)

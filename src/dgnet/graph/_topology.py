@@ -1,4 +1,4 @@
-"""Which edges a stage has (§3.1).
+"""Which edges a stage has: the binary code 1_e(i, j) of Eq. (1), and the edge sets of §3.1.
 
 N nodes in topological order: node 0 is the *input node*, node N - 1 the *output node*, those between hold the blocks.
 """
@@ -15,7 +15,8 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from dgnet.errors import UsageError, check_range, lookup
+from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.options import option
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,18 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
+        """N, input and output node included."""
         return len(self._senders)
+
+    @property
+    def blocks(self) -> range:
+        """The nodes that hold blocks, 1 to N - 2."""
+        return range(1, self.output)
+
+    @property
+    def output(self) -> int:
+        """The output node, N - 1."""
+        return self.num_nodes - 1
 
     @property
     def num_edges(self) -> int:
@@ -150,47 +162,69 @@ def _all_edges(num_nodes: int) -> Tensor:
     return torch.ones(num_nodes, num_nodes, dtype=torch.bool, device="cpu").tril(-1)
 
 
-def erdos_renyi(num_nodes: int, er_p: float = 0.2, rng: Random | None = None) -> Topology:
-    """ER(P): each pair of blocks has an edge with probability `er_p` (Xie et al., 2019, §3.4)."""
-    check_range("er_p", er_p, 0, 1)
-    return _draw("er", f"er_p={er_p}", num_nodes, 1, rng, lambda blocks, rng: nx.erdos_renyi_graph(blocks, er_p, seed=rng))
+@dataclass(frozen=True)
+class RandomGraphOptions:
+    """Options of the random topologies (Xie et al., 2019, §3.4)."""
 
-
-def barabasi_albert(num_nodes: int, ba_m: int = 5, rng: Random | None = None) -> Topology:
-    """BA(M): blocks are added one by one, each with `ba_m` edges, rather to blocks that have many (Xie et al., 2019, §3.4)."""
-    check_range("ba_m", ba_m, 1)
-    least = ba_m + 1
-    return _draw(
-        "ba", f"ba_m={ba_m}", num_nodes, least, rng, lambda blocks, rng: nx.barabasi_albert_graph(blocks, ba_m, seed=rng)
+    topology_seed: int = option(
+        0, "seed of random topologies; each stage draws its own", used_by={"topology": ("er", "ba", "ws")}
     )
+    er_p: float = option(0.2, "ER: probability of an edge between two blocks", used_by={"topology": ("er",)})
+    ba_m: int = option(5, "BA: edges of each new block", used_by={"topology": ("ba",)})
+    ws_k: int = option(4, "WS: neighbours of a block on the ring", used_by={"topology": ("ws",)})
+    ws_p: float = option(0.75, "WS: probability that an edge is rewired", used_by={"topology": ("ws",)})
+
+    def check(self) -> None:
+        """Raises UsageError for a value that is no whole number where one is needed."""
+        for name in ("topology_seed", "ba_m", "ws_k"):
+            if not isinstance(getattr(self, name), int):
+                raise UsageError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+
+    def generator(self, stage: int) -> Random:
+        """The generator that a stage, counted from 1, draws its graph from."""
+        return Random(f"{self.topology_seed}/{stage}")
 
 
-def watts_strogatz(num_nodes: int, ws_k: int = 4, ws_p: float = 0.75, rng: Random | None = None) -> Topology:
-    """WS(K, P): a ring with `ws_k` neighbours each, every edge rewired with probability `ws_p` (Xie et al., 2019, §3.4)."""
-    check_range("ws_k", ws_k, 2)
-    if ws_k % 2:
-        raise UsageError(f"ws_k must be even, half of the neighbours on each side, got {ws_k}")
-    check_range("ws_p", ws_p, 0, 1)
-    settings = f"ws_k={ws_k}, ws_p={ws_p}"
-    return _draw("ws", settings, num_nodes, ws_k + 1, rng, lambda b, rng: nx.watts_strogatz_graph(b, ws_k, ws_p, seed=rng))
+def erdos_renyi(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Topology:
+    """ER(P): each pair of blocks has an edge with probability `er_p`."""
+    probability = options.er_p
+    check_range("er_p", probability, 0, 1)
+    return _draw("er", f"er_p={probability}", num_nodes, 1, lambda b: nx.erdos_renyi_graph(b, probability, seed=rng))
+
+
+def barabasi_albert(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Topology:
+    """BA(M): blocks are added one by one, each with `ba_m` edges, preferably to blocks that have many."""
+    edges = options.ba_m
+    check_range("ba_m", edges, 1)
+    return _draw("ba", f"ba_m={edges}", num_nodes, edges + 1, lambda b: nx.barabasi_albert_graph(b, edges, seed=rng))
+
+
+def watts_strogatz(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Topology:
+    """WS(K, P): a ring with `ws_k` neighbours each, every edge rewired with probability `ws_p`."""
+    neighbours, probability = options.ws_k, options.ws_p
+    check_range("ws_k", neighbours, 2)
+    if neighbours % 2:
+        raise UsageError(f"ws_k must be even, half of the neighbours on each side, got {neighbours}")
+    check_range("ws_p", probability, 0, 1)
+    settings = f"ws_k={neighbours}, ws_p={probability}"
+    return _draw(
+        "ws", settings, num_nodes, neighbours + 1, lambda b: nx.watts_strogatz_graph(b, neighbours, probability, seed=rng)
+    )
 
 
 _DRAWS = 100
 
 
-def _draw(
-    name: str, settings: str, num_nodes: int, least: int, rng: Random | None, sample: Callable[[int, Random], nx.Graph]
-) -> Topology:
+def _draw(name: str, settings: str, num_nodes: int, least: int, sample: Callable[[int], nx.Graph]) -> Topology:
     """A random graph over the blocks, its edges directed from the lower to the higher index, as RandWire does.
 
-    Blocks without an in-edge hear from the input node with weight 1; the output node takes the mean of those without an
-    out-edge. A graph that is not connected is drawn again.
+    Blocks without an in-edge get one from the input node with weight 1; the output node takes the mean of the blocks without
+    an out-edge. A graph that is not connected is drawn again.
     """
     blocks = num_nodes - 2
     if blocks < least:
         raise UsageError(f"topology {name!r} with {settings} needs at least {least} blocks, the stage has {blocks}")
-    rng = rng or Random(0)
-    graph = next((g for g in (sample(blocks, rng) for _ in range(_DRAWS)) if nx.is_connected(g)), None)
+    graph = next((g for g in (sample(blocks) for _ in range(_DRAWS)) if nx.is_connected(g)), None)
     if graph is None:
         raise UsageError(
             f"topology {name!r} with {settings} gave no connected graph of {blocks} blocks in {_DRAWS} draws;"
@@ -208,26 +242,37 @@ def _draw(
 
 TopologyLike = str | Tensor | Topology | Mapping[str, Any] | Callable[[int], "Topology | Tensor"]
 
-TOPOLOGIES: dict[str, Callable[..., Topology]] = {
-    "complete": complete,
-    "residual": residual,
-    "chain": chain,
+TOPOLOGIES: dict[str, Callable[[int], Topology]] = {"complete": complete, "residual": residual, "chain": chain}
+"""Topologies that follow from the number of nodes alone."""
+
+RANDOM_TOPOLOGIES: dict[str, Callable[[int, RandomGraphOptions, Random], Topology]] = {
     "er": erdos_renyi,
     "ba": barabasi_albert,
     "ws": watts_strogatz,
 }
+"""Topologies that are drawn."""
+
+TOPOLOGY_NAMES = (*TOPOLOGIES, *RANDOM_TOPOLOGIES)
 
 
-def build_topology(topology: TopologyLike, num_nodes: int, **options: Any) -> Topology:
+def build_topology(
+    topology: TopologyLike, num_nodes: int, options: RandomGraphOptions | None = None, stage: int = 1
+) -> Topology:
     """A stage's topology from a name, a mask, a Topology, its `to_dict`, or a callable from `num_nodes` to one of these.
 
-    `options`: arguments of a named topology. Raises UsageError for an unknown name, a bad mask, or a size other than
-    `num_nodes`.
+    `options`: of random graphs; `stage`, counted from 1: each stage draws its own graph.
+
+    Raises UsageError for an unknown name, a bad mask, or a size other than `num_nodes`.
     """
     if callable(topology):
         topology = topology(num_nodes)
     if isinstance(topology, str):
-        topology = lookup("topology", topology, TOPOLOGIES)(num_nodes, **options)
+        check_choice("topology", topology, TOPOLOGY_NAMES)
+        options = options or RandomGraphOptions()
+        if topology in TOPOLOGIES:
+            topology = TOPOLOGIES[topology](num_nodes)
+        else:
+            topology = RANDOM_TOPOLOGIES[topology](num_nodes, options, options.generator(stage))
     if isinstance(topology, Mapping):
         topology = Topology.from_dict(topology)
     if not isinstance(topology, Topology):

@@ -5,32 +5,31 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.errors import check_choice
-from dgnet.graph._topology import Topology
-
-if TYPE_CHECKING:
-    from dgnet.graph._pooling import ValidArea
+from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.graph._gating import is_above_threshold, psi
+from dgnet.graph._pooling import global_average_pool, pool_feature
+from dgnet.graph._router import CLOSED_BIAS, Router
+from dgnet.graph._topology import TOPOLOGY_NAMES, Topology
+from dgnet.options import option
 
 
 class Weighting(nn.Module):
-    """The weights of a stage's free edges. A new one overrides `predict` or `share`, and `gate` if it gates.
+    """The weights of a stage's free edges. A new weighting overrides `predict` or `shared_alpha`, and `weigh` if it needs to.
 
-    α is set for each sample at the sending node (`predict`), or is the same for all samples (`share`, with `reads_features`
-    False). It becomes the weight that is aggregated at the receiving node (`gate`).
+    α is predicted for each sample at the sending node (`predict`), or is the same for all samples (`shared_alpha`, with
+    `reads_features` False). `weigh` turns it into the weight that is aggregated. With a `threshold`, an edge closes in
+    evaluation where α is below it.
     """
 
     reads_features = True
-    """Whether α follows the features; if not, a stage whose input node nobody else reads does without one."""
-
-    area: ValidArea | None = None
-    """Where the images of a padded batch lie, set for the length of a forward: features are read there only."""
+    """Whether α depends on the features. If False and nothing else reads node 0, no projection is built."""
 
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
@@ -49,19 +48,22 @@ class Weighting(nn.Module):
         """
         raise NotImplementedError
 
-    def share(self, node: int) -> Tensor:
+    def shared_alpha(self, node: int) -> Tensor:
         """α of the node's in-edges where features are not read, (E,), in the order of `topology.senders(node)`."""
         raise NotImplementedError
 
-    def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The weights of the node's in-edges as aggregated, and which are open; both (B, E), as is `alpha`.
+    def weigh(self, node: int, alpha: Tensor) -> Tensor:
+        """The weights of the node's in-edges as aggregated where they are open, (B, E), from α, (B, E)."""
+        return alpha
 
-        None in place of the second means that all are open.
-        """
-        return alpha, None
+    def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
+        """Which in-edges of the node are open in evaluation, (B, E): those with α ≥ τ + `offset` (Eq. 5); None for all."""
+        if self.threshold is None or self.training:
+            return None
+        return is_above_threshold(alpha, self.threshold[node].to(alpha.dtype), offset)
 
     def reset_parameters(self) -> None:
-        """Put the parameters back to their start."""
+        """Reset the parameters to their start."""
 
 
 class FixedWeighting(Weighting):
@@ -79,23 +81,41 @@ class FixedWeighting(Weighting):
         self.one.fill_(1)  # from the meta device it comes without a value, and no state dict brings one
         return self
 
-    def share(self, node: int) -> Tensor:
+    def shared_alpha(self, node: int) -> Tensor:
         return self.one.expand(len(self.topology.senders(node)))
 
 
-class LearnedWeighting(Weighting):
-    """One learned weight an edge, the same for all samples: α of Table 6.
+@dataclass(frozen=True)
+class LearnedOptions:
+    """Options of `LearnedWeighting`."""
 
-    `start`: the parameter's first value; `activation`: "identity" or "sigmoid" (as RandWire has it).
-    """
+    learned_start: float = option(1.0, "α at start", used_by={"weighting": ("learned",)})
+    learned_activation: str = option(
+        "identity",
+        "what is applied to a learned α; RandWire has a sigmoid",
+        ("identity", "sigmoid"),
+        {"weighting": ("learned",)},
+    )
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        check_choice("learned_activation", self.learned_activation, ("identity", "sigmoid"))
+        check_range("learned_start", self.learned_start)
+        if self.learned_start == 0 and self.learned_activation == "identity":
+            raise UsageError(
+                "learned_start must not be 0: edges that weigh 0 count as closed, and nothing would reach the output"
+            )
+
+
+class LearnedWeighting(Weighting):
+    """One learned weight for each edge, the same for all samples: α of Table 6."""
 
     reads_features = False
 
-    def __init__(self, topology: Topology, channels: int, start: float = 1.0, activation: str = "identity") -> None:
+    def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None) -> None:
         super().__init__(topology, channels)
-        check_choice("learned_activation", activation, ("identity", "sigmoid"))
-        self.start = start
-        self.activation = activation
+        self.options = options or LearnedOptions()
+        self.options.check()
         # Ordered by receiving node, so that a node's in-edges are one slice.
         degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
         self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
@@ -103,119 +123,91 @@ class LearnedWeighting(Weighting):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.alpha, self.start)
+        nn.init.constant_(self.alpha, self.options.learned_start)
 
-    def share(self, node: int) -> Tensor:
+    def shared_alpha(self, node: int) -> Tensor:
         alpha = self.alpha[self.offsets[node] : self.offsets[node + 1]]
-        return alpha.sigmoid() if self.activation == "sigmoid" else alpha
+        return alpha.sigmoid() if self.options.learned_activation == "sigmoid" else alpha
 
 
-def global_average_pool(feature: Tensor) -> Tensor:
-    """φ of Eq. (4): (B, C, H, W) -> (B, C), at least in float32."""
-    # Not `mean`: its backward writes a map in another memory format than the feature's; that of `sum` is a view.
-    height, width = feature.shape[2:]
-    return feature.sum((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32)) / (height * width)
+_ROUTED = {"weighting": ("routed",)}
 
 
-class PooledLinear(nn.Linear):
-    """A linear layer of pooled features in their precision, (B, C) -> (B, E).
+@dataclass(frozen=True)
+class RoutedOptions:
+    """Options of `RoutedWeighting`. The defaults are DG-Net's."""
 
-    The parameters of a model cast to half precision are lifted: what is compared with a hard threshold must not be rounded.
-    """
+    router: Callable[[int, int], nn.Module] | None = option(
+        None, "a router of your own: (channels, num_edges) -> module, (B, C) -> α (B, E); None: `Router`", used_by=_ROUTED
+    )
+    router_bias: float = option(3.0, "b at start: +3 opens every edge (§6.4, Fig. 4)", used_by=_ROUTED)
+    router_std: float = option(0.01, "standard deviation of W at start", used_by=_ROUTED)
+    router_start: str = option(
+        "complete", "the topology whose edges start open within a complete one; the others start closed", used_by=_ROUTED
+    )
+    router_pool: Callable[[Tensor], Tensor] | None = option(
+        None, "φ, (B, C, H, W) -> (B, C); None: global average pooling", used_by=_ROUTED
+    )
+    gate: str = option("psi", "weight in training: psi = α·σ(α - τ), or alpha", ("psi", "alpha"), _ROUTED)
+    threshold: float = option(0.0, "τ at start", used_by=_ROUTED)
+    learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
+    inference_weight: str = option(
+        "gated", "what an open edge weighs in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
+    )
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        weight = self.weight.to(pooled.dtype)
-        bias = None if self.bias is None else self.bias.to(pooled.dtype)
-        if not torch.compiler.is_compiling() or self.training:
-            return F.linear(pooled, weight, bias)
-        # A sum of products goes into one kernel with pooling and gate: a few edges are not worth a call of their own.
-        summed = (pooled[:, None] * weight).sum(2)
-        return summed if bias is None else summed + bias
-
-
-class Router(PooledLinear):
-    """α = σ(Wᵀφ + b), one row of W for each out-edge (Eq. 4): (B, C) -> (B, E).
-
-    W starts at N(0, `std`); b at `bias`, one for all edges or one for each: +3 lets an edge start open, σ(3) = 0.953 (§6.4).
-    """
-
-    def __init__(self, channels: int, num_edges: int, bias: float | Sequence[float] = 3.0, std: float = 0.01) -> None:
-        self.start = (bias, std)
-        super().__init__(channels, num_edges)
-
-    def reset_parameters(self) -> None:
-        bias, std = self.start
-        nn.init.normal_(self.weight, std=std)
-        with torch.no_grad():
-            self.bias.copy_(torch.tensor(bias))
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return super().forward(pooled).sigmoid()
-
-
-CLOSED_BIAS = -8.0
-"""b of an edge that starts closed: α = 0.0003, of which thirty together weigh next to nothing, and optimisers still move it."""
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        for name in ("router", "router_pool"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
+        check_choice("router_start", self.router_start, TOPOLOGY_NAMES)
+        check_choice("gate", self.gate, ("psi", "alpha"))
+        check_choice("inference_weight", self.inference_weight, ("gated", "raw"))
+        check_range("router_bias", self.router_bias)
+        check_range("router_std", self.router_std, 0)
+        check_range("threshold", self.threshold)
+        if not isinstance(self.learn_threshold, bool):
+            raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
 
 
 class RoutedWeighting(Weighting):
-    """α predicted for every sample by a router on the sending node, gated by τ of the receiving node (§3.3).
+    """α predicted for every sample by a router on the sending node (Eq. 4), closed by τ of the receiving node (Eq. 5).
 
-    In training an edge weighs ψ(α) = α·σ(α - τ); in evaluation an edge with α < τ is closed (Eq. 5).
+    In training an edge weighs ψ(α); in evaluation an edge with α < τ is closed. `gate="alpha"` gives τ no gradient, so τ stays
+    at its start. A router gets pooled features in float32, under autocast too, and returns α in [0, 1].
 
-    `router`: class or callable (channels, num_edges) -> module mapping (B, C) pooled features, float32 even under
-        autocast, to α, (B, E), in [0, 1]. None: `Router` with `bias` and `std`.
-    `start`: the edges that begin at `bias`, the others at `CLOSED_BIAS`; None for all. For `Router` only.
-    `pool`: what the routers see of a feature, (B, C, H, W) -> (B, C).
-    `gate`: "psi", or "alpha" for the plain α; the latter gives τ no gradient, so τ stays at its start.
-    `threshold`, `learn_threshold`: where τ starts, and whether it moves.
-    `inference_weight`: what an open edge weighs in evaluation: "gated" as in training, or "raw" α as in Eq. (5).
-    `offset`: in evaluation an edge closes under τ + offset; its weight's τ stays.
+    `start`: the edges that begin at `router_bias`, the others at `CLOSED_BIAS`; None for all edges. For `Router` only.
     """
 
     def __init__(
-        self,
-        topology: Topology,
-        channels: int,
-        router: Callable[[int, int], nn.Module] | None = None,
-        bias: float = 3.0,
-        std: float = 0.01,
-        pool: Callable[[Tensor], Tensor] = global_average_pool,
-        gate: str = "psi",
-        threshold: float = 0.0,
-        learn_threshold: bool = True,
-        inference_weight: str = "gated",
-        offset: float = 0.0,
-        start: Topology | None = None,
+        self, topology: Topology, channels: int, options: RoutedOptions | None = None, start: Topology | None = None
     ) -> None:
         super().__init__(topology, channels)
-        check_choice("gate", gate, ("psi", "alpha"))
-        check_choice("inference_weight", inference_weight, ("gated", "raw"))
-        self.pool = pool
-        self.gate_form = gate
-        self.inference_weight = inference_weight
-        self.threshold_start = threshold
-        self.offset = offset
+        self.options = options or RoutedOptions()
+        self.options.check()
+        self.pool = self.options.router_pool or global_average_pool
         self.routers = nn.ModuleDict()
-        for node in range(topology.num_nodes - 1):
+        for node in range(topology.output):
             receivers = topology.free_receivers(node)
-            if not receivers:
-                continue
-            opening = (start or topology).receivers(node)
-            biases = [bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
-            num_edges = len(receivers)
-            built = Router(channels, num_edges, biases, std) if router is None else router(channels, num_edges)
-            self.routers[str(node)] = built
+            if receivers:
+                opening = (start or topology).receivers(node)
+                biases = [self.options.router_bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
+                self.routers[str(node)] = (
+                    Router(channels, len(receivers), biases, self.options.router_std)
+                    if self.options.router is None
+                    else self.options.router(channels, len(receivers))
+                )
         # (N,), so that row j of an adjacency and tau[j] belong together; tau[0] has no edge to gate.
-        self.tau = nn.Parameter(torch.empty(topology.num_nodes), requires_grad=learn_threshold and gate == "psi")
-        nn.init.constant_(self.tau, threshold)
+        is_learned = self.options.learn_threshold and self.options.gate == "psi"
+        self.tau = nn.Parameter(torch.full((topology.num_nodes,), float(self.options.threshold)), requires_grad=is_learned)
 
     @property
     def threshold(self) -> Tensor:
         return self.tau
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.tau, self.threshold_start)
-        for router in self.routers.values():  # a router of the user's own may start its layers as it likes
+        nn.init.constant_(self.tau, self.options.threshold)
+        for router in self.routers.values():  # a user's own router may initialise its layers as it likes
             reset = getattr(router, "reset_parameters", None)
             if callable(reset):
                 reset()
@@ -225,12 +217,11 @@ class RoutedWeighting(Weighting):
             return feature.new_ones(feature.shape[0], 0)
         # Float32 under autocast too: a rounding of α at a hard threshold flips an edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            pooled = self.pool(feature) if self.area is None else self.area.pool(feature, self.pool)
-            return self.routers[str(node)](pooled)
+            alpha: Tensor = self.routers[str(node)](pool_feature(feature, self.pool))
+            return alpha
 
-    def gate(self, node: int, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
-        tau = self.tau[node].to(alpha.dtype)
-        gated = alpha * torch.sigmoid(alpha - tau) if self.gate_form == "psi" else alpha
-        if self.training:
-            return gated, None
-        return gated if self.inference_weight == "gated" else alpha, alpha >= tau + self.offset
+    def weigh(self, node: int, alpha: Tensor) -> Tensor:
+        is_raw = not self.training and self.options.inference_weight == "raw"
+        if is_raw or self.options.gate == "alpha":
+            return alpha
+        return psi(alpha, self.tau[node].to(alpha.dtype))

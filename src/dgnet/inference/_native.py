@@ -1,38 +1,63 @@
-"""The sparse mode on the CPU with a compiled extension, `native.cpp`: when it takes a stage, handing one over, building it."""
+"""The sparse mode on the CPU with a compiled extension, `native.cpp`: which stages it takes, and its walk."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, NodeGates, RoutedWeighting, find_stages
-from dgnet.graph._weighting import Router, global_average_pool
-from dgnet.inference._sparse import SparseExecutor, set_mode, sum_nothing
+from dgnet.errors import UsageError, check_choice
+from dgnet.graph import (
+    FixedWeighting,
+    LearnedWeighting,
+    NodeGates,
+    RoutedWeighting,
+    Router,
+    StageNodes,
+    Walk,
+    Wiring,
+    current_area,
+    find_stages,
+    global_average_pool,
+    least_logit,
+)
+from dgnet.inference._build import load_native
+from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
 from dgnet.models._dynamic import Transform
 
-SOURCE = Path(__file__).with_name("native.cpp")
+EXECUTORS = ("recommended", "plain", "native")
 
-_VECTOR_FLAGS = {
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
+
+def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
+    """Set `network` to the sparse mode, in place, with an executor; returns the network.
+
+    "plain": in plain PyTorch, on any device. "native": with the compiled extension, for a CPU; see `use_native`.
+    "recommended": what is fastest where the network is, native on a CPU and plain elsewhere. If the extension cannot be built,
+    a line on stderr says why, and the plain one is used.
+
+    Raises UsageError for an unknown executor, for a network without dynamic stages, and where "native" cannot be had.
+    """
+    check_choice("executor", executor, EXECUTORS)
+    is_cpu = next(network.parameters()).is_cpu
+    if executor == "native" and not is_cpu:
+        raise UsageError("executor 'native' runs on a CPU only; use 'plain' on other devices")
+    set_mode(network, "sparse")
+    if executor == "plain" or not is_cpu:
+        return network
+    try:
+        return use_native(network)
+    except UsageError as error:
+        if executor == "native":
+            raise
+        print(f"{error}; the plain executor is used, which is slower", file=sys.stderr)
+        return network
 
 
 def use_native(network: nn.Module) -> nn.Module:
-    """Set `network` to the sparse mode, in place, its stages with the compiled extension as far as that takes them.
+    """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it takes.
 
     It takes routed weights (`Router`, average pooling), learned and fixed ones, with or without gates on blocks, in float32.
     Weights, and which modules have hooks, are as they are now: call it again where they change. In plain PyTorch runs a stage
@@ -45,40 +70,115 @@ def use_native(network: nn.Module) -> nn.Module:
     set_mode(network, "sparse")
     for stage in find_stages(network):
         if _takes(stage):
-            stage._executor = NativeExecutor(stage)
+            stage.inference_walk = NativePlan(stage)
     return network
 
 
-class NativeExecutor(SparseExecutor):
-    """As SparseExecutor, of one stage, with its weightings and gates as constants."""
+class NativeWalk(Walk):
+    """A sparse walk whose decisions and sums are made by the compiled extension; the twin is `SparseWalk`.
 
-    def __init__(self, stage: DynamicGraph) -> None:
+    In a stage of plain blocks the extension runs the blocks too, in one call.
+    """
+
+    def __init__(self, plan: NativePlan, stage: StageNodes, x: Tensor) -> None:
+        super().__init__(stage, x)
+        self.is_plain = plan.is_plain
+        self.rectifies = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
+        offset = stage.threshold_offset
+        self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
+        self.summed: Tensor | None = None  # x̂ of the output node
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        return () if self.is_plain else self.topology.blocks
+
+    @torch.no_grad()
+    def put(self, node: int, feature: Tensor | None) -> None:
+        if self.is_plain:
+            self.summed = self.native.run(feature, self.rectifies)
+        elif feature is not None:
+            self.native.put(node, feature)
+
+    @torch.no_grad()
+    def compute(self, node: int) -> Tensor | None:
+        is_entry = node in self.topology.entry
+        summed: Tensor | None = self.native.take(node, self.rectifies and not is_entry)
+        if summed is None or len(summed) == 0:
+            return None
+        if is_entry:
+            return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
+        return self.stage.transform(node, summed, is_activated=self.rectifies)
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        output = self.topology.output
+        summed = self.summed if self.is_plain else self.native.take(output, self.rectifies)
+        if self.observers:
+            self._report()
+        if summed is None:
+            result = self.stage.transform(output, self.stage.empty_sum(self.x))
+        else:
+            result = self.stage.transform(output, summed, is_activated=self.rectifies)
+        with torch.enable_grad():
+            return refuse_gradients(result, self.x)
+
+    def _report(self) -> None:
+        alpha, weights, ran = self.native.alpha(), self.native.weights(), self.native.ran()
+        rows = [(node, list(self.topology.senders(node))) for node in range(1, self.topology.num_nodes)]
+        self.report(
+            Wiring(
+                self.topology,
+                [alpha[:, node, senders] for node, senders in rows],
+                [weights[:, node, senders] for node, senders in rows],
+                list(ran[:, :-1].unbind(1)),
+            )
+        )
+
+
+class NativePlan:
+    """Starts native walks through one stage: its weighting, gates and plain blocks as constants of the extension."""
+
+    def __init__(self, stage: StageNodes) -> None:
         topology, weighting, gates = stage.topology, stage.weighting, stage.node_gates
         nodes = range(topology.num_nodes)
-        routers: Any = weighting.routers if isinstance(weighting, RoutedWeighting) else {}
+        routed = weighting if isinstance(weighting, RoutedWeighting) else None
+        routers: Any = {} if routed is None else routed.routers
         columns: Any = {} if gates is None else gates.columns
-        is_routed = isinstance(weighting, RoutedWeighting)
         self.constants = torch.classes.dgnet.Stage(
             [list(topology.senders(j)) for j in nodes],
             list(topology.entry),
             [topology.pinned.get(j) for j in nodes],
             [list(topology.free_receivers(i)) for i in nodes],
             [[] if gates is None else list(gates.receivers(i)) for i in nodes],
-            [None if is_routed or j == 0 or j in topology.pinned else _constant(weighting.share(j)) for j in nodes],
+            [
+                None if routed is not None or j == 0 or j in topology.pinned else _constant(weighting.shared_alpha(j))
+                for j in nodes
+            ],
             [_constant(routers[str(i)].weight) if str(i) in routers else None for i in nodes],
             [_constant(routers[str(i)].bias) if str(i) in routers else None for i in nodes],
             [_constant(columns[str(i)].weight) if str(i) in columns else None for i in nodes],
             None if weighting.threshold is None else _constant(weighting.threshold),
             None if gates is None else _constant(gates.bias),
-            getattr(weighting, "gate_form", "") == "psi",
-            getattr(weighting, "inference_weight", "") == "raw",
+            routed is not None and routed.options.gate == "psi",
+            routed is not None and routed.options.inference_weight == "raw",
         )
         steps = [_flatten(block) for block in stage.nodes]
-        # A stage of plain blocks is one call; else each block is called as the module that it is.
+        # A stage of plain blocks is one call; in others each block is called as the module that it is.
         self.is_plain = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
         if self.is_plain:
             for node, block in enumerate(steps, start=1):
                 self._add_block(node, block or [])
+
+    def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
+        """A walk for the raw stage input `x`; in plain PyTorch where the extension does not take the pass."""
+        is_plain_pass = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not is_plain_pass or current_area() is not None:
+            return SparseWalk(stage, x)
+        return NativeWalk(self, stage, x)
+
+    def in_graph(self) -> type[Walk]:
+        """See `dgnet.graph.Walk`."""
+        return SparseWalk.in_graph()
 
     def _add_block(self, node: int, steps: list[nn.Module]) -> None:
         for step in steps:
@@ -90,54 +190,11 @@ class NativeExecutor(SparseExecutor):
                 self.constants.add_rectifier(node)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SparseExecutor, ()  # a copy is not compiled
-
-    @torch.no_grad()
-    def forward(self, stage: DynamicGraph, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or stage.area is not None:
-            return super().forward(stage, x)
-        topology, gates = stage.topology, stage.node_gates
-        rectifies = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
-        offset = float(getattr(stage.weighting, "offset", 0.0))
-        least_logit = -math.inf if gates is None else gates.least_logit
-        walk = torch.classes.dgnet.Walk(self.constants, x, stage.find_imposed(x), offset, least_logit)
-        feature = stage.input(x)
-        summed = walk.run(feature, rectifies) if self.is_plain else self._run_blocks(stage, walk, feature, rectifies)
-        if stage._records:
-            _record(stage, walk)
-        if summed is None:
-            return stage.transform(topology.num_nodes - 1, sum_nothing(stage, x))
-        return stage.transform(topology.num_nodes - 1, summed, is_activated=rectifies)
-
-    def _run_blocks(self, stage: DynamicGraph, walk: Any, feature: Tensor, rectifies: bool) -> Tensor | None:
-        """x̂ of the output node, block by block; None where nothing reaches it."""
-        topology = stage.topology
-        last = topology.num_nodes - 1
-        walk.put(0, feature)
-        for node in range(1, last):
-            is_entry = node in topology.entry
-            summed = walk.take(node, rectifies and not is_entry)
-            if summed is None or len(summed) == 0:
-                continue
-            if is_entry:
-                feature = stage.finish_entry(stage.nodes[node - 1](summed), partial(walk.take_shortcut, node))
-            else:
-                feature = stage.transform(node, summed, is_activated=rectifies)
-            walk.put(node, feature)
-        output: Tensor | None = walk.take(last, rectifies)
-        return output
+        return _sparse_walk, ()  # a copy of the stage runs in plain PyTorch
 
 
-def _record(stage: DynamicGraph, walk: Any) -> None:
-    alpha, weights, ran = walk.alpha(), walk.weights(), walk.ran()
-    rows = [(node, list(stage.topology.senders(node))) for node in range(1, stage.topology.num_nodes)]
-    for record in stage._records:
-        record.append(
-            stage,
-            [alpha[:, node, senders] for node, senders in rows],
-            [weights[:, node, senders] for node, senders in rows],
-            list(ran[:, :-1].unbind(1)),
-        )
+def _sparse_walk() -> type[Walk]:
+    return SparseWalk
 
 
 def _flatten(block: nn.Module) -> list[nn.Module] | None:
@@ -157,7 +214,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
 
 
-def _takes(stage: DynamicGraph) -> bool:
+def _takes(stage: StageNodes) -> bool:
     """Whether the extension knows everything that the stage has."""
     weighting, gates = stage.weighting, stage.node_gates
     if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
@@ -176,47 +233,3 @@ def _takes(stage: DynamicGraph) -> bool:
 
 def _constant(values: Tensor) -> Tensor:
     return values.detach().clone(memory_format=torch.contiguous_format)
-
-
-@cache
-def load_native() -> None:
-    """Build the extension if this machine has not yet, and load it; `torch.classes.dgnet` is there afterwards.
-
-    It is kept in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions.
-
-    Raises UsageError where there is no C++ compiler, or it fails.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
-    if not compiler:
-        raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
-    command = [*compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]
-    command += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE)]
-    installed = Path(torch.__file__).parent
-    command += [f"-I{installed / 'include'}", f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10"]
-    key = hashlib.sha256("\0".join([torch.__version__, *command, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
-    library = folder / f"dgnet-{key}.so"
-    if not library.exists():
-        print(f"compiling the sparse mode, once on this machine: about half a minute ({library})", file=sys.stderr)
-        _build(command, library)
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:  # built against other system libraries, in a home that machines share
-        raise UsageError(f"{library} cannot be loaded: {error}; remove it, it is built anew") from error
-
-
-def _build(command: list[str], library: Path) -> None:
-    """Write `library` whole or not at all: other processes may be loading it."""
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
-            built.replace(library)
-    except OSError as error:
-        raise UsageError(f"the compiled sparse mode cannot be built: {error}") from error
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        message = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit status {error.returncode}")
-        raise UsageError(f"the compiled sparse mode cannot be built: {message}") from error

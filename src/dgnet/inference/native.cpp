@@ -1,6 +1,6 @@
 // A stage's sparse mode on the CPU in float32: what a node predicts, whether a block runs, and the sums, in few passes.
 //
-// What it computes is defined by dgnet.graph and dgnet.inference._sparse, its twins in the tests.
+// What it computes is defined by dgnet.graph and dgnet.inference._sparse (SparseWalk), its twins in the tests.
 // Letters: B samples, N nodes, E edges of a node, C channels.
 
 #include <ATen/ATen.h>
@@ -222,15 +222,13 @@ struct Walk : torch::CustomClassHolder {
   Tensor get_ran() { return at::tensor(ran).view({samples, nodes}).to(at::kBool); }
 
  private:
-  // α and weights are what was imposed, 0 is closed; which node leads where is known beforehand.
+  // α and weights are what was imposed; an edge that weighs 0 is closed. Nothing has to be predicted.
   void impose(const Tensor& imposed) {
     is_imposed = true;
-    needed.assign(samples * nodes, 0);
     const float* given = imposed.const_data_ptr<float>();
     for (int64_t b = 0; b < samples; ++b) {
       uint8_t* is_alive = alive.data() + b * nodes;
-      uint8_t* is_needed = needed.data() + b * nodes;
-      is_alive[0] = is_needed[nodes - 1] = 1;
+      is_alive[0] = 1;
       for (int64_t node = 1; node < nodes; ++node) {
         for (int64_t sender : stage->senders[node]) {
           const int64_t at = (b * nodes + node) * nodes + sender;
@@ -239,6 +237,16 @@ struct Walk : torch::CustomClassHolder {
           is_alive[node] |= weight != 0;
         }
       }
+    }
+    find_needed();
+  }
+
+  // For which samples each node has an open path to the output node, from known weights (as DenseWalk.find_needed).
+  void find_needed() {
+    needed.assign(samples * nodes, 0);
+    for (int64_t b = 0; b < samples; ++b) {
+      uint8_t* is_needed = needed.data() + b * nodes;
+      is_needed[nodes - 1] = 1;
       for (int64_t node = nodes - 1; node > 0; --node) {
         if (!is_needed[node]) continue;
         for (int64_t sender : stage->senders[node]) {

@@ -12,8 +12,8 @@ from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, Topology, aggregate, find_stages
-from dgnet.models._connectivity import TOPOLOGY_OPTIONS, Connectivity
+from dgnet.graph import TOPOLOGIES, DynamicGraph, RandomGraphOptions, Topology, aggregate, find_stages
+from dgnet.models._connectivity import Connectivity
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,8 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
         input=input,
         nodes=[part.transform for part in parts],
         activation=activation,
-        shortcut=connectivity.shortcut,
+        options=connectivity,
         entry_shortcut=entry_shortcut,
-        router_reads=connectivity.router_reads,
         node_gates=node_gates,
     )
 
@@ -132,7 +131,7 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     """Plain arguments of `create_model` that build `network` again, which was built with `options`."""
     if not isinstance(network, DynamicNetwork):
         return dict(options)
-    given = {f.name for f in fields(Connectivity)}
+    given = Connectivity.names()
     return {**{name: value for name, value in options.items() if name not in given}, **network.stored_options()}
 
 
@@ -176,8 +175,8 @@ class DynamicNetwork(nn.Module):
         user's own has no plain form and is left out.
         """
         options = dict(self.connectivity_options)
-        if TOPOLOGY_OPTIONS.get(options.get("topology", "")) != ():
-            drawn = {option for drawing in TOPOLOGY_OPTIONS.values() for option in drawing}
+        if options.get("topology") not in TOPOLOGIES:
+            drawn = {f.name for f in fields(RandomGraphOptions)}
             options = {name: value for name, value in options.items() if name not in drawn}
             options["topology"] = [stage.topology.to_dict() for stage in self.stages]
         return options

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor, nn
 
 from dgnet._cost import cost_model
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import DynamicGraph, find_stages
+from dgnet.graph import Wiring, find_stages, observe
 
 PER = ("batch", "sample")
 
@@ -51,29 +49,14 @@ class Budget:
         self.share, self.per, self.strength, self.warmup = share, per, strength, warmup
         self._ran: dict[int, Tensor] = {}
 
-    @contextmanager
-    def observe(self) -> Iterator[None]:
-        """See which nodes run in a forward inside the `with` block."""
+    def watch(self) -> AbstractContextManager[None]:
+        """See which nodes run in a forward pass inside the `with` block."""
         self._ran = {}
-        for stage in self.stages:
-            stage._records = [*stage._records, self]
-        try:
-            yield
-        finally:
-            for stage in self.stages:
-                stage._records = [other for other in stage._records if other is not self]
+        return observe(self.stages, self)
 
-    def append(
-        self,
-        stage: DynamicGraph,
-        alpha_rows: Sequence[Tensor],
-        weight_rows: Sequence[Tensor],
-        alive: Sequence[Tensor | None],
-    ) -> None:
-        """See `dgnet.graph._record.Observer`."""
-        ones = torch.ones_like(weight_rows[0][:, 0], dtype=torch.float32)
-        columns = [ones if column is None else column.float() for column in (*alive, None)]
-        self._ran[self.stages.index(stage)] = torch.stack(columns, dim=1)
+    def observe(self, index: int, wiring: Wiring) -> None:
+        """Note which nodes of a stage ran; see `dgnet.graph.Observer`."""
+        self._ran[index] = wiring.ran.float()
 
     def executed(self) -> Tensor:
         """Multiply-adds of the forward observed last, for each sample as a share of the dense cost, (B,)."""

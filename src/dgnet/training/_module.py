@@ -185,7 +185,7 @@ class Classifier(RunModule):
         """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
         if self.budget is None:
             return self(images), {}
-        with self.budget.observe():
+        with self.budget.watch():
             logits = self(images)
         return logits, {"executed": self.budget.executed()}
 

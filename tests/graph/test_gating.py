@@ -8,12 +8,12 @@ from torch import nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, NodeGates, record_connectivity
+from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, record_connectivity
 from dgnet.graph._topology import complete
 
 
 def test_a_gate_in_training_is_0_or_1_with_the_gradient_of_its_probability():
-    gates = NodeGates(complete(4), 3, form="hard", bias=0.3)
+    gates = NodeGates(complete(4), 3, GateOptions("hard", 0.3))
     votes = torch.tensor([[1.0, -2.0], [0.5, 0.2], [-0.2, -0.1]], requires_grad=True)
     gate = gates.decide(2, votes)
     assert gate.tolist() == [0, 1, 1]
@@ -23,7 +23,7 @@ def test_a_gate_in_training_is_0_or_1_with_the_gradient_of_its_probability():
 
 
 def test_noise_opens_a_gate_as_often_as_its_probability_says_and_only_in_training():
-    gates = NodeGates(complete(4), 3, form="gumbel", bias=-1.0)
+    gates = NodeGates(complete(4), 3, GateOptions("gumbel", -1.0))
     votes = torch.zeros(20000, 2)
     share = gates.decide(2, votes).detach()
     assert set(share.tolist()) == {0.0, 1.0}
@@ -33,9 +33,9 @@ def test_noise_opens_a_gate_as_often_as_its_probability_says_and_only_in_trainin
 
 @pytest.mark.parametrize(("offset", "expected"), [(0.0, [False, True, True]), (0.2, [False, False, True]), (-0.5, [True] * 3)])
 def test_in_evaluation_a_gate_opens_from_a_half_and_the_offset(offset, expected):
-    gates = NodeGates(complete(4), 3, bias=0.0, offset=offset).eval()
+    gates = NodeGates(complete(4), 3, GateOptions("gumbel", 0.0)).eval()
     votes = torch.tensor([0.4, 0.6, 0.8]).logit()[:, None]
-    assert gates.decide(1, votes).tolist() == expected
+    assert gates.decide(1, votes, offset).tolist() == expected
 
 
 def test_a_closed_gate_learns_what_its_block_would_have_brought():
@@ -46,7 +46,7 @@ def test_a_closed_gate_learns_what_its_block_would_have_brought():
         input=nn.Conv2d(2, 3, 1),
         nodes=[nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, padding=1)],
         activation=nn.Identity(),
-        node_gates=NodeGates(topology, 3, form="hard"),
+        node_gates=NodeGates(topology, 3, GateOptions("hard")),
     ).double()
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
 

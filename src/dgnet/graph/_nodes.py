@@ -1,0 +1,133 @@
+"""The parts of a stage, and what one node computes: x_j = f_j(Σ α_ij x_i) (Eq. 3).
+
+Letters: B batch, N nodes of a stage, E in-edges of a node, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.graph._aggregate import aggregate
+from dgnet.graph._gating import NodeGates
+from dgnet.graph._topology import Topology
+from dgnet.graph._weighting import Weighting
+from dgnet.options import option
+
+OWN_WEIGHTING = "<your own>"
+"""What stands for a weighting of the user's own among the values of the axis."""
+
+_READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbel")}
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Options of a stage, whatever its topology and weighting."""
+
+    shortcut: str = option("edge", "the residual shortcut is an edge of the graph, or stays in the node", ("edge", "node"))
+    router_reads: str = option(
+        "feature", "routers and gates see x_i as distributed, or its activation", ("feature", "activation"), _READERS
+    )
+    threshold_offset: float = option(
+        0.0, "in evaluation edges close below τ + offset, gates below ½ + offset", used_by=_READERS
+    )
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        check_choice("shortcut", self.shortcut, ("edge", "node"))
+        check_choice("router_reads", self.router_reads, ("feature", "activation"))
+        check_range("threshold_offset", self.threshold_offset)
+
+
+class StageNodes(nn.Module):
+    """The modules of a stage, and the computation of each node.
+
+    `input`: raw stage input -> x_0 (a projection, or the identity). `nodes`: f_1 … f_{N-2}, the static blocks without their
+    shortcut and without what follows their addition; that is `activation`. With `shortcut="edge"` the activation follows each
+    aggregation (not an entry node's) and the residual shortcut is an edge. With `shortcut="node"` it follows an addition
+    inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing follows the aggregation; an entry node adds x_0, weighted
+    by its in-edge, if `entry_shortcut` says that its static block has a shortcut.
+
+    `node_gates`: block gates; None for none.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        weighting: Weighting,
+        input: nn.Module,
+        nodes: Sequence[nn.Module],
+        activation: nn.Module,
+        options: StageOptions | None = None,
+        entry_shortcut: bool = True,
+        node_gates: NodeGates | None = None,
+    ) -> None:
+        super().__init__()
+        options = options or StageOptions()
+        options.check()
+        if len(nodes) != len(topology.blocks):
+            raise UsageError(f"a topology of {topology.num_nodes} nodes has {len(topology.blocks)} blocks, got {len(nodes)}")
+        self.topology = topology
+        self.shortcut = options.shortcut
+        self.router_reads = options.router_reads
+        self.threshold_offset = options.threshold_offset
+        self.entry_shortcut = entry_shortcut
+        self.grad_checkpointing = False
+        self.input = input
+        self.nodes = nn.ModuleList(nodes)
+        self.activation = activation
+        self.weighting = weighting
+        self.node_gates = node_gates
+
+    def compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
+        """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
+
+        `weights`, `is_open` (None: all open): (B, E). `sources`: the features of the in-edges; for an entry node the raw stage
+        input and x_0.
+        """
+        if node in self.topology.entry:
+            return self._compute_entry(node, weights, is_open, *sources)
+        return self.transform(node, aggregate(sources, weights, is_open))
+
+    def transform(self, node: int, x: Tensor, is_activated: bool = False) -> Tensor:
+        """x_j from x̂_j, (B, C, H, W), for a node that is no entry node; the stage's output for the output node.
+
+        `is_activated`: the activation that follows the aggregation was already applied to `x`.
+        """
+        if self.shortcut == "edge" and not is_activated:
+            x = self.activation(x)
+        if node == self.topology.output:
+            return x
+        y: Tensor = self.nodes[node - 1](x)
+        if self.shortcut == "edge":
+            return y
+        activated: Tensor = self.activation(y + x)
+        return activated
+
+    def _compute_entry(self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor) -> Tensor:
+        """x_j of an entry node, f_j(α · stage input)."""
+        block = self.nodes[node - 1]
+        if self.training and getattr(block, "takes_scale", False):
+            y: Tensor = block(raw, scale=weights[:, 0])
+        else:
+            y = block(aggregate([raw], weights, is_open))
+        return self.finish_entry(y, lambda: aggregate([projected], weights, is_open))
+
+    def finish_entry(self, y: Tensor, shortcut: Callable[[], Tensor]) -> Tensor:
+        """x_j of an entry node from f_j(x̂_j), and from its weighted shortcut if the block adds one."""
+        if self.shortcut == "edge":
+            return y
+        activated: Tensor = self.activation(y + shortcut() if self.entry_shortcut else y)
+        return activated
+
+    def empty_sum(self, x: Tensor) -> Tensor:
+        """x̂ of an output node without an open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input.
+
+        The shape is found by running an empty batch.
+        """
+        entry = self.topology.entry
+        first = self.nodes[entry[0] - 1] if entry else self.input
+        return x.new_zeros(len(x), *first(x[:0]).shape[1:])

@@ -1,0 +1,214 @@
+"""The state of one forward pass through a stage, and the dense walk: every node on every sample.
+
+Letters: B batch, N nodes of a stage, E in-edges of a node, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgnet.errors import UsageError
+from dgnet.graph._gating import close_edges, find_needed, stack_alive
+from dgnet.graph._nodes import StageNodes
+from dgnet.graph._pooling import current_area
+from dgnet.graph._recompute import compute_checkpointed
+from dgnet.graph._wiring import Wiring, imposed_on, observers_of
+
+
+class Walk:
+    """One forward pass through a stage, node by node. All state of the pass is here, so that a stage can run in many threads.
+
+    `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with what a node has computed, `compute` for each
+    node of `blocks`, then `finish`.
+
+    Raises UsageError where a matrix is imposed for another number of samples than `x` holds.
+    """
+
+    def __init__(self, stage: StageNodes, x: Tensor) -> None:
+        self.stage, self.topology, self.x = stage, stage.topology, x
+        self.observers = observers_of(stage)
+        self.imposed = imposed_on(stage)  # weights in place of the stage's own, (1 or B, N, N)
+        if self.imposed is not None and len(self.imposed) not in (1, x.shape[0]):
+            raise UsageError(f"the imposed adjacency has {len(self.imposed)} samples, the batch {x.shape[0]}")
+
+    @classmethod
+    def in_graph(cls) -> type[Walk]:
+        """The walk to take in a compiled or exported graph, where Python cannot look at values."""
+        return cls
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """The nodes to `compute`, in order."""
+        return self.topology.blocks
+
+    def put(self, node: int, feature: Any) -> None:
+        """Distribute what a node has computed, and predict the weights of its out-edges from it (Eq. 4)."""
+        raise NotImplementedError
+
+    def compute(self, node: int) -> Any:
+        """Close the in-edges of a block (Eq. 5), aggregate what the open ones bring, and transform the sum (Eq. 3)."""
+        raise NotImplementedError
+
+    def finish(self) -> Tensor:
+        """Compute the output node, report to the observers, and return the stage's output, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def report(self, wiring: Wiring) -> None:
+        """Tell the observers how this pass wired the stage."""
+        for index, observer in self.observers:
+            observer.observe(index, wiring)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass must predict, in view of the weights that are known before it begins.
+
+    `alpha`: whether routers run; `gates`: whether block gates decide. Imposed weights make both unnecessary.
+    """
+
+    alpha: bool
+    gates: bool
+
+    @classmethod
+    def of(cls, stage: StageNodes, imposed: Tensor | None) -> Needs:
+        """The needs of a pass through `stage` on which `imposed` is imposed."""
+        is_free = imposed is None
+        return cls(alpha=is_free and stage.weighting.reads_features, gates=is_free and stage.node_gates is not None)
+
+    @property
+    def are_weights_known(self) -> bool:
+        """Whether all weights are known beforehand: then nodes without an open path to the output node can be left out."""
+        return not (self.alpha or self.gates)
+
+
+class DenseWalk(Walk):
+    """Every node runs on every sample; what is closed weighs 0.
+
+    **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it. Its out-edges are closed, with α = 0, and
+    nothing reads what it computes. Input and output node always run; an output node without an open in-edge sums to 0.
+
+    Where gates train, a gated block computes for all samples, on what its in-edges bring, and its out-edges pass on those for
+    which it is open.
+    """
+
+    skips_nodes = False
+    """Whether a node is left out for samples for which nothing needs it."""
+
+    def __init__(self, stage: StageNodes, x: Tensor) -> None:
+        super().__init__(stage, x)
+        self.area = current_area()
+        self.needs = Needs.of(stage, self.imposed)
+        self.features: list[Any] = []  # x_i of each node
+        self.alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: for all samples
+        self.ran: list[Tensor | None] = [None]  # as `alive`
+        self.alpha = self.new_predictions()  # α of each edge
+        self.votes = self.new_predictions()  # what nodes contribute to the gates of others
+        self.alpha_rows: list[Tensor] = []
+        self.weight_rows: list[Tensor] = []
+        self.needed = self.find_needed() if self.skips_nodes and self.needs.are_weights_known else None
+
+    def put(self, node: int, feature: Any) -> None:
+        self.features.append(feature)
+        if feature is not None:
+            self.predict(node, feature)
+
+    def compute(self, node: int) -> Any:
+        alpha, weights, is_open = self.weigh(node)
+        sender_is_alive = stack_alive([self.alive[i] for i in self.topology.senders(node)])
+        weights, is_open, is_alive = close_edges(weights, is_open, sender_is_alive, self.decide(node, sender_is_alive))
+        if self.observers:
+            self.alpha_rows.append(close_edges(alpha, None, sender_is_alive)[0])
+            self.weight_rows.append(weights)
+        self.alive.append(is_alive)
+        if self.needed is not None:
+            is_alive = self.needed[:, node] if is_alive is None else is_alive & self.needed[:, node]
+        self.ran.append(is_alive)
+        return self.run(node, weights, is_open, is_alive)
+
+    def finish(self) -> Tensor:
+        output: Tensor = self.compute(self.topology.output)
+        if self.observers:
+            self.report(Wiring(self.topology, self.alpha_rows, self.weight_rows, self.ran[:-1]))
+        return output
+
+    def predict(self, node: int, feature: Tensor) -> None:
+        """Keep what a node predicts for its out-edges from its feature: α (Eq. 4), and its votes for block gates."""
+        stage, gates = self.stage, self.stage.node_gates
+        gated = gates.receivers(node) if gates is not None and self.needs.gates else ()
+        if not (self.needs.alpha or gated):
+            return
+        if stage.router_reads == "activation":
+            feature = stage.activation(feature.clone())  # a clone: timm's activations work in place
+        if self.needs.alpha:
+            self.keep(self.alpha, node, self.topology.free_receivers(node), stage.weighting.predict(node, feature))
+        if gates is not None and gated:
+            self.keep(self.votes, node, gated, gates.predict(node, feature))
+
+    def weigh(self, node: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """α, weights and openness (None: all open) of the node's in-edges, each (B, E), as if all senders were alive."""
+        batch, senders, weighting = self.x.shape[0], self.topology.senders(node), self.stage.weighting
+        if self.imposed is not None:
+            weights = self.imposed[:, node, list(senders)].to(self.x.device).expand(batch, -1)
+            return weights, weights, weights != 0
+        if node in self.topology.pinned:
+            weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node])
+            return weights, weights, None
+        # Shared weights are not collected edge by edge: the compiler would index into the row for every element of the sum.
+        alpha = self.row(self.alpha, node) if self.needs.alpha else weighting.shared_alpha(node).expand(batch, -1)
+        return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
+
+    def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
+        """Whether the gate of a block is open, (B,); None where it has none."""
+        if not self.needs.gates or node == self.topology.output:
+            return None
+        assert self.stage.node_gates is not None
+        votes = close_edges(self.row(self.votes, node), None, sender_is_alive)[0]
+        return self.stage.node_gates.decide(node, votes, self.stage.threshold_offset)
+
+    def find_needed(self) -> Tensor | None:
+        """For which samples each node has an open path to the output node, (B, N), from known weights; None for all."""
+        opened: dict[int, Tensor] = {}
+        alive: list[Tensor | None] = [None]
+        for node in range(1, self.topology.num_nodes):
+            _, weights, is_open = self.weigh(node)
+            sender_is_alive = stack_alive([alive[i] for i in self.topology.senders(node)])
+            _, is_open, is_alive = close_edges(weights, is_open, sender_is_alive)
+            alive.append(is_alive)
+            if is_open is not None:
+                opened[node] = is_open
+        return find_needed(self.topology, opened)
+
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Any:
+        """What a node distributes; for the output node the stage's output, (B, C, H, W).
+
+        `weights`, `is_open`: (B, E), the latter None for all open; `is_alive`: for which samples it must run, (B,), None: all.
+        """
+        sources = self.sources(node)
+        if self.stage.grad_checkpointing and self.stage.training and torch.is_grad_enabled():
+            return compute_checkpointed(self.stage, node, weights, is_open, *sources)
+        return self.stage.compute(node, weights, is_open, *sources)
+
+    def sources(self, node: int) -> tuple[Any, ...]:
+        """What a node reads: the features of its senders; before them, for an entry node, the raw stage input."""
+        senders = tuple(self.features[i] for i in self.topology.senders(node))
+        return (self.x, *senders) if node in self.topology.entry else senders
+
+    # How predictions are kept. A walk whose nodes run on some samples only keeps them in another form.
+
+    def new_predictions(self) -> Any:
+        """A place for one number for each sample and edge."""
+        return {}
+
+    def keep(self, predictions: Any, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
+        """Keep `values`, (B, E), predicted for the edges from `node` to `receivers`."""
+        for receiver, column in zip(receivers, values.unbind(1), strict=True):
+            predictions[node, receiver] = column
+
+    def row(self, predictions: Any, node: int) -> Tensor:
+        """What was predicted for the in-edges of `node`, (B, E)."""
+        return torch.stack([predictions[i, node] for i in self.topology.senders(node)], dim=1)

@@ -1,0 +1,96 @@
+"""What a forward pass through a stage reports to observers, and what is imposed on it.
+
+Both hold for one thread or task: passes of the same model in other threads are neither seen nor changed.
+
+Letters: B batch, N nodes of a stage, E in-edges of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.graph._context import ContextValue
+from dgnet.graph._topology import Topology
+
+
+class Wiring:
+    """How one forward pass wired a stage.
+
+    `alpha_rows`, `weight_rows`: (B, E) for each node from node 1 on, before and after closing. `ran`: whether each node but
+    the output node ran, (B,), bool, or 0 and 1 where gates train; None for all samples.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        alpha_rows: Sequence[Tensor],
+        weight_rows: Sequence[Tensor],
+        ran: Sequence[Tensor | None],
+    ) -> None:
+        self.topology, self.alpha_rows, self.weight_rows, self._ran = topology, alpha_rows, weight_rows, ran
+
+    @property
+    def alpha(self) -> Tensor:
+        """α of every edge, (B, N, N), detached; the imposed weights where a matrix was imposed."""
+        return self._to_matrix(self.alpha_rows)
+
+    @property
+    def adjacency(self) -> Tensor:
+        """The weights as aggregated, (B, N, N), detached; 0 where an edge is closed."""
+        return self._to_matrix(self.weight_rows)
+
+    @property
+    def ran(self) -> Tensor:
+        """Whether each node ran, (B, N): bool, or 0 and 1 with gradients where gates train. Without skipping: is alive."""
+        given = [column for column in self._ran if column is not None]
+        like = given[0] if given else self.weight_rows[0][:, 0].bool()
+        ones = torch.ones_like(like)
+        return torch.stack([ones if column is None else column for column in (*self._ran, None)], dim=1)  # output node: always
+
+    @torch.no_grad()
+    def _to_matrix(self, rows: Sequence[Tensor]) -> Tensor:
+        num_nodes = self.topology.num_nodes
+        matrix = rows[0].new_zeros(len(rows[0]), num_nodes, num_nodes, dtype=torch.promote_types(rows[0].dtype, torch.float32))
+        for node, row in enumerate(rows, start=1):
+            matrix[:, node, list(self.topology.senders(node))] = row.detach().to(matrix.dtype)
+        return matrix
+
+
+class Observer(Protocol):
+    """What sees the wirings of stages."""
+
+    def observe(self, index: int, wiring: Wiring) -> None:
+        """Called at the end of a forward pass of the stage `index` of those that are observed."""
+
+
+_OBSERVERS: ContextValue[tuple[tuple[nn.Module, int, Observer], ...]] = ContextValue("observers", ())
+_IMPOSED: ContextValue[tuple[tuple[nn.Module, Tensor], ...]] = ContextValue("imposed", ())
+
+
+def observe(stages: Sequence[nn.Module], observer: Observer) -> AbstractContextManager[None]:
+    """Report the wiring of each forward pass of `stages` inside the `with` block to `observer`."""
+    return _OBSERVERS.set((*_OBSERVERS.get(), *((stage, index, observer) for index, stage in enumerate(stages))))
+
+
+def observers_of(stage: nn.Module) -> list[tuple[int, Observer]]:
+    """Who sees the wiring of `stage`, each with the stage's index among those that it observes."""
+    return [(index, observer) for observed, index, observer in _OBSERVERS.get() if observed is stage]
+
+
+def impose(matrices: Sequence[tuple[nn.Module, Tensor]]) -> AbstractContextManager[None]:
+    """Inside the `with` block the edges of stages weigh what is given: pairs of a stage and (1 or B, N, N)."""
+    return _IMPOSED.set((*_IMPOSED.get(), *matrices))
+
+
+def imposed_on(stage: nn.Module) -> Tensor | None:
+    """The matrix that was last imposed on `stage`, (1 or B, N, N)."""
+    found = None
+    for changed, matrix in _IMPOSED.get():
+        if changed is stage:
+            found = matrix
+    return found

@@ -1,0 +1,54 @@
+"""The sparse mode as one graph, compiled or exported, in which Python cannot look at values.
+
+Letters: B batch, n samples for which a node runs, E in-edges of a node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgnet.graph import DenseWalk
+
+
+class BranchingWalk(DenseWalk):
+    """A node is a branch, taken where it is alive for some sample; a feature holds all samples.
+
+    Exported, a node runs on the gathered samples for which it is alive instead, of which there may be none. Under
+    `torch.compile` the branch is exact for one image; of a batch, what no image needs is left out. What a feature holds where
+    its node is dead, nothing reads.
+    """
+
+    skips_nodes = True
+
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Any:
+        if is_alive is None or node == self.topology.output:
+            return super().run(node, weights, is_open, is_alive)
+        opened = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
+        if torch.compiler.is_exporting():
+            return self._gather(node, weights, opened, is_alive)
+        return self._branch(node, weights, opened, is_alive)
+
+    def _gather(self, node: int, weights: Tensor, opened: Tensor, is_alive: Tensor) -> Tensor:
+        rows = is_alive.nonzero().squeeze(1)
+        sources = [source.index_select(0, rows) for source in self.sources(node)]
+        feature = self.stage.compute(node, weights[rows], opened[rows], *sources)
+        return feature.new_zeros(self.x.shape[0], *feature.shape[1:]).index_copy(0, rows, feature)
+
+    def _branch(self, node: int, weights: Tensor, opened: Tensor, is_alive: Tensor) -> Tensor:
+        stage, sources = self.stage, self.sources(node)
+        # Output shape: that of the senders. For an entry node an empty batch gives it, of which the graph keeps the shape only.
+        like = stage.nodes[node - 1](self.x[:0]) if node in self.topology.entry else sources[0]
+        shape, dtype = (self.x.shape[0], *like.shape[1:]), like.dtype
+
+        # Both branches write channels last, in which convolutions are fastest.
+
+        def compute(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
+            return stage.compute(node, weights, opened, *sources).clone(memory_format=torch.channels_last)
+
+        def skip(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=torch.channels_last)
+
+        return torch.cond(is_alive.any(), compute, skip, (weights, opened, *sources))
