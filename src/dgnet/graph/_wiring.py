@@ -37,12 +37,12 @@ class Wiring:
     @property
     def alpha(self) -> Tensor:
         """α of every edge, (B, N, N), detached; the imposed weights where a matrix was imposed."""
-        return self._to_matrix(self.alpha_rows)
+        return to_matrix(self.topology, self.alpha_rows)
 
     @property
     def adjacency(self) -> Tensor:
         """The weights as aggregated, (B, N, N), detached; 0 where an edge is closed."""
-        return self._to_matrix(self.weight_rows)
+        return to_matrix(self.topology, self.weight_rows)
 
     @property
     def ran(self) -> Tensor:
@@ -52,13 +52,15 @@ class Wiring:
         ones = torch.ones_like(like)
         return torch.stack([ones if column is None else column for column in (*self._ran, None)], dim=1)  # output node: always
 
-    @torch.no_grad()
-    def _to_matrix(self, rows: Sequence[Tensor]) -> Tensor:
-        num_nodes = self.topology.num_nodes
-        matrix = rows[0].new_zeros(len(rows[0]), num_nodes, num_nodes, dtype=torch.promote_types(rows[0].dtype, torch.float32))
-        for node, row in enumerate(rows, start=1):
-            matrix[:, node, list(self.topology.senders(node))] = row.detach().to(matrix.dtype)
-        return matrix
+
+@torch.no_grad()
+def to_matrix(topology: Topology, rows: Sequence[Tensor]) -> Tensor:
+    """(B, N, N) from one (B, E) row of in-edges for each node from node 1 on."""
+    num_nodes = topology.num_nodes
+    matrix = rows[0].new_zeros(len(rows[0]), num_nodes, num_nodes, dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    for node, row in enumerate(rows, start=1):
+        matrix[:, node, list(topology.senders(node))] = row.detach().to(matrix.dtype)
+    return matrix
 
 
 class Observer(Protocol):
