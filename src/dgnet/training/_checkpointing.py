@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 
+from dgnet.compat.lightning import take_sigterm
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file
 
@@ -88,12 +89,9 @@ class Checkpointing(CheckpointCallback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for a GPU
-        # In place of Lightning's, which know of SIGTERM in the first process only and ask the device before every batch. It
-        # restores handlers when it leaves.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if trainer.received_sigterm:
+        # In place of Lightning's handlers, which it restores when it leaves.
+        if take_sigterm(trainer):
             self.signum = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 signal.signal(signum, self._note)
