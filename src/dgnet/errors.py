@@ -28,6 +28,14 @@ class BadImageError(UsageError):
     """An image that cannot be read, does not decode, or is not the one that its annotations speak of."""
 
 
+class UnknownOptionError(UsageError):
+    """A network has no option of this name."""
+
+    def __init__(self, message: str, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A hint like "; did you mean 'resnet50'?", empty where no name is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

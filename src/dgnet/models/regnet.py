@@ -63,12 +63,8 @@ class DynamicRegNet(DynamicNetwork, RegNet):
         for name, tensor in state_dict.items():
             module, _, parameter = name.rpartition(".")
             block = re.fullmatch(r"trunk_output\.block(\d+)\.block\d+-(\d+)\.(.+)", module)
-            module = (
-                f"s{block[1]}.b{int(block[2]) + 1}.{_TORCHVISION.get(block[3], block[3])}"
-                if block
-                else _TORCHVISION.get(module, module)
-            )
-            translated[f"{module}.{parameter}"] = tensor
+            stage, module = (f"s{block[1]}.b{int(block[2]) + 1}.", block[3]) if block else ("", module)
+            translated[f"{stage}{_TORCHVISION.get(module, module)}.{parameter}"] = tensor
         return translated
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import io
 import signal
 import threading
 import time
@@ -44,11 +44,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as written:
-                torch.save(checkpoint, written)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _WRITER_FAILED.search(str(error)):
-                raise
+            with replace_file(path) as written, _Target(written) as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError:  # torch's writer says that it failed, not why
+                    if file.failure is not None:
+                        raise file.failure from None
+                    raise
+        except OSError as error:
             kept = "; the one before it is kept" if path.exists() else ""
             raise UsageError(f"checkpoint {path} cannot be written ({reason(error)}){kept}; then go on with --resume") from None
 
@@ -57,7 +60,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return content
 
 
-_WRITER_FAILED = re.compile("PytorchStreamWriter|iostream|inline_container")  # how torch's writer says that the disk is full
+class _Target(io.FileIO):
+    """A file to write; `failure`: why the system refused to, if it did."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is filling up takes a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        return size
 
 
 class Checkpointing(CheckpointCallback):

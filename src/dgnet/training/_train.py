@@ -10,7 +10,7 @@ from torch import nn
 
 from dgnet.checkpoint import describe_network, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
-from dgnet.errors import UsageError
+from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import create_model
 from dgnet.models._dynamic import stored_options
 from dgnet.models._static_weights import classifier_prefixes
@@ -42,8 +42,8 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     try:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
-    except UsageError as error:
-        if config.budget is not None and "no option 'node_gate'" in str(error):
+    except UnknownOptionError as error:
+        if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
