@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import dgnet
-from dgnet.compat.argparse import option_strings
+from dgnet.compat.argparse import as_typed, option_strings
 from dgnet.compat.torch import DYNAMO_READS_CONTEXT_VARS, has_forward_hooks, is_in_backward
 from dgnet.errors import BadImageError, UsageError
 
@@ -145,6 +145,19 @@ def test_a_parser_lists_its_options(kind):
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("images")
     assert {"--help", "--lr", "-v", "--verbose"} <= set(option_strings(parser)), moved("argparse", "_actions")
+
+
+def test_an_error_of_a_parser_names_the_option():
+    class Parser(ArgumentParser):
+        def error(self, message, ex=None):
+            raise UsageError(as_typed(message))
+
+    parser = Parser()
+    parser.add_argument("--clip-grad", type=float)
+    with pytest.raises(UsageError) as caught:
+        parser.parse_args(["--clip-grad", "x"])
+    assert str(caught.value).startswith("--clip-grad: "), moved("argparse", "the wording of jsonargparse's errors")
+    assert as_typed("another\n  wording") == "another wording"
 
 
 # Private names that are used outside `dgnet.compat`, with the reason.

@@ -24,6 +24,7 @@ from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import create_model
 from dgnet.models._connectivity import Connectivity
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
 
 
@@ -39,7 +40,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     config: dict[str, Any]  # the run's configuration
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode."""
         network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
         difference = load_state(network, self.state_dict)
@@ -50,7 +51,7 @@ class Checkpoint:
             )
         return network.eval()
 
-    def build_dynamic(self) -> nn.Module:
+    def build_dynamic(self) -> TimmNetwork:
         """As `build_network`. Raises UsageError for a static network."""
         network = self.build_network()
         if not find_stages(network):
@@ -60,7 +61,7 @@ class Checkpoint:
             )
         return network
 
-    def build_static(self) -> nn.Module | None:
+    def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, of the same classes and sizes. None where there is none."""
         name = self.model.removeprefix("dg_")
         if name == self.model or not timm.is_model(name):
@@ -200,7 +201,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
         raise _truncated(path) from None
 
 
-def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
+def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
     """Load trained weights into `network`, a static network's onto the nodes of its dynamic counterpart.
 
     Returns the names that stayed as initialised: a head of other classes, gates on blocks that were trained without, and what a

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgnet.checkpoint import DETECT, find_checkpoint, load_state, load_weights, read_described, read_tensors
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes
 
 _BODY = "backbone.body."
@@ -40,7 +41,8 @@ class DetectorCheckpoint:
                 f"{self.path} is damaged: its weights are not those of a detector on {self.model} ({difference});"
                 " use another checkpoint"
             )
-        return detector.eval()
+        detector.eval()
+        return detector
 
 
 def describe_detector(
@@ -87,7 +89,7 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
         ) from None
 
 
-def load_backbone(network: nn.Module, model: str, path: str | Path) -> list[str] | None:
+def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[str] | None:
     """Load a classifier's weights into `network`; returns the names that stayed as initialised, but for the classifier's own.
 
     None, and nothing done, where the file is a detector's. Raises UsageError for weights of another model.

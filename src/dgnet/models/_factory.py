@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,6 +16,7 @@ from torch import nn
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._protocol import TimmNetwork
 
 
 def list_models() -> list[str]:
@@ -24,7 +25,7 @@ def list_models() -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
@@ -36,7 +37,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
     try:
-        return timm.create_model(name, **kwargs)
+        return cast(TimmNetwork, timm.create_model(name, **kwargs))
     except UsageError:
         raise
     except _BAD_VALUE as error:
@@ -51,7 +52,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 def build_model(
     cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
-) -> nn.Module:
+) -> TimmNetwork:
     """What each registered function calls: timm's builder. Raises UnknownOptionError for an option that `cls` does not have."""
     if pretrained:
         raise UsageError(
@@ -59,7 +60,7 @@ def build_model(
             f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
         )
     _check_options(name, cls, kwargs)
-    return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return cast(TimmNetwork, build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs))
 
 
 def imagenet_cfg(**names: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from dgnet.models._protocol import TimmNetwork
+
 
 def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list[int]:
     """Indices of features as timm's networks take them: all for None, the last n for a number n, else counted from either end.
@@ -24,7 +26,7 @@ def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list
     return [index % num_features for index in wanted]
 
 
-class StagedNetwork(nn.Module):
+class StagedNetwork(TimmNetwork):
     """A network that runs the children named in `stem_names`, `stage_names` and `neck_names` one after the other.
 
     Subclasses build those children and `feature_info` (the stem first, then the stages), then call `build_head`.
@@ -36,6 +38,8 @@ class StagedNetwork(nn.Module):
     feature_info: list[dict[str, Any]]
     num_features: int
     grad_checkpointing = False
+    global_pool: Any  # timm's pooling
+    fc: nn.Module
 
     def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Pooling and classifier over `num_features` channels."""

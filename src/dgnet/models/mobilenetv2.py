@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._protocol import TimmNetwork
 
 
 def split_block(block: Any) -> BlockParts:
@@ -70,7 +71,7 @@ default_cfgs = generate_default_cfgs({"dg_mobilenetv2_100": imagenet_cfg(first_c
 
 
 @register_model
-def dg_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-MobileNetV2 1.0, 3.59 M parameters, 313 M multiply-adds (Table 1)."""
     return build_model(
         DynamicMobileNetV2,

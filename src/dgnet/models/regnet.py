@@ -8,11 +8,12 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.regnet import RegNet, model_cfgs
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._protocol import TimmNetwork
 
 # What torchvision calls the modules of stem, block and head.
 _TORCHVISION = {
@@ -74,23 +75,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> TimmNetwork:
     return build_model(DynamicRegNet, f"dg_{name}", pretrained, cfg=model_cfgs[name], **kwargs)
 
 
 @register_model
-def dg_regnetx_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnetx_006(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetX-600M, 6.22 M parameters, 600 M multiply-adds (Table 1); DG-Net-A of Table 5."""
     return _create("regnetx_006", pretrained, **kwargs)
 
 
 @register_model
-def dg_regnetx_016(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnetx_016(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetX-1600M, 9.23 M parameters, 1602 M multiply-adds (Table 1)."""
     return _create("regnetx_016", pretrained, **kwargs)
 
 
 @register_model
-def dg_regnety_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnety_006(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetY-600M with squeeze-and-excitation, 6.08 M parameters, 601 M multiply-adds; DG-Net-B of Table 5."""
     return _create("regnety_006", pretrained, **kwargs)
