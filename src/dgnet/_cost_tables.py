@@ -112,7 +112,7 @@ def cost_rows(
     rows = []
     for name in names:
         model = create_model(name)
-        own: tuple[int, int] = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+        own: tuple[int, int] = tuple(model.pretrained_cfg["input_size"][1:])
         size = image_size or (own if models else of.image_size)
         printed = paper[name] if name in paper and size == of.image_size else PaperCost(name)
         rows.append(

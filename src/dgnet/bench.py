@@ -137,7 +137,7 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
     against = config.against or config.model.removeprefix("dg_")
     torch.manual_seed(config.seed)
     networks = dgnet.create_model(config.model, **config.model_kwargs), dgnet.create_model(against)
-    own_size = _SHORT_SIDE if config.is_detection else int(networks[0].pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    own_size = _SHORT_SIDE if config.is_detection else int(networks[0].pretrained_cfg["input_size"][-1])
     image_size = config.image_size or own_size
     with tqdm(total=2 + config.rounds, disable=not show_progress, file=sys.stderr, unit="round", mininterval=1) as bar:
         bar.set_description(f"{config.model}: first call")

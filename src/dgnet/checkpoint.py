@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+import pickletools
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,10 @@ from torch import Tensor, nn
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file, writing
-from dgnet.graph import find_stages
+from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import create_model
 from dgnet.models._connectivity import Connectivity
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
 
 
@@ -36,19 +40,18 @@ class Checkpoint:
     preprocessing: Preprocessing
     config: dict[str, Any]  # the run's configuration
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode."""
         network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
-        try:
-            network.load_state_dict(self.state_dict)
-        except RuntimeError as error:
+        difference = load_state(network, self.state_dict)
+        if difference:
             raise UsageError(
-                f"{self.path} is damaged: its weights are not those of {self.model}, which it names"
-                f" ({describe_mismatch(error)}); use another checkpoint"
-            ) from None
+                f"{self.path} is damaged: its weights are not those of {self.model}, which it names ({difference});"
+                " use another checkpoint"
+            )
         return network.eval()
 
-    def build_dynamic(self) -> nn.Module:
+    def build_dynamic(self) -> TimmNetwork:
         """As `build_network`. Raises UsageError for a static network."""
         network = self.build_network()
         if not find_stages(network):
@@ -58,7 +61,7 @@ class Checkpoint:
             )
         return network
 
-    def build_static(self) -> nn.Module | None:
+    def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, of the same classes and sizes. None where there is none."""
         name = self.model.removeprefix("dg_")
         if name == self.model or not timm.is_model(name):
@@ -166,14 +169,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
+    except pickle.UnpicklingError:
+        if _has_pickled_code(path):
             raise UsageError(
                 f"{path} carries pickled code and was not loaded; a checkpoint holds tensors and plain values only:"
                 " save the state dict, or use safetensors"
             ) from None
         raise _truncated(path) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError):
+    except Exception:  # whatever the bytes lead torch to
         raise _truncated(path) from None
     content = content if isinstance(content, dict) else {}
     carried = content.get("dgnet")
@@ -198,7 +201,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
         raise _truncated(path) from None
 
 
-def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
+def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
     """Load trained weights into `network`, a static network's onto the nodes of its dynamic counterpart.
 
     Returns the names that stayed as initialised: a head of other classes, gates on blocks that were trained without, and what a
@@ -217,15 +220,13 @@ def load_weights(network: nn.Module, model: str, path: str | Path) -> list[str]:
     reset = [n for n in state_dict if n.startswith(heads) and n in own and state_dict[n].shape != own[n].shape]
     # A trained DG-Net is fine-tuned to a budget: gates on its blocks are new.
     new = [n for n in own if ".node_gates." in n and n not in state_dict]
-    try:
-        network.load_state_dict({**state_dict, **{name: own[name] for name in (*reset, *new)}})
-    except RuntimeError as error:
-        difference = describe_mismatch(error)
+    difference = load_state(network, {**state_dict, **{name: own[name] for name in (*reset, *new)}})
+    if difference:
         if carried and carried.get("model") == model:
             line = f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
         else:
             line = f"{path} {_whose(carried, model)} ({difference}); name its own model with --model"
-        raise UsageError(line) from None
+        raise UsageError(line)
     return [*reset, *new]
 
 
@@ -238,7 +239,46 @@ def _truncated(path: Path) -> UsageError:
     return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
 
 
-def describe_mismatch(error: RuntimeError) -> str:
-    """The first difference that `load_state_dict` reports."""
-    lines = [line.strip() for line in str(error).splitlines()[1:]]
-    return (lines[0] if lines else str(error))[:200]
+def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
+    """Load a state dict; returns the first thing in which it differs from the network's own, in words, "" where they agree.
+
+    Where they differ, the network may hold some of the tensors.
+    """
+    for name, stage in network.named_modules():
+        mask = state_dict.get(f"{name}.mask") if isinstance(stage, DynamicGraph) else None
+        if mask is not None and not torch.equal(mask.cpu(), stage.topology.mask):
+            return f"{name} has other edges"
+    own = network.state_dict()
+    for name, tensor in state_dict.items():
+        if name in own and own[name].shape != tensor.shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+    try:
+        missing, unexpected = network.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:  # a module of the user's own objects
+        return reason(error)
+    if missing:
+        return f"it lacks {_first(missing)}"
+    return f"it also holds {_first(unexpected)}" if unexpected else ""
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _has_pickled_code(path: Path) -> bool:
+    """Whether a file that torch refuses to unpickle names functions or classes other than those of tensors."""
+    if zipfile.is_zipfile(path):
+        try:
+            return bool(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        except (ValueError, RuntimeError):
+            return False
+    with suppress(ValueError), path.open("rb") as file:  # as torch wrote it up to 1.5: one pickle after another
+        while file.peek(1):
+            for operation, argument, _ in pickletools.genops(file):
+                module = str(argument).partition(" ")[0]
+                if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and module not in _TENSOR_MODULES):
+                    return True
+    return False
+
+
+_TENSOR_MODULES = ("torch", "torch._utils", "torch.storage", "collections")

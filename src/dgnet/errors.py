@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -17,14 +16,24 @@ class UsageError(ValueError):
     The command line prints the line and exits with status 2.
     """
 
-    def __str__(self) -> str:
-        # A DataLoader worker re-raises with its traceback in front of the message.
-        message = re.split(r"dgnet\.errors\.\w+: ", super().__str__())[-1]
-        return " ".join(line.strip() for line in message.strip().splitlines())
+    def __init__(self, message: str = "") -> None:
+        if message.startswith("Caught "):  # a DataLoader may raise again what was raised in a worker
+            from dgnet.compat.torch import message_from_worker  # not at the top: it imports torch
+
+            message = message_from_worker(type(self), message)
+        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
 class BadImageError(UsageError):
     """An image that cannot be read, does not decode, or is not the one that its annotations speak of."""
+
+
+class UnknownOptionError(UsageError):
+    """A network has no option of this name."""
+
+    def __init__(self, message: str, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

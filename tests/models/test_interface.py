@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import dgnet
-from dgnet.errors import UsageError
+from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.graph import Router, find_stages
 
 DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
@@ -196,6 +196,22 @@ def test_a_router_of_the_users_own_starts_its_layers_as_it_likes(name):
 def test_bad_connectivity_is_refused_when_the_model_is_built(kwargs, message):
     with pytest.raises(UsageError, match=message):
         dgnet.create_model("dg_resnet20", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("dg_resnet20", "topologie"), ("resnet20", "weighting"), ("resnet18", "node_gate"), ("resnet18", "foo")],
+)
+def test_an_option_that_a_network_lacks_is_told_by_its_name(name, option):
+    with pytest.raises(UnknownOptionError) as caught:
+        dgnet.create_model(name, num_classes=3, **{option: "x"})
+    assert caught.value.option == option
+
+
+def test_a_bad_value_is_no_unknown_option():
+    with pytest.raises(UsageError, match=r"^resnet18 cannot be built with layers=3: TypeError") as caught:
+        dgnet.create_model("resnet18", layers=3)
+    assert type(caught.value) is UsageError
 
 
 def test_an_unknown_model_is_answered_with_the_nearest_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import random
 import signal
 import time
@@ -223,6 +224,18 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
     assert WholeCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("values", [1, 1_000_000])
+def test_a_full_device_is_told_from_what_cannot_be_saved(values, tmp_path):
+    part = tmp_path / ".last.ckpt.part"
+    part.symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=r"last.ckpt cannot be written \(No space left on device\); then go on"):
+        WholeCheckpointIO().save_checkpoint({"x": torch.zeros(values)}, tmp_path / "last.ckpt")
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        WholeCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(data, tmp_path):

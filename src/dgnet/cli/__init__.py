@@ -16,6 +16,7 @@ from typing import NoReturn
 import dgnet
 from dgnet.cli import analyze, classify, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
+from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
 
@@ -103,7 +104,7 @@ def _group_parser(group: Group, name: str) -> Parser:
 
 def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
     """Raises UsageError, with the nearest name, for an unknown option, and with its name for a recipe that is no YAML."""
-    options = [option for action in parser._actions for option in action.option_strings]
+    options = option_strings(parser)
     for word, following in zip(words, [*words, ""][1:], strict=True):
         name, _, value = word.partition("=")
         if name == "--config" and os.path.isfile(path := value or following):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from dgnet.compat.argparse import as_typed
 from dgnet.errors import UsageError, reason
 from dgnet.files import without_nan
 from dgnet.options import flag
@@ -28,9 +28,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UsageError in place of printing the usage and leaving."""
-        line = " ".join(str(message).split())
-        line = re.sub(r'^Parser key "([\w.]+)":', lambda match: f"--{match[1].replace('_', '-')}:", line)
-        raise UsageError(line.replace("<class ", "").replace("'>.", "'."))
+        raise UsageError(as_typed(message))
 
 
 @dataclass(frozen=True)

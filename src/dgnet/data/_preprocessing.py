@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm.data
-from PIL import Image
-from torch import Tensor
 from torchvision import transforms
 
 
@@ -50,9 +47,9 @@ class Preprocessing:
             }
         )
 
-    def evaluation_transform(self) -> Callable[[Image.Image], Tensor]:
-        """Resize, centre crop, normalise."""
-        transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
+    def evaluation_transform(self) -> transforms.Compose:
+        """Resize, centre crop, normalise: an image to (3, H, W)."""
+        transform: transforms.Compose = timm.data.create_transform(
             (3, *self.image_size),
             interpolation=self.interpolation,
             mean=self.mean,
@@ -61,7 +58,12 @@ class Preprocessing:
         )
         return transform
 
-    def training_transform(self, augment: str, hflip: float) -> Callable[[Image.Image], Tensor]:
+    def cropping(self) -> transforms.Compose:
+        """The part of `evaluation_transform` before tensors: resize, centre crop."""
+        *resize_and_crop, _, _ = self.evaluation_transform().transforms
+        return transforms.Compose(resize_and_crop)
+
+    def training_transform(self, augment: str, hflip: float) -> transforms.Compose:
         """Random augmentation, then normalise.
 
         `augment`: "rrc" (random resized crop, as on ImageNet), "pad-crop" (evaluation's crop, zero-padded by an eighth and
@@ -70,7 +72,7 @@ class Preprocessing:
         if augment == "none":
             return self.evaluation_transform()
         if augment == "rrc":
-            transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
+            transform: transforms.Compose = timm.data.create_transform(
                 (3, *self.image_size),
                 is_training=True,
                 hflip=hflip,
@@ -81,10 +83,9 @@ class Preprocessing:
             )
             return transform
         height, width = self.image_size
-        *resize_and_crop, _, _ = self.evaluation_transform().transforms  # type: ignore[attr-defined]
         return transforms.Compose(
             [
-                *resize_and_crop,
+                self.cropping(),
                 transforms.RandomCrop(self.image_size, padding=(width // 8, height // 8)),
                 transforms.RandomHorizontalFlip(hflip),
                 transforms.ToTensor(),

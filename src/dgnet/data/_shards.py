@@ -66,11 +66,18 @@ def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.T
         if f".{extension.lower()}" in IMG_EXTENSIONS:
             yield key, member, None
         elif extension == "cls":
-            content = tar.extractfile(member).read()  # type: ignore[union-attr]
+            content = read_member(tar, member)
             try:
                 yield key, member, int(content)
             except ValueError:
                 raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is no whole number") from None
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a member that is a file."""
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
 
 
 def no_label(path: str, key: str) -> UsageError:
@@ -156,7 +163,7 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             with gopen(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
                 for key, member, label in walk_shard(tar, path):
                     if label is None:
-                        images[key] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                        images[key] = read_member(tar, member)
                     else:
                         check_label(f"{path}, sample {key}", label, len(self.class_names))
                         labels[key] = label

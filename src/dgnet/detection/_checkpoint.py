@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dgnet.checkpoint import DETECT, describe_mismatch, find_checkpoint, load_weights, read_described, read_tensors
+from dgnet.checkpoint import DETECT, find_checkpoint, load_state, load_weights, read_described, read_tensors
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError, reason
 from dgnet.models import create_model
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes
 
 _BODY = "backbone.body."
@@ -34,14 +35,14 @@ class DetectorCheckpoint:
     def build(self) -> Detector:
         """The trained detector, in evaluation mode. Raises UsageError where its weights are not those that it describes."""
         detector = Detector(create_model(self.model, **self.model_kwargs), len(self.class_names), **self.detector)
-        try:
-            detector.load_state_dict(self.state_dict)
-        except RuntimeError as error:
+        difference = load_state(detector, self.state_dict)
+        if difference:
             raise UsageError(
-                f"{self.path} is damaged: its weights are not those of a detector on {self.model}"
-                f" ({describe_mismatch(error)}); use another checkpoint"
-            ) from None
-        return detector.eval()
+                f"{self.path} is damaged: its weights are not those of a detector on {self.model} ({difference});"
+                " use another checkpoint"
+            )
+        detector.eval()
+        return detector
 
 
 def describe_detector(
@@ -88,7 +89,7 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
         ) from None
 
 
-def load_backbone(network: nn.Module, model: str, path: str | Path) -> list[str] | None:
+def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[str] | None:
     """Load a classifier's weights into `network`; returns the names that stayed as initialised, but for the classifier's own.
 
     None, and nothing done, where the file is a detector's. Raises UsageError for weights of another model.
@@ -110,11 +111,9 @@ def load_trained(detector: Detector, path: str | Path) -> list[str]:
     reset = [
         name for name in own if name.startswith(_HEADS) and name in state_dict and state_dict[name].shape != own[name].shape
     ]
-    try:
-        detector.load_state_dict({**state_dict, **{name: own[name] for name in reset}})
-    except RuntimeError as error:
+    difference = load_state(detector, {**state_dict, **{name: own[name] for name in reset}})
+    if difference:
         raise UsageError(
-            f"{path} holds the weights of another detector ({describe_mismatch(error)}); give its backbone with --model, and"
-            " its options"
-        ) from None
+            f"{path} holds the weights of another detector ({difference}); give its backbone with --model, and its options"
+        )
     return reset

@@ -177,7 +177,7 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
 
 def _read_json(path: Path) -> dict[str, list[Any]]:
     try:
-        document = json.loads(path.read_bytes())
+        document: dict[str, list[Any]] = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:

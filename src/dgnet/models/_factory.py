@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from dgnet.errors import UsageError, check_range, did_you_mean, reason
+from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._protocol import TimmNetwork
 
 
 def list_models() -> list[str]:
@@ -23,7 +25,7 @@ def list_models() -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
@@ -35,28 +37,30 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
     try:
-        return timm.create_model(name, **kwargs)
+        return cast(TimmNetwork, timm.create_model(name, **kwargs))
     except UsageError:
         raise
     except _BAD_VALUE as error:
-        raise _explain(error, name, kwargs) from error
+        if isinstance(error, TypeError):  # perhaps an option that timm's network does not have
+            network = inspect.signature(timm.model_entrypoint(name.partition(".")[0])).return_annotation
+            _check_options(name, network, kwargs)
+        given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
+        raise UsageError(
+            f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
 def build_model(
     cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
-) -> nn.Module:
-    """What each registered function calls: timm's builder, with one-line errors for unknown options."""
+) -> TimmNetwork:
+    """What each registered function calls: timm's builder. Raises UnknownOptionError for an option that `cls` does not have."""
     if pretrained:
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
             f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
         )
-    try:
-        return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs)
-    except TypeError as error:
-        if _UNKNOWN_OPTION.search(str(error)):
-            raise _explain(error, name, kwargs, cls) from error
-        raise
+    _check_options(name, cls, kwargs)
+    return cast(TimmNetwork, build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs))
 
 
 def imagenet_cfg(**names: Any) -> dict[str, Any]:
@@ -76,22 +80,28 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
 
 # What a constructor may make of a value that it cannot use.
 _BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
-_UNKNOWN_OPTION = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
+# Options that timm's builder takes and no network sees.
+_BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
 
-def _explain(error: Exception, name: str, kwargs: dict[str, Any], cls: type[nn.Module] | None = None) -> UsageError:
-    unknown = _UNKNOWN_OPTION.search(str(error))
-    if unknown is None:
-        given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
-        return UsageError(f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}")
-    option, connectivity = unknown[1], [f.name for f in fields(Connectivity)]
-    if cls is not None and issubclass(cls, DynamicNetwork):
-        arguments = {argument for base in cls.__mro__[:-1] for argument in inspect.signature(base).parameters}
-        known = [*connectivity, *(arguments - {option, "self", "args", "kwargs", "options"})]
-        return UsageError(
-            f"{name} has no option {option!r}{did_you_mean(option, known)}; connectivity options: {', '.join(connectivity)}"
-        )
-    if option in connectivity:
+def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
+    """Raises UnknownOptionError for the first of `options` that a class of networks does not have."""
+    if not inspect.isclass(network):
+        return
+    connectivity = [f.name for f in fields(Connectivity)]
+    is_dynamic = issubclass(network, DynamicNetwork)
+    arguments = {argument for base in network.__mro__[:-1] for argument in inspect.signature(base).parameters}
+    arguments -= {"self", "args", "kwargs", "options"}
+    known = [*(connectivity if is_dynamic else []), *sorted(arguments)]
+    unknown = (option for option, value in options.items() if value is not None and option not in {*known, *_BUILDER_OPTIONS})
+    option = next(unknown, None)
+    if option is None:
+        return
+    hint = did_you_mean(option, known)
+    line = f"{name} has no option {option!r}{hint}; its options are those of {network.__module__}.{network.__qualname__}"
+    if is_dynamic:
+        line = f"{name} has no option {option!r}{hint}; connectivity options: {', '.join(connectivity)}"
+    elif option in connectivity:
         dynamic = f"dg_{name}" if timm.is_model(f"dg_{name}") else "a dg_ model"
-        return UsageError(f"{name} is static and has no option {option!r}; use {dynamic}, see: dgnet models")
-    return UsageError(f"{name} has no option {option!r}; its options are those of timm's {name}")
+        line = f"{name} is static and has no option {option!r}; use {dynamic}, see: dgnet models"
+    raise UnknownOptionError(line, option)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from dgnet.models._protocol import TimmNetwork
 
-class StagedNetwork(nn.Module):
+
+def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Indices of features as timm's networks take them: all for None, the last n for a number n, else counted from either end.
+
+    Raises ValueError for an index that no feature has.
+    """
+    if indices is None:
+        return list(range(num_features))
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    if indices == 0 or not all(-num_features <= index < num_features for index in wanted):
+        raise ValueError(f"there are {num_features} features, got indices {indices}")
+    return [index % num_features for index in wanted]
+
+
+class StagedNetwork(TimmNetwork):
     """A network that runs the children named in `stem_names`, `stage_names` and `neck_names` one after the other.
 
     Subclasses build those children and `feature_info` (the stem first, then the stages), then call `build_head`.
@@ -23,6 +38,8 @@ class StagedNetwork(nn.Module):
     feature_info: list[dict[str, Any]]
     num_features: int
     grad_checkpointing = False
+    global_pool: Any  # timm's pooling
+    fc: nn.Module
 
     def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Pooling and classifier over `num_features` channels."""
@@ -74,7 +91,8 @@ class StagedNetwork(nn.Module):
         """The last feature, and stem and stage features, as timm's: index 0 is the stem, then come the stages."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices) if indices != [] else ([], len(self.stage_names))
+        take = take_indices(len(self.feature_info), indices)
+        last = max(take, default=len(self.stage_names))
         for name in self.stem_names:
             x = getattr(self, name)(x)
         intermediates = [x] if 0 in take else []
@@ -94,7 +112,8 @@ class StagedNetwork(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last one in `indices`, and the head, as timm's."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        take = take_indices(len(self.feature_info), indices)
+        last = max(take)
         is_cut = last < len(self.stage_names)
         dropped = [*self.stage_names[last:], *(self.neck_names if is_cut or prune_head else ())]
         for name in dropped:

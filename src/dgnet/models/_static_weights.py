@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
 from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._protocol import TimmNetwork
 
 
-def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+def load_static_weights(model: TimmNetwork, state_dict: Mapping[str, Tensor]) -> list[str]:
     """Load a static checkpoint of timm's or torchvision's into the dynamic network of the same family, in place.
 
     Blocks become nodes, a stage's projection becomes its input node. Returns the names that stayed as initialised: routers,
@@ -46,9 +46,9 @@ def load_static_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> l
     return initial
 
 
-def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+def classifier_prefixes(model: TimmNetwork) -> tuple[str, ...]:
     """How the names of the classifier's parameters begin."""
-    classifier: Any = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    classifier = model.pretrained_cfg["classifier"]
     return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
 
 

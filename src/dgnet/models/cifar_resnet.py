@@ -15,6 +15,7 @@ from torch import nn
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._factory import build_model
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
 from dgnet.models.resnet import split_block
 
@@ -101,54 +102,54 @@ _DEPTHS = (20, 32, 56, 110)
 default_cfgs = generate_default_cfgs({f"{prefix}resnet{depth}": _cfg() for prefix in ("", "dg_") for depth in _DEPTHS})
 
 
-def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> TimmNetwork:
     blocks = (depth - 2) // 6
     return build_model(cls, name, pretrained, {"out_indices": (0, 1, 2, 3)}, layers=(blocks, blocks, blocks), **kwargs)
 
 
 @register_model
-def resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-20 for 32×32 images, the static baseline."""
     return _create(CifarResNet, "resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
-def resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-32 for 32×32 images, the static baseline."""
     return _create(CifarResNet, "resnet32", 32, pretrained, **kwargs)
 
 
 @register_model
-def resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-56 for 32×32 images, the static baseline."""
     return _create(CifarResNet, "resnet56", 56, pretrained, **kwargs)
 
 
 @register_model
-def resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-110 for 32×32 images, the static baseline."""
     return _create(CifarResNet, "resnet110", 110, pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-20 for 32×32 images."""
     return _create(DynamicCifarResNet, "dg_resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-32 for 32×32 images."""
     return _create(DynamicCifarResNet, "dg_resnet32", 32, pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-56 for 32×32 images."""
     return _create(DynamicCifarResNet, "dg_resnet56", 56, pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-110 for 32×32 images."""
     return _create(DynamicCifarResNet, "dg_resnet110", 110, pretrained, **kwargs)

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv
-from timm.models._efficientnet_builder import decode_arch_def, round_channels
-from timm.models.efficientnet import EfficientNet
+from timm.models.efficientnet import EfficientNet, mobilenetv2_100
 from torch import Tensor, nn
 
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
-
-# Stages as timm writes them: block, repeats, kernel, stride, expansion, channels (Sandler et al., 2018, Table 2).
-_STAGES = [
-    ["ds_r1_k3_s1_c16"],
-    ["ir_r2_k3_s2_e6_c24"],
-    ["ir_r3_k3_s2_e6_c32"],
-    ["ir_r4_k3_s2_e6_c64"],
-    ["ir_r3_k3_s1_e6_c96"],
-    ["ir_r3_k3_s2_e6_c160"],
-    ["ir_r1_k3_s1_e6_c320"],
-]
+from dgnet.models._protocol import TimmNetwork
 
 
 def split_block(block: Any) -> BlockParts:
     """Inverted bottleneck: nothing follows the addition, and a block that changes the shape has no shortcut."""
-    if isinstance(block, DepthwiseSeparableConv):
+    is_separable = not hasattr(block, "conv_pwl")  # of stage 1, without expansion
+    if is_separable:
         path: tuple[str, ...] = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2")
         first, last = block.conv_dw, block.conv_pw
     else:
@@ -47,13 +35,15 @@ def split_block(block: Any) -> BlockParts:
 
 
 class DynamicMobileNetV2(DynamicNetwork, EfficientNet):
-    """MobileNetV2 whose stages are graphs. Takes the arguments of timm's EfficientNet and those of `Connectivity`."""
+    """MobileNetV2 whose stages are graphs. Takes the arguments of timm's `mobilenetv2_100` and those of `Connectivity`."""
 
-    stage_names = tuple(f"blocks.{index}" for index in range(len(_STAGES)))
+    stage_names = tuple(f"blocks.{index}" for index in range(7))
 
     def __init__(self, **kwargs: Any) -> None:
         connectivity = Connectivity.take_from(kwargs)
-        super().__init__(**kwargs)
+        nn.Module.__init__(self)
+        # How timm describes the stages to EfficientNet is private: take over modules and attributes of a network that it built.
+        vars(self).update(vars(mobilenetv2_100(**kwargs)))
         self.build_stages(split_block, connectivity)
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -81,15 +71,12 @@ default_cfgs = generate_default_cfgs({"dg_mobilenetv2_100": imagenet_cfg(first_c
 
 
 @register_model
-def dg_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-MobileNetV2 1.0, 3.59 M parameters, 313 M multiply-adds (Table 1)."""
     return build_model(
         DynamicMobileNetV2,
         "dg_mobilenetv2_100",
         pretrained,
         feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True},
-        block_args=decode_arch_def(_STAGES),
-        round_chs_fn=partial(round_channels, multiplier=1.0),
-        act_layer=nn.ReLU6,
         **kwargs,
     )

@@ -16,6 +16,7 @@ from dgnet.graph import Topology
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, Transform, build_stage
 from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
 
 
@@ -100,7 +101,7 @@ _NAMES = ("randwire_small_er", "randwire_small_ba", "randwire_small_ws", "dg_ran
 default_cfgs = generate_default_cfgs({name: imagenet_cfg(first_conv="conv1.0", classifier="fc") for name in _NAMES})
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> TimmNetwork:
     # As Xie et al. have it: one weight an edge, through a sigmoid.
     options = {"topology": name.rpartition("_")[2], "weighting": "learned", **kwargs}
     if options["weighting"] == "learned":
@@ -109,24 +110,24 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 @register_model
-def randwire_small_er(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def randwire_small_er(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """RandWire-ER (P = 0.2), 584 ± 8 M multiply-adds over graphs (Table 4)."""
     return _create("randwire_small_er", pretrained, **kwargs)
 
 
 @register_model
-def randwire_small_ba(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def randwire_small_ba(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """RandWire-BA (M = 5), 602 M multiply-adds (Table 4)."""
     return _create("randwire_small_ba", pretrained, **kwargs)
 
 
 @register_model
-def randwire_small_ws(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def randwire_small_ws(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """RandWire-WS (K = 4, P = 0.75), 578 ± 8 M multiply-adds over graphs (Table 4)."""
     return _create("randwire_small_ws", pretrained, **kwargs)
 
 
 @register_model
-def dg_randwire_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_randwire_small(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-Net on RandWire's nodes: the complete graph with routed weights, 612 M multiply-adds (Table 4)."""
     return build_model(RandWire, "dg_randwire_small", pretrained, {"out_indices": (0, 1, 2, 3)}, **kwargs)

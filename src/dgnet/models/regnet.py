@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.regnet import RegNet, model_cfgs
-from timm.models.regnet import _filter_fn as checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._protocol import TimmNetwork
+
+# What torchvision calls the modules of stem, block and head.
+_TORCHVISION = {
+    "stem.0": "stem.conv",
+    "stem.1": "stem.bn",
+    "proj.0": "downsample.conv",
+    "proj.1": "downsample.bn",
+    "f.a.0": "conv1.conv",
+    "f.a.1": "conv1.bn",
+    "f.b.0": "conv2.conv",
+    "f.b.1": "conv2.bn",
+    "f.se.fc1": "se.fc1",
+    "f.se.fc2": "se.fc2",
+    "f.c.0": "conv3.conv",
+    "f.c.1": "conv3.bn",
+    "fc": "head.fc",
+}
 
 
 def split_block(block: Any) -> BlockParts:
@@ -39,8 +57,15 @@ class DynamicRegNet(DynamicNetwork, RegNet):
         self.build_stages(split_block, connectivity)
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """timm's own translation of torchvision's and pycls's names."""
-        translated: Mapping[str, Tensor] = checkpoint_filter_fn(dict(state_dict))
+        """torchvision numbers stages and blocks as trunk_output.block1.block1-0, and has other names for what is in them."""
+        if "stem.0.weight" not in state_dict:
+            return state_dict
+        translated = {}
+        for name, tensor in state_dict.items():
+            module, _, parameter = name.rpartition(".")
+            block = re.fullmatch(r"trunk_output\.block(\d+)\.block\d+-(\d+)\.(.+)", module)
+            stage, module = (f"s{block[1]}.b{int(block[2]) + 1}.", block[3]) if block else ("", module)
+            translated[f"{stage}{_TORCHVISION.get(module, module)}.{parameter}"] = tensor
         return translated
 
 
@@ -50,23 +75,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> TimmNetwork:
     return build_model(DynamicRegNet, f"dg_{name}", pretrained, cfg=model_cfgs[name], **kwargs)
 
 
 @register_model
-def dg_regnetx_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnetx_006(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetX-600M, 6.22 M parameters, 600 M multiply-adds (Table 1); DG-Net-A of Table 5."""
     return _create("regnetx_006", pretrained, **kwargs)
 
 
 @register_model
-def dg_regnetx_016(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnetx_016(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetX-1600M, 9.23 M parameters, 1602 M multiply-adds (Table 1)."""
     return _create("regnetx_016", pretrained, **kwargs)
 
 
 @register_model
-def dg_regnety_006(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_regnety_006(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-RegNetY-600M with squeeze-and-excitation, 6.08 M parameters, 601 M multiply-adds; DG-Net-B of Table 5."""
     return _create("regnety_006", pretrained, **kwargs)

@@ -13,6 +13,7 @@ from dgnet.errors import UsageError
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
+from dgnet.models._protocol import TimmNetwork
 
 _PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}
 
@@ -48,7 +49,7 @@ class StridedResNet(ResNet):
             if kwargs.get(name, plain) != plain:
                 raise UsageError(f"{name}={kwargs[name]!r} cannot be had: stage 1 strides in a plain block; leave it out")
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.set_submodule("maxpool", nn.Identity())
         stage: Any = self.layer1
         first = stage[0]
         strided = first.conv1 if isinstance(first, BasicBlock) else first.conv2
@@ -89,53 +90,53 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> TimmNetwork:
     return build_model(cls, name, pretrained, **_NETWORKS[name.partition("_")[2]], **kwargs)
 
 
 @register_model
-def dg_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet18(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-18, 11.70 M parameters, 1826 M multiply-adds (Table 1)."""
     return _create(DynamicResNet, "dg_resnet18", pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet50(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-50, 25.62 M parameters, 4126 M multiply-adds (Table 1)."""
     return _create(DynamicResNet, "dg_resnet50", pretrained, **kwargs)
 
 
 @register_model
-def dg_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnet101(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-101, 44.89 M parameters, 7838 M multiply-adds (Table 1)."""
     return _create(DynamicResNet, "dg_resnet101", pretrained, **kwargs)
 
 
 @register_model
-def dg_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def dg_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNeXt-50-32x4d, 25.09 M parameters, 4306 M multiply-adds (Table 1)."""
     return _create(DynamicResNet, "dg_resnext50_32x4d", pretrained, **kwargs)
 
 
 @register_model
-def strided_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def strided_resnet18(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-18's static twin: ResNet-18 with stride 2 in stage 1 in place of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet18", pretrained, **kwargs)
 
 
 @register_model
-def strided_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def strided_resnet50(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-50's static twin: ResNet-50 with stride 2 in stage 1 in place of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet50", pretrained, **kwargs)
 
 
 @register_model
-def strided_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def strided_resnet101(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-101's static twin: ResNet-101 with stride 2 in stage 1 in place of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet101", pretrained, **kwargs)
 
 
 @register_model
-def strided_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def strided_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNeXt-50's static twin: ResNeXt-50 with stride 2 in stage 1 in place of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnext50_32x4d", pretrained, **kwargs)

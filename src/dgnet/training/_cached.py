@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -85,7 +84,7 @@ class CachedLoader:
 
 def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     """uint8 images (N, 3, H, W), resized and cropped as for evaluation, and labels (N,)."""
-    resize_and_crop = Compose(preprocessing.evaluation_transform().transforms[:-2])  # type: ignore[attr-defined]
+    resize_and_crop = preprocessing.cropping()
     images = torch.empty((len(dataset), 3, *preprocessing.image_size), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.long)
     for index in tqdm(range(len(dataset)), desc="decoding images", leave=False, disable=None, file=sys.stderr):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import io
 import signal
 import threading
 import time
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 
+from dgnet.compat.lightning import take_sigterm
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file
 
@@ -43,11 +44,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as written:
-                torch.save(checkpoint, written)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _WRITER_FAILED.search(str(error)):
-                raise
+            with replace_file(path) as written, _Target(written) as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError:  # torch's writer says that it failed, not why
+                    if file.failure is not None:
+                        raise file.failure from None
+                    raise
+        except OSError as error:
             kept = "; the one before it is kept" if path.exists() else ""
             raise UsageError(f"checkpoint {path} cannot be written ({reason(error)}){kept}; then go on with --resume") from None
 
@@ -56,7 +60,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return content
 
 
-_WRITER_FAILED = re.compile("PytorchStreamWriter|iostream|inline_container")  # how torch's writer says that the disk is full
+class _Target(io.FileIO):
+    """A file to write; `failure`: why the system refused to, if it did."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is filling up takes a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        return size
 
 
 class Checkpointing(CheckpointCallback):
@@ -88,12 +108,9 @@ class Checkpointing(CheckpointCallback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for a GPU
-        # In place of Lightning's, which know of SIGTERM in the first process only and ask the device before every batch. It
-        # restores handlers when it leaves.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if trainer.received_sigterm:
+        # In place of Lightning's handlers, which it restores when it leaves.
+        if take_sigterm(trainer):
             self.signum = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 signal.signal(signum, self._note)

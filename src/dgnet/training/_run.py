@@ -26,13 +26,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.layer_sync import LayerSync
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.layers import convert_sync_batchnorm
 from torch.nn import Module
 
 from dgnet.checkpoint import read_tensors, save_tensors
+from dgnet.compat.lightning import take_processes
 from dgnet.errors import BadImageError, UsageError, reason
 from dgnet.files import hold, read_table, replace_file, writing
 from dgnet.options import flag
@@ -160,11 +160,7 @@ class Run:
         except Interrupted:
             raise
         except BaseException as error:
-            launcher = trainer.strategy.launcher
-            others: list[subprocess.Popen[bytes]] = []
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                others += launcher.procs
-                launcher.procs.clear()  # Lightning watches them, and would kill this process where one left
+            others = take_processes(trainer)
             has_refused = isinstance(error, RuntimeError) and _has_refused(others)
             for process in others:  # or they would wait for this one
                 process.kill()

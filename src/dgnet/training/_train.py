@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dgnet.checkpoint import describe_network, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
-from dgnet.errors import UsageError
+from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import create_model
 from dgnet.models._dynamic import stored_options
+from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
@@ -42,8 +42,8 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     try:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
-    except UsageError as error:
-        if config.budget is not None and "no option 'node_gate'" in str(error):
+    except UnknownOptionError as error:
+        if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
@@ -60,7 +60,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
         try:
-            network.set_grad_checkpointing(True)  # type: ignore[operator]
+            network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
     if config.channels_last:
@@ -79,7 +79,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def describe_initial(network: nn.Module, names: list[str]) -> str:
+def describe_initial(network: TimmNetwork, names: list[str]) -> str:
     """What of a network stayed as initialised after trained weights were loaded, in one line."""
     heads = [name for name in names if name.startswith(classifier_prefixes(network))]
     others = [name for name in names if name not in heads]
@@ -94,11 +94,11 @@ def describe_initial(network: nn.Module, names: list[str]) -> str:
 
 
 def prepare_data(
-    config: TrainConfig, network: nn.Module, train: ImageDataset | ShardStream, val: ImageDataset
+    config: TrainConfig, network: TimmNetwork, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set both data sets' transforms; returns the preprocessing that a checkpoint carries, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size)  # type: ignore[arg-type]
+    preprocessing = Preprocessing.of(network.pretrained_cfg, size)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment

@@ -1,0 +1,227 @@
+"""Private names of other libraries: each still does what `dgnet.compat` needs, and nothing else touches one."""
+
+import argparse
+import ast
+import io
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.utils.checkpoint
+from jsonargparse import ArgumentParser
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import dgnet
+from dgnet.compat.argparse import as_typed, option_strings
+from dgnet.compat.torch import DYNAMO_READS_CONTEXT_VARS, has_forward_hooks, is_in_backward
+from dgnet.errors import BadImageError, UsageError
+
+SOURCE = Path(dgnet.__file__).parent
+
+
+def moved(library: str, name: str) -> str:
+    file = library.lower()
+    return f"{library} has moved or changed {name}: see dgnet/compat/{file}.py"
+
+
+def test_a_backward_pass_is_noticed():
+    seen = []
+
+    def forward(x):
+        seen.append(is_in_backward())
+        return x * x
+
+    y = torch.utils.checkpoint.checkpoint(forward, torch.ones(1, requires_grad=True), use_reentrant=False)
+    y.backward()
+    assert seen == [False, True], moved("torch", "_C._current_graph_task_id")
+    assert not is_in_backward()
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_forward_hooks_of_a_part_are_noticed(register):
+    module = nn.Sequential(nn.Sequential(nn.ReLU()))
+    assert not has_forward_hooks(module)
+    handle = getattr(module[0][0], register)(lambda *arguments: None)
+    assert has_forward_hooks(module), moved("torch", "Module._forward_hooks or _forward_pre_hooks")
+    handle.remove()
+    assert not has_forward_hooks(module)
+
+
+def test_dynamo_reads_context_variables_or_not():
+    variable = ContextVar("variable", default=2)
+
+    def double(x):
+        return x * variable.get()
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    try:
+        compiled(torch.ones(1))
+        is_traced = True
+    except torch._dynamo.exc.Unsupported:
+        is_traced = False
+    assert is_traced == DYNAMO_READS_CONTEXT_VARS, moved("torch", "_dynamo.source.ContextVarGetSource")
+
+
+class Refusing(Dataset):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [UsageError, BadImageError])
+@pytest.mark.parametrize("message", ["a.jpg is no image; take it out", "two\nlines: of it", "dgnet.errors: x"])
+def test_what_a_worker_says_arrives(kind, message):
+    with pytest.raises(UsageError) as caught:
+        list(DataLoader(Refusing(kind(message)), num_workers=1))
+    assert type(caught.value) is kind
+    assert str(caught.value) == message.replace("\n", " "), moved("torch", "the text of a worker's exception")
+
+
+def test_only_what_a_worker_said_is_taken_apart():
+    assert str(UsageError("Caught in the act")) == "Caught in the act"
+    assert str(UsageError("dgnet.errors.UsageError: of old")) == "dgnet.errors.UsageError: of old"
+
+
+@pytest.fixture
+def trainer() -> Iterator[L.Trainer]:
+    level = logging.getLogger("lightning.pytorch").level
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    yield L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1)
+    logging.getLogger("lightning.pytorch").setLevel(level)
+
+
+def test_lightning_leaves_sigterm_alone(trainer):
+    from dgnet.compat.lightning import take_sigterm
+
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    assert callable(loop._broadcast_sigterm_tensor), moved("Lightning", "_broadcast_sigterm_tensor")
+    assert not take_sigterm(trainer)
+    connector.received_sigterm = True
+    assert take_sigterm(trainer), moved("Lightning", "_signal_connector.received_sigterm")
+    assert not trainer.received_sigterm, moved("Lightning", "_signal_connector.received_sigterm")
+    assert "_broadcast_sigterm_tensor" in Path(sys.modules[type(loop).__module__].__file__).read_text(encoding="utf-8")
+
+
+def test_lightning_hands_over_its_processes():
+    from dgnet.compat.lightning import _SubprocessScriptLauncher, take_processes
+
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        trainer.strategy._configure_launcher()
+        launcher = trainer.strategy.launcher
+    assert isinstance(launcher, _SubprocessScriptLauncher), moved("Lightning", "_SubprocessScriptLauncher")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    launcher.procs.append(process)
+    assert take_processes(trainer) == [process], moved("Lightning", "_SubprocessScriptLauncher.procs")
+    assert launcher.procs == []
+
+
+def test_lightning_in_one_process_has_none(trainer):
+    from dgnet.compat.lightning import take_processes
+
+    assert take_processes(trainer) == []
+
+
+@pytest.mark.parametrize("kind", [argparse.ArgumentParser, ArgumentParser])
+def test_a_parser_lists_its_options(kind):
+    parser = kind()
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("images")
+    assert {"--help", "--lr", "-v", "--verbose"} <= set(option_strings(parser)), moved("argparse", "_actions")
+
+
+def test_an_error_of_a_parser_names_the_option():
+    class Parser(ArgumentParser):
+        def error(self, message, ex=None):
+            raise UsageError(as_typed(message))
+
+    parser = Parser()
+    parser.add_argument("--clip-grad", type=float)
+    with pytest.raises(UsageError) as caught:
+        parser.parse_args(["--clip-grad", "x"])
+    assert str(caught.value).startswith("--clip-grad: "), moved("argparse", "the wording of jsonargparse's errors")
+    assert as_typed("another\n  wording") == "another wording"
+
+
+# Private names that are used outside `dgnet.compat`, with the reason.
+ALLOWED = {
+    ("training/_loading.py", "_exit"): "os._exit is documented",
+    # To be replaced by names of `dgnet.compat` or of the public interface.
+    ("graph/_record.py", "_C"): "compat.torch.is_in_backward",
+    ("graph/_record.py", "_current_graph_task_id"): "compat.torch.is_in_backward",
+    ("graph/_stage.py", "_BatchNorm"): "nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm",
+    ("graph/_stage.py", "_load_from_state_dict"): "register_load_state_dict_pre_hook",
+    ("graph/_weighting.py", "_apply"): "a tensor made where it is needed",
+    ("inference/_native.py", "_forward_hooks"): "compat.torch.has_forward_hooks",
+    ("inference/_native.py", "_forward_pre_hooks"): "compat.torch.has_forward_hooks",
+    ("detection/_backbone.py", "_BatchNorm"): "as in graph/_stage.py",
+}
+
+OWN_MEMBERS = (nn.Module(), L.LightningModule(), L.Callback(), ArgumentParser(), io.BytesIO(), DataLoader([]))
+"""Objects of other libraries of which the package has subclasses: what `self` may not touch."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name != "_"
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Each private name that a file takes from elsewhere or gives to a class of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_private(node.name):
+            yield node.name
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            yield from (a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and is_private(str(a.value)))
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] != "dgnet":
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            yield from (part for part in parts if is_private(part) and node.module != "__future__")
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".") if not alias.name.startswith("dgnet")]
+            yield from filter(is_private, names)
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """The private names that a file defines: functions, methods, class and instance attributes, constants."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def test_no_other_file_touches_a_private_name_of_another_library():
+    trees = {str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+    files = {name: tree for name, tree in trees.items() if not name.startswith("compat/")}
+    foreign = {name for thing in OWN_MEMBERS for name in dir(thing)}
+    own = {name for tree in files.values() for name in own_names(tree)} - foreign
+    modules = {Path(name).stem for name in files}
+    used = {(file, name) for file, tree in files.items() for name in private_names(tree) if name not in own | modules}
+    unexpected = sorted(used - ALLOWED.keys())
+    assert not unexpected, f"private names of other libraries belong in dgnet/compat: {unexpected}"
+    assert not ALLOWED.keys() - used, "no longer used: take them out of ALLOWED"
+
+
+def test_importing_the_package_imports_no_lightning():
+    code = "import sys, dgnet; sys.exit('lightning' in sys.modules or 'dgnet.compat.lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
