@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from dgnet.compat import DYNAMO_READS_CONTEXT_VARS
+from dgnet.compat.torch import DYNAMO_READS_CONTEXT_VARS
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgnet.compat import BATCH_NORMS
 from dgnet.graph._nodes import StageNodes
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def compute_checkpointed(stage: StageNodes, node: int, *arguments: Any) -> Tensor:
@@ -34,7 +35,7 @@ class KeepStatistics(AbstractContextManager[None]):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.norms = [child for child in module.modules() if isinstance(child, BATCH_NORMS)]
+        self.norms = [child for child in module.modules() if isinstance(child, _BATCH_NORMS)]
         self.before: list[tuple[float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:

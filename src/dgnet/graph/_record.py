@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dgnet.compat import is_in_backward
+from dgnet.compat.torch import is_in_backward
 from dgnet.errors import UsageError
 from dgnet.graph._stage import DynamicGraph, require_stages
 from dgnet.graph._topology import Topology

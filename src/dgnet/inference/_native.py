@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgnet.compat.torch import has_forward_hooks
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import (
     FixedWeighting,
@@ -199,7 +200,7 @@ def _sparse_walk() -> type[Walk]:
 
 def _flatten(block: nn.Module) -> list[nn.Module] | None:
     """The convolutions and rectifiers that a block is a sequence of; None where it is more than that."""
-    if _has_hooks(block):
+    if has_forward_hooks(block):
         return None
     if type(block) in (nn.Sequential, Transform):
         parts = [_flatten(child) for child in block.children()]
@@ -210,16 +211,12 @@ def _flatten(block: nn.Module) -> list[nn.Module] | None:
     return [block] if is_plain or type(block) is nn.ReLU else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
-
-
 def _takes(stage: StageNodes) -> bool:
     """Whether the extension knows everything that the stage has."""
     weighting, gates = stage.weighting, stage.node_gates
     if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
         return False
-    if any(_has_hooks(module) for module in (weighting, stage.activation, gates) if module is not None):
+    if any(has_forward_hooks(module) for module in (weighting, stage.activation, gates) if module is not None):
         return False
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
