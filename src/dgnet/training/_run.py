@@ -34,7 +34,7 @@ from torch.nn import Module
 
 from dgnet.checkpoint import read_tensors, save_tensors
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import hold, read_table, replace_file, writing
+from dgnet.files import lock, read_table, replace_file, writing
 from dgnet.options import flag
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted, WholeCheckpointIO
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
@@ -71,7 +71,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         return
     folder, made = (resume, []) if resume else make_folder(config)
     try:
-        with _hold_folder(folder):
+        with _lock_folder(folder):
             if not resume:
                 check_empty(folder)
             yield Run(config, resume, folder)
@@ -81,8 +81,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
                 path.rmdir()
 
 
-def _hold_folder(folder: Path) -> AbstractContextManager[None]:
-    return hold(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE)
+def _lock_folder(folder: Path) -> AbstractContextManager[None]:
+    return lock(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE)
 
 
 class Run:
@@ -98,9 +98,9 @@ class Run:
         self.folder = folder
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
-        self.learned: list[str] | None = None  # the classes
+        self.class_names: list[str] | None = None  # of the run that goes on
         if resume and self.last.exists():
-            self.step, self.learned = _read_progress(self.last)
+            self.step, self.class_names = _read_progress(self.last)
         if resume and self.is_main:
             for part in self.folder.rglob(".*.part"):  # of a file that was being written when the run was killed
                 part.unlink()
@@ -115,9 +115,9 @@ class Run:
         """Raises UsageError for too few training `images`, and where a run that goes on learned other classes."""
         if images < batch_size:
             raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
-        if self.learned is not None and list(class_names) != self.learned:
+        if self.class_names is not None and list(class_names) != self.class_names:
             raise UsageError(
-                f"--resume {self.folder}: the run learned the classes {_listed(self.learned)},"
+                f"--resume {self.folder}: the run learned the classes {_listed(self.class_names)},"
                 f" and --data has {_listed(class_names)}"
             )
 
@@ -241,7 +241,7 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     if not is_done or _read_progress(last)[0] <= int(rows[-1]["step"]):
         return config, None
     if is_main_process() and not (folder / "model.safetensors").exists():
-        with _hold_folder(folder):
+        with _lock_folder(folder):
             if not (folder / "model.safetensors").exists():
                 _write_weights(folder)
     return config, RunResult(folder, _last_metrics(folder))
