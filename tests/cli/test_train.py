@@ -186,7 +186,7 @@ def test_the_default_run_folder_is_the_next_free_one(images, tmp_path, monkeypat
 
 
 def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dgnet.training._run.PATIENCE", 0.2)
+    monkeypatch.setattr("dgnet.training._folder.PATIENCE", 0.2)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     folder = tmp_path / "run"
     options = ["--data", images, "--epochs", 1, "--threads", 1, "--output", folder, *QUICK]
