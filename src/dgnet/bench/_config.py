@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dgnet.errors import UsageError
 from dgnet.options import check_bounds, check_choices, option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")  # names in torch, which a help text need not import
 TASKS = ("train", "infer", "detect-train", "detect-infer")
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels, of a detector's images (§6.3)
 
@@ -35,7 +33,7 @@ class BenchConfig:
     batch_size: int = option(32, "images in a step")
     image_size: int | None = option(None, "side in pixels, of a detector the short one; by default the model's own, 800")
     device: str = "cpu"
-    dtype: str = option("float32", "float32, bfloat16 or float16; autocast in training", tuple(DTYPES))
+    dtype: str = option("float32", "float32, bfloat16 or float16; autocast in training", DTYPES)
     compile: bool = option(False, "compile both networks with torch.compile")
     cuda_graphs: bool = option(False, "compile with CUDA graphs, which small batches need")
     channels_last: bool = option(True, "channels_last memory format")

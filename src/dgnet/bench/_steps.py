@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.bench._config import DTYPES, BenchConfig, image_width
+from dgnet.bench._config import BenchConfig, image_width
 from dgnet.inference import fold_batch_norms
 from dgnet.inference._timing import Step
 
@@ -54,7 +54,7 @@ def prepare_step(network: nn.Module, config: BenchConfig, image_size: int) -> tu
 
 def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) -> _Task:
     device = torch.device(config.device)
-    dtype = torch.float32 if config.is_training else DTYPES[config.dtype]
+    dtype = torch.float32 if config.is_training else _dtype(config)
     network = network.to(dtype).to(device).to(memory_format=_memory_format(config)).train(config.is_training)
     images = torch.randn(config.batch_size, 3, image_size, image_size, device=device, dtype=dtype)
     images = images.to(memory_format=_memory_format(config))
@@ -93,5 +93,10 @@ def _memory_format(config: BenchConfig) -> torch.memory_format:
 
 
 def _autocast(config: BenchConfig) -> torch.autocast:
-    dtype = DTYPES[config.dtype]
+    dtype = _dtype(config)
     return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
+
+
+def _dtype(config: BenchConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
