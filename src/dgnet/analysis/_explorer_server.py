@@ -107,10 +107,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: fl
 
     Raises UsageError as `check_address` does.
     """
-    gr = import_gradio()
     check_address(host, port)
-    # System fonts: the default theme's come from another server.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     _, address, _ = app.launch(
         server_name=host,
         server_port=port,
@@ -119,7 +116,6 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: fl
         quiet=True,
         prevent_thread_lock=True,
         max_file_size=int(max_megabytes * 2**20),
-        theme=theme,
         css="td, th { padding-right: 1.5rem; text-align: left; }",
         footer_links=[],
         run_history=False,
