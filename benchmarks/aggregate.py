@@ -27,6 +27,7 @@ from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.graph import aggregate
 from dgnet.graph._aggregate import aggregate_by_loop
+from dgnet.inference import time_alternating
 
 
 def main() -> None:
@@ -98,15 +99,7 @@ def measure(channels: int, height: int, width: int, edges: int, dtype: str, args
     for name, form in forms.items():
         runs[f"{name} forward"] = lambda form=form: forward(form)  # type: ignore[misc]
         runs[f"{name} both"] = lambda form=form: both(form)  # type: ignore[misc]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds + 2):  # two to warm up
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - started)
+    seconds = time_alternating(runs, args.rounds, args.device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     maps = {"forward": edges + 1, "both": (edges + 1) + (2 * edges + 1)}
     copy_rate = 2 * edges * batch * size / median["copy"]

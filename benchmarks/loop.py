@@ -32,8 +32,8 @@ from dgnet.data import ImageDataset
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule, build_parameter_groups
 from dgnet.training._progress import Progress
-from dgnet.training._run import build_trainer, quiet_lightning
 from dgnet.training._train import prepare_data
+from dgnet.training._trainer import build_trainer, quiet_lightning
 
 
 class Noise(ImageDataset):

@@ -23,6 +23,7 @@ import torch
 
 import dgnet
 from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
+from dgnet.inference import time_alternating
 from dgnet.options import flag
 
 STRIDED = "strided_"
@@ -142,14 +143,8 @@ def copy_bandwidth(device: str) -> float:
     """Bytes read and written a second by a copy of 256 MiB, the best of ten."""
     source = torch.empty(64 * 2**20, device=device).normal_()
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(11):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * source.nbytes / best
+    seconds = time_alternating({"copy": lambda: target.copy_(source)}, rounds=10, device=device, round_seconds=0)
+    return 2 * source.nbytes / min(seconds["copy"])
 
 
 def format_tables(results: list[dict[str, Any]]) -> str:

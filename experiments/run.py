@@ -29,7 +29,7 @@ from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import leave_pipe
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
-from dgnet.files import hold, make_writable, read_table, write_table
+from dgnet.files import lock, make_writable, read_table, write_table
 from dgnet.graph import find_stages
 from dgnet.options import flag
 from grid import Grid, Run, missing_runs, read_grid
@@ -78,7 +78,7 @@ def run_grid(args: argparse.Namespace) -> int:
     check_range("--jobs", jobs, 1)
     make_writable(args.output)
     refusal = f"another run.py works on {args.grid}; it runs what is missing"
-    with hold(args.grid, refusal), Workers(grid, args.data, args.output, device) as workers:
+    with lock(args.grid, refusal), Workers(grid, args.data, args.output, device) as workers:
         return workers.run(missing, jobs, args.minutes)
 
 

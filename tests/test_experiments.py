@@ -16,7 +16,7 @@ import yaml
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.files import hold, read_table, write_table
+from dgnet.files import lock, read_table, write_table
 from tests.data.test_sources import jpeg, write_shard
 from tests.training.processes import wait_for
 
@@ -144,7 +144,7 @@ def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
 
 
 def test_one_runner_works_on_a_grid(folder):
-    with hold(folder / "grid.yaml", "held"):
+    with lock(folder / "grid.yaml", "held"):
         refused = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
     assert refused.returncode == 2
     assert refused.stderr == f"run.py: another run.py works on {folder}/grid.yaml; it runs what is missing\n"
@@ -158,7 +158,7 @@ def test_a_terminated_runner_stops_what_it_started_and_goes_on(folder):
     runner.terminate()
     assert runner.wait(60) == 143
     for path in (folder / "runs").glob("*/"):
-        with hold(path, f"{path} is trained in still"):
+        with lock(path, f"{path} is trained in still"):
             pass
     done = call(*words)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import timm
 import torch
@@ -27,18 +27,66 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
 
+CLASSIFY, DETECT = "classify", "detect"
+"""What a checkpoint says that it is for."""
+
+_COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
+
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint of `dgnet train` says of its network."""
+class Described:
+    """What the checkpoint of any command says of its network."""
 
     path: Path
     state_dict: dict[str, Tensor]  # the network's own keys
     model: str
     model_kwargs: dict[str, Any]
     class_names: list[str]
-    preprocessing: Preprocessing
     config: dict[str, Any]  # the run's configuration
+
+    task: ClassVar[str]  # CLASSIFY or DETECT
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors.
+
+        Raises UsageError for a file that is missing, truncated, carries pickled code, is no checkpoint of dgnet or one for
+        another task, or whose description is damaged.
+        """
+        path, state_dict, carried = read_described(path, cls.task)
+        try:
+            return cls(
+                path=path,
+                state_dict=state_dict,
+                model=str(carried["model"]),
+                model_kwargs=dict(carried["model_kwargs"]),
+                class_names=[str(name) for name in carried["class_names"]],
+                config=dict(carried["config"]),
+                **cls.read_own(carried),
+            )
+        except KeyError as error:
+            fault = f"lacks {error}"
+        except (TypeError, ValueError) as error:
+            fault = f"cannot be read ({reason(error)})"
+        raise UsageError(f"{path} is damaged: its description of the network {fault}; use another checkpoint")
+
+    @staticmethod
+    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that only this kind of checkpoint has. Raises KeyError, TypeError or ValueError where they are damaged."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Checkpoint(Described):
+    """What a checkpoint of `dgnet train` says of its network."""
+
+    preprocessing: Preprocessing
+
+    task = CLASSIFY
+
+    @staticmethod
+    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
+        return {"preprocessing": Preprocessing.from_dict(carried["preprocessing"])}
 
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode."""
@@ -105,29 +153,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of dgnet.
     """
-    path, state_dict, carried = read_described(path, CLASSIFY)
-    try:
-        return Checkpoint(
-            path,
-            state_dict,
-            str(carried["model"]),
-            dict(carried["model_kwargs"]),
-            [str(name) for name in carried["class_names"]],
-            Preprocessing.from_dict(carried["preprocessing"]),
-            dict(carried["config"]),
-        )
-    except KeyError as error:
-        raise UsageError(f"{path} is damaged: its description of the network lacks {error}; use another checkpoint") from None
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} is damaged: its description of the network cannot be read ({reason(error)}); use another checkpoint"
-        ) from None
-
-
-CLASSIFY, DETECT = "classify", "detect"
-"""What a checkpoint says that it is for."""
-
-_COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
+    return Checkpoint.read(path)
 
 
 def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

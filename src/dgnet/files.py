@@ -56,11 +56,11 @@ def make_writable(folder: Path) -> None:
 
 
 @contextmanager
-def hold(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
-    """Keep other processes that hold `path`, a file or a folder, out of the `with` block.
+def lock(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
+    """Lock `path`, a file or a folder, inside the `with` block: other processes that lock it wait or are refused.
 
-    Raises UsageError with `refusal` where another process has it and keeps it for `seconds`. Where the system or the file
-    system has no locks, nobody is kept out.
+    Raises UsageError with `refusal` if another process keeps its lock for `seconds`. If the system or the file system has no
+    locks, nobody is refused.
     """
     try:
         import fcntl

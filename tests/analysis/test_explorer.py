@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dgnet._cost import cost_model
-from dgnet.analysis._explorer import (
+from dgnet.analysis._explorer_page import (
     collect,
     describe_exploration,
     quantise,

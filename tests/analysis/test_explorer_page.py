@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from dgnet.analysis._explorer import collect, describe_exploration, render_explorer, shorten_names
+from dgnet.analysis._explorer_page import collect, describe_exploration, render_explorer, shorten_names
 from dgnet.analysis._sweep import OFFSETS
 from tests.analysis.pictures import CLASSES, Pictures, open_browser, watch
 from tests.conftest import spread_routers

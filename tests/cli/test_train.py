@@ -17,7 +17,7 @@ from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
 from dgnet.data import TRAIN, hold_out, open_dataset
 from dgnet.errors import UsageError
-from dgnet.files import hold, read_table
+from dgnet.files import lock, read_table
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier
 from tests.command import QUICK, ask, refuse
@@ -186,19 +186,19 @@ def test_the_default_run_folder_is_the_next_free_one(images, tmp_path, monkeypat
 
 
 def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dgnet.training._run.PATIENCE", 0.2)
+    monkeypatch.setattr("dgnet.training._folder.PATIENCE", 0.2)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     folder = tmp_path / "run"
     options = ["--data", images, "--epochs", 1, "--threads", 1, "--output", folder, *QUICK]
     threads = torch.get_num_threads()
     folder.mkdir()
-    with hold(folder, "held"):
+    with lock(folder, "held"):
         assert "is a run's that goes on in another process" in refuse(capsys, "train", *options)
     ask(capsys, "train", *options)
     assert os.environ["OMP_NUM_THREADS"] == "1"  # what Lightning gives further processes
     torch.set_num_threads(threads)
     (folder / "metrics.csv").unlink()  # the run goes on
-    with hold(folder, "held"):
+    with lock(folder, "held"):
         assert "is a run's that goes on in another process" in refuse(capsys, "train", "--resume", folder)
 
 

@@ -25,6 +25,19 @@ def test_steps_take_turns_and_each_round_is_a_figure():
     assert "".join(calls) == "aabb" + "ba" + "ab" + "ba"  # to warm up, then the rounds
 
 
+def test_a_short_step_repeats_until_its_round_is_long_enough():
+    calls: list[str] = []
+
+    def step() -> None:
+        calls.append("step")
+        time.sleep(0.01)
+
+    seconds = time_alternating({"a": step}, rounds=2, round_seconds=0.05, after_round=lambda: calls.append("round"))
+    turns = "".join(call[0] for call in calls[2:]).split("r")
+    assert [len(turn) for turn in turns] == [pytest.approx(5, abs=2)] * 2 + [0]
+    assert all(0.01 <= value < 0.05 for value in seconds["a"])  # of one call
+
+
 def test_all_modes_are_measured_and_the_network_stays_as_it_is(tiny):
     network = set_mode(tiny(node_gate="hard", node_gate_bias=0.3).eval(), "sparse")
     images = torch.randn(4, 3, 12, 10)

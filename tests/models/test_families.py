@@ -62,8 +62,8 @@ def test_chain_fixed_with_the_shortcut_in_the_node_is_the_static_network(name):
 def test_complete_fixed_is_mobilenetv2_without_the_added_projections():
     static = shake_norms(timm.create_model("mobilenetv2_100")).eval()
     dynamic = dgnet.create_model("dg_mobilenetv2_100", weighting="fixed").eval()
-    initial = dgnet.load_static_weights(dynamic, static.state_dict())
-    assert {name.split(".")[2] for name in initial} == {"input"}
+    untrained = dgnet.load_static_weights(dynamic, static.state_dict())
+    assert {name.split(".")[2] for name in untrained} == {"input"}
     for stage in find_stages(dynamic):
         nn.init.zeros_(stage.input[1].weight)
         nn.init.zeros_(stage.input[1].bias)
@@ -86,9 +86,9 @@ def test_weights_of_torchvision(name):
     static = shake_norms(TORCHVISION[name]()).eval()
     dynamic = dgnet.create_model(name, topology="chain", weighting="fixed", shortcut="node").eval()
     in_another_order = dict(sorted(static.state_dict().items()))  # as a safetensors file gives them
-    initial = dgnet.load_static_weights(dynamic, in_another_order)
+    untrained = dgnet.load_static_weights(dynamic, in_another_order)
     # A ResNet-18 has no projection in stage 1.
-    assert {name.rpartition(".")[0] for name in initial} == ({"layer1.input.0", "layer1.input.1"} if "18" in name else set())
+    assert {name.rpartition(".")[0] for name in untrained} == ({"layer1.input.0", "layer1.input.1"} if "18" in name else set())
     if name in STRIDED:  # another stem; the twin on DG's takes the same weights
         static_twin = static_counterpart(name).eval()
         static_twin.load_state_dict({**static_twin.state_dict(), **static.state_dict()})
@@ -103,12 +103,12 @@ def test_what_a_static_network_lacks_is_listed_and_a_head_of_other_classes_stays
     static = dgnet.create_model("resnet20", num_classes=10)
     dynamic = dgnet.create_model("dg_resnet20", num_classes=3)
     before = copy.deepcopy(dynamic.state_dict())
-    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    untrained = dgnet.load_static_weights(dynamic, static.state_dict())
     expected = [name for name in before if ".weighting." in name or name.startswith("fc.")]
     # Stage 1 of the CIFAR form keeps its shape: its input node is the identity.
-    assert initial == expected
+    assert untrained == expected
     after = dynamic.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in initial)
+    assert all(torch.equal(before[name], after[name]) for name in untrained)
     assert torch.equal(after["layer2.nodes.1.conv1.weight"], static.layer2[1].conv1.weight)
     assert torch.equal(after["layer2.input.0.weight"], static.layer2[0].downsample[0].weight)
 
@@ -116,9 +116,9 @@ def test_what_a_static_network_lacks_is_listed_and_a_head_of_other_classes_stays
 def test_static_weights_start_a_network_with_gates_on_its_blocks():
     static = timm.create_model("resnet18")
     dynamic = dgnet.create_model("dg_resnet18", node_gate="hard")
-    initial = dgnet.load_static_weights(dynamic, static.state_dict())
+    untrained = dgnet.load_static_weights(dynamic, static.state_dict())
     gates = {name for name in dynamic.state_dict() if ".node_gates." in name}
-    assert gates <= set(initial)
+    assert gates <= set(untrained)
     assert torch.equal(dynamic.layer2.nodes[1].conv1.weight, static.layer2[1].conv1.weight)
 
 

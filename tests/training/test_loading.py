@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dgnet.data import IGNORED, ImageDataset, Preprocessing, fold
+from dgnet.data import IGNORED, ImageDataset, Preprocessing, mix_seed
 from dgnet.training import TrainConfig
 from dgnet.training._loading import EvaluationOrder, TrainingOrder
 from dgnet.training._module import ImageDataModule
@@ -113,9 +113,9 @@ def test_what_is_drawn_for_an_image_is_a_function_of_seed_epoch_and_index():
 
 
 def test_seeds_of_neighbours_have_nothing_in_common():
-    seeds = [fold(*key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0), (0, 2**40))]
+    seeds = [mix_seed(*key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0), (0, 2**40))]
     assert len(set(seeds)) == len(seeds)
-    bits = torch.tensor([[seed >> place & 1 for place in range(64)] for seed in map(fold, range(500))]).float()
+    bits = torch.tensor([[seed >> place & 1 for place in range(64)] for seed in map(mix_seed, range(500))]).float()
     assert bits.mean(0).sub(0.5).abs().max() < 0.1
     assert torch.corrcoef(bits.T).fill_diagonal_(0).abs().max() < 0.25
 

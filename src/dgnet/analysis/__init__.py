@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dgnet.analysis._adjacency import plot_adjacency as plot_adjacency
     from dgnet.analysis._adjacency import plot_graph as plot_graph
     from dgnet.analysis._analyze import analyze as analyze
-    from dgnet.analysis._explorer import write_explorer as write_explorer
+    from dgnet.analysis._explorer_page import write_explorer as write_explorer
     from dgnet.analysis._sweep import sweep_thresholds as sweep_thresholds
 
 _PLACES = {
@@ -17,7 +17,7 @@ _PLACES = {
     "plot_adjacency": "_adjacency",
     "plot_graph": "_adjacency",
     "sweep_thresholds": "_sweep",
-    "write_explorer": "_explorer",
+    "write_explorer": "_explorer_page",
 }
 
 

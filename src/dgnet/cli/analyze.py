@@ -86,7 +86,7 @@ def _find_folder(args: Namespace) -> Path:
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
     """The document, what is printed, and the files written for a checkpoint."""
     from dgnet.analysis._analyze import analyze
-    from dgnet.analysis._explorer import write_explorer
+    from dgnet.analysis._explorer_page import write_explorer
     from dgnet.checkpoint import load_checkpoint
     from dgnet.inference import can_skip
     from dgnet.training import describe_source, open_evaluation_data

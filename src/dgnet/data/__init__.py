@@ -5,8 +5,8 @@ from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
 from dgnet.data._images import TrainingItems as TrainingItems
 from dgnet.data._images import decode as decode
-from dgnet.data._images import fold as fold
 from dgnet.data._images import hold_out as hold_out
+from dgnet.data._images import mix_seed as mix_seed
 from dgnet.data._images import read_image as read_image
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream

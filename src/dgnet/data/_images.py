@@ -143,12 +143,12 @@ def check_label(where: str, label: int, classes: int) -> None:
 
 def seed_generators(*key: int) -> None:
     """Make what Python and torch draw next on the CPU a function of `key`."""
-    seed = fold(*key)
+    seed = mix_seed(*key)
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
 
 
-def fold(*key: int) -> int:
+def mix_seed(*key: int) -> int:
     """A 64-bit seed from several whole numbers (SplitMix64)."""
     state = 0
     for value in key:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dgnet.data._images import BadImages, check_label, decode, fold, seed_generators
+from dgnet.data._images import BadImages, check_label, decode, mix_seed, seed_generators
 from dgnet.errors import BadImageError, UsageError, reason
 
 
@@ -112,7 +112,7 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
         consumer, consumers = self.rank, self.ranks
         if worker is not None:
             consumer, consumers = self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers
-        rng = random.Random(fold(self.seed, consumer))
+        rng = random.Random(mix_seed(self.seed, consumer))
         held: list[tuple[bytes, int, str]] = []
         for count, sample in enumerate(self._samples(consumer, consumers)):
             if len(held) < self.buffer:

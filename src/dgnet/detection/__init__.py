@@ -1,5 +1,11 @@
 """Object detection: COCO data, Faster R-CNN on any registered network, and its evaluation."""
 
+from dgnet.detection._average_precision import BACKENDS as BACKENDS
+from dgnet.detection._average_precision import CocoEvaluation as CocoEvaluation
+from dgnet.detection._average_precision import DetectionResult as DetectionResult
+from dgnet.detection._average_precision import evaluate_results as evaluate_results
+from dgnet.detection._average_precision import read_results as read_results
+from dgnet.detection._average_precision import write_results as write_results
 from dgnet.detection._backbone import Backbone as Backbone
 from dgnet.detection._batching import AspectRatioOrder as AspectRatioOrder
 from dgnet.detection._batching import DetectionItems as DetectionItems
@@ -18,11 +24,5 @@ from dgnet.detection._detector import Detector as Detector
 from dgnet.detection._draw import draw_detections as draw_detections
 from dgnet.detection._evaluate import DetectorEvaluation as DetectorEvaluation
 from dgnet.detection._evaluate import evaluate_detector as evaluate_detector
-from dgnet.detection._evaluation import BACKENDS as BACKENDS
-from dgnet.detection._evaluation import CocoEvaluation as CocoEvaluation
-from dgnet.detection._evaluation import DetectionResult as DetectionResult
-from dgnet.detection._evaluation import evaluate_results as evaluate_results
-from dgnet.detection._evaluation import read_results as read_results
-from dgnet.detection._evaluation import write_results as write_results
 from dgnet.detection._predict import predict_detections as predict_detections
 from dgnet.detection._train import train_detector as train_detector

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from dgnet.checkpoint import DETECT, find_checkpoint, load_state, load_weights, read_described, read_tensors
+from dgnet.checkpoint import DETECT, Described, find_checkpoint, load_state, load_weights, read_tensors
 from dgnet.detection._detector import Detector
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError
 from dgnet.models import create_model
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes
@@ -20,17 +19,18 @@ _HEADS = ("roi_heads.box_predictor.",)
 
 
 @dataclass(frozen=True)
-class DetectorCheckpoint:
-    """What a checkpoint of `dgnet detect train` says of its detector."""
+class DetectorCheckpoint(Described):
+    """What a checkpoint of `dgnet detect train` says of its detector; `class_names` are of the labels 1, 2, …"""
 
-    path: Path
-    state_dict: dict[str, Tensor]
-    model: str
-    model_kwargs: dict[str, Any]
-    class_names: list[str]  # of the labels 1, 2, …
     category_ids: dict[int, int]  # of the labels, in the training annotations
     detector: dict[str, Any]  # arguments of Detector beside network and classes
-    config: dict[str, Any]
+
+    task = DETECT
+
+    @staticmethod
+    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
+        ids = [int(id) for id in carried["category_ids"]]
+        return {"category_ids": dict(enumerate(ids, start=1)), "detector": dict(carried["detector"])}
 
     def build(self) -> Detector:
         """The trained detector, in evaluation mode. Raises UsageError where its weights are not those that it describes."""
@@ -70,23 +70,7 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
 
     Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of a detector.
     """
-    path, state_dict, carried = read_described(path, DETECT)
-    try:
-        ids = [int(id) for id in carried["category_ids"]]
-        return DetectorCheckpoint(
-            path,
-            state_dict,
-            str(carried["model"]),
-            dict(carried["model_kwargs"]),
-            [str(name) for name in carried["class_names"]],
-            dict(enumerate(ids, start=1)),
-            dict(carried["detector"]),
-            dict(carried["config"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} is damaged: its description of the detector cannot be read ({reason(error)}); use another checkpoint"
-        ) from None
+    return DetectorCheckpoint.read(path)
 
 
 def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[str] | None:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from dgnet.detection._average_precision import CocoEvaluation, DetectionResult
 from dgnet.detection._batching import DetectionItems, collate
 from dgnet.detection._coco import CocoDetection
-from dgnet.detection._evaluation import CocoEvaluation, DetectionResult
 from dgnet.detection._module import counted
 from dgnet.errors import check_range
 from dgnet.graph import find_stages, record_connectivity

@@ -12,11 +12,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dgnet.detection._average_precision import CocoEvaluation
 from dgnet.detection._batching import AspectRatioOrder, DetectionItems, collate
 from dgnet.detection._coco import CocoDetection, Target
 from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
-from dgnet.detection._evaluation import CocoEvaluation
 from dgnet.graph import record_connectivity
 from dgnet.training._loading import EndlessOrder, EvaluationOrder, TrainingLoader, build_loader
 from dgnet.training._metrics import build_means, edge_figure_names, edge_figures

@@ -14,9 +14,9 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from dgnet.data._images import decode, read_image
+from dgnet.detection._average_precision import write_results
 from dgnet.detection._checkpoint import DetectorCheckpoint
 from dgnet.detection._draw import draw_detections
-from dgnet.detection._evaluation import write_results
 from dgnet.errors import BadImageError, UsageError
 from dgnet.files import replace_file, writing
 

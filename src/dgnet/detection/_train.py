@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from dgnet.detection._average_precision import CocoEvaluation
 from dgnet.detection._checkpoint import describe_detector, load_backbone, load_trained
 from dgnet.detection._coco import CocoDetection
 from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
-from dgnet.detection._evaluation import CocoEvaluation
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
 from dgnet.models import create_model
 from dgnet.models._dynamic import stored_options
 from dgnet.training._run import Run, RunResult, open_run
-from dgnet.training._train import describe_initial
+from dgnet.training._train import describe_untrained
 
 
 def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResult:
@@ -41,12 +41,12 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
     config = config.resolve(network)
     options = stored_options(network, config.network_kwargs)
     starts = config.weights is not None and run.step is None
-    initial = load_backbone(network, config.model, str(config.weights)) if starts else None
-    if initial:
-        run.say(f"{config.weights}: {describe_initial(network, initial)}")
+    untrained = load_backbone(network, config.model, str(config.weights)) if starts else None
+    if untrained:
+        run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
     classes = len(train_set.class_names)
     detector = Detector(network, classes, **config.detector_options)
-    if starts and initial is None and load_trained(detector, str(config.weights)):
+    if starts and untrained is None and load_trained(detector, str(config.weights)):
         run.say(f"{config.weights}: trained for other classes; its last layers are reset to {classes} classes")
     carried = describe_detector(
         config.model,

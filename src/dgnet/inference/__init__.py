@@ -11,4 +11,4 @@ from dgnet.inference._sparse import find_threshold_offset as find_threshold_offs
 from dgnet.inference._sparse import set_mode as set_mode
 from dgnet.inference._sparse import set_threshold_offset as set_threshold_offset
 from dgnet.inference._speed import measure_speed as measure_speed
-from dgnet.inference._speed import time_alternating as time_alternating
+from dgnet.inference._timing import time_alternating as time_alternating

@@ -1,10 +1,9 @@
-"""What the clock says of a network's modes, side by side in one run."""
+"""Images/s of a network's modes, as it is deployed, side by side in one run."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,24 +13,7 @@ from dgnet.graph import find_stages
 from dgnet.inference._compile import compile_network, without_gradients
 from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._sparse import set_mode
-
-
-def time_alternating(steps: Mapping[str, Callable[[], object]], rounds: int = 5, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, a figure a round; they take turns, in an order that turns round, after two calls to warm up."""
-
-    def timed(step: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        step()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    repeats = {name: max(1, round(0.1 / max(min(timed(step), timed(step)), 1e-6))) for name, step in steps.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        for name in list(steps) if number % 2 else list(steps)[::-1]:
-            seconds[name].append(statistics.fmean(timed(steps[name]) for _ in range(repeats[name])))
-    return seconds
+from dgnet.inference._timing import time_alternating
 
 
 def measure_speed(

@@ -33,9 +33,9 @@ def load_static_weights(model: TimmNetwork, state_dict: Mapping[str, Tensor]) ->
             loaded[target] = tensor
         elif not (target.startswith(heads) or _is_unused_projection(target, own)):
             unknown.append(name)
-    initial = [name for name in own if name not in loaded and not name.endswith((".mask", "num_batches_tracked"))]
+    untrained = [name for name in own if name not in loaded and not name.endswith((".mask", "num_batches_tracked"))]
     optional = (*heads, *_parts_without_static_counterpart(model, loaded))
-    missing = [name for name in initial if not name.startswith(optional)]
+    missing = [name for name in untrained if not name.startswith(optional)]
     if unknown or missing:
         first = f"it lacks {missing[0]}" if missing else f"{unknown[0]} has no place"
         raise UsageError(
@@ -43,7 +43,7 @@ def load_static_weights(model: TimmNetwork, state_dict: Mapping[str, Tensor]) ->
             f" another shape, {len(missing)} are missing ({first}); take those of the same family and size"
         )
     model.load_state_dict({**own, **loaded})
-    return initial
+    return untrained
 
 
 def classifier_prefixes(model: TimmNetwork) -> tuple[str, ...]:

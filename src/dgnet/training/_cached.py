@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from dgnet.data import ImageDataset, Preprocessing, fold
+from dgnet.data import ImageDataset, Preprocessing, mix_seed
 from dgnet.training._loading import TrainingOrder
 
 
@@ -52,7 +52,7 @@ class CachedLoader:
             for index in torch.arange(len(self.images), device=self.images.device).split(self.batch_size):
                 yield self._normalise(self.images[index]), self.labels[index]
             return
-        places = self._draw_places(fold(self.order.seed, self.order.epoch, 1))
+        places = self._draw_places(mix_seed(self.order.seed, self.order.epoch, 1))
         for index in self.order.indices().to(self.images.device):
             yield self._normalise(self._crop(self.images[index], *(column[index] for column in places))), self.labels[index]
 

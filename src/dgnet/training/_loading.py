@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dgnet.data import ShardStream, fold
+from dgnet.data import ShardStream, mix_seed
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
@@ -35,7 +35,7 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
 
     def indices(self) -> Tensor:
         """The indices of each batch from `start` on, (batches, images of a batch)."""
-        order = self.shuffle(torch.Generator().manual_seed(fold(self.seed, self.epoch)))
+        order = self.shuffle(torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
         by_rank = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
         return by_rank.reshape(-1, by_rank.shape[-1])
 
@@ -106,7 +106,7 @@ class TrainingLoader:
         stream = getattr(self.batches, "dataset", None)
         if self._stream is None and (isinstance(stream, ShardStream) or isinstance(self.order, EndlessOrder)):
             if isinstance(stream, ShardStream):  # a run that goes on reads other images first than the run did at its start
-                stream.seed = fold(self.order.seed, self.step())
+                stream.seed = mix_seed(self.order.seed, self.step())
             self._stream = iter(self.batches)
         iterator = iter(self.batches) if self._stream is None else self._stream
         for _ in range(len(self.order) - self.order.start * self.order.accumulate):

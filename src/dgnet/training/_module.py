@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from dgnet.data import IGNORED, BadImages, ImageDataset, Preprocessing, ShardStream, TrainingItems, fold
+from dgnet.data import IGNORED, BadImages, ImageDataset, Preprocessing, ShardStream, TrainingItems, mix_seed
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity
 from dgnet.training._budget import Budget
@@ -59,7 +59,7 @@ class RunModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # What is drawn in a step does not depend on the steps before it: a run that goes on draws the same.
-        torch.manual_seed(fold(self.config.seed, self.global_step, batch_index, self.global_rank))
+        torch.manual_seed(mix_seed(self.config.seed, self.global_step, batch_index, self.global_rank))
 
     def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
         """What a training step returns. `hits`: see `Progress`."""

@@ -48,9 +48,9 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        initial = load_weights(network, config.model, config.weights)
-        if initial:
-            run.say(f"{config.weights}: {describe_initial(network, initial)}")
+        untrained = load_weights(network, config.model, config.weights)
+        if untrained:
+            run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
@@ -79,7 +79,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def describe_initial(network: TimmNetwork, names: list[str]) -> str:
+def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
     """What of a network stayed as initialised after trained weights were loaded, in one line."""
     heads = [name for name in names if name.startswith(classifier_prefixes(network))]
     others = [name for name in names if name not in heads]

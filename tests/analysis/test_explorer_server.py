@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dgnet.analysis import _live as live
+from dgnet.analysis._explorer_server import format_report, is_loopback
+from dgnet.analysis._photo import PhotoInspector, open_photo
+from dgnet.analysis._svg import draw_path
 from dgnet.checkpoint import describe_network, load_checkpoint, save_tensors
 from dgnet.data import Preprocessing, decode
 from dgnet.errors import BadImageError
@@ -63,31 +65,33 @@ def free_port() -> int:
 @torch.no_grad()
 def test_a_photos_figures_equal_a_dense_run(checkpoint, photo):
     loaded = load_checkpoint(checkpoint)
-    image = live.open_photo(photo, 1)
-    sight = live.Looker(loaded).look(image)
+    image = open_photo(photo, 1)
+    report = PhotoInspector(loaded).inspect(image)
     network = loaded.build_network()
     with record_connectivity(network) as record:
         probabilities = network(loaded.preprocessing.evaluation_transform()(image)[None])[0].softmax(0)
-    assert [name for name, _ in sight.classes] == [CLASSES[i] for i in probabilities.argsort(descending=True)]
-    assert [value for _, value in sight.classes] == pytest.approx(probabilities.sort(descending=True).values.tolist(), abs=1e-5)
-    for matrix, recorded, ran, alive in zip(sight.adjacency, record.adjacency, sight.ran, record.ran, strict=True):
+    assert [name for name, _ in report.classes] == [CLASSES[i] for i in probabilities.argsort(descending=True)]
+    assert [value for _, value in report.classes] == pytest.approx(
+        probabilities.sort(descending=True).values.tolist(), abs=1e-5
+    )
+    for matrix, recorded, ran, alive in zip(report.adjacency, record.adjacency, report.ran, record.ran, strict=True):
         torch.testing.assert_close(matrix, recorded[0], atol=1e-5, rtol=0)
         assert torch.equal(ran, alive[0])
-    assert set(sight.milliseconds) == {"dense", "sparse"}
-    assert min(sight.milliseconds.values()) > 0
-    assert 0 < sight.executed < sight.dense
-    text = live.format_sight(sight)
-    assert f"<td>{sight.executed / 1e6:.2f} M</td>" in text
+    assert set(report.milliseconds) == {"dense", "sparse"}
+    assert min(report.milliseconds.values()) > 0
+    assert 0 < report.executed < report.dense
+    text = format_report(report)
+    assert f"<td>{report.executed / 1e6:.2f} M</td>" in text
     assert not {"<b>", "</script>"} & set(re.findall(r"</?\w+>", text))  # class names are escaped
 
 
 def test_the_path_has_every_edge_once(checkpoint, photo):
-    looker = live.Looker(load_checkpoint(checkpoint))
-    sight = looker.look(live.open_photo(photo, 1))
-    drawn = live.draw_path(sight.adjacency, looker.masks)
+    inspector = PhotoInspector(load_checkpoint(checkpoint))
+    report = inspector.inspect(open_photo(photo, 1))
+    drawn = draw_path(report.adjacency, inspector.masks)
     spoken = re.findall(r"<title>(\w+) to (\w+): (?:weight (-?[\d.]+)|closed)</title>", drawn)
     expected = []
-    for matrix, mask in zip(sight.adjacency, looker.masks, strict=True):
+    for matrix, mask in zip(report.adjacency, inspector.masks, strict=True):
         names = ["in", *map(str, range(1, len(mask) - 1)), "out"]
         for j, i in mask.nonzero().tolist():
             weight = float(matrix[j, i])
@@ -99,19 +103,19 @@ def test_the_path_has_every_edge_once(checkpoint, photo):
 def test_files_that_are_refused(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(BadImageError, match=r"^a\.jpg does not decode as an image \(no known image format\)"):
-        live.open_photo(tmp_path / "a.jpg", 1)
+        open_photo(tmp_path / "a.jpg", 1)
     (tmp_path / "b.jpg").write_bytes(jpeg(0) + bytes(2**20))
     with pytest.raises(BadImageError, match=r"^b\.jpg has 1\.0 MiB, the limit is 0\.5 MiB"):
-        live.open_photo(tmp_path / "b.jpg", 0.5)
+        open_photo(tmp_path / "b.jpg", 0.5)
     with pytest.raises(BadImageError, match=r"^c\.jpg cannot be read: No such file"):
-        live.open_photo(tmp_path / "c.jpg", 1)
+        open_photo(tmp_path / "c.jpg", 1)
     (tmp_path / "d.png").write_bytes(jpeg(3))
-    assert decode((tmp_path / "d.png").read_bytes(), "d").size == live.open_photo(tmp_path / "d.png", 1).size
+    assert decode((tmp_path / "d.png").read_bytes(), "d").size == open_photo(tmp_path / "d.png", 1).size
 
 
 def test_only_loopback_addresses_are_loopback():
-    assert all(map(live.is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
-    assert not any(map(live.is_loopback, ("0.0.0.0", "::", "192.168.0.3", "example.org")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.3", "example.org")))
 
 
 def test_without_gradio_the_extra_is_named(checkpoint, capsys, monkeypatch):
@@ -185,4 +189,4 @@ def test_the_page_in_a_browser(checkpoint, photo, tmp_path):
     assert "Traceback" not in errors
     reached = re.findall(r"^reached \('([^']+)', ", errors, re.MULTILINE)
     assert reached
-    assert all(map(live.is_loopback, reached))
+    assert all(map(is_loopback, reached))

@@ -1,0 +1,88 @@
+"""What a network does with one photo: prediction, path, executed cost and time, dense and sparse."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dgnet._cost import cost_model
+from dgnet.checkpoint import Checkpoint
+from dgnet.data import decode, read_image
+from dgnet.errors import BadImageError, reason
+from dgnet.graph import find_stages, record_connectivity
+from dgnet.inference import set_mode, time_alternating
+from dgnet.inference._sparse import MODES
+from dgnet.inference._speed import deploy
+
+TOP = 5
+"""How many classes are shown."""
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """What the network did with one photo."""
+
+    classes: list[tuple[str, float]]  # names and probabilities, the most probable first
+    adjacency: list[Tensor]  # for each stage (N, N), 0 where an edge is closed
+    ran: list[Tensor]  # for each stage the nodes that ran, (N,) bool
+    executed: int  # multiply-adds
+    dense: int  # multiply-adds with every edge open
+    milliseconds: dict[str, float]  # of the dense and the sparse mode at batch 1, median over rounds that take turns
+
+
+class PhotoInspector:
+    """A checkpoint's network, ready for one photo at a time.
+
+    Raises UsageError for a static network.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        network = checkpoint.build_dynamic().to(device)
+        self.checkpoint, self.device = checkpoint, device
+        self.network = set_mode(network, "sparse")
+        self.masks = [stage.topology.mask for stage in find_stages(network)]
+        size = checkpoint.preprocessing.image_size
+        self.costs = cost_model(network, size)
+        self.runs = {mode: deploy(network, size, mode, batch_size=1, compile=False) for mode in MODES}
+        self.transform = checkpoint.preprocessing.evaluation_transform()
+
+    @torch.no_grad()
+    def inspect(self, image: Image.Image) -> PhotoReport:
+        """Run the network on an RGB image, once to record its path and then by the clock."""
+        batch = self.transform(image)[None].to(self.device)
+        with record_connectivity(self.network) as record:
+            probabilities = self.network(batch)[0].float().softmax(0).cpu()
+        top = probabilities.topk(min(TOP, len(probabilities)))
+        names = self.checkpoint.class_names
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        steps = {mode: partial(run, batch) for mode, run in self.runs.items()}
+        seconds = time_alternating(steps, device=self.device)
+        return PhotoReport(
+            classes=[(names[index], value) for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
+            adjacency=[matrix[0].cpu() for matrix in record.adjacency],
+            ran=[ran[0].cpu() for ran in record.ran],
+            executed=round(float(self.costs.executed_in(record)[0])),
+            dense=self.costs.dense,
+            milliseconds={mode: 1000 * statistics.median(times) for mode, times in seconds.items()},
+        )
+
+
+def open_photo(path: Path, max_megabytes: float) -> Image.Image:
+    """The RGB image in a file.
+
+    Raises BadImageError, with the file's name but not its folder, for a file that is larger than the limit, is no image, or
+    does not decode.
+    """
+    try:
+        mebibytes = path.stat().st_size / 2**20
+    except OSError as error:
+        raise BadImageError(f"{path.name} cannot be read: {reason(error)}") from None
+    if mebibytes > max_megabytes:
+        raise BadImageError(f"{path.name} has {mebibytes:.1f} MiB, the limit is {max_megabytes:g} MiB; give a smaller one")
+    return decode(read_image(path), path.name)

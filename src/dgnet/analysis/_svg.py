@@ -1,0 +1,67 @@
+"""The graphs of a network's stages as SVG, for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dgnet.graph import node_names
+
+
+def draw_path(adjacency: Sequence[Tensor], masks: Sequence[Tensor]) -> str:
+    """A graph a stage as SVG in HTML: arcs run from left to right, the wider the heavier; closed edges are dotted.
+
+    `adjacency`: for each stage (N, N), 0 where an edge is closed; `masks`: (N, N), which edges exist.
+    """
+    largest = max((float(matrix.abs().max()) for matrix in adjacency), default=1.0) or 1.0
+    return "".join(
+        _draw_stage(number, matrix, mask, largest)
+        for number, (matrix, mask) in enumerate(zip(adjacency, masks, strict=True), start=1)
+    )
+
+
+def _draw_stage(number: int, matrix: Tensor, mask: Tensor, largest: float) -> str:
+    last, width = len(mask) - 1, 640
+    gap = (width - 40) / last
+    radius = min(11.0, 0.32 * gap)
+    tallest = min(150.0, 30.0 * last)
+    base = tallest + 16
+    names = node_names(len(mask))
+    parts = []
+    for receiver, sender in mask.nonzero().tolist():
+        weight, span = float(matrix[receiver, sender]), receiver - sender
+        left, right = 20 + sender * gap + radius, 20 + receiver * gap - radius
+        rise = 0.0 if span == 1 else 1.33 * tallest * ((span - 1) / (last - 1)) ** 0.75
+        lean = 0.25 * (right - left)
+        share = abs(weight) / largest
+        style = (
+            f'stroke-width="{0.6 + 3.2 * share:.2f}" opacity="{0.35 + 0.65 * share:.2f}" marker-end="url(#arrow)"'
+            if weight
+            else 'stroke-width="1" opacity="0.35" stroke-dasharray="2 4"'
+        )
+        spoken = f"{names[sender]} to {names[receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
+        parts.append(
+            f'<path d="M{left:.1f} {base:.1f}C{left + lean:.1f} {base - rise:.1f} {right - lean:.1f} {base - rise:.1f}'
+            f' {right:.1f} {base:.1f}" {style}><title>{spoken}</title></path>'
+        )
+    for node, name in enumerate(names):
+        x = 20 + node * gap
+        is_dead = 0 < node < last and not bool(matrix[node].any())
+        dashes = ' stroke-dasharray="3 3" opacity="0.6"' if is_dead else ""
+        parts.append(f'<circle cx="{x:.1f}" cy="{base:.1f}" r="{radius:.1f}" stroke-width="1.5"{dashes}/>')
+        if radius >= 8 or node in (0, last):
+            y = base + 4 if radius >= 8 else base + radius + 12
+            parts.append(
+                f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" font-size="11" fill="currentColor" stroke="none">'
+                f"{name}</text>"
+            )
+    title = f"Stage {number}: {int((matrix != 0).sum())} of {int(mask.sum())} edges open"
+    arrow = (
+        '<marker id="arrow" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="7" markerHeight="7" orient="auto"'
+        ' markerUnits="userSpaceOnUse"><path d="M0 0L6 3L0 6Z" fill="currentColor" stroke="none"/></marker>'
+    )
+    return (
+        f'<p>{title}</p><svg role="img" aria-label="{title}" viewBox="0 0 {width} {base + 28:.0f}" style="width: 100%"'
+        f' fill="none" stroke="currentColor"><defs>{arrow}</defs>{"".join(parts)}</svg>'
+    )

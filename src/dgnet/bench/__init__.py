@@ -1,0 +1,9 @@
+"""Speed and memory of two networks, as ratios measured in one process."""
+
+from dgnet.bench._bench import bench as bench
+from dgnet.bench._config import BenchConfig as BenchConfig
+from dgnet.bench._machine import describe_hardware as describe_hardware
+from dgnet.bench._machine import versions as versions
+from dgnet.bench._result import BenchResult as BenchResult
+from dgnet.bench._result import Measured as Measured
+from dgnet.bench._result import format_bench as format_bench

@@ -1,0 +1,36 @@
+"""What a figure was measured on: it travels with every figure."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+import dgnet
+
+
+def describe_hardware(device: str) -> str:
+    """The processor or GPU that runs, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = ""
+    if cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        lines = {key.strip(): value.strip() for key, value in lines.items()}
+        name = lines.get("model name", name)
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        flags = ", ".join(flag.upper() for flag in wanted if flag in lines.get("flags", "").split())
+    return f"{name}, {torch.get_num_threads()} threads" + (f", {flags}" if flags else "")
+
+
+def versions(device: str) -> dict[str, str]:
+    """Versions of what decides the speed."""
+    import timm
+    import torchvision
+
+    found = {"dgnet": dgnet.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found |= {"torchvision": torchvision.__version__, "timm": timm.__version__}
+    return found | ({"cuda": torch.version.cuda} if device.startswith("cuda") and torch.version.cuda else {})

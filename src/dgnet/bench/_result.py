@@ -1,0 +1,73 @@
+"""The figures of a measurement, and their table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dgnet.bench._config import image_width
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side's figures."""
+
+    seconds: float  # of a step or forward pass, median over rounds
+    quartiles: tuple[float, float]
+    images_per_second: float
+    peak_memory: int | None  # bytes, with parameters and optimiser state; None where the system does not tell
+    first_call_seconds: float  # compilation included
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Both sides' figures. `ratio`: median over rounds of model / against in the same round; below 1 the model is faster."""
+
+    task: str
+    model: str
+    against: str
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    model_seconds: float
+    against_seconds: float
+    peak_memory_ratio: float | None
+    batch_size: int
+    image_size: int
+    device: str
+    dtype: str
+    compile: bool
+    cuda_graphs: bool
+    channels_last: bool
+    rounds: int
+    threads: int
+    allocator: str
+    model_kwargs: dict[str, Any]
+    model_side: Measured
+    against_side: Measured
+    hardware: str
+    versions: dict[str, str]
+
+
+def format_bench(result: BenchResult) -> str:
+    """The result as a table with hardware and versions."""
+    form = f"compiled{' with CUDA graphs' if result.cuda_graphs else ''}" if result.compile else "eager"
+    layout = "channels_last" if result.channels_last else "contiguous"
+    size = f"{result.image_size}×{image_width(result.task, result.image_size)}"
+    lines = [
+        f"{result.task}, batch {result.batch_size}, {size} pixels, {result.dtype}, {form},"
+        f" {layout}, {result.rounds} alternating rounds",
+        f"{'':24}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'first call s':>14}",
+    ]
+    for name, side in ((result.model, result.model_side), (result.against, result.against_side)):
+        low, high = (1000 * value for value in side.quartiles)
+        peak = "–" if side.peak_memory is None else f"{side.peak_memory / 2**20:,.0f}"
+        lines.append(
+            f"{name:24}{1000 * side.seconds:10.2f}{f'{low:.2f} … {high:.2f}':>20}{side.images_per_second:12.1f}{peak:>12}"
+            f"{side.first_call_seconds:14.1f}"
+        )
+    low, high = result.ratio_quartiles
+    memory = "" if result.peak_memory_ratio is None else f"; peak memory {result.peak_memory_ratio:.3f}"
+    lines.append(f"{result.model} / {result.against}: time {result.ratio:.3f} (quartiles {low:.3f} … {high:.3f}){memory}")
+    packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    lines.append(f"{result.hardware}; {packages}")
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""A run's folder: making it, keeping other processes out of it, and the files in it."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import shutil
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from dgnet.checkpoint import read_tensors, save_tensors
+from dgnet.errors import UsageError
+from dgnet.files import lock, read_table, replace_file, writing
+from dgnet.training._checkpointing import LAST
+from dgnet.training._config import RunConfig
+
+PATIENCE = 10.0
+"""Seconds that processes which load images may outlive one that was killed; so long they hold its folder."""
+
+
+def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
+    """The run folder, `--output` or the next free one, and the folders that were made for it, the innermost first.
+
+    Raises UsageError where it holds something or cannot be made.
+    """
+    if config.output is not None:
+        folder = Path(config.output)
+        if folder.is_file():
+            raise UsageError(f"--output {folder} is a file; name a folder")
+        check_empty(folder)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        with writing(f"the run folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder, made
+    runs = Path("runs")
+    made = [] if runs.exists() else [runs]
+    with writing(runs):
+        runs.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = runs / f"{config.model}-{number}"
+        with writing(f"the run folder {folder}"), suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder, [folder, *made]
+
+
+def check_empty(folder: Path) -> None:
+    """Raises UsageError where the folder that `--output` names holds something."""
+    if folder.is_dir() and any(folder.iterdir()):
+        held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what a run wrote."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes out of a run inside the `with` block. Raises UsageError if one trains in it."""
+    return lock(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE)
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Write config.yaml, which repeats the run in a folder of its own. Raises UsageError where it cannot be written."""
+    text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
+    with writing(f"the run folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)  # another process that had waited for it may have taken it away
+        with replace_file(folder / "config.yaml") as written:
+            written.write_text(text, encoding="utf-8")
+
+
+def write_weights(folder: Path) -> None:
+    """Write model.safetensors from the last checkpoint."""
+    tensors, carried = read_tensors(folder / "checkpoints" / LAST)
+    path = folder / "model.safetensors"
+    with writing(path, f"then go on with --resume {folder}"):
+        save_tensors(tensors, path, carried or {})
+
+
+def read_progress(checkpoint: Path) -> tuple[int, list[str]]:
+    """The number of steps taken, and the class names. Raises UsageError for a file that is damaged."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["global_step"]), list(content["dgnet"]["class_names"])
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
+        raise UsageError(f"{checkpoint} is damaged or no checkpoint of a run; put another in its place, as best.ckpt") from None
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The last row of metrics.csv, without what was not measured."""
+    row = read_table(folder / "metrics.csv")[-1]
+    return {name: float(value) for name, value in row.items() if value != ""}
+
+
+def best_metric(folder: Path, name: str) -> float:
+    """The highest value of a column of metrics.csv."""
+    return max(float(row[name]) for row in read_table(folder / "metrics.csv") if row.get(name))

@@ -1,0 +1,143 @@
+"""Lightning's Trainer as a run needs it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from timm.layers import convert_sync_batchnorm
+from torch.nn import Module
+
+from dgnet.errors import UsageError, reason
+from dgnet.training._checkpointing import Checkpointing, WholeCheckpointIO
+from dgnet.training._config import RunConfig
+from dgnet.training._history import MetricsFile
+from dgnet.training._progress import Progress
+
+_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:
+    """Lightning's Trainer with dgnet's loggers, checkpoints and progress.
+
+    `best`: the metric whose highest value decides best.ckpt; `step`: where a run goes on.
+
+    Raises UsageError for hardware that is not here, for a batch that cannot be divided among the devices, and if SLURM started
+    more or fewer processes.
+    """
+    devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
+    nodes = config.nodes
+    epochs, evaluate_every = config.schedule()
+    if dist.is_torchelastic_launched():  # the command is the same on one machine and on many
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    callbacks: list[L.Callback] = [progress, Checkpointing(folder / "checkpoints", best, *config.checkpoint_interval())]
+    if config.ema is not None:
+        callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before checkpoints, which hold the average
+    asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
+    try:
+        with quiet_lightning():
+            trainer = L.Trainer(
+                accelerator=config.accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+                max_epochs=epochs,
+                accumulate_grad_batches=config.accumulate,
+                gradient_clip_val=config.clip_grad,
+                use_distributed_sampler=False,  # the orders know of processes
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=evaluate_every,
+                callbacks=callbacks,
+                plugins=[WholeCheckpointIO(), *([SyncNorms()] if config.sync_bn else [])],
+                logger=[
+                    MetricsFile(folder / "metrics.csv", step),
+                    # Events from there on are written again.
+                    TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
+                    *map(build_logger, config.loggers),
+                ],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
+    if config.sync_bn and trainer.strategy.root_device.type != "cuda":
+        raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
+    _check_processes(config, trainer.world_size)
+    return trainer
+
+
+def _check_processes(config: RunConfig, world_size: int) -> None:
+    if SLURMEnvironment.detect() and not dist.is_torchelastic_launched():
+        tasks = int(os.environ["SLURM_NTASKS"])
+        if tasks != world_size:
+            raise UsageError(
+                f"--devices {config.devices} --nodes {config.nodes} make {world_size} processes,"
+                f" and SLURM started {tasks} tasks; use as many"
+            )
+    if config.batch_size % (world_size * config.accumulate):
+        of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"--batch-size {config.batch_size} cannot be divided among {world_size} devices{of}; use a multiple of them"
+        )
+
+
+class SyncNorms(LayerSync):
+    """Batch normalisation over all devices; timm's keep the activations that they hold, which Lightning's own would drop."""
+
+    def apply(self, model: Module) -> Module:
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: Module) -> Module:
+        return model
+
+
+def build_logger(described: dict[str, Any]) -> Logger:
+    """A Lightning logger from its `class_path` and `init_args`. Raises UsageError for what is none."""
+    path = described["class_path"]
+    try:
+        kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
+        if not issubclass(kind, Logger):
+            raise TypeError("it is no Lightning logger")
+        logger: Logger = kind(**described.get("init_args", {}))
+    except Exception as error:  # whatever the logger's library raises
+        raise UsageError(f"--loggers: {path} cannot be made: {reason(error)}") from None
+    return logger
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's advice: workers and logging intervals are the user's options here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers.*",
+                ".*number of training batches.*",
+                ".*exists and is not empty.*",
+                ".*your dataloader is not resumable.*",  # ours reads the trainer's step
+                ".*sync_dist=True.*",  # metrics are means over all processes
+                ".*in eval mode at the start.*",  # frozen normalisations
+                ".*callbacks used to create the checkpoint.*",  # a run may go on with others
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
