@@ -19,73 +19,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dgnet
+from dgnet._bench_config import BenchConfig as BenchConfig
 from dgnet.errors import UsageError, reason
 from dgnet.inference import fold_batch_norms
 from dgnet.memory import keep_freed_memory
-from dgnet.options import check_bounds, check_choices, option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
-TASKS = ("train", "infer", "detect-train", "detect-infer")
 _SHORT_SIDE, _LONG_SIDE = 800, 1333  # pixels, of a detector's images (§6.3)
 _ROUND_SECONDS = 0.5  # a round repeats short steps until it lasts this long
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What is measured. `against` None is the static baseline: the model's name without `dg_`.
-
-    "train" is a step of cross-entropy and SGD with momentum, autocast where `dtype` is half precision. "infer" is a forward
-    pass in evaluation mode with batch normalisations folded into convolutions and weights in `dtype`. "detect-train" and
-    "detect-infer" are the same of Faster R-CNN with a feature pyramid on the networks, of 80 classes, autocast, on images of
-    `image_size` (800) × 1⅔ `image_size` (1333) pixels.
-
-    Raises UsageError for a value that cannot be.
-    """
-
-    model: str
-    against: str | None = option(None, "the other network; by default the static baseline")
-    task: str = option(
-        "train", "train: a training step; infer: a forward pass, BN folded; detect-…: of Faster R-CNN on the networks", TASKS
-    )
-    batch_size: int = option(32, "images in a step")
-    image_size: int | None = option(None, "side in pixels, of a detector the short one; by default the model's own, 800")
-    device: str = "cpu"
-    dtype: str = option("float32", "float32, bfloat16 or float16; autocast in training", tuple(DTYPES))
-    compile: bool = option(False, "compile both networks with torch.compile")
-    cuda_graphs: bool = option(False, "compile with CUDA graphs, which small batches need")
-    channels_last: bool = option(True, "channels_last memory format")
-    rounds: int = option(10, "rounds in which the two alternate")
-    threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
-    allocator: str = option(
-        "keep", "memory freed on the CPU: keep it for the next step, or system: give it back", ("keep", "system")
-    )
-    model_kwargs: dict[str, Any] = option({}, "options of MODEL, not of the other")
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_bounds(self, dict.fromkeys(("batch_size", "rounds", "image_size", "threads"), (1,)))
-        if self.against is None and not self.model.startswith("dg_"):
-            raise UsageError(f"{self.model} has no static baseline of its own; name the other model with --against")
-        if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):
-            raise UsageError("--cuda-graphs needs --compile true and a CUDA device; leave it out")
-        if self.is_detection and self.compile:
-            raise UsageError(f"--task {self.task} does not go with --compile: a detector is no single graph; leave it out")
-        if self.task == "train" and self.batch_size == 1:
-            raise UsageError("--task train needs --batch-size 2 or more: normalisations train on batches")
-        if self.is_training and self.dtype == "float16" and self.device == "cpu":
-            raise UsageError("--dtype float16 cannot train on a CPU here; use bfloat16 or float32")
-
-    @property
-    def is_training(self) -> bool:
-        """Whether steps are training steps."""
-        return self.task.endswith("train")
-
-    @property
-    def is_detection(self) -> bool:
-        """Whether the networks are backbones of detectors."""
-        return self.task.startswith("detect")
 
 
 @dataclass(frozen=True)
@@ -263,13 +204,13 @@ class _Side:
         return train
 
     def _autocast(self) -> torch.autocast:
-        dtype = DTYPES[self.config.dtype]
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _build_classifier(self, network: nn.Module) -> tuple[nn.Module, Callable[[], object], Callable[[], Tensor]]:
         """The network, a forward pass, and the loss of one."""
         config = self.config
-        dtype = torch.float32 if config.is_training else DTYPES[config.dtype]
+        dtype = torch.float32 if config.is_training else getattr(torch, config.dtype)
         network = network.to(dtype).to(self.device).to(memory_format=self.memory_format).train(config.is_training)
         images = torch.randn(config.batch_size, 3, self.image_size, self.image_size, device=self.device, dtype=dtype)
         images = images.to(memory_format=self.memory_format)
