@@ -1,12 +1,17 @@
-# `make demo` and `make test` work on a bare machine with Python 3.11 or 3.12, pip and make.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# `make demo` and `make test` work on a bare machine with Python 3.11 to 3.14, pip and make.
+# The newest Python that runs and has venv and pip: a name may be a shim of a version that is not active.
+CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
+	$$p -c '$(CHECK_PYTHON)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The lowest versions that pyproject.toml allows are tested with the lowest Python.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.11
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow check costs format clean
+.PHONY: demo test test-slow test-oldest check costs format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 	$(BIN)/dgnet train
@@ -17,6 +22,10 @@ test: $(STAMP)  ## format, lint and type checks, then the tests but for the slow
 
 test-slow: $(STAMP)  ## the slow tests: runs killed again and again, several nodes, exports, compilation
 	$(BIN)/python -m pytest -m slow
+
+# Old versions may warn of newer ones: warnings are no errors here.
+test-oldest: $(OLDEST)/.installed  ## the tests but for the slow ones, with the lowest versions that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -m "not slow" -W default --disable-warnings
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -33,10 +42,17 @@ format: $(STAMP)
 
 # The stamp is written last: a set-up that was interrupted starts again.
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "dgnet needs Python 3.11 or 3.12; name one with: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@{ '$(PYTHON)' -c '$(CHECK_PYTHON)'; } 2>/dev/null || { echo "dgnet needs Python 3.11 to 3.14 with venv and pip"\
+		"(Debian: apt install python3-venv), got: $(or $(PYTHON),none). Name one with: make PYTHON=/path/to/python3.13" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	grep -oE '"[A-Za-z-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache

@@ -1,33 +1,52 @@
 """Dynamic Graph Networks for vision: each stage of a CNN a complete DAG, its edges weighed by routers for every image."""
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dgnet._cost import Cost as Cost
-from dgnet._cost import cost as cost
-from dgnet.errors import UsageError as UsageError
-from dgnet.graph import record_connectivity as record_connectivity
-from dgnet.graph import use_connectivity as use_connectivity
-from dgnet.memory import keep_freed_memory as keep_freed_memory
-from dgnet.models import create_model as create_model
-from dgnet.models import list_models as list_models
-from dgnet.models import load_static_weights as load_static_weights
+from dgnet._lazy import lazy_names
+from dgnet._registration import register_networks
 
 if TYPE_CHECKING:
+    from dgnet import analysis as analysis
+    from dgnet import data as data
+    from dgnet import detection as detection
+    from dgnet import errors as errors
+    from dgnet import graph as graph
+    from dgnet import inference as inference
+    from dgnet import memory as memory
+    from dgnet import models as models
+    from dgnet import training as training
+    from dgnet._cost import Cost as Cost
+    from dgnet._cost import cost as cost
     from dgnet.analysis import plot_adjacency as plot_adjacency
     from dgnet.analysis import plot_graph as plot_graph
-
-
-def __getattr__(name: str) -> Any:
-    """What draws is imported when it is asked for: it needs matplotlib, which takes a while."""
-    if name in ("plot_adjacency", "plot_graph"):
-        from dgnet import analysis
-
-        return getattr(analysis, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+    from dgnet.checkpoint import load_checkpoint as load_checkpoint
+    from dgnet.errors import UsageError as UsageError
+    from dgnet.graph import DynamicGraph as DynamicGraph
+    from dgnet.graph import Topology as Topology
+    from dgnet.graph import Weighting as Weighting
+    from dgnet.graph import record_connectivity as record_connectivity
+    from dgnet.graph import use_connectivity as use_connectivity
+    from dgnet.inference import compile_network as compile_network
+    from dgnet.inference import export_network as export_network
+    from dgnet.inference import fold_batch_norms as fold_batch_norms
+    from dgnet.inference import set_mode as set_mode
+    from dgnet.inference import set_threshold_offset as set_threshold_offset
+    from dgnet.memory import keep_freed_memory as keep_freed_memory
+    from dgnet.models import Connectivity as Connectivity
+    from dgnet.models import create_model as create_model
+    from dgnet.models import list_models as list_models
+    from dgnet.models import load_static_weights as load_static_weights
+    from dgnet.training import TrainConfig as TrainConfig
+    from dgnet.training import evaluate as evaluate
+    from dgnet.training import train as train
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)
+    __all__ += ["__version__"]
 
 try:
     __version__ = version("dgnet")
 except PackageNotFoundError:  # used from a source tree that was not installed
     __version__ = "0.0.0"
+
+register_networks()

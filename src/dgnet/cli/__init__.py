@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -34,11 +35,17 @@ COMMANDS: dict[str, Command | Group] = {
 }
 
 
+# Whose deprecation warnings are of no use to a user of the command: one library calls another.
+DEPENDENCIES = ("datasets", "gradio", "lightning", "matplotlib", "onnxscript", "timm", "torch", "torchmetrics", "torchvision")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dgnet`; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
+        with warnings.catch_warnings():
+            _ignore_deprecations()
+            status = _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -49,6 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return leave_pipe()
+
+
+def _ignore_deprecations() -> None:
+    """Ignore the deprecation warnings of dependencies, unless `python -W` or PYTHONWARNINGS says what to do with warnings."""
+    if sys.warnoptions:
+        return
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(DEPENDENCIES)})(\.|$)")
 
 
 def leave_pipe() -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from dgnet.detection._detector import check_options
 from dgnet.errors import UsageError, check_range
 from dgnet.options import check_bounds, flag, option
 from dgnet.training._config import RunConfig
@@ -55,6 +54,8 @@ class DetectConfig(RunConfig):
     command: ClassVar[str] = "detect train"
 
     def __post_init__(self) -> None:
+        from dgnet.detection._detector import check_options
+
         super().__post_init__()
         check_bounds(self, _BOUNDS)
         check_range("--warmup-iterations", self.warmup_iterations, 0, self.iterations)

@@ -72,7 +72,7 @@ class DetectionModule(RunModule):
         return {**{f"val_{name}": value for name, value in known.items()}, **take_figures(self.val_edges)}
 
     def describe_epoch(self) -> str:
-        return f"iteration {(self.current_epoch + 1) * self.config.evaluate_every:,}/{self.config.iterations:,}"
+        return f"iteration {self.global_step:,}/{self.config.iterations:,}"
 
     def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
         losses = ", ".join(f"{name.removeprefix('loss_')} {values[f'train_{name}']:.3f}" for name in LOSSES)

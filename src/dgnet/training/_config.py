@@ -1,17 +1,19 @@
-"""What training can be asked for: frozen dataclasses, the source of the commands' options and of recipes."""
+"""What training can be asked for: frozen dataclasses, the source of the commands' options and of recipes.
+
+A help text is printed from them. They import torch and timm only in the checks of a configuration, so that it comes at once.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
-from torch import nn
-
-from dgnet.data import is_stream
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.options import check_bounds, check_choices, option
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
@@ -56,6 +58,19 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, str | bool | int | float)
+
+
+def _check_optimizer(name: str) -> None:
+    """Raises UsageError for an optimiser that timm does not have, or that cannot be used."""
+    from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
+
+    check_choice("--optimizer", name, map(str, list_optimizers()))
+    if get_optimizer_info(name).second_order:
+        raise UsageError(f"--optimizer {name} takes second derivatives, which training has not; use another")
+    try:
+        get_optimizer_class(name)
+    except (AssertionError, ImportError) as error:
+        raise UsageError(f"--optimizer {name} cannot be used here: {reason(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -110,13 +125,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_choice("--optimizer", self.optimizer, map(str, list_optimizers()))
-        if get_optimizer_info(self.optimizer).second_order:
-            raise UsageError(f"--optimizer {self.optimizer} takes second derivatives, which training has not; use another")
-        try:
-            get_optimizer_class(self.optimizer)
-        except (AssertionError, ImportError) as error:
-            raise UsageError(f"--optimizer {self.optimizer} cannot be used here: {reason(error)}") from None
+        _check_optimizer(self.optimizer)
         check_bounds(self, _BOUNDS)
         if self.ema == 1 or self.clip_grad == 0:
             raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")
@@ -221,6 +230,8 @@ class TrainConfig(RunConfig):
     command: ClassVar[str] = "train"
 
     def __post_init__(self) -> None:
+        from dgnet.data import is_stream
+
         super().__post_init__()
         check_bounds(self, _TRAIN_BOUNDS)
         check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)

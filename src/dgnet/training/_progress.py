@@ -15,7 +15,7 @@ class Progress(L.Callback):
 
     The module's training step returns `value`, the loss that is shown, and `hits`: by title, how many of the batch's images,
     `batch[1]` long, count. The bar's figures are of the time since it was last drawn, hits of the epoch so far, those of
-    `summary` of all training; none counts evaluation.
+    `overall` of all training; none counts evaluation. Label, figures and position of the bar change together.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,13 @@ class Progress(L.Callback):
         self.interval = 0.2 if sys.stderr.isatty() else 30.0
         self.sums: dict[str, Any] = {}  # over this process's images in the epoch; the metrics would wait for other processes
         self.seen = 0
+        self.loss: Any = None  # of the last batch
         self.lately, self.overall = Pace(), Pace()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", mininterval=self.interval)
+            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step")
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.sums, self.seen = {}, 0
@@ -43,17 +44,22 @@ class Progress(L.Callback):
         if self.bar is None:
             return
         self.seen += len(batch[1])
+        self.loss = outputs["value"]
         for title, hits in outputs["hits"].items():
             self.sums[title] = self.sums.get(title, 0) + hits
         for pace in (self.lately, self.overall):
             pace.add(len(batch[1]) * trainer.world_size)
         if self.lately.seconds >= self.interval:
-            shares = [f"{title} {100 * float(hits) / self.seen:.1f} %" for title, hits in self.sums.items()]
-            figures = ", ".join([f"loss {float(outputs['value']):.3f}", *shares, str(self.lately)])
-            self.bar.set_description(module.describe_epoch(), refresh=False)
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.lately = Pace()
-        self.bar.update(trainer.global_step - self.bar.n)
+            self._set_bar(self.bar, trainer, module)
+            self.bar.refresh()
+
+    def _set_bar(self, bar: tqdm[Any], trainer: L.Trainer, module: Any) -> None:
+        """Give the bar the label, the figures and the position of this moment; does not draw it."""
+        shares = [f"{title} {100 * float(hits) / self.seen:.1f} %" for title, hits in self.sums.items()]
+        bar.set_description(module.describe_epoch(), refresh=False)
+        bar.set_postfix_str(", ".join([f"loss {float(self.loss):.3f}", *shares, str(self.lately)]), refresh=False)
+        bar.n = trainer.global_step
+        self.lately = Pace()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for pace in (self.lately, self.overall):
@@ -64,6 +70,8 @@ class Progress(L.Callback):
             pace.pause()
         if self.bar is None:
             return
+        if self.lately.images:  # not drawn yet; writing the line draws the bar too
+            self._set_bar(self.bar, trainer, module)
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         is_evaluated = module.evaluates_in(trainer.current_epoch)
         tqdm.write(f"{module.describe_epoch()}: {module.describe_figures(values, is_evaluated)}", file=sys.stderr)

@@ -1,0 +1,43 @@
+"""Registers our networks with timm without importing timm first.
+
+`import dgnet` must be enough for `timm.create_model("dg_resnet50")` to work. But timm and torch take seconds to import, and
+importing `dgnet.cli` imports `dgnet`: `dgnet --help` would wait for both. So the networks are imported right after timm is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register_networks() -> None:
+    """Register our networks with timm: now if timm has been imported, otherwise at the end of its import."""
+    if "timm" in sys.modules:
+        importlib.import_module("dgnet.models")
+    else:
+        sys.meta_path.insert(0, _TimmFinder())
+
+
+class _TimmFinder:
+    """Finds timm as the other finders do, and has its loader import `dgnet.models` after timm."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        load_timm = spec.loader.exec_module
+
+        def load_timm_and_networks(module: ModuleType) -> None:
+            load_timm(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            importlib.import_module("dgnet.models")
+
+        spec.loader.exec_module = load_timm_and_networks  # type: ignore[method-assign]
+        return spec
