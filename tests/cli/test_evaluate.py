@@ -10,9 +10,9 @@ from PIL import Image
 
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.files import read_table
 from dgnet.graph import find_stages
-from dgnet.training import evaluate, open_evaluation_data
 from tests.command import ask, refuse
 from tests.data.test_sources import jpeg, write_folder, write_shard
 

@@ -22,7 +22,7 @@ from dgnet.checkpoint import Checkpoint
 from dgnet.data import decode, read_image
 from dgnet.errors import BadImageError, UsageError, check_range, reason
 from dgnet.graph import find_stages, node_names, record_connectivity
-from dgnet.inference import set_mode, time_alternating
+from dgnet.inference import set_sparse, time_alternating
 from dgnet.inference._sparse import MODES
 from dgnet.inference._speed import deploy
 
@@ -51,7 +51,7 @@ class Looker:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         network = checkpoint.build_dynamic().to(device)
         self.checkpoint, self.device = checkpoint, device
-        self.network = set_mode(network, "sparse")
+        self.network = set_sparse(network)
         self.masks = [stage.topology.mask for stage in find_stages(network)]
         size = checkpoint.preprocessing.image_size
         self.costs = cost_model(network, size)

@@ -56,6 +56,12 @@ def _evaluate_parser() -> Parser:
         "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
     )
     parser.add_argument(
+        "--executor",
+        type=str,
+        default="recommended",
+        help="of the sparse mode: plain (PyTorch), native (a C++ extension, on CPUs), or recommended: the faster on the device",
+    )
+    parser.add_argument(
         "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
     )
     parser.add_argument(
@@ -94,7 +100,8 @@ def _evaluate_parser() -> Parser:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.training import describe_source, evaluate, open_evaluation_data
+    from dgnet.evaluation import describe_source, evaluate, open_evaluation_data
+    from dgnet.training import is_main_process, join_processes
 
     _check_evaluate(args)
     checkpoint = load_checkpoint(args.checkpoint)
@@ -103,9 +110,9 @@ def run_evaluate(args: Namespace) -> None:
         checkpoint = replace(checkpoint, model_kwargs={**checkpoint.model_kwargs, **changes})
     network = checkpoint.build_network()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
     if args.sweep_threshold:
-        _sweep(args, checkpoint.path, network, dataset, loading)
+        _sweep(args, checkpoint.path, network, dataset, {**loading, "device": find_device(args.device)})
         return
     if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
         checkpoint.save(Path(args.write))
@@ -114,16 +121,21 @@ def run_evaluate(args: Namespace) -> None:
     if args.mode == "sparse":
         say_if_idle(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
-    result = evaluate(
-        network,
-        dataset,
-        adjacency_controls=args.adjacency_controls,
-        mode=args.mode,
-        static=static,
-        speed=args.speed,
-        compile=args.compile,
-        **loading,
-    )
+    with join_processes(find_device(args.device)) as device:
+        result = evaluate(
+            network,
+            dataset,
+            device=device,
+            adjacency_controls=args.adjacency_controls,
+            mode=args.mode,
+            static=static,
+            speed=args.speed,
+            compile=args.compile,
+            executor=args.executor,
+            **loading,
+        )
+        if not is_main_process():
+            return
     if args.json:
         print_json(asdict(result))
         return

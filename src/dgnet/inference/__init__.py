@@ -3,6 +3,8 @@
 from dgnet.inference._compile import compile_network as compile_network
 from dgnet.inference._export import export_network as export_network
 from dgnet.inference._fold import fold_batch_norms as fold_batch_norms
+from dgnet.inference._native import EXECUTORS as EXECUTORS
+from dgnet.inference._native import set_sparse as set_sparse
 from dgnet.inference._sparse import can_skip as can_skip
 from dgnet.inference._sparse import find_threshold_offset as find_threshold_offset
 from dgnet.inference._sparse import set_mode as set_mode

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, check_choice
 from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, NodeGates, RoutedWeighting, find_stages
 from dgnet.graph._weighting import Router, global_average_pool
 from dgnet.inference._sparse import SparseExecutor, set_mode, sum_nothing
@@ -220,3 +220,33 @@ def _build(command: list[str], library: Path) -> None:
         lines = error.stderr.strip().splitlines()
         message = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit status {error.returncode}")
         raise UsageError(f"the compiled sparse mode cannot be built: {message}") from error
+
+
+EXECUTORS = ("recommended", "plain", "native")
+"""What runs the sparse mode."""
+
+
+def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
+    """Set `network` to the sparse mode, in place, with an executor; returns the network.
+
+    "plain": PyTorch (`set_mode`). "native": the compiled extension (`use_native`), on a CPU. "recommended": the fastest that
+    this device has, "native" on a CPU and "plain" elsewhere; where the extension cannot be built it is "plain", and a line on
+    stderr says so.
+
+    Raises UsageError for a network without dynamic stages, and where "native" is not to be had.
+    """
+    check_choice("--executor", executor, EXECUTORS)
+    set_mode(network, "sparse")
+    is_cpu = all(parameter.is_cpu for parameter in network.parameters())
+    if executor == "native" and not is_cpu:
+        raise UsageError("--executor native runs on a CPU; use recommended, or --device cpu")
+    if executor == "plain" or not is_cpu:
+        return network
+    try:
+        load_native()
+    except UsageError as error:
+        if executor == "native":
+            raise
+        print(f"{error}; the sparse mode runs in plain PyTorch, which is slower", file=sys.stderr)
+        return network
+    return use_native(network)
