@@ -19,3 +19,15 @@ class Images(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
+
+
+class Counted(Images):
+    """Images that note in `loaded` which of them were loaded."""
+
+    def __init__(self, images: Tensor, labels: list[int], classes: int = 5) -> None:
+        super().__init__(images, labels, classes)
+        self.loaded: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.loaded.append(index)
+        return super().__getitem__(index)
