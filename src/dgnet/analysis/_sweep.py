@@ -55,18 +55,19 @@ def sweep_thresholds(
     batch_size: int = 128,
     workers: int = 0,
     device: str = "cpu",
+    executor: str = "recommended",
 ) -> list[SweepPoint]:
     """Evaluate `network` on `dataset`, whose transform is set, at each offset; every image is loaded once.
 
-    The network runs in the sparse mode. Times are medians over five rounds on the first batch, in which the offsets take turns.
-    The network keeps its own offset.
+    The network runs in the sparse mode, with `executor` (see `set_sparse`), and keeps its own offset. Times are medians over
+    five rounds on the first batch, in which the offsets take turns.
 
     Raises UsageError for a network in which nothing can close, for no offsets, and for a size or count that makes no sense.
     """
     loader = EvaluationLoader(dataset, batch_size, workers)
     if not offsets:
         raise UsageError("--offsets needs one number or more")
-    network = set_sparse(network.to(device).eval())
+    network = set_sparse(network.to(device).eval(), executor)
     for offset in offsets:
         with at_offset(network, offset):  # an offset that makes no sense is refused before anything runs
             pass
@@ -74,7 +75,7 @@ def sweep_thresholds(
     costs = cost_model(network, size)  # the same at every offset
     meters = {offset: EvaluationMeters(network, dataset.class_names, costs) for offset in offsets}
     first = loader.peek()[0].to(device, memory_format=torch.channels_last)
-    seconds = time_offsets(network, first, offsets, device)
+    seconds = time_offsets(network, first, offsets, device, executor)
     variants = [Variant(list(meters[offset]), partial(at_offset, network, offset)) for offset in meters]
     run_pass(network, loader, variants=variants, device=device, desc="sweep thresholds")
     points = []
@@ -92,10 +93,12 @@ def sweep_thresholds(
     return points
 
 
-def time_offsets(network: nn.Module, images: Tensor, offsets: Sequence[float], device: str) -> dict[float, list[float]]:
+def time_offsets(
+    network: nn.Module, images: Tensor, offsets: Sequence[float], device: str, executor: str
+) -> dict[float, list[float]]:
     """Seconds of the sparse mode on `images`, normalisations folded, at each offset; the offsets take turns."""
     folded = fold_batch_norms(network, (images.shape[2], images.shape[3]))
-    folded = set_sparse(folded.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+    folded = set_sparse(folded.to(device, memory_format=torch.channels_last), executor)  # type: ignore[call-overload]
 
     def run(offset: float) -> object:
         return set_threshold_offset(folded, offset)(images)

@@ -23,7 +23,7 @@ from dgnet.cli.command import (
     run_training,
     say_if_idle,
 )
-from dgnet.errors import UsageError, check_range
+from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
 
 
@@ -112,9 +112,9 @@ def run_evaluate(args: Namespace) -> None:
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     if args.sweep_threshold:
-        _sweep(args, checkpoint.path, network, dataset, {**loading, "device": find_device(args.device)})
+        _sweep(args, checkpoint.path, network, dataset, loading)
         return
-    if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
+    if args.write and is_main_process():  # before minutes of evaluation: a file that cannot be written loses nothing
         checkpoint.save(Path(args.write))
         words = ", ".join(f"{name} {value}" for name, value in changes.items())
         print(f"{args.write}: {checkpoint.model} with {words}", file=sys.stderr)
@@ -175,11 +175,20 @@ def _changes(args: Namespace) -> dict[str, Any]:
 
 def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that do not go together."""
+    from dgnet.inference import EXECUTORS
+
+    check_choice("--executor", args.executor, EXECUTORS)
     needs = (
         ("--write", args.write, "--threshold-offset or --inference-weight", bool(_changes(args))),
         ("--offsets", args.offsets is not None, "--sweep-threshold", args.sweep_threshold),
         ("--output", args.output, "--sweep-threshold", args.sweep_threshold),
         ("--compile", args.compile, "--speed", args.speed),
+        (
+            f"--executor {args.executor}",
+            args.executor != "recommended",
+            "--mode sparse, --speed or --sweep-threshold",
+            args.mode == "sparse" or args.speed or args.sweep_threshold,
+        ),
     )
     for option, is_given, needed, is_there in needs:
         if is_given and not is_there:
@@ -196,19 +205,20 @@ def _check_evaluate(args: Namespace) -> None:
         raise UsageError(f"--write {args.write} must end in .safetensors")
 
 
-def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, Any]) -> None:
+def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, int]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis._sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
     folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
     make_writable(folder)
-    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
+    offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
+    points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)
     paths = save_sweep(points, folder)
     if args.json:
         print_json([asdict(point) for point in points])
         return
     print(format_sweep(points))
-    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {loading['device']}")
+    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
     print(f"written: {', '.join(map(str, paths))}")
     print(f"choose one: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
 

@@ -23,7 +23,7 @@ ACCURACY = ("loss", "top1", "top5")
 def accuracy_figures(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of each image, (B,): cross-entropy, and 1 where the label is the most probable class, or one of the five most probable.
 
-    `logits`: (B, K); `labels`: (B,), of an image with label IGNORED no figure counts.
+    `logits`: (B, K); `labels`: (B,); all figures of an image with label IGNORED are 0.
     """
     logits = logits.detach().float()
     figures = {"loss": F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)}
@@ -45,10 +45,9 @@ class Accuracy:
     def update(self, batch: Batch) -> None:
         """Add a batch whose outputs are logits."""
         figures = accuracy_figures(batch.outputs, batch.targets)
-        counts = batch.targets != IGNORED
-        columns = torch.stack([counts.float(), *(figures[name] for name in ACCURACY)]).cpu().double()
+        is_labelled = (batch.targets != IGNORED).float()
         self.images += len(batch.targets)
-        self.sums += columns[:, counts.cpu()].sum(1)
+        self.sums += torch.stack([is_labelled, *(figures[name] for name in ACCURACY)]).cpu().double().sum(1)
 
     def summary(self) -> dict[str, float]:
         """The accuracy figures of `Evaluation`. All processes must call it."""

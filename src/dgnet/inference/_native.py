@@ -247,6 +247,11 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     except UsageError as error:
         if executor == "native":
             raise
-        print(f"{error}; the sparse mode runs in plain PyTorch, which is slower", file=sys.stderr)
+        _say_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
         return network
     return use_native(network)
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
