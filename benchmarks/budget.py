@@ -26,9 +26,9 @@ import dgnet
 from common import ratios, read_rows, write_rows
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import Checkpoint, load_checkpoint
+from dgnet.evaluation import open_evaluation_data
 from dgnet.inference import time_alternating
 from dgnet.inference._speed import deploy
-from dgnet.training import open_evaluation_data
 
 IMAGES = 256
 """How many images of the data are shown in turn."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dgnet.checkpoint import load_checkpoint
 from dgnet.errors import UsageError, check_range
+from dgnet.evaluation import open_evaluation_data
 from dgnet.graph import find_stages
-from dgnet.training._evaluate import open_evaluation_data
 from report import format_table
 
 

@@ -14,8 +14,8 @@ import torch
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
 from dgnet.detection import CocoDetection, evaluate_detector, load_detector
+from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.files import read_table
-from dgnet.training import evaluate, open_evaluation_data
 
 STORED = Path(__file__).parent / "data" / "v0_1"
 

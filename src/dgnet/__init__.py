@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dgnet import data as data
     from dgnet import detection as detection
     from dgnet import errors as errors
+    from dgnet import evaluation as evaluation
     from dgnet import graph as graph
     from dgnet import inference as inference
     from dgnet import memory as memory
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from dgnet.analysis import plot_graph as plot_graph
     from dgnet.checkpoint import load_checkpoint as load_checkpoint
     from dgnet.errors import UsageError as UsageError
+    from dgnet.evaluation import Evaluation as Evaluation
+    from dgnet.evaluation import evaluate as evaluate
     from dgnet.graph import DynamicGraph as DynamicGraph
     from dgnet.graph import Topology as Topology
     from dgnet.graph import Weighting as Weighting
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from dgnet.inference import export_network as export_network
     from dgnet.inference import fold_batch_norms as fold_batch_norms
     from dgnet.inference import set_mode as set_mode
+    from dgnet.inference import set_sparse as set_sparse
     from dgnet.inference import set_threshold_offset as set_threshold_offset
     from dgnet.memory import keep_freed_memory as keep_freed_memory
     from dgnet.models import Connectivity as Connectivity
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from dgnet.models import list_models as list_models
     from dgnet.models import load_static_weights as load_static_weights
     from dgnet.training import TrainConfig as TrainConfig
-    from dgnet.training import evaluate as evaluate
     from dgnet.training import train as train
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -20,7 +20,7 @@ from dgnet.models import create_model
 from tests.command import ask, refuse
 from tests.conftest import close_some, spread_routers
 from tests.data.test_sources import jpeg, write_shard
-from tests.training.test_evaluate import Images
+from tests.evaluation.images import Images
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLASSES = ["dark", "light", "noisy"]

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 from dgnet._cost import cost_model
 from dgnet.analysis import _statistics as module
 from dgnet.analysis._analyze import gather_statistics
-from dgnet.analysis._statistics import Extremes, ImageResult, flatten_edges, list_edges
+from dgnet.analysis._statistics import Extremes, ImageResult, list_edges
 from dgnet.data import IGNORED
+from dgnet.evaluation import flatten_edges
 from dgnet.graph import RandomGraphOptions, build_topology, record_connectivity
 from tests.conftest import close_some
-from tests.training.test_evaluate import Images
+from tests.evaluation.images import Images
 
 COUNT = 23
 LABELS = [index * 7 % 4 for index in range(COUNT)]  # class 4 has no image

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,11 +12,12 @@ from PIL import Image
 
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.files import read_table
 from dgnet.graph import find_stages
-from dgnet.training import evaluate, open_evaluation_data
 from tests.command import ask, refuse
 from tests.data.test_sources import jpeg, write_folder, write_shard
+from tests.training.processes import free_port
 
 
 def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):
@@ -69,6 +72,9 @@ def test_an_operating_point_is_chosen_and_written(run, tmp_path, capsys):
     assert json.loads(ask(capsys, "evaluate", file, "--mode", "sparse", "--json"))["executed_multiply_adds"] == pytest.approx(
         chosen["executed_multiply_adds"]
     )
+    for executor in ("plain", "native"):
+        words = ["evaluate", file, "--mode", "sparse", "--executor", executor, "--json"]
+        assert json.loads(ask(capsys, *words))["executed_multiply_adds"] == pytest.approx(chosen["executed_multiply_adds"])
     speeds = json.loads(ask(capsys, "evaluate", run, "--speed", "--json"))["images_per_second"]
     assert set(speeds) == {"static", "dense", "sparse"}
 
@@ -108,6 +114,8 @@ def test_evaluate_refuses_what_does_not_go_together(run, capsys):
         ),
         (["--threshold-offset", "0.1", "--write", "x.ckpt"], "must end in .safetensors"),
         (["--mode", "fast"], "unknown mode 'fast'"),
+        (["--executor", "fast"], "unknown --executor 'fast'; allowed: recommended, plain, native"),
+        (["--executor", "plain"], "--executor plain needs --mode sparse, --speed or --sweep-threshold"),
     ):
         assert message in refuse(capsys, "evaluate", run, *words)
 
@@ -172,3 +180,16 @@ def test_a_shards_image_is_named_with_shard_and_key(run, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(run), "--data", str(tmp_path / "a.tar")]) == 2
     assert f"{tmp_path}/a.tar, sample 0001 does not decode" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_print_the_figures_of_one(run, capsys):
+    alone = json.loads(ask(capsys, "evaluate", run, "--json"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["-m", "dgnet", "evaluate", str(run), "--json", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == alone.keys()
+    for name, value in alone.items():
+        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5))

@@ -14,7 +14,8 @@ from PIL import Image
 from dgnet.checkpoint import load_checkpoint
 from dgnet.data import IGNORED, TRAIN, BadImages, Preprocessing, TrainingItems, decode, open_dataset
 from dgnet.errors import BadImageError, UsageError
-from dgnet.training import TrainConfig, evaluate, open_evaluation_data, train
+from dgnet.evaluation import evaluate, open_evaluation_data
+from dgnet.training import TrainConfig, train
 
 GRADIENT = np.linspace(0, 255, 12 * 16).reshape(12, 16).astype(np.uint8)  # height 12, width 16
 PHOTO = np.stack([GRADIENT, GRADIENT.T.reshape(12, 16), 255 - GRADIENT], axis=2)

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from dgnet.data import EvaluationOrder
 from dgnet.detection import (
     BACKENDS,
     CocoAnnotations,
@@ -28,7 +29,6 @@ from dgnet.detection import (
     write_results,
 )
 from dgnet.errors import UsageError
-from dgnet.training._loading import EvaluationOrder
 from tests.conftest import SHARED_DATA
 from tests.detection.synthetic import box_entry, image_entry, random_set, write_set
 from tests.training.processes import FORK, free_port

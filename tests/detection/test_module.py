@@ -7,11 +7,15 @@ import pytest
 import torch
 import yaml
 
+import dgnet
 from dgnet._cost_tables import TABLES
+from dgnet.detection import CocoDetection, CocoEvaluation, DetectionItems, Detector, collate
 from dgnet.detection._config import DetectConfig
 from dgnet.detection._module import DetectionModule
 from dgnet.errors import UsageError
+from dgnet.graph import record_connectivity
 from dgnet.training._loading import EndlessOrder, TrainingOrder
+from tests.detection.synthetic import box_entry, image_entry, write_set
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*_fpn*.yaml"))
 NEEDED = {"data": "a.json", "images": "images", "val_data": "b.json"}
@@ -46,6 +50,30 @@ def test_the_learning_rate_warms_up_and_falls_in_steps():
     assert rates[10:60] == pytest.approx([0.1] * 50)
     assert rates[60:80] == pytest.approx([0.01] * 20)
     assert rates[80:] == pytest.approx([0.001] * 20)
+
+
+@torch.no_grad()
+def test_validation_runs_a_detector_once_for_each_batch_and_leaves_out_what_fills_up(tmp_path):
+    dataset = CocoDetection(*write_set(tmp_path, [image_entry(i) for i in range(3)], [box_entry(1, 0, [0, 0, 9, 9])]))
+    network = dgnet.create_model("dg_resnet18", router_bias=0.0, router_std=0.5)
+    detector = Detector(network, 2, short_side=32, long_side=64, fpn_channels=8)
+    forwards = []
+    detector.register_forward_hook(lambda *_: forwards.append(1))
+    evaluation = CocoEvaluation(dataset.annotations)
+    module = DetectionModule(detector, DetectConfig(**NEEDED), {}, evaluation).eval()
+    items = DetectionItems(dataset)
+    module.validation_step(collate([items[0, 0], items[0, 1]]), 0)
+    module.validation_step(collate([items[0, 2], items[0, -1]]), 1)  # the last one fills up
+    assert len(forwards) == 2
+    assert sorted(evaluation._detections) == [0, 1, 2]
+    found = {name: float(value) for name, value in module.val_edges.compute().items()}
+    with record_connectivity(detector) as record:
+        detector([dataset[0][0], dataset[1][0]])
+        detector([dataset[2][0], dataset[0][0]])
+    for number, (matrix, topology) in enumerate(zip(record.adjacency, record.topology, strict=True), start=1):
+        weights = matrix[:, topology.mask].mean(1)
+        assert found[f"val_stage{number}_edge_weight"] == pytest.approx(float(weights[:3].mean()), rel=1e-5)
+        assert float(weights[3]) != float(weights[:3].mean())
 
 
 @pytest.mark.parametrize(

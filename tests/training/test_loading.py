@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dgnet.data import IGNORED, ImageDataset, Preprocessing, mix_seed
+from dgnet.data import IGNORED, EvaluationOrder, ImageDataset, Preprocessing, mix_seed
 from dgnet.training import TrainConfig
-from dgnet.training._loading import EvaluationOrder, TrainingOrder
+from dgnet.training._loading import TrainingOrder
 from dgnet.training._module import ImageDataModule
 
 PREPROCESSING = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

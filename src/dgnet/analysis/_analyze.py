@@ -12,19 +12,18 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgnet._cost import cost_model
 from dgnet.analysis._adjacency import GraphRow, draw_edges, draw_graphs
 from dgnet.analysis._figures import save_figure, shorten
 from dgnet.analysis._observations import Observation, judge
 from dgnet.analysis._plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
-from dgnet.analysis._statistics import ImageResult, Statistics, flatten_edges
-from dgnet.data import ImageDataset
+from dgnet.analysis._statistics import ImageResult, Statistics
+from dgnet.data import EvaluationLoader, ImageDataset
 from dgnet.errors import UsageError, check_range, reason
+from dgnet.evaluation import find_image_size, flatten_edges, run_pass
 from dgnet.files import make_writable, read_table, replace_file, without_nan, write_table, writing
-from dgnet.graph import find_stages, record_connectivity, require_stages
+from dgnet.graph import find_stages, require_stages
 
 SAMPLED = 2000
 """Images of the embedding, at most."""
@@ -137,7 +136,6 @@ def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(indices))
 
 
-@torch.no_grad()
 def gather_statistics(
     network: nn.Module,
     dataset: ImageDataset,
@@ -149,18 +147,11 @@ def gather_statistics(
     seed: int = 0,
 ) -> Statistics:
     """One pass of `network` over `dataset`; see `Statistics`. The network is left on `device`, in evaluation mode."""
-    network = network.to(device).eval()
+    loader = EvaluationLoader(dataset, batch_size, workers)
     sampled = np.random.default_rng(seed).permutation(len(dataset))[:SAMPLED].tolist()
-    statistics: Statistics | None = None
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-    for images, labels in tqdm(loader, desc="analyze", unit="batch"):
-        if statistics is None:
-            costs = cost_model(network, tuple(images.shape[2:]))
-            statistics = Statistics(network, len(dataset.class_names), costs, extremes, chosen, sampled)
-        with record_connectivity(network) as record:
-            logits = network(images.to(device))
-        statistics.update(logits, labels, record)
-    assert statistics is not None
+    costs = cost_model(network, find_image_size(loader))
+    statistics = Statistics(network, len(dataset.class_names), costs, extremes, chosen, sampled)
+    run_pass(network, loader, [statistics], device=device, desc="analyze")
     return statistics
 
 

@@ -12,29 +12,27 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from dgnet._cost import CostModel, cost_model
-from dgnet.analysis._statistics import flatten_edges
-from dgnet.analysis._sweep import OFFSETS
-from dgnet.data import IGNORED, ImageDataset
+from dgnet._cost import cost_model
+from dgnet.analysis._sweep import OFFSETS, at_offset
+from dgnet.data import IGNORED, EvaluationLoader, ImageDataset
 from dgnet.errors import UsageError, check_range
+from dgnet.evaluation import Batch, ImageByImage, Variant, find_image_size, run_pass
 from dgnet.files import replace_file, writing
-from dgnet.graph import Topology, find_stages, record_connectivity
-from dgnet.inference import find_threshold_offset, set_mode, set_threshold_offset
+from dgnet.graph import Topology, find_stages
+from dgnet.inference import find_threshold_offset, set_mode
 
 THUMBNAIL = 96
 """The longer side of a thumbnail in pixels, at most."""
@@ -93,7 +91,6 @@ def make_thumbnail(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@torch.no_grad()
 def collect(
     network: nn.Module,
     dataset: ImageDataset,
@@ -114,70 +111,56 @@ def collect(
     that make no sense.
     """
     check_range("--images", images, 1)
-    check_range("--batch-size", batch_size, 1)
-    check_range("--workers", workers, 0)
     if not len(dataset):
         raise UsageError("the data set holds no images, there is nothing to explore; name another with --data")
     names = list(dataset.class_names if class_names is None else class_names)
-    network = set_mode(network.to(device).eval(), "sparse")
-    topologies = [stage.topology for stage in find_stages(network)]
-    own_offset = find_threshold_offset(network)
-    offsets = sorted({*offsets, own_offset})
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
-    shown = _Shown(dataset, indices, len(names))
-    loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
-    costs: CostModel | None = None
-    labels: list[Tensor] = []
-    thumbnails: list[bytes] = []
-    batches: list[list[Tensor]] = []  # of each the predictions, confidences, losses, costs, weights, (B, O, …)
-    with tqdm(total=count * len(offsets), desc="explore", unit="run") as bar:
-        for batch, batch_labels, batch_thumbnails in loader:
-            costs = costs or cost_model(network, tuple(batch.shape[2:]))
-            labels.append(batch_labels)
-            thumbnails += batch_thumbnails
-            batch = batch.to(device)
-            figures = []
-            for offset in offsets:
-                with at_offset(network, offset), record_connectivity(network) as record:
-                    logits = network(batch).float().cpu()
-                if logits.shape[1] > len(names):
-                    raise UsageError(f"the network tells {logits.shape[1]} classes apart, {len(names)} are named")
-                confidences, predictions = logits.softmax(1).max(1)
-                losses = F.cross_entropy(logits, batch_labels, ignore_index=IGNORED, reduction="none")
-                losses = torch.where(batch_labels == IGNORED, torch.nan, losses)
-                weights = flatten_edges(record.adjacency, topologies).cpu()
-                figures.append((predictions, confidences, losses, costs.executed_in(record), weights))
-                bar.update(len(batch))
-            batches.append([torch.stack(values, dim=1) for values in zip(*figures, strict=True)])
-    assert costs is not None
-    predictions, confidences, losses, executed, weights = map(torch.cat, zip(*batches, strict=True))
+    loader = EvaluationLoader(_Shown(dataset, indices, len(names)), batch_size, workers, _collate)
+    network = set_mode(network.to(device).eval(), "sparse")
+    own_offset = find_threshold_offset(network)
+    with at_offset(network, own_offset):  # refused where nothing can close
+        costs = cost_model(network, find_image_size(loader))
+    meters = {offset: ImageByImage(costs) for offset in sorted({*offsets, own_offset})}
+    seen = _Seen(names)
+    variants = [Variant([seen, meter], partial(at_offset, network, offset)) for offset, meter in meters.items()]
+    run_pass(network, loader, variants=variants, device=device, desc="explore")
+    found = [meter.summary() for meter in meters.values()]
+
+    def stack(name: str) -> Tensor:
+        return torch.stack([getattr(figures, name) for figures in found], dim=1)  # (M, O, …)
+
     return Exploration(
-        offsets=tuple(offsets),
+        offsets=tuple(meters),
         own_offset=own_offset,
         class_names=names,
-        topologies=topologies,
+        topologies=[stage.topology for stage in find_stages(network)],
         dense_multiply_adds=costs.dense,
         names=[dataset.name(index) for index in indices],
-        labels=[None if value == IGNORED else value for value in torch.cat(labels).tolist()],
-        thumbnails=thumbnails,
-        predictions=predictions,
-        confidences=confidences,
-        losses=losses,
-        executed=executed,
-        weights=weights,
+        labels=[None if value == IGNORED else value for value in found[0].labels.tolist()],
+        thumbnails=list(seen.thumbnails.values()),
+        predictions=stack("predictions"),
+        confidences=stack("confidences"),
+        losses=stack("losses"),
+        executed=stack("executed"),
+        weights=stack("weights"),
     )
 
 
-@contextmanager
-def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
-    """Inside the `with` block edges and gates close under another threshold offset."""
-    own = find_threshold_offset(network)
-    set_threshold_offset(network, offset)
-    try:
-        yield
-    finally:
-        set_threshold_offset(network, own)
+class _Seen:
+    """The meter that keeps the thumbnails. Raises UsageError for a network with more classes than `names`."""
+
+    needs_connectivity = False
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.thumbnails: dict[int, bytes] = {}  # by the image's index
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch; it may come once for each offset."""
+        if batch.outputs.shape[1] > len(self.names):
+            raise UsageError(f"the network tells {batch.outputs.shape[1]} classes apart, {len(self.names)} are named")
+        self.thumbnails |= zip(batch.indices, batch.extras[0], strict=True)
 
 
 def quantise(weights: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], float, float]:

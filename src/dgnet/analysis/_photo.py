@@ -16,7 +16,7 @@ from dgnet.checkpoint import Checkpoint
 from dgnet.data import decode, read_image
 from dgnet.errors import BadImageError, reason
 from dgnet.graph import find_stages, record_connectivity
-from dgnet.inference import set_mode, time_alternating
+from dgnet.inference import set_sparse, time_alternating
 from dgnet.inference._sparse import MODES
 from dgnet.inference._speed import deploy
 
@@ -45,7 +45,7 @@ class PhotoInspector:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         network = checkpoint.build_dynamic().to(device)
         self.checkpoint, self.device = checkpoint, device
-        self.network = set_mode(network, "sparse")
+        self.network = set_sparse(network)
         self.masks = [stage.topology.mask for stage in find_stages(network)]
         size = checkpoint.preprocessing.image_size
         self.costs = cost_model(network, size)

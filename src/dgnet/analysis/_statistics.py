@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet._cost import CostModel
 from dgnet.data import IGNORED
-from dgnet.graph import Record, Topology, find_stages
-from dgnet.training._evaluate import WiringStatistics
+from dgnet.evaluation import Batch, WiringStatistics, flatten_edges, image_figures
+from dgnet.graph import Topology, find_stages
 
 MOST_WIRINGS = 100_000
 """Wirings that are told apart."""
@@ -41,12 +40,6 @@ def list_edges(topologies: Sequence[Topology]) -> list[Edge]:
         for receiver in range(topology.num_nodes)
         for sender in topology.senders(receiver)
     ]
-
-
-def flatten_edges(matrices: Sequence[Tensor], topologies: Sequence[Topology]) -> Tensor:
-    """(…, E) from (…, N, N) for each stage."""
-    pairs = zip(matrices, topologies, strict=True)
-    return torch.cat([matrix[..., topology.mask.to(matrix.device)] for matrix, topology in pairs], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -98,13 +91,15 @@ class Sample:
 
 
 class Statistics:
-    """What a network's connectivity does over a data set, accumulated over batches in the data set's order.
+    """The meter of what a network's connectivity does over a data set.
 
     `extremes`: how many images to keep of the easiest and the hardest, by loss and by executed multiply-adds; `chosen`: indices
     of images to keep; `sampled`: indices of the `Sample`. Memory: E × K numbers, and what is kept.
 
     Raises UsageError for a network without dynamic stages.
     """
+
+    needs_connectivity = True
 
     def __init__(
         self,
@@ -137,42 +132,36 @@ class Statistics:
             *(torch.full((size,), math.nan, dtype=torch.float64) for _ in range(3)),
         )
 
-    def update(self, logits: Tensor, labels: Tensor, record: Record) -> None:
-        """`logits`: (B, K) and `labels`: (B,), IGNORED where there is none, of the next images; `record`: of their forward."""
-        logits, labels = logits.detach().cpu().double(), labels.cpu()
-        adjacency = [matrix.cpu() for matrix in record.adjacency]
-        first, batch = self.images, len(labels)
-        self.images += batch
-        self.wiring.update(adjacency)
+    def update(self, batch: Batch) -> None:
+        """Add a batch whose outputs are logits, (B, K), and whose targets are labels, (B,), IGNORED where there is none."""
+        found = image_figures(batch, self.costs)
+        labels, losses, executed, weights = found.labels, found.losses, found.executed, found.weights
+        self.images += len(labels)
+        self.wiring.update(batch)
 
-        confidences, predictions = logits.softmax(1).max(1)
         is_labelled = labels != IGNORED
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
-        losses = torch.where(is_labelled, losses, math.nan)
         self.labelled += int(is_labelled.sum())
-        self.correct += int((predictions == labels).sum())
+        self.correct += int((found.predictions == labels).sum())
         self.loss_sum += float(losses[is_labelled].sum())
 
-        executed = self.costs.executed_in(record)
         distance = executed - self.costs.dense
         self.executed_sum += float(distance.sum())
         self.executed_square += float(distance.square().sum())
         self.executed_least = min(self.executed_least, float(executed.min()))
         self.executed_most = max(self.executed_most, float(executed.max()))
 
-        weights = flatten_edges(adjacency, self.topologies)
         self.class_images += labels[is_labelled].bincount(minlength=len(self.class_images))
         self.class_sums.index_add_(0, labels[is_labelled], weights[is_labelled].double())
 
         def build(place: int) -> ImageResult:
             return ImageResult(
-                first + place,
+                int(found.indices[place]),
                 int(labels[place]) if is_labelled[place] else None,
-                int(predictions[place]),
-                float(confidences[place]),
+                int(found.predictions[place]),
+                float(found.confidences[place]),
                 float(losses[place]) if is_labelled[place] else None,
                 float(executed[place]),
-                [matrix[place].clone() for matrix in adjacency],
+                [matrix[place].clone() for matrix in batch.adjacency],
             )
 
         for extremes, values in (
@@ -182,18 +171,18 @@ class Statistics:
             (self.dearest, executed),
         ):
             extremes.update(values, build)
-        for index in self.chosen.keys() & set(range(first, first + batch)):
-            self.chosen[index] = build(index - first)
-        start, end = torch.searchsorted(self.sample.indices, torch.tensor([first, first + batch])).tolist()
-        places = self.sample.indices[start:end] - first
+        for place, index in enumerate(found.indices.tolist()):
+            if index in self.chosen:
+                self.chosen[index] = build(place)
+        rows, places = (found.indices[None] == self.sample.indices[:, None]).nonzero(as_tuple=True)
         for kept, values in (
             (self.sample.weights, weights),
             (self.sample.labels, labels),
-            (self.sample.confidences, confidences),
+            (self.sample.confidences, found.confidences),
             (self.sample.losses, losses),
             (self.sample.executed, executed),
         ):
-            kept[start:end] = values[places].to(kept.dtype)
+            kept[rows] = values[places].to(kept.dtype)
 
     @property
     def top1(self) -> float | None:

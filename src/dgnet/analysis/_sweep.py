@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from dgnet._cost import cost_model
 from dgnet.analysis._figures import COLOURS, save_figure
-from dgnet.data import ImageDataset
-from dgnet.errors import UsageError, check_range
+from dgnet.data import EvaluationLoader, ImageDataset
+from dgnet.errors import UsageError
+from dgnet.evaluation import EvaluationMeters, Variant, find_image_size, run_pass
 from dgnet.files import write_table, writing
-from dgnet.inference import fold_batch_norms, set_mode, set_threshold_offset, time_alternating
-from dgnet.training._evaluate import Tally
+from dgnet.inference import (
+    find_threshold_offset,
+    fold_batch_norms,
+    set_sparse,
+    set_threshold_offset,
+    time_alternating,
+)
 
 OFFSETS = tuple(round(-0.5 + 0.1 * step, 1) for step in range(11))
 """From gates that are all open to gates that are all closed."""
@@ -50,52 +55,67 @@ def sweep_thresholds(
     batch_size: int = 128,
     workers: int = 0,
     device: str = "cpu",
+    executor: str = "recommended",
 ) -> list[SweepPoint]:
     """Evaluate `network` on `dataset`, whose transform is set, at each offset; every image is loaded once.
 
-    Times are medians over five rounds on the first batch, in which the offsets take turns. The network is left at its last
-    offset. Raises UsageError for a network in which nothing can close, and for no offsets.
+    The network runs in the sparse mode, with `executor` (see `set_sparse`), and keeps its own offset. Times are medians over
+    five rounds on the first batch, in which the offsets take turns.
+
+    Raises UsageError for a network in which nothing can close, for no offsets, and for a size or count that makes no sense.
     """
-    check_range("--batch-size", batch_size, 1)
+    loader = EvaluationLoader(dataset, batch_size, workers)
     if not offsets:
         raise UsageError("--offsets needs one number or more")
-    network = set_mode(network.to(device).eval(), "sparse")
+    network = set_sparse(network.to(device).eval(), executor)
     for offset in offsets:
-        set_threshold_offset(network, offset)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-    tallies: dict[float, Tally] = {}
-    seconds: dict[str, list[float]] = {}
-    first = 0
-    for images, labels in tqdm(loader, desc="sweep thresholds", unit="batch"):
-        images, labels = images.to(device), labels.to(device)
-        if not tallies:
-            size = (images.shape[2], images.shape[3])
-            costs = cost_model(network, size)  # the same at every offset
-            tallies = {offset: Tally(network, dataset.class_names, costs, device) for offset in offsets}
-            folded = fold_batch_norms(network, size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            shown = images.contiguous(memory_format=torch.channels_last)
-
-            def step(offset: float, folded: nn.Module = folded, shown: torch.Tensor = shown) -> Callable[[], object]:
-                return lambda: set_threshold_offset(folded, offset)(shown)
-
-            first = len(images)
-            seconds = time_alternating({str(offset): step(offset) for offset in offsets}, device=device)
-        for offset, tally in tallies.items():
-            set_threshold_offset(network, offset)
-            tally.update(images, labels)
+        with at_offset(network, offset):  # an offset that makes no sense is refused before anything runs
+            pass
+    size = find_image_size(loader)
+    costs = cost_model(network, size)  # the same at every offset
+    meters = {offset: EvaluationMeters(network, dataset.class_names, costs) for offset in offsets}
+    first = loader.peek()[0].to(device, memory_format=torch.channels_last)
+    seconds = time_offsets(network, first, offsets, device, executor)
+    variants = [Variant(list(meters[offset]), partial(at_offset, network, offset)) for offset in meters]
+    run_pass(network, loader, variants=variants, device=device, desc="sweep thresholds")
     points = []
-    for offset, tally in tallies.items():
-        found = tally.evaluation()
+    for offset, own in meters.items():
+        found = own.evaluation()
         shared = {f.name: getattr(found, f.name) for f in fields(SweepPoint) if hasattr(found, f.name)}
         points.append(
             SweepPoint(
                 threshold_offset=offset,
                 executed_share=found.executed_multiply_adds / found.dense_multiply_adds,
-                milliseconds=1000 * statistics.median(seconds[str(offset)]) / first,
+                milliseconds=1000 * statistics.median(seconds[offset]) / len(first),
                 **shared,
             )
         )
     return points
+
+
+def time_offsets(
+    network: nn.Module, images: Tensor, offsets: Sequence[float], device: str, executor: str
+) -> dict[float, list[float]]:
+    """Seconds of the sparse mode on `images`, normalisations folded, at each offset; the offsets take turns."""
+    folded = fold_batch_norms(network, (images.shape[2], images.shape[3]))
+    folded = set_sparse(folded.to(device, memory_format=torch.channels_last), executor)  # type: ignore[call-overload]
+
+    def run(offset: float) -> object:
+        return set_threshold_offset(folded, offset)(images)
+
+    seconds = time_alternating({str(offset): partial(run, offset) for offset in offsets}, device=device)
+    return {offset: seconds[str(offset)] for offset in offsets}
+
+
+@contextmanager
+def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
+    """Inside the `with` block edges and gates close under another threshold offset."""
+    own = find_threshold_offset(network)
+    set_threshold_offset(network, offset)
+    try:
+        yield
+    finally:
+        set_threshold_offset(network, own)
 
 
 def format_sweep(points: Sequence[SweepPoint]) -> str:

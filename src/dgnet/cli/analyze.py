@@ -88,8 +88,8 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     from dgnet.analysis._analyze import analyze
     from dgnet.analysis._explorer_page import write_explorer
     from dgnet.checkpoint import load_checkpoint
+    from dgnet.evaluation import describe_source, open_evaluation_data
     from dgnet.inference import can_skip
-    from dgnet.training import describe_source, open_evaluation_data
 
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_dynamic()

@@ -23,7 +23,7 @@ from dgnet.cli.command import (
     run_training,
     say_if_idle,
 )
-from dgnet.errors import UsageError, check_range
+from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
 
 
@@ -54,6 +54,12 @@ def _evaluate_parser() -> Parser:
     )
     parser.add_argument(
         "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
+    )
+    parser.add_argument(
+        "--executor",
+        type=str,
+        default="recommended",
+        help="of the sparse mode: plain (PyTorch), native (a C++ extension, on CPUs), or recommended: the faster on the device",
     )
     parser.add_argument(
         "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
@@ -94,7 +100,8 @@ def _evaluate_parser() -> Parser:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.training import describe_source, evaluate, open_evaluation_data
+    from dgnet.evaluation import describe_source, evaluate, open_evaluation_data
+    from dgnet.training import is_main_process, join_processes
 
     _check_evaluate(args)
     checkpoint = load_checkpoint(args.checkpoint)
@@ -103,27 +110,32 @@ def run_evaluate(args: Namespace) -> None:
         checkpoint = replace(checkpoint, model_kwargs={**checkpoint.model_kwargs, **changes})
     network = checkpoint.build_network()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
     if args.sweep_threshold:
         _sweep(args, checkpoint.path, network, dataset, loading)
         return
-    if args.write:  # before minutes of evaluation: a file that cannot be written loses nothing
+    if args.write and is_main_process():  # before minutes of evaluation: a file that cannot be written loses nothing
         checkpoint.save(Path(args.write))
         words = ", ".join(f"{name} {value}" for name, value in changes.items())
         print(f"{args.write}: {checkpoint.model} with {words}", file=sys.stderr)
     if args.mode == "sparse":
         say_if_idle(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
-    result = evaluate(
-        network,
-        dataset,
-        adjacency_controls=args.adjacency_controls,
-        mode=args.mode,
-        static=static,
-        speed=args.speed,
-        compile=args.compile,
-        **loading,
-    )
+    with join_processes(find_device(args.device)) as device:
+        result = evaluate(
+            network,
+            dataset,
+            device=device,
+            adjacency_controls=args.adjacency_controls,
+            mode=args.mode,
+            static=static,
+            speed=args.speed,
+            compile=args.compile,
+            executor=args.executor,
+            **loading,
+        )
+        if not is_main_process():
+            return
     if args.json:
         print_json(asdict(result))
         return
@@ -163,11 +175,20 @@ def _changes(args: Namespace) -> dict[str, Any]:
 
 def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that do not go together."""
+    from dgnet.inference import EXECUTORS
+
+    check_choice("--executor", args.executor, EXECUTORS)
     needs = (
         ("--write", args.write, "--threshold-offset or --inference-weight", bool(_changes(args))),
         ("--offsets", args.offsets is not None, "--sweep-threshold", args.sweep_threshold),
         ("--output", args.output, "--sweep-threshold", args.sweep_threshold),
         ("--compile", args.compile, "--speed", args.speed),
+        (
+            f"--executor {args.executor}",
+            args.executor != "recommended",
+            "--mode sparse, --speed or --sweep-threshold",
+            args.mode == "sparse" or args.speed or args.sweep_threshold,
+        ),
     )
     for option, is_given, needed, is_there in needs:
         if is_given and not is_there:
@@ -184,19 +205,20 @@ def _check_evaluate(args: Namespace) -> None:
         raise UsageError(f"--write {args.write} must end in .safetensors")
 
 
-def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, Any]) -> None:
+def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, int]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis._sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
     folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
     make_writable(folder)
-    points = sweep_thresholds(network, dataset, OFFSETS if args.offsets is None else args.offsets, **loading)
+    offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
+    points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)
     paths = save_sweep(points, folder)
     if args.json:
         print_json([asdict(point) for point in points])
         return
     print(format_sweep(points))
-    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {loading['device']}")
+    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
     print(f"written: {', '.join(map(str, paths))}")
     print(f"choose one: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
 

@@ -57,7 +57,7 @@ def run_cost(args: Namespace) -> None:
 
 
 def _bench_parser() -> Parser:
-    from dgnet._bench_config import BenchConfig
+    from dgnet.bench import BenchConfig
 
     parser = Parser(description="Measure two networks against each other: time, throughput and memory, as ratios of one run.")
     parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")

@@ -8,6 +8,10 @@ from dgnet.data._images import decode as decode
 from dgnet.data._images import hold_out as hold_out
 from dgnet.data._images import mix_seed as mix_seed
 from dgnet.data._images import read_image as read_image
+from dgnet.data._loading import EvaluationLoader as EvaluationLoader
+from dgnet.data._loading import EvaluationOrder as EvaluationOrder
+from dgnet.data._loading import build_loader as build_loader
+from dgnet.data._loading import worker_options as worker_options
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards

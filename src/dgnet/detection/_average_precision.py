@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dgnet.detection._coco import CocoAnnotations
 from dgnet.errors import UsageError, check_choice, reason
+from dgnet.evaluation import Batch, find_ranks
+from dgnet.evaluation._ranks import gather, is_distributed
 from dgnet.files import replace_file, writing
 
 BACKENDS = ("pycocotools", "faster-coco-eval")
@@ -81,11 +83,7 @@ class CocoEvaluation:
 
         To be called in all processes at once.
         """
-        merged = self._detections
-        if _is_distributed():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self._detections)
-            merged = {id: found for part in reversed(parts) for id, found in part.items()}
+        merged = {id: found for part in reversed(gather(self._detections)) for id, found in part.items()}
         results = []
         for image in self.annotations.images:
             if image.id not in merged:
@@ -105,12 +103,27 @@ class CocoEvaluation:
         """
         results = self.results() if results is None else results
         computed: list[Any] = [None]
-        if not _is_distributed() or dist.get_rank() == 0:
+        if find_ranks()[0] == 0:
             computed = [evaluate_results(self.annotations, results, backend=self.backend)]
-        if _is_distributed():
+        if is_distributed():
             dist.broadcast_object_list(computed)
         result: DetectionResult = computed[0]
         return result
+
+
+class DetectionMeter:
+    """Adds to `evaluation` the detections of the images that have an id; what fills up a batch has none."""
+
+    needs_connectivity = False
+
+    def __init__(self, evaluation: CocoEvaluation) -> None:
+        self.evaluation = evaluation
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch whose targets are a list of `Target` and whose outputs are torchvision's detections."""
+        pairs = [(target["image_id"], found) for target, found in zip(batch.targets, batch.outputs, strict=True)]
+        counted = [pair for pair in pairs if pair[0] is not None]
+        self.evaluation.update([id for id, _ in counted], [found for _, found in counted])
 
 
 def evaluate_results(
@@ -217,10 +230,6 @@ def _load_backend(name: str) -> tuple[Any, Any]:
     except ImportError as error:
         package = "'dgnet[detect]'" if name == "pycocotools" else name
         raise UsageError(f"evaluation needs {name} ({reason(error)}); install it with: pip install {package}") from None
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _categories(annotations: CocoAnnotations) -> list[dict[str, Any]]:

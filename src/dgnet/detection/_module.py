@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,20 +12,20 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dgnet.detection._average_precision import CocoEvaluation
+from dgnet.data import EvaluationOrder, build_loader
+from dgnet.detection._average_precision import CocoEvaluation, DetectionMeter
 from dgnet.detection._batching import AspectRatioOrder, DetectionItems, collate
 from dgnet.detection._coco import CocoDetection, Target
 from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
-from dgnet.graph import record_connectivity
-from dgnet.training._loading import EndlessOrder, EvaluationOrder, TrainingLoader, build_loader
-from dgnet.training._metrics import build_means, edge_figure_names, edge_figures
+from dgnet.evaluation import Batch, Means, observe_batch
+from dgnet.evaluation._means import build_means
+from dgnet.evaluation._wiring import edge_figure_names, edge_figures
+from dgnet.training._loading import EndlessOrder, TrainingLoader
 from dgnet.training._module import RunDataModule, RunModule, take_figures
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 """What torchvision's Faster R-CNN learns from; `loss` is their sum."""
-
-Detections = Mapping[str, Tensor]
 
 
 class DetectionModule(RunModule):
@@ -52,15 +52,13 @@ class DetectionModule(RunModule):
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
         images, targets = batch
-        if not self.stages:
-            detections = self.network(images)
-        else:
-            with record_connectivity(self.network) as record:
-                detections = self.network(images)
-            for name, values in edge_figures(self.stages, record.adjacency).items():
-                counts = values.new_tensor([float(target["image_id"] is not None) for target in targets])
-                self.val_edges[name].update(values, counts)
-        self.evaluation.update(*counted(targets, detections))
+        edges = Means(self.val_edges, self.find_figures, needs_connectivity=True)
+        observe_batch(self.network, images, targets, [edges, DetectionMeter(self.evaluation)])
+
+    def find_figures(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The figures of each image that are logged, (B,), and which images count."""
+        counts = torch.tensor([target["image_id"] is not None for target in batch.targets], device=self.device)
+        return {} if batch.record is None else edge_figures(self.stages, batch.record.adjacency), counts
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -89,12 +87,6 @@ class DetectionModule(RunModule):
             warmup_lr_init=config.peak_lr * config.warmup_factor,
             t_in_epochs=False,
         )
-
-
-def counted(targets: Sequence[Target], detections: Sequence[Detections]) -> tuple[list[int], list[Detections]]:
-    """The ids and detections of the images that count."""
-    pairs = [(target["image_id"], found) for target, found in zip(targets, detections, strict=True)]
-    return [id for id, _ in pairs if id is not None], [found for id, found in pairs if id is not None]
 
 
 class DetectionDataModule(RunDataModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
 
     Raises UsageError for an unknown executor, for a network without dynamic stages, and where "native" cannot be had.
     """
-    check_choice("executor", executor, EXECUTORS)
+    check_choice("--executor", executor, EXECUTORS)
     is_cpu = next(network.parameters()).is_cpu
     if executor == "native" and not is_cpu:
-        raise UsageError("executor 'native' runs on a CPU only; use 'plain' on other devices")
+        raise UsageError("--executor native runs on a CPU only; use recommended or plain on other devices")
     set_mode(network, "sparse")
     if executor == "plain" or not is_cpu:
         return network
@@ -53,8 +54,13 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     except UsageError as error:
         if executor == "native":
             raise
-        print(f"{error}; the plain executor is used, which is slower", file=sys.stderr)
+        _say_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
         return network
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def use_native(network: nn.Module) -> nn.Module:

@@ -12,17 +12,23 @@ from torch import Tensor, nn
 from dgnet.graph import find_stages
 from dgnet.inference._compile import compile_network, without_gradients
 from dgnet.inference._fold import fold_batch_norms
+from dgnet.inference._native import set_sparse
 from dgnet.inference._sparse import set_mode
 from dgnet.inference._timing import time_alternating
 
 
 def measure_speed(
-    network: nn.Module, images: Tensor, static: nn.Module | None = None, compile: bool = False, rounds: int = 5
+    network: nn.Module,
+    images: Tensor,
+    static: nn.Module | None = None,
+    compile: bool = False,
+    rounds: int = 5,
+    executor: str = "recommended",
 ) -> dict[str, float]:
     """Images/s of `network` in its "dense" and "sparse" mode and of a "static" network, medians over alternating rounds.
 
     A network without dynamic stages has its "dense" mode only. Normalisations are folded on all sides, images are
-    channels_last. `compile`: with `compile_network`, as `deploy` does.
+    channels_last. `compile`, `executor`: see `deploy`.
     """
     device = str(images.device)
     size = (images.shape[2], images.shape[3])
@@ -30,22 +36,29 @@ def measure_speed(
     sides = {} if static is None else {"static": static}
     sides |= dict.fromkeys(("dense", "sparse") if find_stages(network) else ("dense",), network)
     for name, side in sides.items():
-        run = deploy(side.to(images.device), size, "sparse" if name == "sparse" else "dense", len(images), compile)
+        mode = "sparse" if name == "sparse" else "dense"
+        run = deploy(side.to(images.device), size, mode, len(images), compile, executor)
         steps[name] = partial(run, images.contiguous(memory_format=torch.channels_last))
     seconds = time_alternating(steps, rounds, device)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
 def deploy(
-    network: nn.Module, image_size: tuple[int, int], mode: str, batch_size: int, compile: bool
+    network: nn.Module,
+    image_size: tuple[int, int],
+    mode: str,
+    batch_size: int,
+    compile: bool,
+    executor: str = "recommended",
 ) -> Callable[[Tensor], Tensor]:
     """A copy of `network` as it is deployed for one batch size and images in channels_last, (B, C, H, W) -> (B, classes).
 
     Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode on the CPU and
-    elsewhere at batch 1 only: larger batches are faster as they are.
+    elsewhere at batch 1 only: larger batches are faster as they are. `executor`: of the sparse mode where it
+    is not compiled, see `set_sparse`.
     """
     folded = fold_batch_norms(network, image_size).to(memory_format=torch.channels_last)
     is_cpu = next(folded.parameters()).is_cpu
     if compile and (mode != "sparse" or is_cpu or batch_size == 1):
         return compile_network(folded, mode)
-    return without_gradients(set_mode(folded, mode))
+    return without_gradients(set_sparse(folded, executor) if mode == "sparse" else set_mode(folded, mode))

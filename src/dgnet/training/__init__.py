@@ -1,4 +1,4 @@
-"""Training and evaluation of classifiers, on Lightning."""
+"""Training of classifiers, on Lightning."""
 
 from typing import TYPE_CHECKING
 
@@ -7,10 +7,6 @@ from dgnet._lazy import lazy_names
 if TYPE_CHECKING:
     from dgnet.training._checkpointing import Interrupted as Interrupted
     from dgnet.training._config import TrainConfig as TrainConfig
-    from dgnet.training._evaluate import Evaluation as Evaluation
-    from dgnet.training._evaluate import describe_source as describe_source
-    from dgnet.training._evaluate import evaluate as evaluate
-    from dgnet.training._evaluate import open_evaluation_data as open_evaluation_data
     from dgnet.training._processes import is_main_process as is_main_process
     from dgnet.training._processes import join_processes as join_processes
     from dgnet.training._run import read_run as read_run

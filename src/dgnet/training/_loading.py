@@ -1,18 +1,14 @@
-"""The order of images in training and evaluation, and loaders that go on where a run was interrupted."""
+"""The order of images in training, and a loader that continues where a run was interrupted."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from dgnet.data import ShardStream, mix_seed
 
@@ -69,23 +65,6 @@ class EndlessOrder(Sampler[list[tuple[int, int]]]):
             self.order.epoch, self.order.start = self.order.epoch + 1, 0
 
 
-class EvaluationOrder(Sampler[list[tuple[int, int]]]):
-    """One process's batches of (0, index): each image once over all `ranks`; index -1 evens the processes out."""
-
-    def __init__(self, images: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.images, self.batch_size, self.rank, self.ranks = images, batch_size, rank, ranks
-        self.share = -(-images // ranks)
-
-    def __len__(self) -> int:
-        return -(-self.share // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        own = list(range(self.rank, self.images, self.ranks))
-        own += [-1] * (self.share - len(own))
-        for start in range(0, self.share, self.batch_size):
-            yield [(0, index) for index in own[start : start + self.batch_size]]
-
-
 class TrainingLoader:
     """A loader that begins an epoch where `step`, the number of steps taken so far, says; it knows how long it was waited for.
 
@@ -114,43 +93,3 @@ class TrainingLoader:
             batch = next(iterator)
             self.waited += time.perf_counter() - start
             yield batch
-
-
-def build_loader(
-    items: Dataset[Any], order: Sampler[Any], workers: int, collate: Callable[[Any], Any] | None = None
-) -> DataLoader[Any]:
-    """Batches of `items` in the order given, put together by `collate`; `workers`: processes that load."""
-    return DataLoader(
-        items,
-        batch_sampler=order,
-        collate_fn=collate,
-        # A generator of its own: loading draws nothing from the one that training draws from.
-        generator=torch.Generator(),
-        persistent_workers=workers > 0,
-        **worker_options(workers),
-    )
-
-
-def worker_options(workers: int) -> dict[str, Any]:
-    """Options of a DataLoader with so many processes."""
-    return {
-        "num_workers": workers,
-        "worker_init_fn": partial(heed_only, os.getpid()),
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def heed_only(sender: int, worker: int) -> None:
-    """In a process that loads images: only the process that it loads for, `sender`, ends it.
-
-    Launchers signal a whole group; if the loaders died of it, a run could not take the step after which it saves.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()

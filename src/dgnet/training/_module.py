@@ -16,14 +16,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from dgnet.data import IGNORED, BadImages, ImageDataset, Preprocessing, ShardStream, TrainingItems, mix_seed
+from dgnet.data import (
+    IGNORED,
+    BadImages,
+    EvaluationOrder,
+    ImageDataset,
+    Preprocessing,
+    ShardStream,
+    TrainingItems,
+    build_loader,
+    mix_seed,
+    worker_options,
+)
 from dgnet.errors import UsageError
-from dgnet.graph import find_stages, record_connectivity
+from dgnet.evaluation import Batch, Means, observe_batch
+from dgnet.evaluation._accuracy import ACCURACY, accuracy_figures
+from dgnet.evaluation._means import STATES, build_means, update_means
+from dgnet.evaluation._wiring import edge_figure_names, edge_figures
+from dgnet.graph import find_stages
 from dgnet.training._budget import Budget
 from dgnet.training._cached import CachedLoader
 from dgnet.training._config import RunConfig, TrainConfig
-from dgnet.training._loading import EvaluationOrder, TrainingLoader, TrainingOrder, build_loader, worker_options
-from dgnet.training._metrics import STATES, build_metrics, edge_figure_names, edge_figures, update_metrics
+from dgnet.training._loading import TrainingLoader, TrainingOrder
 
 
 class RunModule(L.LightningModule):
@@ -146,10 +160,10 @@ class Classifier(RunModule):
 
     def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any], budget: Budget | None = None) -> None:
         executed = [] if budget is None else ["executed"]
-        super().__init__(network, config, carried, build_metrics("train_", executed))
+        super().__init__(network, config, carried, build_means("train_", [*ACCURACY, *executed]))
         self.budget = budget
         edges = [name for pair in edge_figure_names(self.stages) for name in pair]
-        self.val_metrics = build_metrics("val_", [*executed, *edges])
+        self.val_metrics = build_means("val_", [*ACCURACY, *executed, *edges])
 
     def forward(self, images: Tensor) -> Tensor:
         if self.config.channels_last:
@@ -160,7 +174,7 @@ class Classifier(RunModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Any]:
         images, labels = batch
         logits, figures = self.observe(images)
-        update_metrics(self.train_metrics, logits, labels, figures)
+        update_means(self.train_metrics, accuracy_figures(logits, labels) | figures, labels != IGNORED)
         smoothing = self.config.label_smoothing
         losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
         loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
@@ -174,12 +188,14 @@ class Classifier(RunModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
-        if not self.stages:
-            update_metrics(self.val_metrics, self(images), labels)
-            return
-        with record_connectivity(self.network) as record:
-            logits, figures = self.observe(images)
-        update_metrics(self.val_metrics, logits, labels, figures | edge_figures(self.stages, record.adjacency))
+        meter = Means(self.val_metrics, self.find_figures, needs_connectivity=True)
+        observe_batch(self.network, images, labels, [meter], run=self.observe)
+
+    def find_figures(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The figures of each image that are logged, (B,), and which images count; of a batch that ran by `observe`."""
+        logits, figures = batch.outputs
+        edges = {} if batch.record is None else edge_figures(self.stages, batch.record.adjacency)
+        return accuracy_figures(logits, batch.targets) | figures | edges, batch.targets != IGNORED
 
     def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
