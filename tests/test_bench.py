@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgnet.cli import main
-from tests.command import ask, refuse
+from tests.helpers.command import ask, refuse
 
 QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
 

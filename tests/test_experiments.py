@@ -17,8 +17,8 @@ import yaml
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.files import hold, read_table, write_table
-from tests.data.test_sources import jpeg, write_shard
-from tests.training.processes import wait_for
+from tests.helpers.data import jpeg, write_shard
+from tests.helpers.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -13,8 +13,8 @@ from dgnet.analysis._analyze import gather_statistics
 from dgnet.analysis._statistics import Extremes, ImageResult, flatten_edges, list_edges
 from dgnet.data import IGNORED
 from dgnet.graph import build_topology, record_connectivity
-from tests.conftest import close_some
-from tests.training.test_evaluate import Images
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some
 
 COUNT = 23
 LABELS = [index * 7 % 4 for index in range(COUNT)]  # class 4 has no image

@@ -13,8 +13,8 @@ from dgnet.cli import main
 from dgnet.files import read_table
 from dgnet.graph import find_stages
 from dgnet.training import evaluate, open_evaluation_data
-from tests.command import ask, refuse
-from tests.data.test_sources import jpeg, write_folder, write_shard
+from tests.helpers.command import ask, refuse
+from tests.helpers.data import jpeg, write_folder, write_shard
 
 
 def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):

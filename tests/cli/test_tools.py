@@ -10,7 +10,7 @@ import pytest
 
 import dgnet
 from dgnet.cli import main
-from tests.command import ask
+from tests.helpers.command import ask
 
 
 def test_models(capsys):

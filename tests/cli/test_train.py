@@ -20,8 +20,8 @@ from dgnet.errors import UsageError
 from dgnet.files import hold, read_table
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier
-from tests.command import QUICK, ask, refuse
-from tests.data.test_sources import write_folder
+from tests.helpers.command import QUICK, ask, refuse
+from tests.helpers.data import write_folder
 
 
 def test_a_run_folder_holds_what_is_promised(run):

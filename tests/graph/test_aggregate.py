@@ -12,44 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import aggregate
 from dgnet.graph._aggregate import aggregate_by_loop
+from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
 module = importlib.import_module("dgnet.graph._aggregate")
 stage_module = importlib.import_module("dgnet.graph._stage")
-
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def sum_by_sample(features: list[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-    """The twin: Eq. (3) sample by sample and edge by edge in float64, over open edges only."""
-    rows = []
-    for b in range(len(weights)):
-        total = torch.zeros(features[0].shape[1:], dtype=torch.float64)
-        for e, feature in enumerate(features):
-            if is_open is None or is_open[b, e]:
-                total = total + weights[b, e].double() * feature[b].double()
-        rows.append(total)
-    return torch.stack(rows)
-
-
-def draw_case(seed: int, shape: tuple[int, ...], edges: int, dtype: torch.dtype, layout: str, closing: str):
-    generator = torch.Generator().manual_seed(seed)
-    batch, channels, height, width = shape
-    features = []
-    for _ in range(edges):
-        if layout == "strided":
-            feature = torch.randn(batch, channels, height, 2 * width, generator=generator)[..., ::2]
-        else:
-            feature = torch.randn(shape, generator=generator)
-        feature = feature.to(dtype)
-        features.append(feature.to(memory_format=torch.channels_last) if layout == "channels_last" else feature)
-    weights = torch.rand(batch, edges, generator=generator, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
-    if closing == "none":
-        return features, weights, None
-    is_open = torch.rand(batch, edges, generator=generator) < {"some": 0.5, "all": 0.0, "no edge": 1.0}[closing]
-    for e, feature in enumerate(features):
-        feature[~is_open[:, e]] = [torch.nan, torch.inf, -torch.inf][e % 3]
-    return features, weights, is_open
-
 
 cases = {
     "seed": st.integers(0, 2**31),

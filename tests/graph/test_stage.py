@@ -7,8 +7,8 @@ from torch import nn
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, RoutedWeighting, Topology, record_connectivity, use_connectivity
 from dgnet.graph._topology import complete
-from tests.conftest import close_some
-from tests.graph.twin import run_stage_by_edges
+from tests.helpers.networks import close_some
+from tests.helpers.twins import run_stage_by_edges
 
 
 def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
 from dgnet.inference._native import NativeExecutor, load_native, use_native
-from tests.conftest import close_some, spread_routers
+from tests.helpers.networks import close_some, spread_routers
 
 SMALL = {
     "dg_resnet18": {},

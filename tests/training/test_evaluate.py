@@ -4,29 +4,15 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dgnet.cli.command import print_json
-from dgnet.data import ImageDataset
 from dgnet.errors import UsageError
 from dgnet.graph import FixedWeighting, record_connectivity, use_connectivity
 from dgnet.models.cifar_resnet import CifarResNet
 from dgnet.training import evaluate
-from tests.conftest import close_some
-
-
-class Images(ImageDataset):
-    """Tensors that need no reading."""
-
-    def __init__(self, images: Tensor, labels: list[int], classes: int = 5) -> None:
-        self.images, self.labels = images, labels
-        self.class_names = [str(label) for label in range(classes)]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
@@ -10,86 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dgnet.cli import main
 from dgnet.errors import UsageError
-from dgnet.files import read_table
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 from dgnet.training._checkpointing import WholeCheckpointIO
 from dgnet.training._module import Classifier, ImageDataModule
-from tests.data.test_sources import write_shard
-from tests.training.processes import Run, wait_for
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """26 training images of two classes, as a folder and as two shards; 7 to evaluate on."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 26), ("val", 7)):
-        samples = []
-        for index in range(count):
-            content, label = noise(index + 150 * (index % 2)), index % 2
-            folder = root / split / ("dark", "light")[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{index}.png").write_bytes(content)
-            samples.append({"png": content, "cls": str(label).encode()})
-        for shard in range(2):
-            write_shard(root / f"{split}-{shard}.tar", samples[shard::2])
-    return root
-
-
-def noise(least: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(least).integers(least, least + 70, (9, 10, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def options(data: Path, output: Path, source: str = "folder", **more: Any) -> dict[str, Any]:
-    """A run of 24 steps with everything that draws: augmentation, dropout."""
-    sources = {
-        "folder": {"data": str(data)},
-        "shards": {"data": f"{data}/train-{{0..1}}.tar", "val_data": f"{data}/val-{{0..1}}.tar"},
-    }
-    own = {
-        "model_kwargs": {"channels": [4, 4, 4], "drop_rate": 0.5},
-        "image_size": 8,
-        "batch_size": 4,
-        "epochs": 4,
-        "lr": 0.05,
-        "threads": 1,
-        "accelerator": "cpu",
-        "checkpoint_every": "1 step",
-        "output": str(output),
-    }
-    return {**own, **sources[source], **more}
-
-
-def curve(run: Path) -> list[tuple[int, float]]:
-    """Step and value of a curve as TensorBoard shows it."""
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("val_loss")]
-
-
-def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
-    """Weights to the bit, the rows of metrics.csv, TensorBoard's curves."""
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    rows, expected_rows = (read_table(folder / "metrics.csv") for folder in (run, twin))
-    assert len(rows) == len(expected_rows)
-    for row, other in zip(rows, expected_rows, strict=True):
-        values, others = ({name: float(value) for name, value in r.items() if value} for r in (row, other))
-        assert values == (others if exact else pytest.approx(others, rel=1e-5))
-    assert curve(run) == curve(twin)
-
+from tests.helpers.processes import Run, wait_for
+from tests.helpers.runs import assert_same, options
 
 CASES = {
     "folder": {},
