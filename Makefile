@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A worker for each core, of one thread; one that is done takes tests from the others.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
 .PHONY: demo test test-slow check costs format clean
@@ -13,10 +15,10 @@ demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 
 test: $(STAMP)  ## format, lint and type checks, then the tests but for the slow ones
 	$(MAKE) check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests: runs killed again and again, several nodes, exports, compilation
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP)  ## the slow tests (runs killed again and again, several nodes, exports, compilation), and properties at length
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or hypothesis" --hypothesis-profile thorough
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

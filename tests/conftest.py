@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from dgnet.graph import find_stages
 from dgnet.models.cifar_resnet import DynamicCifarResNet
 from tests.helpers.networks import spread_routers
+
+# Each worker of pytest-xdist, and each process that a test starts, computes on one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+settings.register_profile("fast", max_examples=50, deadline=None)
+settings.register_profile("thorough", max_examples=300, deadline=None)  # make test-slow
+settings.load_profile("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +28,6 @@ cases = {
 }
 
 
-@settings(max_examples=300, deadline=None)
 @given(**cases)
 def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, closing, block):
     features, weights, is_open = draw_case(seed, shape, edges, dtype, layout, closing)
@@ -159,7 +158,6 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
     assert losses["eager"][19] < 0.7 * losses["eager"][0]
 
 
-@settings(max_examples=150, deadline=None)
 @given(**cases, row=st.sampled_from([1, 2**20]))
 def test_features_that_hold_some_samples_are_read_where_these_lie(seed, shape, edges, dtype, layout, closing, block, row):
     features, _, _ = draw_case(seed, shape, edges, dtype, layout, "none")

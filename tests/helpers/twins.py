@@ -14,8 +14,8 @@ def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
 
 
-def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a routed stage, its adjacency and its α, from Eqs. (3) to (5) and the definition of removal.
+def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A routed stage's output, adjacency, α and the nodes that ran, from Eqs. (3) to (5) and the definition of removal.
 
     A Python loop over samples and edges; without gradients.
     """
@@ -70,7 +70,8 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             alphas = torch.zeros_like(adjacency)
             for (i, k), values in alpha.items():
                 alphas[:, k, i] = torch.tensor(values)
-            return x_hat, adjacency, alphas
+            ran = torch.tensor([alive[k] for k in range(last)]).T  # (B, N - 1): all but the output node
+            return x_hat, adjacency, alphas, ran
         feature = stage.nodes[j - 1](x_hat)
         if stage.shortcut == "node":
             shortcut = torch.stack([adjacency[b, 1, 0] * features[0][b] for b in range(len(x))]) if j == 1 else x_hat
