@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -54,9 +55,13 @@ def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, 
                 torch.testing.assert_close(inputs[0].grad[b, e].double(), by_weight, rtol=precision, atol=precision)
 
 
-@pytest.mark.parametrize("closing", ["none", "some"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+ON_CPUS = list(product(["contiguous", "channels_last"], [torch.float32, torch.bfloat16], ["none", "some"]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "closing"),
+    [pytest.param(*case, marks=() if case == ON_CPUS[-1] else pytest.mark.slow) for case in ON_CPUS],
+)
 def test_the_compiled_form_matches_the_twin(dtype, layout, closing):
     torch._dynamo.reset()
     compiled = torch.compile(aggregate, fullgraph=True)

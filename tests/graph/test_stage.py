@@ -8,6 +8,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, RoutedWeighting, Topology, record_connectivity, use_connectivity
 from dgnet.graph._topology import complete
 from tests.helpers.networks import close_some
+from tests.helpers.pairs import pairwise
 from tests.helpers.twins import run_stage_by_edges
 
 
@@ -15,11 +16,8 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
     return network.forward_intermediates(images, indices=[index])[1][0]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize(
-    "options",
-    [
+@pairwise(
+    options=[
         {},
         {"topology": "residual"},
         {"shortcut": "node"},
@@ -30,7 +28,8 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
         {"node_gate": "hard", "node_gate_bias": 2.0, "threshold_offset": 0.05},
         {"node_gate": "hard", "node_gate_bias": 0.3, "topology": "residual"},
     ],
-    ids=str,
+    index=[0, 1],
+    training=[True, False],
 )
 @torch.no_grad()
 def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import torch
 from torch import nn
 
+import dgnet
 from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """A network of the user's, always with the same weights; it is built once, and this is a copy."""
+    return copy.deepcopy(_build(name, tuple(sorted(options.items()))))
+
+
+@cache
+def _build(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dgnet.create_model(name, **dict(options))
+
+
+def build_meta(name: str, **options: object) -> nn.Module:
+    """A network of which only shapes and names matter: on the meta device, where nothing is drawn or computed."""
+    with torch.device("meta"):
+        return dgnet.create_model(name, **options)
 
 
 def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
