@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 # The lowest versions that pyproject.toml allows are tested with the lowest Python.
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.11
+# A worker for each core, of one thread; one that is done takes tests from the others.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
 .PHONY: demo test test-slow test-oldest check costs format clean
@@ -18,10 +20,10 @@ demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 
 test: $(STAMP)  ## format, lint and type checks, then the tests but for the slow ones
 	$(MAKE) check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests: runs killed again and again, several nodes, exports, compilation
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP)  ## the slow tests (runs killed again and again, several nodes, exports, compilation), and properties at length
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or hypothesis" --hypothesis-profile thorough
 
 # Old versions may warn of newer ones: warnings are no errors here.
 test-oldest: $(OLDEST)/.installed  ## the tests but for the slow ones, with the lowest versions that pyproject.toml allows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgnet.cli import main
-from tests.command import ask, refuse
+from tests.helpers.command import ask, refuse
 
 QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
 
@@ -21,6 +21,7 @@ def test_a_measurement(capsys, task):
     for side in ("model", "against"):
         measured = result[f"{side}_side"]
         assert measured["seconds"] == result[f"{side}_seconds"] > 0
+        assert measured["peak_memory"] is None or measured["peak_memory"] > 2**20
         assert measured["images_per_second"] == pytest.approx(4 / measured["seconds"])
     assert {"dgnet", "python", "torch", "torchvision", "timm"} <= result["versions"].keys()
     assert result["hardware"]
@@ -33,6 +34,7 @@ def test_any_two_networks_and_the_table(capsys):
     assert "images/s" in text
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys):
     peaks = []
     for batch_size in (8, 40):

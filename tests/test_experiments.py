@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +20,10 @@ import yaml
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.files import lock, read_table, write_table
-from tests.data.test_sources import jpeg, write_shard
-from tests.training.processes import wait_for
+from dgnet.training import TrainConfig
+from tests.helpers.data import jpeg, write_shard
+from tests.helpers.networks import build_meta
+from tests.helpers.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -30,6 +35,14 @@ import similarity  # noqa: E402
 MODELS = {"static": "resnet20", "dynamic": "dg_resnet20"}
 RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
 ONE_TRAINING = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
+
+
+@pytest.fixture
+def restores_signals() -> Iterator[None]:
+    """A runner takes SIGTERM for itself."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -55,6 +68,16 @@ def write_grid(folder: Path, **changes: object) -> Path:
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
     return folder / "grid.yaml"
+
+
+def refuse(monkeypatch, capsys, script: str, *arguments: object) -> str:
+    """The one line with which a script refuses, run in this process."""
+    monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
+    output, errors = capsys.readouterr()
+    assert (caught.value.code, output, errors.count("\n")) == (2, "", 1), errors
+    return errors
 
 
 def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -143,11 +166,11 @@ def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
     assert usual.options == raw.options
 
 
-def test_one_runner_works_on_a_grid(folder):
+def test_one_runner_works_on_a_grid(folder, restores_signals, monkeypatch, capsys):
+    arguments = (folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
     with lock(folder / "grid.yaml", "held"):
-        refused = call("run.py", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
-    assert refused.returncode == 2
-    assert refused.stderr == f"run.py: another run.py works on {folder}/grid.yaml; it runs what is missing\n"
+        line = refuse(monkeypatch, capsys, "run.py", *arguments)
+    assert line == f"run.py: another run.py works on {folder}/grid.yaml; it runs what is missing\n"
 
 
 @pytest.mark.slow
@@ -235,30 +258,25 @@ def test_grids_that_cannot_be(folder, changes, message):
         grids.read_grid(write_grid(folder, **changes))
 
 
-def test_mistakes_end_in_one_line(folder):
+def test_mistakes_end_in_one_line(folder, restores_signals, monkeypatch, capsys):
     for arguments, message in [
         ((folder / "absent.yaml", "--data", folder / "data"), "absent.yaml is no grid"),
         ((folder / "grid.yaml", "--data", folder / "nowhere"), "train-000000.tar does not exist"),
         ((folder / "grid.yaml", "--data", folder / "data", "--groups", "b"), "unknown group 'b'; groups of"),
     ]:
-        done = call("run.py", *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
-    done = call("report.py", folder / "grid.yaml")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "holds no run of" in done.stderr
+        assert message in refuse(monkeypatch, capsys, "run.py", *arguments)
+    assert "holds no run of" in refuse(monkeypatch, capsys, "report.py", folder / "grid.yaml")
 
 
 def test_every_arm_of_the_grids_in_the_repository_is_a_network_that_can_be_built():
-    import dgnet
-    from dgnet.training import TrainConfig
-
+    networks: dict[str, TrainConfig] = {}  # an arm's seeds train one network
     for path in (ROOT / "experiments").glob("*.yaml"):
         for run in grids.read_grid(path).runs:
             config = TrainConfig(**{**run.options, "val_data": None})
-            dgnet.create_model(config.model, **config.network_kwargs)
+            networks[repr((config.model, config.network_kwargs))] = config
             json.dumps(run.options)
+    for config in networks.values():
+        build_meta(config.model, **config.network_kwargs)
 
 
 def test_nodes_that_read_the_same_are_alike_and_others_less():

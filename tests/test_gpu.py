@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import dgnet
 from dgnet.graph import aggregate
-from tests.conftest import close_some
-from tests.graph.test_aggregate import TOLERANCES, draw_case, sum_by_sample
+from tests.helpers.networks import close_some
+from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 

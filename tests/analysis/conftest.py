@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dgnet
-from tests.conftest import close_some
+from tests.helpers.networks import close_some
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import dgnet
 from dgnet.analysis._adjacency import GraphRow, draw_edges, draw_graphs
 from dgnet.analysis._figures import save_figure
 from dgnet.errors import UsageError
-from tests.analysis.drawn import arrows, panels, words
+from tests.helpers.figures import arrows, panels, words
 
 
 @pytest.mark.parametrize("show", ["mean", "std", "open"])

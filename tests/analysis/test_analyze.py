@@ -17,10 +17,9 @@ from dgnet.errors import UsageError
 from dgnet.files import read_table
 from dgnet.graph import find_stages
 from dgnet.models import create_model
-from tests.command import ask, refuse
-from tests.conftest import close_some, spread_routers
-from tests.data.test_sources import jpeg, write_shard
-from tests.evaluation.images import Images
+from tests.helpers.command import ask, refuse
+from tests.helpers.data import Images, jpeg, write_shard
+from tests.helpers.networks import close_some, spread_routers
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLASSES = ["dark", "light", "noisy"]

@@ -21,7 +21,7 @@ from dgnet.data import decode
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
 from dgnet.inference import set_mode, set_threshold_offset
-from tests.analysis.pictures import CLASSES, Pictures
+from tests.helpers.data import CLASSES, Pictures
 
 
 @torch.no_grad()

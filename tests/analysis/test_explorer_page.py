@@ -9,8 +9,9 @@ import torch
 
 from dgnet.analysis._explorer_page import collect, describe_exploration, render_explorer, shorten_names
 from dgnet.analysis._sweep import OFFSETS
-from tests.analysis.pictures import CLASSES, Pictures, open_browser, watch
-from tests.conftest import spread_routers
+from tests.helpers.browser import open_browser, watch
+from tests.helpers.data import CLASSES, Pictures
+from tests.helpers.networks import spread_routers
 
 pytestmark = pytest.mark.slow  # a browser starts
 

@@ -21,10 +21,10 @@ from dgnet.data import Preprocessing, decode
 from dgnet.errors import BadImageError
 from dgnet.graph import find_stages, record_connectivity
 from dgnet.models import create_model
-from tests.analysis.pictures import CLASSES, open_browser, watch
-from tests.command import refuse
-from tests.conftest import close_some, spread_routers
-from tests.data.test_sources import jpeg
+from tests.helpers.browser import open_browser, watch
+from tests.helpers.command import refuse
+from tests.helpers.data import CLASSES, jpeg
+from tests.helpers.networks import close_some, spread_routers
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'dgnet[explore]'"

@@ -6,7 +6,7 @@ import torch
 
 from dgnet.analysis._plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
 from dgnet.analysis._statistics import list_edges
-from tests.analysis.drawn import words
+from tests.helpers.figures import words
 
 
 def test_classes(record):

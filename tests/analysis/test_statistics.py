@@ -14,8 +14,8 @@ from dgnet.analysis._statistics import Extremes, ImageResult, list_edges
 from dgnet.data import IGNORED
 from dgnet.evaluation import flatten_edges
 from dgnet.graph import RandomGraphOptions, build_topology, record_connectivity
-from tests.conftest import close_some
-from tests.evaluation.images import Images
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some
 
 COUNT = 23
 LABELS = [index * 7 % 4 for index in range(COUNT)]  # class 4 has no image

@@ -7,7 +7,7 @@ from dgnet.analysis._sweep import draw_sweep, save_sweep, sweep_thresholds
 from dgnet.errors import UsageError
 from dgnet.evaluation import evaluate
 from dgnet.inference import set_threshold_offset
-from tests.evaluation.images import Images
+from tests.helpers.data import Images
 
 
 def test_each_point_is_an_evaluation_at_its_offset(tiny, tmp_path):

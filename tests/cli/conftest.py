@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dgnet.cli import main
-from tests.command import QUICK
-from tests.data.test_sources import jpeg
+from tests.helpers.command import QUICK
+from tests.helpers.data import jpeg
 
 
 @pytest.fixture(scope="package")

@@ -10,8 +10,8 @@ import torch
 import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
-from tests.command import QUICK, ask, refuse
-from tests.data.test_sources import write_folder
+from tests.helpers.command import QUICK, ask, refuse
+from tests.helpers.data import write_folder
 
 
 def test_the_safetensors_file_loads_by_name(run):

@@ -21,9 +21,9 @@ from dgnet.checkpoint import read_tensors
 from dgnet.detection import DetectConfig, load_detector, read_annotations, train_detector
 from dgnet.training import Interrupted, read_run
 from dgnet.training._checkpointing import Checkpointing
-from tests.command import ask, refuse
-from tests.detection.synthetic import box_entry, image_entry, write_set
-from tests.training.processes import free_port
+from tests.helpers.boxes import box_entry, image_entry, write_set
+from tests.helpers.command import ask, refuse
+from tests.helpers.processes import free_port
 
 QUICK = ["--short-side", "32", "--long-side", "64", "--fpn-channels", "8", "--batch-size", "2", "--warmup-iterations", "1"]
 RUN = ["--model", "dg_resnet18", "--iterations", "4", "--evaluate-every", "2", "--lr-steps", "[3]", "--lr", "0.01", *QUICK]

@@ -15,9 +15,9 @@ from dgnet.cli import main
 from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.files import read_table
 from dgnet.graph import find_stages
-from tests.command import ask, refuse
-from tests.data.test_sources import jpeg, write_folder, write_shard
-from tests.training.processes import free_port
+from tests.helpers.command import ask, refuse
+from tests.helpers.data import jpeg, write_folder, write_shard
+from tests.helpers.processes import free_port
 
 
 def test_evaluate_gives_the_accuracy_of_the_last_epoch(run, capsys):

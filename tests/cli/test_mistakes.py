@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.command import refuse
+from tests.helpers.command import refuse
 
 
 @pytest.mark.parametrize(

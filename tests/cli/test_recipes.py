@@ -10,8 +10,8 @@ import yaml
 
 from dgnet._cost_tables import TABLES
 from dgnet.checkpoint import load_checkpoint
-from tests.command import ask, refuse
-from tests.data.test_sources import write_folder
+from tests.helpers.command import ask, refuse
+from tests.helpers.data import write_folder
 
 ALL = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(recipe for task in ("cifar10", "imagenet") for recipe in (ALL / task).glob("*.yaml"))

@@ -20,8 +20,8 @@ from dgnet.errors import UsageError
 from dgnet.files import lock, read_table
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier
-from tests.command import QUICK, ask, refuse
-from tests.data.test_sources import write_folder
+from tests.helpers.command import QUICK, ask, refuse
+from tests.helpers.data import write_folder
 
 
 def test_a_run_folder_holds_what_is_promised(run):
@@ -163,9 +163,12 @@ def test_lightnings_loggers_come_from_the_recipe(images, tmp_path, capsys):
         assert why in line
 
 
-def test_digits_are_learned(tmp_path, capsys):
-    """The default run in a third of its epochs."""
-    output = ask(capsys, "train", "--epochs", 6, "--output", tmp_path / "digits")
+@pytest.mark.parametrize(
+    "options", [["--epochs", 2, "--cache", "true", "--lr", 0.3], pytest.param(["--epochs", 6], marks=pytest.mark.slow)], ids=str
+)
+def test_digits_are_learned(options, tmp_path, capsys):
+    """The default run in fewer epochs: in two at a higher rate, or a third of them."""
+    output = ask(capsys, "train", *options, "--output", tmp_path / "digits")
     assert float(output.split()[1]) > 90
 
 

@@ -8,7 +8,7 @@ import torch
 from dgnet.data import EvaluationLoader, EvaluationOrder
 from dgnet.data._loading import heed_only
 from dgnet.errors import UsageError
-from tests.evaluation.images import Counted
+from tests.helpers.data import Counted
 
 
 def count_up(count: int) -> Counted:

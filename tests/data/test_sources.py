@@ -12,33 +12,9 @@ from torch.utils.data import DataLoader
 
 from dgnet.data import EVALUATION, TRAIN, Preprocessing, open_dataset, open_train_and_evaluation
 from dgnet.errors import UsageError
-from tests.conftest import SHARED_DATA
+from tests.helpers.data import SHARED_DATA, jpeg, write_folder, write_shard
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def jpeg(colour: int, size: int = 8) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (size, size), (colour, colour, colour)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_folder(root: Path, classes: dict[str, int]) -> Path:
-    for name, count in classes.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            (root / name / f"{index}.jpg").write_bytes(jpeg(10 * index))
-    return root
-
-
-def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for index, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{index:04}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_digits_hold_out_a_fifth_of_each_class():

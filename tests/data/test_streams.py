@@ -14,7 +14,7 @@ from dgnet.data import EVALUATION, Preprocessing, ShardStream, open_dataset, ope
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, train
 from dgnet.training._loading import TrainingLoader, TrainingOrder
-from tests.data.test_sources import jpeg, write_shard
+from tests.helpers.data import jpeg, write_shard
 
 CLASSES = [str(label) for label in range(12)]
 TRANSFORM = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).evaluation_transform()

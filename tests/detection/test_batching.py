@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from dgnet.data import EvaluationOrder
 from dgnet.detection import AspectRatioOrder, CocoDetection, DetectionItems, collate, flip
 from dgnet.training._loading import TrainingLoader
-from tests.detection.synthetic import box_entry, image_entry, random_set, write_set
+from tests.helpers.boxes import box_entry, image_entry, random_set, write_set
 
 RATIOS = np.random.default_rng(0).choice([0.5, 0.75, 1.0, 1.5], 101, p=[0.1, 0.15, 0.25, 0.5]).tolist()
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dgnet.detection import AnnotationCounts, CocoDetection, flip, read_annotations
 from dgnet.errors import BadImageError, UsageError
-from tests.conftest import SHARED_DATA
-from tests.detection.synthetic import CATEGORIES, box_entry, image_entry, random_set, write_set
+from tests.helpers.boxes import CATEGORIES, box_entry, image_entry, random_set, write_set
+from tests.helpers.data import SHARED_DATA
 
 WHOLE = [10.0, 20.0, 30.0, 8.0]
 

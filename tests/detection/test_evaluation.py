@@ -29,9 +29,9 @@ from dgnet.detection import (
     write_results,
 )
 from dgnet.errors import UsageError
-from tests.conftest import SHARED_DATA
-from tests.detection.synthetic import box_entry, image_entry, random_set, write_set
-from tests.training.processes import FORK, free_port
+from tests.helpers.boxes import box_entry, image_entry, random_set, write_set
+from tests.helpers.data import SHARED_DATA
+from tests.helpers.processes import FORK, free_port
 
 OVERALL = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 

@@ -15,7 +15,7 @@ from dgnet.detection._module import DetectionModule
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
 from dgnet.training._loading import EndlessOrder, TrainingOrder
-from tests.detection.synthetic import box_entry, image_entry, write_set
+from tests.helpers.boxes import box_entry, image_entry, write_set
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*_fpn*.yaml"))
 NEEDED = {"data": "a.json", "images": "images", "val_data": "b.json"}

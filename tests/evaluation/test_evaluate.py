@@ -11,8 +11,8 @@ from dgnet.errors import UsageError
 from dgnet.evaluation import evaluate
 from dgnet.graph import FixedWeighting, record_connectivity, use_connectivity
 from dgnet.models.cifar_resnet import CifarResNet
-from tests.conftest import close_some
-from tests.evaluation.images import Images
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some
 
 
 @torch.no_grad()

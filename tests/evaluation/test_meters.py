@@ -16,7 +16,7 @@ from dgnet.evaluation._controls import OtherAdjacency
 from dgnet.evaluation._means import Means, build_means
 from dgnet.graph import record_connectivity
 from dgnet.models.cifar_resnet import CifarResNet
-from tests.conftest import close_some
+from tests.helpers.networks import close_some
 
 LABELS = torch.tensor([0, 1, IGNORED, 3, 4, 0, 1])
 

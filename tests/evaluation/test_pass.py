@@ -22,9 +22,9 @@ from dgnet.models.cifar_resnet import CifarResNet
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier
 from tests.analysis.pictures import Pictures
-from tests.conftest import close_some
-from tests.detection.synthetic import box_entry, image_entry, write_set
-from tests.evaluation.images import Counted, Images
+from tests.helpers.boxes import box_entry, image_entry, write_set
+from tests.helpers.data import Counted, Images
+from tests.helpers.networks import close_some
 
 
 class Kept:

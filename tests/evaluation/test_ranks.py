@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from dgnet.evaluation import evaluate
 from dgnet.models.cifar_resnet import DynamicCifarResNet
-from tests.conftest import close_some, spread_routers
-from tests.evaluation.images import Images
-from tests.training.processes import FORK, free_port
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some, spread_routers
+from tests.helpers.processes import FORK, free_port
 
 
 def evaluate_seven() -> dict[str, object]:

@@ -1,55 +1,22 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import aggregate
 from dgnet.graph._aggregate import aggregate_by_loop
+from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
 module = importlib.import_module("dgnet.graph._aggregate")
 nodes_module = importlib.import_module("dgnet.graph._nodes")
-
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def sum_by_sample(features: list[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-    """The twin: Eq. (3) sample by sample and edge by edge in float64, over open edges only."""
-    rows = []
-    for b in range(len(weights)):
-        total = torch.zeros(features[0].shape[1:], dtype=torch.float64)
-        for e, feature in enumerate(features):
-            if is_open is None or is_open[b, e]:
-                total = total + weights[b, e].double() * feature[b].double()
-        rows.append(total)
-    return torch.stack(rows)
-
-
-def draw_case(seed: int, shape: tuple[int, ...], edges: int, dtype: torch.dtype, layout: str, closing: str):
-    generator = torch.Generator().manual_seed(seed)
-    batch, channels, height, width = shape
-    features = []
-    for _ in range(edges):
-        if layout == "strided":
-            feature = torch.randn(batch, channels, height, 2 * width, generator=generator)[..., ::2]
-        else:
-            feature = torch.randn(shape, generator=generator)
-        feature = feature.to(dtype)
-        features.append(feature.to(memory_format=torch.channels_last) if layout == "channels_last" else feature)
-    weights = torch.rand(batch, edges, generator=generator, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
-    if closing == "none":
-        return features, weights, None
-    is_open = torch.rand(batch, edges, generator=generator) < {"some": 0.5, "all": 0.0, "no edge": 1.0}[closing]
-    for e, feature in enumerate(features):
-        feature[~is_open[:, e]] = [torch.nan, torch.inf, -torch.inf][e % 3]
-    return features, weights, is_open
-
 
 cases = {
     "seed": st.integers(0, 2**31),
@@ -62,7 +29,6 @@ cases = {
 }
 
 
-@settings(max_examples=300, deadline=None)
 @given(**cases)
 def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, closing, block):
     features, weights, is_open = draw_case(seed, shape, edges, dtype, layout, closing)
@@ -89,9 +55,13 @@ def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, 
                 torch.testing.assert_close(inputs[0].grad[b, e].double(), by_weight, rtol=precision, atol=precision)
 
 
-@pytest.mark.parametrize("closing", ["none", "some"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+ON_CPUS = list(product(["contiguous", "channels_last"], [torch.float32, torch.bfloat16], ["none", "some"]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "closing"),
+    [pytest.param(*case, marks=() if case == ON_CPUS[-1] else pytest.mark.slow) for case in ON_CPUS],
+)
 def test_the_compiled_form_matches_the_twin(dtype, layout, closing):
     torch._dynamo.reset()
     compiled = torch.compile(aggregate, fullgraph=True)
@@ -193,7 +163,6 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
     assert losses["eager"][19] < 0.7 * losses["eager"][0]
 
 
-@settings(max_examples=150, deadline=None)
 @given(**cases, row=st.sampled_from([1, 2**20]))
 def test_features_that_hold_some_samples_are_read_where_these_lie(seed, shape, edges, dtype, layout, closing, block, row):
     features, _, _ = draw_case(seed, shape, edges, dtype, layout, "none")

@@ -6,7 +6,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity, use_connectivity
-from tests.conftest import close_some
+from tests.helpers.networks import close_some
 
 
 @torch.no_grad()

@@ -16,19 +16,17 @@ from dgnet.graph import (
     use_connectivity,
 )
 from dgnet.graph._topology import complete
-from tests.conftest import close_some
-from tests.graph.twin import run_stage_by_edges
+from tests.helpers.networks import close_some
+from tests.helpers.pairs import pairwise
+from tests.helpers.twins import run_stage_by_edges
 
 
 def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.Tensor:
     return network.forward_intermediates(images, indices=[index])[1][0]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize(
-    "options",
-    [
+@pairwise(
+    options=[
         {},
         {"topology": "residual"},
         {"shortcut": "node"},
@@ -39,7 +37,8 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
         {"node_gate": "hard", "node_gate_bias": 2.0, "threshold_offset": 0.05},
         {"node_gate": "hard", "node_gate_bias": 0.3, "topology": "residual"},
     ],
-    ids=str,
+    index=[0, 1],
+    training=[True, False],
 )
 @torch.no_grad()
 def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):
@@ -51,16 +50,22 @@ def test_a_stage_matches_the_edge_by_edge_twin(tiny, training, index, options):
     stage = network.stages[index]
     with record_connectivity(stage) as record:
         output = stage(x)
-    expected, adjacency, alpha = run_stage_by_edges(stage, x)
+    expected, adjacency, alpha, ran = run_stage_by_edges(stage, x)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(record.adjacency[0], adjacency, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(record.alpha[0], alpha, rtol=1e-4, atol=1e-6)  # a dead node's are 0
+    assert torch.equal(record.ran[0][:, :-1], ran)
     closed = (adjacency == 0)[:, stage.topology.mask].float().mean()
-    if training:
-        assert closed == 0 or "node_gate" in options
-    else:
+    if not training:
         assert 0.1 < closed < 0.9  # the case is not a trivial one
-        assert torch.equal(record.ran[0][:, 1:-1], (adjacency[:, 1:-1] != 0).any(2))
+        assert torch.equal(ran[:, 1:], (adjacency[:, 1:-1] != 0).any(2))
+    elif "node_gate" in options:
+        # A closed gate in training stops what its block sends, and leaves the block's own in-edges.
+        assert ran[:, 1:].any()
+        assert 0 < closed < 0.9
+        assert (adjacency[:, 1:-1] != 0).any(2)[~ran[:, 1:]].any()
+    else:
+        assert closed == 0
 
 
 def small_stage(dtype: torch.dtype = torch.float64) -> DynamicGraph:

@@ -10,8 +10,8 @@ from dgnet.errors import UsageError
 from dgnet.evaluation import evaluate
 from dgnet.inference import EXECUTORS, set_sparse
 from dgnet.inference import _native as native
-from tests.conftest import close_some
-from tests.evaluation.images import Images
+from tests.helpers.data import Images
+from tests.helpers.networks import close_some
 
 
 @torch.no_grad()

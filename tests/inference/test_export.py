@@ -14,7 +14,7 @@ from dgnet.inference import _export as export
 from dgnet.inference import export_network, set_mode
 from dgnet.inference._compile import compile_graph
 from dgnet.inference._export import check_export, run_onnx, save_export
-from tests.conftest import close_some
+from tests.helpers.networks import close_some
 
 SIZE = (12, 8)
 

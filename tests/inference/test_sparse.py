@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, le
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
 from dgnet.inference._build import load_native
 from dgnet.inference._native import NativePlan, use_native
-from tests.conftest import close_some, spread_routers
+from tests.helpers.networks import build, close_some, spread_routers
+from tests.helpers.pairs import pairwise
 
 SMALL = {
     "dg_resnet18": {},
@@ -76,13 +78,16 @@ def check_modes_agree(
     return records[1].ran
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("batch", [1, 2, 7])
-@pytest.mark.parametrize("name", list(SMALL))
+@cache
+def build_folded(name: str, size: int) -> nn.Module:
+    return fold_batch_norms(build(name, num_classes=5, **SMALL[name]), size)
+
+
+@pairwise(name=list(SMALL), batch=[1, 2, 7], share=[0.0, 0.5, 0.9, 1.0], set_sparse=[set_python, use_native])
 @torch.no_grad()
 def test_imposed_connectivity_gives_the_same_in_both_modes(set_sparse, name, batch, share):
     size = 32 if "20" in name else 64
-    network = fold_batch_norms(dgnet.create_model(name, num_classes=5, **SMALL[name]), size)
+    network = deepcopy(build_folded(name, size))
     with use_connectivity(network, random_connectivity(network, batch, share)):
         check_modes_agree(network, torch.randn(batch, 3, size, size), set_sparse)
 

@@ -14,8 +14,10 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import Topology, Weighting, find_stages
 from dgnet.models._dynamic import DynamicNetwork
+from tests.helpers.networks import build_meta
+from tests.helpers.pairs import pairwise
 
-DYNAMIC = [name for name in dgnet.list_models() if isinstance(dgnet.create_model(name, num_classes=2), DynamicNetwork)]
+DYNAMIC = [name for name in dgnet.list_models() if isinstance(build_meta(name), DynamicNetwork)]
 WITH_STATIC = [name for name in DYNAMIC if "randwire" not in name]
 # One a family, as small as it comes, with the least size of image that its strides allow.
 FAMILIES: dict[str, dict[str, object]] = {
@@ -47,7 +49,7 @@ def shake_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("name", WITH_STATIC)
+@pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in WITH_STATIC])
 @torch.no_grad()
 def test_chain_fixed_with_the_shortcut_in_the_node_is_the_static_network(name):
     static = shake_norms(static_counterpart(name))
@@ -143,9 +145,7 @@ def test_static_weights_of_another_family_are_refused():
             dgnet.load_static_weights(model, {})
 
 
-@pytest.mark.parametrize("weighting", ["routed", "learned", "fixed"])
-@pytest.mark.parametrize("topology", ["complete", "residual", "chain", "er"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pairwise(name=list(FAMILIES), topology=["complete", "residual", "chain", "er"], weighting=["routed", "learned", "fixed"])
 def test_every_parameter_gets_a_finite_gradient(name, topology, weighting):
     check_step(dgnet.create_model(name, topology=topology, weighting=weighting, num_classes=5, **FAMILIES[name]))
 
@@ -155,8 +155,7 @@ def test_every_parameter_gets_a_finite_gradient_with_the_shortcut_in_the_node(na
     check_step(dgnet.create_model(name, shortcut="node", num_classes=5))
 
 
-@pytest.mark.parametrize("weighting", ["routed", "learned", "fixed"])
-@pytest.mark.parametrize("topology", ["ba", "ws"])
+@pytest.mark.parametrize(("topology", "weighting"), [("ba", "routed"), ("ws", "learned"), ("ws", "fixed")])
 def test_every_parameter_of_a_random_graph_gets_a_finite_gradient(topology, weighting):
     options = FAMILIES["dg_randwire_small"]
     check_step(dgnet.create_model("dg_randwire_small", topology=topology, weighting=weighting, num_classes=5, **options))
@@ -183,7 +182,8 @@ def check_step(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", DYNAMIC)
 @torch.no_grad()
 def test_features_have_the_promised_channels_and_strides(name):
-    model = timm.create_model(name, features_only=True).eval().to("meta")
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True).eval()
     features = model(torch.empty(1, 3, 64, 96, device="meta"))
     assert len(features) == len(model.feature_info)
     for feature, channels, stride in zip(features, model.feature_info.channels(), model.feature_info.reduction(), strict=True):

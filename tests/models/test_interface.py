@@ -11,6 +11,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.graph import Router, find_stages
+from tests.helpers.networks import build_meta
 
 DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
 SMALL = ["dg_resnet18", "dg_resnet20", "dg_mobilenetv2_100", "dg_regnety_006", "dg_randwire_small"]
@@ -24,7 +25,7 @@ def test_import_registers_the_models():
     assert "resnet18" not in dgnet.list_models()  # timm's own
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in DYNAMIC])
 def test_edges_start_open(name):
     model = dgnet.create_model(name)
     for _ in range(2):
@@ -40,7 +41,8 @@ def test_edges_start_open(name):
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_the_default_config_is_complete(name):
-    model = timm.create_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
     cfg = model.pretrained_cfg
     assert cfg["architecture"] == name
     for key in ("mean", "std", "input_size", "pool_size", "crop_pct", "interpolation", "num_classes"):
@@ -104,7 +106,7 @@ def test_reset_classifier(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_parameter_groups(name):
-    model = timm.create_model(name)
+    model = build_meta(name)
     names = {name for name, _ in model.named_parameters()}
     assert model.no_weight_decay() == {n for n in names if n.endswith("weighting.tau")}
     groups = timm.models.group_parameters(model, model.group_matcher())
@@ -139,7 +141,7 @@ def test_timm_arguments_reach_the_network():
 
 def test_the_projection_is_built_only_if_something_reads_it():
     def has_projection(**kwargs):
-        return not isinstance(dgnet.create_model("dg_resnet18", **kwargs).layer2.input, nn.Identity)
+        return not isinstance(build_meta("dg_resnet18", **kwargs).layer2.input, nn.Identity)
 
     assert has_projection()
     assert has_projection(weighting="fixed")

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dgnet
 from dgnet.graph import record_connectivity, use_connectivity
-from tests.conftest import close_some
+from tests.helpers.networks import close_some
 
 WEIGHTINGS = ["routed", "learned", "fixed"]
 

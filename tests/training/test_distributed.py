@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dgnet
 from dgnet.files import read_table
-from tests.training.processes import FORK, free_port, wait_for
-from tests.training.test_resume import assert_same, data, options  # noqa: F401
+from tests.helpers.processes import FORK, free_port, wait_for
+from tests.helpers.runs import assert_same, options
 
 MODES = {"batch statistics": True, "running statistics": False}
 
@@ -94,7 +94,7 @@ def torchrun(nodes: int, ranks: int, node: int, port: int, arguments: list[str],
 
 
 @pytest.mark.slow
-def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):  # noqa: F811
+def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):
     given = options(data, tmp_path / "run", epochs=60, checkpoint_every="50 steps")
     log = tmp_path / "log"
 
@@ -118,7 +118,7 @@ def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_it_goes_on(data, tmp_path):  # noqa: F811
+def test_a_killed_rank_ends_the_job_and_it_goes_on(data, tmp_path):
     more = {"epochs": 30, "checkpoint_every": "7 steps"}
     log = tmp_path / "log"
     whole = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "whole", **more)), log)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,8 +46,10 @@ def labels(loader: Any) -> list[int]:
     return [label for _, batch in loader for label in batch.tolist()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 1, 2])
+WITH_WORKERS = [pytest.param(*case, marks=() if case == (3, 1) else pytest.mark.slow) for case in product([1, 2, 3], [1, 2])]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (3, 0), *WITH_WORKERS])
 def test_each_image_is_evaluated_once_and_trained_on_at_most_once(ranks, workers):
     images = 23
     trained, evaluated, lengths = [], [], set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import random
@@ -11,85 +10,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dgnet.cli import main
 from dgnet.errors import UsageError
-from dgnet.files import read_table
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 from dgnet.training._checkpointing import WholeCheckpointIO
 from dgnet.training._module import Classifier, ImageDataModule
-from tests.data.test_sources import write_shard
-from tests.training.processes import Run, wait_for
+from tests.helpers.processes import Run, wait_for
+from tests.helpers.runs import assert_same, options
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """26 training images of two classes, as a folder and as two shards; 7 to evaluate on."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 26), ("val", 7)):
-        samples = []
-        for index in range(count):
-            content, label = noise(index + 150 * (index % 2)), index % 2
-            folder = root / split / ("dark", "light")[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{index}.png").write_bytes(content)
-            samples.append({"png": content, "cls": str(label).encode()})
-        for shard in range(2):
-            write_shard(root / f"{split}-{shard}.tar", samples[shard::2])
-    return root
-
-
-def noise(least: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(least).integers(least, least + 70, (9, 10, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def options(data: Path, output: Path, source: str = "folder", **more: Any) -> dict[str, Any]:
-    """A run of 24 steps with everything that draws: augmentation, dropout."""
-    sources = {
-        "folder": {"data": str(data)},
-        "shards": {"data": f"{data}/train-{{0..1}}.tar", "val_data": f"{data}/val-{{0..1}}.tar"},
-    }
-    own = {
-        "model_kwargs": {"channels": [4, 4, 4], "drop_rate": 0.5},
-        "image_size": 8,
-        "batch_size": 4,
-        "epochs": 4,
-        "lr": 0.05,
-        "threads": 1,
-        "accelerator": "cpu",
-        "checkpoint_every": "1 step",
-        "output": str(output),
-    }
-    return {**own, **sources[source], **more}
-
-
-def curve(run: Path) -> list[tuple[int, float]]:
-    """Step and value of a curve as TensorBoard shows it."""
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("val_loss")]
-
-
-def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
-    """Weights to the bit, the rows of metrics.csv, TensorBoard's curves."""
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    rows, expected_rows = (read_table(folder / "metrics.csv") for folder in (run, twin))
-    assert len(rows) == len(expected_rows)
-    for row, other in zip(rows, expected_rows, strict=True):
-        values, others = ({name: float(value) for name, value in r.items() if value} for r in (row, other))
-        assert values == (others if exact else pytest.approx(others, rel=1e-5))
-    assert curve(run) == curve(twin)
+def whole(data, tmp_path_factory) -> Path:
+    """A run that nothing disturbs. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(TrainConfig(**options(data, folder, checkpoint_every="15 minutes")))
+    return folder
 
 
 CASES = {
@@ -139,10 +78,15 @@ def saved_step(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
-@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, workers, data, tmp_path):
-    whole = Run(options(data, tmp_path / "whole", workers=workers))
-    assert whole.start().wait() == [0], whole.log()
+@pytest.mark.parametrize(
+    ("signum", "workers"),
+    [
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, workers, data, whole, tmp_path):
     run = Run(options(data, tmp_path / "run", workers=workers, checkpoint_every="8 steps")).start()  # of which an epoch has 6
     last = run.folder / "checkpoints" / "last.ckpt"
     wait_for(lambda: last.exists() and saved_step(last) == 8)
@@ -150,11 +94,10 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(signum, workers
     assert run.wait() == [128 + signum], run.log()
     assert saved_step(last) > 8
     assert run.start().wait() == [0], run.log()
-    assert_same(run.folder, whole.folder)
+    assert_same(run.folder, whole)
 
 
-def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, tmp_path, monkeypatch):
-    train(TrainConfig(**options(data, tmp_path / "whole", checkpoint_every="15 minutes")))
+def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, whole, tmp_path, monkeypatch):
     config = TrainConfig(**options(data, tmp_path / "run", checkpoint_every="15 minutes"))
 
     evaluate = Classifier.validation_step
@@ -172,7 +115,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_no_step_is_lost(data, tmp_pat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert saved_step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 11
     train(*read_run(tmp_path / "run", {}, TrainConfig)[:1], tmp_path / "run")
-    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -195,9 +138,7 @@ def test_one_process_of_two_is_told_to_stop_and_both_do(data, tmp_path):
     assert run.wait() == [143, 143], run.log()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
-    whole = Run(options(data, tmp_path / "whole"))
-    assert whole.start().wait() == [0], whole.log()
+def test_a_full_disk_leaves_the_last_good_checkpoint(data, whole, tmp_path):
     run = Run(options(data, tmp_path / "run", checkpoint_every="9 steps", epochs=4)).start()
     last = run.folder / "checkpoints" / "last.ckpt"
     wait_for(last.exists)
@@ -210,7 +151,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data, tmp_path):
     assert last.read_bytes() == before
     assert not list(run.folder.rglob(".*.part"))
     assert run.start().wait() == [0], run.log()
-    assert_same(run.folder, whole.folder)
+    assert_same(run.folder, whole)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A slow, obvious twin of DynamicGraph, written from Eqs. (3) to (5) and the definition of removal, edge by edge."""
+"""Slow, obvious twins of a stage and of aggregation, written edge by edge from the paper's equations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
 
 
-def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a routed stage, its adjacency and its α, with a Python loop over samples and edges. No gradients."""
+def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A routed stage's output, adjacency, α and the nodes that ran, from Eqs. (3) to (5) and the definition of removal.
+
+    A Python loop over samples and edges; without gradients.
+    """
     last = stage.topology.num_nodes - 1
     mask = stage.topology.mask.tolist()
     adjacency = torch.zeros(len(x), last + 1, last + 1)
@@ -67,7 +70,8 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             alphas = torch.zeros_like(adjacency)
             for (i, k), values in alpha.items():
                 alphas[:, k, i] = torch.tensor(values)
-            return x_hat, adjacency, alphas
+            ran = torch.tensor([alive[k] for k in range(last)]).T  # (B, N - 1): all but the output node
+            return x_hat, adjacency, alphas, ran
         feature = stage.nodes[j - 1](x_hat)
         if stage.shortcut == "node":
             shortcut = torch.stack([adjacency[b, 1, 0] * features[0][b] for b in range(len(x))]) if j == 1 else x_hat
@@ -76,3 +80,38 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             [f if is_alive else torch.zeros_like(f) for f, is_alive in zip(feature, alive[j], strict=True)]
         )
     raise AssertionError("a stage ends with its output node")
+
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def sum_by_sample(features: list[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
+    """The twin: Eq. (3) sample by sample and edge by edge in float64, over open edges only."""
+    rows = []
+    for b in range(len(weights)):
+        total = torch.zeros(features[0].shape[1:], dtype=torch.float64)
+        for e, feature in enumerate(features):
+            if is_open is None or is_open[b, e]:
+                total = total + weights[b, e].double() * feature[b].double()
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def draw_case(seed: int, shape: tuple[int, ...], edges: int, dtype: torch.dtype, layout: str, closing: str):
+    generator = torch.Generator().manual_seed(seed)
+    batch, channels, height, width = shape
+    features = []
+    for _ in range(edges):
+        if layout == "strided":
+            feature = torch.randn(batch, channels, height, 2 * width, generator=generator)[..., ::2]
+        else:
+            feature = torch.randn(shape, generator=generator)
+        feature = feature.to(dtype)
+        features.append(feature.to(memory_format=torch.channels_last) if layout == "channels_last" else feature)
+    weights = torch.rand(batch, edges, generator=generator, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
+    if closing == "none":
+        return features, weights, None
+    is_open = torch.rand(batch, edges, generator=generator) < {"some": 0.5, "all": 0.0, "no edge": 1.0}[closing]
+    for e, feature in enumerate(features):
+        feature[~is_open[:, e]] = [torch.nan, torch.inf, -torch.inf][e % 3]
+    return features, weights, is_open

@@ -20,7 +20,7 @@ from dgnet.errors import UsageError
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["tests.training.processes"])
+FORK.set_forkserver_preload(["tests.helpers.processes"])
 
 
 def run_training(options: dict[str, Any], resume: bool, environment: dict[str, str], file_bytes: int | None) -> None:

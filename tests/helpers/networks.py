@@ -1,0 +1,59 @@
+"""Small networks whose connectivity differs from sample to sample."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+from torch import nn
+
+import dgnet
+from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """A network of the user's, always with the same weights; it is built once, and this is a copy."""
+    return copy.deepcopy(_build(name, tuple(sorted(options.items()))))
+
+
+@cache
+def _build(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dgnet.create_model(name, **dict(options))
+
+
+def build_meta(name: str, **options: object) -> nn.Module:
+    """A network of which only shapes and names matter: on the meta device, where nothing is drawn or computed."""
+    with torch.device("meta"):
+        return dgnet.create_model(name, **options)
+
+
+def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
+    """Move routers away from their start, so that α differs from edge to edge and sample to sample."""
+    if isinstance(stage.weighting, RoutedWeighting):
+        for router in stage.weighting.routers.values():
+            if not isinstance(router, nn.Linear):
+                continue
+            nn.init.normal_(router.weight, std=std)
+            nn.init.normal_(router.bias, mean=0.5)
+    if stage.node_gates is not None:
+        for column in stage.node_gates.columns.values():
+            nn.init.normal_(column.weight, std=std)
+
+
+def close_some(network: nn.Module, images: torch.Tensor) -> None:
+    """Set τ so that many edges close; each τ lies in the middle of a wide gap between values of α."""
+    network.eval()
+    for index, stage in enumerate(find_stages(network)):
+        for node in range(1, stage.topology.num_nodes):
+            # Run again for each node: what it closes changes the nodes behind it.
+            with torch.no_grad(), record_connectivity(network) as record:
+                network(images)
+            alpha = record.alpha[index][:, node, list(stage.topology.senders(node))].flatten().sort().values
+            quarter = len(alpha) // 4
+            gap = quarter + int(alpha.diff()[quarter : len(alpha) - quarter].argmax())
+            is_wide = alpha[gap + 1] - alpha[gap] > 2e-3  # not so where a sender is dead for all samples
+            with torch.no_grad():
+                stage.weighting.tau[node] = (alpha[gap] + alpha[gap + 1]) / 2 if is_wide else -1

@@ -1,0 +1,37 @@
+"""Fewer cases than the product of all options: every two values of different options meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+
+def all_pairs(*sizes: int) -> list[tuple[int, ...]]:
+    """Rows of one index for each axis, such that any two indices of two axes stand together in some row.
+
+    Greedy: again and again the row of the product that holds most pairs which have not met yet.
+    """
+    rows = {row: set(combinations(enumerate(row), 2)) for row in product(*map(range, sizes))}
+    missing = set().union(*rows.values())
+    chosen = []
+    while missing:
+        best = max(rows, key=lambda row: len(rows[row] & missing))
+        missing -= rows[best]
+        chosen.append(best)
+    return sorted(chosen)
+
+
+def pairwise(is_rest_slow: bool = True, **axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test over `axes`: all pairs in the fast set, the rest of the product in the slow set or nowhere."""
+    sizes = [len(axis) for axis in axes.values()]
+    fast = set(all_pairs(*sizes))
+    cases = []
+    for row in product(*map(range, sizes)):
+        if row in fast or is_rest_slow:
+            values = [axis[place] for axis, place in zip(axes.values(), row, strict=True)]
+            name = "-".join(getattr(value, "__name__", None) or str(value) for value in values)
+            cases.append(pytest.param(*values, id=name, marks=() if row in fast else pytest.mark.slow))
+    return pytest.mark.parametrize(list(axes), cases)
