@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_arcs_run_from_circle_to_circle_and_the_longer_the_higher_and_steeper(nu
     heights, angles = zip(*(shapes[span] for span in sorted(shapes)), strict=True)
     assert heights[0] == 0
     for values in (heights, angles):
-        assert all(low < high for low, high in zip(values, values[1:], strict=False))
+        assert all(low < high for low, high in pairwise(values))
     assert 0.75 * max(heights) <= 1  # the top of a cubic curve lies at three quarters of its control points
 
 
