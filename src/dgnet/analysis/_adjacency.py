@@ -21,15 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as MplPath
 from torch import Tensor
 
 from dgnet.analysis._figures import ABOVE, WEIGHTS, WIDTH, ShownFigure, add_colour_bar, plain, scale, shrink_text, write_cell
+from dgnet.analysis._layout import Arc, find_runs, lay_out
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import Record, node_names
 
 _UNIT = 0.3  # inches from node to node of a graph
 _NODE = 6.0  # points, radius of a node
-_BEND = 0.45  # how far the arrow of an edge that passes nodes by bends, as a share of its length
+_TALL = 0.225  # height of a stage's graph above the nodes, and below, as a share of its length
 _THICKEST = 1.9  # points, of the edge that weighs most
 _FAINT = "#b0b0b0"
 _SHOWN = {
@@ -147,11 +149,10 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
     """A row an image: its picture, caption, and a graph a stage (Fig. 7). `masks`: which edges exist, (N, N) a stage.
 
     An edge's colour and width are its weight, on one scale for all rows; a closed edge is faint and dotted, a block that does
-    not run faint. Edges that pass nodes by bend upwards to every second node, downwards to the others, so that nothing crosses
-    an arrow's head.
+    not run faint. Arcs to every second node are mirrored below the nodes, which halves the crowd.
     """
     sizes = [len(mask) for mask in masks]
-    reach = _BEND * (max(sizes) - 1) / 2 + 0.35  # of the longest edge, in nodes
+    reach = _TALL * (max(sizes) - 1) + 0.35  # of the highest arc, in nodes
     height = max(_UNIT * (2 * reach + 0.9), 0.95)
     has_picture = any(row.picture is not None for row in rows)
     left = (0.95 if has_picture else 0.0, 1.45)  # inches of picture and caption
@@ -193,17 +194,31 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
     return figure
 
 
+@dataclass(frozen=True)
+class _Connection:
+    """An arc as matplotlib's arrows want it: called with the places of the two nodes in pixels."""
+
+    arc: Arc
+    height: float  # of the graph, in nodes; negative: below them
+
+    def __call__(self, start: Any, end: Any, *, shrinkA: float, shrinkB: float, **patches: Any) -> MplPath:  # noqa: N803
+        gap = (end[0] - start[0]) / (self.arc.receiver - self.arc.sender)
+        points = np.array(self.arc.points(gap, gap * self.height, shrinkA))
+        points += (start[0] - gap * self.arc.sender, start[1])
+        return MplPath(points, [MplPath.MOVETO, MplPath.CURVE4, MplPath.CURVE4, MplPath.CURVE4])
+
+
 def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, largest: float, name: str) -> None:
     num_nodes = len(mask)
     colours = matplotlib.colormaps[WEIGHTS]
-    for receiver, sender in mask.nonzero().tolist():
-        weight = float(matrix[receiver, sender])
-        bend = 0.0 if receiver == sender + 1 else _BEND if receiver % 2 else -_BEND
+    for arc in lay_out(mask):
+        sender, receiver, weight = arc.sender, arc.receiver, float(matrix[arc.receiver, arc.sender])
         width = _THICKEST * abs(weight) / largest
+        height = _TALL * (num_nodes - 1) * (-1 if receiver % 2 else 1)
         arrow = FancyArrowPatch(
             (sender, 0),
             (receiver, 0),
-            connectionstyle=f"arc3,rad={bend}",
+            connectionstyle=_Connection(arc, height),  # type: ignore[arg-type]  # any callable is taken
             arrowstyle="-|>",
             mutation_scale=3.5 + 2 * width,
             shrinkA=_NODE,
@@ -216,8 +231,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
         arrow.set_in_layout(False)  # the axes' limits hold it: asking every arrow for its size is slow
         arrow.set_gid(f"{name}-edge{sender}-{receiver}-{'open' if weight else 'closed'}")
         axes.add_patch(arrow)
-    for node, text in enumerate(node_names(num_nodes)):
-        runs = node in (0, num_nodes - 1) or bool(matrix[node].any())
+    for node, (text, runs) in enumerate(zip(node_names(num_nodes), find_runs(matrix), strict=True)):
         edge = "black" if runs else _FAINT
         axes.plot(
             node, 0, "o", markersize=2 * _NODE, markerfacecolor="white", markeredgecolor=edge, markeredgewidth=0.8, zorder=3

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dgnet._cost import cost_model
+from dgnet.analysis._layout import lay_out
 from dgnet.analysis._sweep import OFFSETS, at_offset
 from dgnet.data import IGNORED, EvaluationLoader, ImageDataset
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import Batch, ImageByImage, Variant, find_image_size, run_pass
 from dgnet.files import replace_file, writing
-from dgnet.graph import Topology, find_stages
+from dgnet.graph import Topology, find_stages, node_names
 from dgnet.inference import find_threshold_offset, set_mode
 
 THUMBNAIL = 96
@@ -185,7 +186,7 @@ def describe_exploration(found: Exploration, model: str, source: str) -> dict[st
         "source": source,
         "offsets": list(found.offsets),
         "class_names": found.class_names,
-        "stages": [{"num_nodes": topology.num_nodes, "edges": edges} for topology, edges in stages],
+        "stages": [_describe_stage(topology, edges) for topology, edges in stages],
         "own_offset": found.own_offset,
         "dense_multiply_adds": found.dense_multiply_adds,
         "names": shorten_names(found.names),
@@ -200,6 +201,16 @@ def describe_exploration(found: Exploration, model: str, source: str) -> dict[st
             "least": least,
             "greatest": greatest,
         },
+    }
+
+
+def _describe_stage(topology: Topology, edges: list[tuple[int, int]]) -> dict[str, Any]:
+    """The stage's graph; of each edge, in the same order, also the reach and the rise of its arc."""
+    return {
+        "num_nodes": topology.num_nodes,
+        "names": node_names(topology.num_nodes),
+        "edges": edges,
+        "arcs": [(round(arc.reach, 4), round(arc.rise, 4)) for arc in lay_out(topology.mask)],
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dgnet.analysis._layout import find_runs, lay_out
 from dgnet.graph import node_names
 
 
@@ -29,26 +30,20 @@ def _draw_stage(number: int, matrix: Tensor, mask: Tensor, largest: float) -> st
     base = tallest + 16
     names = node_names(len(mask))
     parts = []
-    for receiver, sender in mask.nonzero().tolist():
-        weight, span = float(matrix[receiver, sender]), receiver - sender
-        left, right = 20 + sender * gap + radius, 20 + receiver * gap - radius
-        rise = 0.0 if span == 1 else 1.33 * tallest * ((span - 1) / (last - 1)) ** 0.75
-        lean = 0.25 * (right - left)
+    for arc in lay_out(mask):
+        weight = float(matrix[arc.receiver, arc.sender])
+        start, *rest = (f"{20 + x:.1f} {base - y:.1f}" for x, y in arc.points(gap, tallest, radius))
         share = abs(weight) / largest
         style = (
             f'stroke-width="{0.6 + 3.2 * share:.2f}" opacity="{0.35 + 0.65 * share:.2f}" marker-end="url(#arrow)"'
             if weight
             else 'stroke-width="1" opacity="0.35" stroke-dasharray="2 4"'
         )
-        spoken = f"{names[sender]} to {names[receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
-        parts.append(
-            f'<path d="M{left:.1f} {base:.1f}C{left + lean:.1f} {base - rise:.1f} {right - lean:.1f} {base - rise:.1f}'
-            f' {right:.1f} {base:.1f}" {style}><title>{spoken}</title></path>'
-        )
-    for node, name in enumerate(names):
+        spoken = f"{names[arc.sender]} to {names[arc.receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
+        parts.append(f'<path d="M{start}C{" ".join(rest)}" {style}><title>{spoken}</title></path>')
+    for node, (name, runs) in enumerate(zip(names, find_runs(matrix), strict=True)):
         x = 20 + node * gap
-        is_dead = 0 < node < last and not bool(matrix[node].any())
-        dashes = ' stroke-dasharray="3 3" opacity="0.6"' if is_dead else ""
+        dashes = "" if runs else ' stroke-dasharray="3 3" opacity="0.6"'
         parts.append(f'<circle cx="{x:.1f}" cy="{base:.1f}" r="{radius:.1f}" stroke-width="1.5"{dashes}/>')
         if radius >= 8 or node in (0, last):
             y = base + 4 if radius >= 8 else base + radius + 12
