@@ -223,35 +223,28 @@ def _build(command: list[str], library: Path) -> None:
 
 
 EXECUTORS = ("recommended", "plain", "native")
-"""What runs the sparse mode."""
 
 
 def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     """Set `network` to the sparse mode, in place, with an executor; returns the network.
 
-    "plain": PyTorch (`set_mode`). "native": the compiled extension (`use_native`), on a CPU. "recommended": the fastest that
-    this device has, "native" on a CPU and "plain" elsewhere; where the extension cannot be built it is "plain", and a line on
-    stderr says so.
+    "plain": in plain PyTorch, on any device. "native": with the compiled extension, for a CPU; see `use_native`.
+    "recommended": what is fastest where the network is, native on a CPU and plain elsewhere. If the extension cannot be built,
+    a line on stderr says why, and the plain one is used.
 
-    Raises UsageError for a network without dynamic stages, and where "native" is not to be had.
+    Raises UsageError for an unknown executor, for a network without dynamic stages, and where "native" cannot be had.
     """
-    check_choice("--executor", executor, EXECUTORS)
-    set_mode(network, "sparse")
-    is_cpu = all(parameter.is_cpu for parameter in network.parameters())
+    check_choice("executor", executor, EXECUTORS)
+    is_cpu = next(network.parameters()).is_cpu
     if executor == "native" and not is_cpu:
-        raise UsageError("--executor native runs on a CPU; use recommended, or --device cpu")
+        raise UsageError("executor 'native' runs on a CPU only; use 'plain' on other devices")
+    set_mode(network, "sparse")
     if executor == "plain" or not is_cpu:
         return network
     try:
-        load_native()
+        return use_native(network)
     except UsageError as error:
         if executor == "native":
             raise
-        _say_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
+        print(f"{error}; the plain executor is used, which is slower", file=sys.stderr)
         return network
-    return use_native(network)
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
