@@ -161,18 +161,7 @@ def test_an_error_of_a_parser_names_the_option():
 
 
 # Private names that are used outside `dgnet.compat`, with the reason.
-ALLOWED = {
-    ("training/_loading.py", "_exit"): "os._exit is documented",
-    # To be replaced by names of `dgnet.compat` or of the public interface.
-    ("graph/_record.py", "_C"): "compat.torch.is_in_backward",
-    ("graph/_record.py", "_current_graph_task_id"): "compat.torch.is_in_backward",
-    ("graph/_stage.py", "_BatchNorm"): "nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm",
-    ("graph/_stage.py", "_load_from_state_dict"): "register_load_state_dict_pre_hook",
-    ("graph/_weighting.py", "_apply"): "a tensor made where it is needed",
-    ("inference/_native.py", "_forward_hooks"): "compat.torch.has_forward_hooks",
-    ("inference/_native.py", "_forward_pre_hooks"): "compat.torch.has_forward_hooks",
-    ("detection/_backbone.py", "_BatchNorm"): "as in graph/_stage.py",
-}
+ALLOWED = {("data/_loading.py", "_exit"): "os._exit is documented"}
 
 OWN_MEMBERS = (nn.Module(), L.LightningModule(), L.Callback(), ArgumentParser(), io.BytesIO(), DataLoader([]))
 """Objects of other libraries of which the package has subclasses: what `self` may not touch."""

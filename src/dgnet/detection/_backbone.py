@@ -18,7 +18,7 @@ from dgnet.graph import ValidArea, current_area, find_stages, use_area
 STRIDES = (4, 8, 16, 32)
 """Of the feature maps that the pyramid is built on (§6.3)."""
 
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):

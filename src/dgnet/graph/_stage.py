@@ -53,6 +53,7 @@ class DynamicGraph(StageNodes):
         self.mask: Tensor
         # In the state dict, so that weights of one random graph are not loaded into another.
         self.register_buffer("mask", topology.mask.clone())
+        self.register_load_state_dict_pre_hook(_check_mask)
         self.inference_walk = DenseWalk
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,15 +72,24 @@ class DynamicGraph(StageNodes):
             start = start.in_graph()
         return start(self, x)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        mask = self.topology.mask  # the buffer may lie on the meta device
-        stored = state_dict.setdefault(f"{prefix}mask", mask)  # weights of a static network bring none
-        if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
-            error_messages = args[-1]
-            error_messages.append(
-                f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _check_mask(
+    stage: DynamicGraph,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_messages: list[str],
+) -> None:
+    """Refuse the weights of a stage with other edges. Weights of a static network bring no edges."""
+    mask = stage.topology.mask  # the buffer may lie on the meta device
+    stored = state_dict.setdefault(f"{prefix}mask", mask)
+    if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
+        error_messages.append(
+            f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"
+        )
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:

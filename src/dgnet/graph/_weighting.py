@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +72,11 @@ class FixedWeighting(Weighting):
 
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__(topology, channels)
-        self.one: Tensor
-        self.register_buffer("one", torch.ones(1), persistent=False)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        super()._apply(*args, **kwargs)
-        self.one.fill_(1)  # from the meta device it comes without a value, and no state dict brings one
-        return self
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # says on which device and in which dtype weights are
 
     def shared_alpha(self, node: int) -> Tensor:
-        return self.one.expand(len(self.topology.senders(node)))
+        return self.like.new_ones(len(self.topology.senders(node)))
 
 
 @dataclass(frozen=True)
