@@ -25,6 +25,7 @@ from tests.helpers.browser import open_browser, watch
 from tests.helpers.command import refuse
 from tests.helpers.data import CLASSES, jpeg
 from tests.helpers.networks import close_some, spread_routers
+from tests.helpers.processes import free_port
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'dgnet[explore]'"
@@ -54,12 +55,6 @@ def photo(tmp_path):
     image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 9).convert("RGB")
     image.save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @torch.no_grad()
