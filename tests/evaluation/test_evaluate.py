@@ -106,9 +106,8 @@ def test_controls_need_dynamic_stages():
 @torch.no_grad()
 def test_outputs_without_an_open_in_edge_are_counted(tiny):
     class Closed(FixedWeighting):
-        def gate(self, node, alpha):
-            is_open = torch.ones_like(alpha, dtype=torch.bool)
-            return alpha, is_open & (node != self.topology.num_nodes - 1)
+        def find_open(self, node, alpha, offset):
+            return torch.ones_like(alpha, dtype=torch.bool) & (node != self.topology.num_nodes - 1)
 
     result = evaluate(tiny(weighting=Closed), Images(torch.randn(4, 3, 8, 8), [0, 1, 2, 3]))
     assert result.empty_outputs == 3 * 4

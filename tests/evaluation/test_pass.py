@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dgnet.analysis._explorer import collect
 from torch import nn
 
 from dgnet._cost import cost_model
 from dgnet.analysis._analyze import gather_statistics
+from dgnet.analysis._explorer_page import collect
 from dgnet.analysis._sweep import sweep_thresholds
 from dgnet.data import IGNORED, EvaluationLoader
 from dgnet.detection import CocoDetection, evaluate_detector
@@ -21,9 +21,8 @@ from dgnet.graph import find_stages, use_connectivity
 from dgnet.models.cifar_resnet import CifarResNet
 from dgnet.training import TrainConfig
 from dgnet.training._module import Classifier
-from tests.analysis.pictures import Pictures
 from tests.helpers.boxes import box_entry, image_entry, write_set
-from tests.helpers.data import Counted, Images
+from tests.helpers.data import Counted, Images, Pictures
 from tests.helpers.networks import close_some
 
 
