@@ -33,7 +33,7 @@ from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import Batch, ImageByImage, Variant, find_image_size, run_pass
 from dgnet.files import replace_file, writing
 from dgnet.graph import Topology, find_stages, node_names
-from dgnet.inference import find_threshold_offset, set_mode
+from dgnet.inference import find_threshold_offset, set_sparse
 
 THUMBNAIL = 96
 """The longer side of a thumbnail in pixels, at most."""
@@ -118,7 +118,7 @@ def collect(
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
     loader = EvaluationLoader(_Shown(dataset, indices, len(names)), batch_size, workers, _collate)
-    network = set_mode(network.to(device).eval(), "sparse")
+    network = set_sparse(network.to(device).eval())
     own_offset = find_threshold_offset(network)
     with at_offset(network, own_offset):  # refused where nothing can close
         costs = cost_model(network, find_image_size(loader))
