@@ -11,6 +11,7 @@ from dgnet.detection._checkpoint import load_trained
 from dgnet.errors import UsageError
 from dgnet.graph import current_area
 from dgnet.inference import fold_batch_norms, set_mode
+from tests.helpers.networks import shake_norms
 
 SIZES = {"short_side": 64, "long_side": 128}
 TARGETS = [
@@ -19,21 +20,10 @@ TARGETS = [
 ]
 
 
-def disturb(model: nn.Module) -> nn.Module:
-    """Normalisations as trained ones: what they make of zeros is not zero."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
-
-
 def test_a_static_detector_is_torchvisions():
     torch.manual_seed(0)
     options = {"min_size": 64, "max_size": 128, "box_score_thresh": 0.0}
-    theirs = disturb(fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **options))
+    theirs = shake_norms(fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **options))
     ours = Detector(dgnet.create_model("resnet50"), 3, **SIZES, options={"box_score_thresh": 0.0})
     ours.load_state_dict(theirs.state_dict())
     images = [torch.rand(3, 60, 100), torch.rand(3, 90, 64)]
@@ -55,7 +45,7 @@ def test_an_image_gets_the_same_wiring_alone_and_beside_a_large_one(name, mode):
     torch.manual_seed(0)
     # Routers that tell images apart, and close edges.
     network = dgnet.create_model(name, router_bias=0.0, router_std=0.5, threshold=0.3, node_gate="hard", node_gate_bias=0.3)
-    detector = Detector(disturb(network), 3, **SIZES).eval()
+    detector = Detector(shake_norms(network), 3, **SIZES).eval()
     set_mode(detector, mode)
     small, large = torch.rand(3, 64, 70), torch.rand(3, 128, 64) * 2
     with torch.no_grad(), dgnet.record_connectivity(detector) as alone:
@@ -90,7 +80,7 @@ def test_padding_is_known_for_one_forward_only():
 
 
 def test_a_folded_backbone_detects_the_same():
-    network = disturb(dgnet.create_model("dg_resnet18")).eval()
+    network = shake_norms(dgnet.create_model("dg_resnet18")).eval()
     image = torch.rand(3, 64, 70)
     folded = Detector(fold_batch_norms(network), 3, **SIZES).eval()
     detector = Detector(network, 3, **SIZES).eval()

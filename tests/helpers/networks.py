@@ -30,6 +30,17 @@ def build_meta(name: str, **options: object) -> nn.Module:
         return dgnet.create_model(name, **options)
 
 
+def shake_norms(network: nn.Module) -> nn.Module:
+    """Normalisations as after training: no path is silent, and what they make of zeros is not zero."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
 def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
     """Move routers away from their start, so that α differs from edge to edge and sample to sample."""
     if isinstance(stage.weighting, RoutedWeighting):

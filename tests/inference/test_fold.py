@@ -6,6 +6,7 @@ from torch import nn
 
 import dgnet
 from dgnet.inference import fold_batch_norms
+from tests.helpers.networks import shake_norms
 
 NETWORKS: dict[str, dict[str, object]] = {
     "resnet20": {},
@@ -21,13 +22,7 @@ NETWORKS: dict[str, dict[str, object]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_folded_network_is_the_same_function_without_normalisations(name):
-    network = dgnet.create_model(name, num_classes=5, **NETWORKS[name]).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after training
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network = shake_norms(dgnet.create_model(name, num_classes=5, **NETWORKS[name])).eval()
     network, images = network.double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     folded = fold_batch_norms(network)

@@ -14,7 +14,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import Topology, Weighting, find_stages
 from dgnet.models._dynamic import DynamicNetwork
-from tests.helpers.networks import build_meta
+from tests.helpers.networks import build_meta, shake_norms
 from tests.helpers.pairs import pairwise
 
 DYNAMIC = [name for name in dgnet.list_models() if isinstance(build_meta(name), DynamicNetwork)]
@@ -37,16 +37,6 @@ TWO_ENTRIES = Topology(torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [
 def static_counterpart(name: str) -> nn.Module:
     """timm's network; for ResNet and ResNeXt on DG's stem."""
     return dgnet.create_model(name.replace("dg_", "strided_" if name in STRIDED else ""))
-
-
-def shake_norms(network: nn.Module) -> nn.Module:
-    """Normalisations as after training, so that no path is silent."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-    return network
 
 
 @pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in WITH_STATIC])
