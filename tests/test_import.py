@@ -10,8 +10,27 @@ import dgnet
 
 USERS_NEED = (
     *("create_model", "list_models", "load_static_weights", "Connectivity", "DynamicGraph", "Topology", "Weighting"),
-    *("record_connectivity", "use_connectivity", "set_mode", "set_threshold_offset", "compile_network", "fold_batch_norms"),
-    *("export_network", "cost", "Cost", "load_checkpoint", "train", "TrainConfig", "evaluate", "plot_adjacency", "plot_graph"),
+    *(
+        "record_connectivity",
+        "use_connectivity",
+        "set_mode",
+        "set_sparse",
+        "set_threshold_offset",
+        "compile_network",
+        "fold_batch_norms",
+    ),
+    *(
+        "export_network",
+        "cost",
+        "Cost",
+        "load_checkpoint",
+        "train",
+        "TrainConfig",
+        "evaluate",
+        "Evaluation",
+        "plot_adjacency",
+        "plot_graph",
+    ),
     *("keep_freed_memory", "UsageError", "__version__"),
 )
 

@@ -16,7 +16,7 @@ def faults():
 faults()
 print(faults())
 if keep_freed_memory():
-    faults()
+    faults(), faults()  # blocks of the start of the process are joined first
     print(faults())
 """
 

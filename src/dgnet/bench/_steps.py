@@ -54,7 +54,7 @@ def prepare_step(network: nn.Module, config: BenchConfig, image_size: int) -> tu
 
 def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) -> _Task:
     device = torch.device(config.device)
-    dtype = torch.float32 if config.is_training else _dtype(config)
+    dtype = torch.float32 if config.is_training else _find_dtype(config)
     network = network.to(dtype).to(device).to(memory_format=_memory_format(config)).train(config.is_training)
     images = torch.randn(config.batch_size, 3, image_size, image_size, device=device, dtype=dtype)
     images = images.to(memory_format=_memory_format(config))
@@ -93,10 +93,10 @@ def _memory_format(config: BenchConfig) -> torch.memory_format:
 
 
 def _autocast(config: BenchConfig) -> torch.autocast:
-    dtype = _dtype(config)
+    dtype = _find_dtype(config)
     return torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
 
 
-def _dtype(config: BenchConfig) -> torch.dtype:
+def _find_dtype(config: BenchConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype

@@ -25,6 +25,7 @@ from dgnet.graph import (
     find_stages,
     global_average_pool,
     least_logit,
+    require_stages,
 )
 from dgnet.inference._build import load_native
 from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
@@ -43,6 +44,7 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     Raises UsageError for an unknown executor, for a network without dynamic stages, and where "native" cannot be had.
     """
     check_choice("--executor", executor, EXECUTORS)
+    require_stages(network)
     is_cpu = next(network.parameters()).is_cpu
     if executor == "native" and not is_cpu:
         raise UsageError("--executor native runs on a CPU only; use recommended or plain on other devices")
