@@ -35,7 +35,7 @@ def observe(network, mean, std, closes=None, labelled=True):
     logits = torch.zeros(COUNT, 5)
     logits[:, 0] = torch.arange(COUNT) / 10.0  # the later, the smaller the loss
     record = type("Record", (), {"adjacency": adjacency, "ran": ran, "topology": statistics.topologies})()
-    statistics.update(Batch(None, torch.full((COUNT,), 0 if labelled else IGNORED), logits, record))
+    statistics.update(Batch(None, torch.full((COUNT,), 0 if labelled else IGNORED), logits, record, range(COUNT)))
     return judge(statistics)
 
 
