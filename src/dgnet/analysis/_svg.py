@@ -1,4 +1,4 @@
-"""The graphs of a network's stages as SVG, for a page."""
+"""The graphs of a network's stages as SVG, for the explorer server's page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dgnet.graph import node_names
 
 
 def draw_path(adjacency: Sequence[Tensor], masks: Sequence[Tensor]) -> str:
-    """A graph a stage as SVG in HTML: arcs run from left to right, the wider the heavier; closed edges are dotted.
+    """HTML with one SVG graph for each stage.
 
-    `adjacency`: for each stage (N, N), 0 where an edge is closed; `masks`: (N, N), which edges exist.
+    Arcs run from left to right. Their width and opacity show the weight; closed edges are dotted.
+    `adjacency`: for each stage (N, N), 0 where an edge is closed; `masks`: for each stage (N, N), which edges exist.
     """
     largest = max((float(matrix.abs().max()) for matrix in adjacency), default=1.0) or 1.0
     return "".join(
