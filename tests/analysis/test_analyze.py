@@ -171,7 +171,7 @@ def test_images_without_labels(run, tmp_path, capsys, kind):
     if kind == "shard":
         data = write_shard(tmp_path / "a.tar", [{"jpg": jpeg(50 * index)} for index in range(5)])
     output = ask(capsys, "analyze", run, "--data", data, "--output", tmp_path / "out", "--images", 1)
-    assert "no image is labelled: no accuracy, no loss, no classes" in output
+    assert "no image has a label: no accuracy, loss or classes" in output
     assert "without labels the easy images are not known" in output
     found = names(tmp_path / "out")
     assert {"mean.png", "std.svg", "open.png", "graphs_chosen.png", "edges.csv"} <= found
@@ -189,7 +189,7 @@ def test_weights_that_follow_no_image(images, tmp_path, capsys, weighting):
     found = names(run / "analysis")  # where it is written by default
     assert {"mean.png", "mean.svg", "graphs_easiest.png", "edges.csv", "images.csv", "analysis.json"} <= found
     assert not any(name.startswith(("std", "open", "class_", "embedding", "graphs_cheapest")) for name in found)
-    assert "no weight follows the image" in output
+    assert "no weight depends on the image" in output
     assert "(5)" in output
     assert ": holds." not in output
 
