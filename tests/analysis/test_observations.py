@@ -70,7 +70,7 @@ def test_depth_alone_is_half_of_the_fourth(tiny):
 def test_weights_that_follow_no_image(tiny):
     found = observe(tiny(), lambda stage, order: 0.8 - 0.3 * order, lambda stage, order: 0.0)
     assert verdicts(found) == [True, True, False, False, False]
-    assert found[2].because == found[3].because == "No weight follows the image."
+    assert found[2].because == found[3].because == "No weight depends on the image."
 
 
 def test_without_labels_nothing_says_what_is_easy(tiny):

@@ -49,9 +49,11 @@ def judge(statistics: Statistics) -> list[Observation]:
     std = statistics.std().numpy()[free]
     positions = np.stack([stages, senders, receivers], axis=1)
     return [
-        _differences(1, "edges' mean weights differ, with order and stage", mean, positions),
+        _differences(1, "edges' mean weights differ, and depend on order and stage", mean, positions),
         _front_is_larger(mean, stages, senders),
-        _differences(3, "how much weights follow the image differs from edge to edge, with order and stage", std, positions),
+        _differences(
+            3, "the spread of weights over images differs between edges, and depends on order and stage", std, positions
+        ),
         _back_varies_more(std, stages, senders),
         _samples_differ(statistics, float(mean.mean()) if len(mean) else 0.0, std),
     ]
@@ -62,7 +64,7 @@ def _differences(number: int, claim: str, values: Array, positions: Array) -> Ob
     explained = explained_share(values, positions)
     figures = {"spread": spread, "explained": explained}
     if len(values) and not values.any():
-        return Observation(number, claim, False, "No weight follows the image.", figures)
+        return Observation(number, claim, False, "No weight depends on the image.", figures)
     said = f"Their spread over the edges is {100 * spread:.1f} % of their mean (needed: {100 * LEAST_SPREAD:.0f} %)"
     if explained is None:
         return Observation(number, claim, None, f"{said}; {len(values)} edges are too few to explain it.", figures)
@@ -71,19 +73,19 @@ def _differences(number: int, claim: str, values: Array, positions: Array) -> Ob
 
 
 def _front_is_larger(mean: Array, stages: Array, senders: Array) -> Observation:
-    claim = "in a stage, the front nodes' out-edges weigh more"
+    claim = "in a stage, the out-edges of front nodes have larger weights"
     within, said = _within_stages(senders, mean, stages)
     because = f"Rank correlation of order and mean weight {said} (needed: at most {-LEAST_CORRELATION} on average)."
     return Observation(2, claim, within is not None and within <= -LEAST_CORRELATION, because, {"correlation": within})
 
 
 def _back_varies_more(std: Array, stages: Array, senders: Array) -> Observation:
-    claim = "the back nodes' out-edges vary more, and so do deep stages'"
+    claim = "the weights of back nodes' out-edges vary more, and so do those of deep stages"
     within, said = _within_stages(senders, std, stages)
     depth = rank_correlation(stages, std)
     figures = {"correlation": within, "stage_correlation": depth}
     if not std.any():
-        return Observation(4, claim, False, "No weight follows the image.", figures)
+        return Observation(4, claim, False, "No weight depends on the image.", figures)
     because = (
         f"Rank correlation of order and standard deviation {said}; of stage and standard deviation {_format(depth)}"
         f" (needed: at least {LEAST_CORRELATION} for both)."
@@ -93,7 +95,7 @@ def _back_varies_more(std: Array, stages: Array, senders: Array) -> Observation:
 
 
 def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observation:
-    claim = "structure and weights differ from image to image, and easy images are lighter"
+    claim = "structure and weights differ between images, and easy images cost less"
     wirings = statistics.wiring.wirings
     other = 1 - max(wirings.values()) / statistics.images
     spread = float(std.mean()) / abs(mean) if mean else 0.0
