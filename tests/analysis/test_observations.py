@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from dgnet._cost import cost_model
 from dgnet.analysis._observations import explained_share, judge, rank_correlation
 from dgnet.analysis._statistics import Statistics
 from dgnet.data import IGNORED
+from dgnet.evaluation import Batch
 
 COUNT = 40
 
@@ -33,8 +36,9 @@ def observe(network, mean, std, closes=None, labelled=True):
         ran.append(alive)
     logits = torch.zeros(COUNT, 5)
     logits[:, 0] = torch.arange(COUNT) / 10.0  # the later, the smaller the loss
-    record = type("Record", (), {"adjacency": adjacency, "ran": ran})()
-    statistics.update(logits, torch.full((COUNT,), 0 if labelled else IGNORED), record)
+    record = SimpleNamespace(adjacency=adjacency, ran=ran, topology=statistics.topologies)
+    labels = torch.full((COUNT,), 0 if labelled else IGNORED)
+    statistics.update(Batch(None, labels, logits, record, range(COUNT)))
     return judge(statistics)
 
 
