@@ -24,8 +24,18 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as MplPath
 from torch import Tensor
 
-from dgnet.analysis._figures import ABOVE, WEIGHTS, WIDTH, ShownFigure, add_colour_bar, plain, scale, shrink_text, write_cell
-from dgnet.analysis._layout import Arc, find_runs, lay_out
+from dgnet.analysis._figures import (
+    ABOVE,
+    WEIGHTS,
+    WIDTH,
+    ShownFigure,
+    add_colour_bar,
+    escape_dollars,
+    scale,
+    shrink_text,
+    write_cell,
+)
+from dgnet.analysis._layout import Arc, find_running_nodes, lay_out
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import Record, node_names
 
@@ -51,7 +61,7 @@ def plot_adjacency(record: Record | Sequence[Tensor], show: str = "mean", image:
     Raises UsageError for an unknown `show` and for an image that was not recorded.
     """
     check_choice("show", show, _SHOWN)
-    matrices, masks = _take(record)
+    matrices, masks = _to_matrices(record)
     count = len(matrices[0])
     if image is not None:
         return draw_edges(
@@ -75,12 +85,12 @@ def plot_graph(record: Record | Sequence[Tensor], image: int = 0, picture: Any =
 
     Raises UsageError for an image that was not recorded.
     """
-    matrices, masks = _take(record)
+    matrices, masks = _to_matrices(record)
     row = GraphRow([matrix[_check_image(image, len(matrix))] for matrix in matrices], picture, f"image {image}")
     return draw_graphs([row], masks)
 
 
-def _take(record: Record | Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _to_matrices(record: Record | Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """For each stage the adjacency, (B, N, N), and which edges exist, (N, N). Without a `Record`, all edges exist."""
     if isinstance(record, Record):
         return [matrix.cpu().double() for matrix in record.adjacency], [topology.mask for topology in record.topology]
@@ -174,7 +184,7 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
             if row.picture is not None:
                 axes[0].imshow(_to_array(row.picture))
         axes[first].set_axis_off()
-        axes[first].text(0, 0.5, plain(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
+        axes[first].text(0, 0.5, escape_dollars(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
             _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
             panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # the same scale for all stages
@@ -232,7 +242,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
         arrow.set_in_layout(False)  # the axes' limits contain it; measuring every arrow is slow
         arrow.set_gid(f"{name}-edge{sender}-{receiver}-{'open' if weight else 'closed'}")
         axes.add_patch(arrow)
-    for node, (text, runs) in enumerate(zip(node_names(num_nodes), find_runs(matrix), strict=True)):
+    for node, (text, runs) in enumerate(zip(node_names(num_nodes), find_running_nodes(matrix), strict=True)):
         edge = "black" if runs else _FAINT
         axes.plot(
             node, 0, "o", markersize=2 * _NODE, markerfacecolor="white", markeredgecolor=edge, markeredgewidth=0.8, zorder=3

@@ -65,7 +65,7 @@ class Exploration:
         return [[(i, j) for j in range(t.num_nodes) for i in t.senders(j)] for t in self.topologies]
 
 
-class _Shown(Dataset[tuple[Tensor, int, bytes]]):
+class _Selection(Dataset[tuple[Tensor, int, bytes]]):
     """The images of a data set at `indices`, each decoded once: tensor, label (or IGNORED), thumbnail."""
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int], classes: int) -> None:
@@ -119,14 +119,14 @@ def collect(
     names = list(dataset.class_names if class_names is None else class_names)
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
-    loader = EvaluationLoader(_Shown(dataset, indices, len(names)), batch_size, workers, _collate)
+    loader = EvaluationLoader(_Selection(dataset, indices, len(names)), batch_size, workers, _collate)
     network = set_mode(network.to(device).eval(), "sparse")
     own_offset = find_threshold_offset(network)
     with at_offset(network, own_offset):  # raises UsageError if nothing can close
         costs = cost_model(network, find_image_size(loader))
     meters = {offset: ImageByImage(costs) for offset in sorted({*offsets, own_offset})}
-    seen = _Seen(names)
-    variants = [Variant([seen, meter], partial(at_offset, network, offset)) for offset, meter in meters.items()]
+    collected = _Thumbnails(names)
+    variants = [Variant([collected, meter], partial(at_offset, network, offset)) for offset, meter in meters.items()]
     run_pass(network, loader, variants=variants, device=device, desc="explore")
     found = [meter.summary() for meter in meters.values()]
 
@@ -141,7 +141,7 @@ def collect(
         dense_multiply_adds=costs.dense,
         names=[dataset.name(index) for index in indices],
         labels=[None if value == IGNORED else value for value in found[0].labels.tolist()],
-        thumbnails=list(seen.thumbnails.values()),
+        thumbnails=list(collected.thumbnails.values()),
         predictions=stack("predictions"),
         confidences=stack("confidences"),
         losses=stack("losses"),
@@ -150,7 +150,7 @@ def collect(
     )
 
 
-class _Seen:
+class _Thumbnails:
     """The meter that collects the thumbnails. Raises UsageError for a network with more outputs than `names`."""
 
     needs_connectivity = False

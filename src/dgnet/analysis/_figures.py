@@ -83,7 +83,7 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """`text` with dollar signs escaped: matplotlib draws text between dollar signs as a formula."""
     return text.replace("$", r"\$")
 

@@ -45,7 +45,7 @@ def _bend(sender: int, receiver: int, num_nodes: int) -> Arc:
     return Arc(sender, receiver, reach, rise)
 
 
-def find_runs(matrix: Tensor) -> list[bool]:
+def find_running_nodes(matrix: Tensor) -> list[bool]:
     """Whether each node runs: the input node, the output node, and every block with an open in-edge; `matrix`: (N, N)."""
     last = len(matrix) - 1
     return [node in (0, last) or bool(matrix[node].any()) for node in range(last + 1)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dgnet.analysis._layout import find_runs, lay_out
+from dgnet.analysis._layout import find_running_nodes, lay_out
 from dgnet.graph import node_names
 
 
@@ -40,9 +40,9 @@ def _draw_stage(number: int, matrix: Tensor, mask: Tensor, largest: float) -> st
             if weight
             else 'stroke-width="1" opacity="0.35" stroke-dasharray="2 4"'
         )
-        spoken = f"{names[arc.sender]} to {names[arc.receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
-        parts.append(f'<path d="M{start}C{" ".join(rest)}" {style}><title>{spoken}</title></path>')
-    for node, (name, runs) in enumerate(zip(names, find_runs(matrix), strict=True)):
+        label = f"{names[arc.sender]} to {names[arc.receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
+        parts.append(f'<path d="M{start}C{" ".join(rest)}" {style}><title>{label}</title></path>')
+    for node, (name, runs) in enumerate(zip(names, find_running_nodes(matrix), strict=True)):
         x = 20 + node * gap
         dashes = "" if runs else ' stroke-dasharray="3 3" opacity="0.6"'
         parts.append(f'<circle cx="{x:.1f}" cy="{base:.1f}" r="{radius:.1f}" stroke-width="1.5"{dashes}/>')

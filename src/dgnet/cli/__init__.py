@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dgnet: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return leave_pipe()
+        return discard_output()
 
 
 def _ignore_deprecations() -> None:
@@ -66,7 +66,7 @@ def _ignore_deprecations() -> None:
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(DEPENDENCIES)})(\.|$)")
 
 
-def leave_pipe() -> int:
+def discard_output() -> int:
     """Discard the remaining output after the reader of a pipe has closed it; returns the exit status for this case."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):

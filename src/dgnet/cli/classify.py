@@ -21,7 +21,7 @@ from dgnet.cli.command import (
     find_device,
     print_json,
     run_training,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
@@ -124,7 +124,7 @@ def run_evaluate(args: Namespace) -> None:
         words = ", ".join(f"{name} {value}" for name, value in changes.items())
         print(f"{args.write}: {checkpoint.model} with {words}", file=sys.stderr)
     if args.mode == "sparse":
-        say_if_idle(network, checkpoint.path)
+        warn_if_nothing_skips(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
     with join_processes(find_device(args.device)) as device:
         result = evaluate(

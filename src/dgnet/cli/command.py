@@ -145,7 +145,7 @@ def describe_wirings(figures: Mapping[str, Any], at_least: str = "") -> str:
     )
 
 
-def say_if_idle(network: Any, path: Path) -> None:
+def warn_if_nothing_skips(network: Any, path: Path) -> None:
     """Print one line on stderr if the sparse mode has nothing to skip."""
     from dgnet.inference import can_skip
 

@@ -22,7 +22,7 @@ from dgnet.cli.command import (
     find_device,
     print_json,
     run_training,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_range
 
@@ -93,7 +93,7 @@ def run_evaluate(args: Namespace) -> None:
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
         if args.mode == "sparse":
-            say_if_idle(detector, checkpoint.path)
+            warn_if_nothing_skips(detector, checkpoint.path)
         with join_processes(find_device(args.device)) as device:
             found = evaluate_detector(detector, dataset, args.batch_size, args.workers, device, args.mode, args.backend)
             if not is_main_process():

@@ -18,7 +18,7 @@ from dgnet.cli.command import (
     add_json,
     find_device,
     print_json,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice
 
@@ -113,7 +113,7 @@ def run_export(args: Namespace) -> None:
     print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
     program = export_network(network, size, args.mode)
     if args.mode == "sparse":
-        say_if_idle(network, checkpoint.path)
+        warn_if_nothing_skips(network, checkpoint.path)
     # Leave out the run's configuration: it names folders of the machine that trained the network.
     carried = describe_network(
         checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, config={}
