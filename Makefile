@@ -1,15 +1,15 @@
 # `make demo` and `make test` work on a bare machine with Python 3.11 to 3.14, pip and make.
-# The newest Python that runs and has venv and pip: a name may be a shim of a version that is not active.
+# PYTHON is the newest of these that runs and has venv and pip. (A name may be a shim for a version that is not active.)
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
 	$$p -c '$(CHECK_PYTHON)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The lowest versions that pyproject.toml allows are tested with the lowest Python.
+# `make test-oldest` tests the lowest versions that pyproject.toml allows, with the lowest Python.
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.11
-# A worker for each core, of one thread; one that is done takes tests from the others.
+# One worker of one thread for each core; an idle worker takes tests from the others.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
@@ -18,15 +18,15 @@ BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 	$(BIN)/dgnet train
 
-test: $(STAMP)  ## format, lint and type checks, then the tests but for the slow ones
+test: $(STAMP)  ## format, lint and type checks, then the tests, except the slow ones
 	$(MAKE) check
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests (runs killed again and again, several nodes, exports, compilation), and properties at length
+test-slow: $(STAMP)  ## the slow tests (killed and resumed runs, several nodes, exports, compilation), and properties with more examples
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or hypothesis" --hypothesis-profile thorough
 
-# Old versions may warn of newer ones: warnings are no errors here.
-test-oldest: $(OLDEST)/.installed  ## the tests but for the slow ones, with the lowest versions that pyproject.toml allows
+# Old versions may give other warnings, so warnings are not errors here.
+test-oldest: $(OLDEST)/.installed  ## the tests, except the slow ones, with the lowest versions that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest -m "not slow" -W default --disable-warnings
 
 check: $(STAMP)
@@ -34,7 +34,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# A network's cost is recorded once; the tests recount it, and the README's table is printed from it.
+# The cost of every network is recorded; the tests recount it, and the README's table shows it.
 costs: $(STAMP)  ## record the cost of every network in docs/costs.json
 	$(BIN)/dgnet cost $$($(BIN)/dgnet models) $(BASELINES) --json > docs/costs.json
 
@@ -42,7 +42,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The stamp is written last: a set-up that was interrupted starts again.
+# The stamp is written last, so that an interrupted set-up is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	@{ '$(PYTHON)' -c '$(CHECK_PYTHON)'; } 2>/dev/null || { echo "dgnet needs Python 3.11 to 3.14 with venv and pip"\
 		"(Debian: apt install python3-venv), got: $(or $(PYTHON),none). Name one with: make PYTHON=/path/to/python3.13" >&2; exit 2; }

@@ -1,11 +1,11 @@
 """Aggregation, forward and backward, as a share of the bandwidth of a copy of the same bytes in the same run.
 
     python benchmarks/aggregate.py                 # every stage shape of every network, maps beyond the cache
-    python benchmarks/aggregate.py --table         # print the Markdown table of what is there
+    python benchmarks/aggregate.py --table         # print the Markdown table of the measured shapes
 
-One node that hears from every other node of its stage. Bytes are the fewest: forward reads each map and writes the sum;
-backward reads the sum's gradient and each map, and writes each map's gradient. A shape that is in the file is not measured
-again, so that an interrupted run goes on.
+Measured is the output node of a stage, with an input edge from every other node. The bytes counted are the minimum: forward
+reads each map and writes the sum; backward reads the sum's gradient and each map, and writes each map's gradient. Shapes that
+are already in the output file are skipped, so an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--map-mib", type=float, default=48, help="least size of one map of a batch, MiB: beyond the cache")
+    parser.add_argument("--map-mib", type=float, default=48, help="size of one map of a batch in MiB; should exceed the cache")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no shape after so many minutes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new shape after this many minutes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "aggregate_cpu.json")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The shape of the output node of every stage, each once, in each dtype."""
+    """The distinct shapes of the stages' output nodes, in each dtype."""
     stages = (stage for name in MODELS for stage in stage_shapes(dgnet.create_model(f"dg_{name}"), 224))
     shapes = dict.fromkeys((channels, height, width, nodes - 1) for nodes, channels, height, width in stages)
     names = ("channels", "height", "width", "edges")
@@ -64,7 +64,7 @@ def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure(channels: int, height: int, width: int, edges: int, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One shape: every form and the copy in alternating rounds."""
+    """Measure one shape: the copy and every form, in alternating rounds."""
     torch._dynamo.reset()
     options: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, dtype)}
     size = channels * height * width * options["dtype"].itemsize

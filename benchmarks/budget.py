@@ -1,11 +1,11 @@
-"""Networks trained to a budget against their static baseline: images/s on real images, all side by side in one run.
+"""Networks trained to a budget against their static baseline: images/s on real images, all measured in one run.
 
     python benchmarks/budget.py STATIC_RUN DG_RUN BUDGET_RUN… --data 'CIFAR10/cifar10-test-000000.tar'
-    python benchmarks/budget.py --table         # print the Markdown table of what is there
+    python benchmarks/budget.py --table         # print the Markdown table of the measured rows
 
-All are compiled, as they would be deployed: STATIC_RUN and DG_RUN as one graph, the budgets in the sparse mode
-(docs/inference.md). Normalisations are folded everywhere. Each call takes the next batch of the first images of the data,
-so that wirings vary as they do in use.
+All networks are compiled, as they would be deployed: STATIC_RUN and DG_RUN as one graph, the budget runs in the sparse mode
+(docs/inference.md). Normalisations are folded in all. The first images of the data are used in batches, one batch per call in
+turn, so that wirings vary as in real use.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dgnet.inference import time_alternating
 from dgnet.inference._speed import deploy
 
 IMAGES = 256
-"""How many images of the data are shown in turn."""
+"""Number of images used."""
 
 
 def main() -> None:
     """Measure every batch size and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, the static baseline first")
-    parser.add_argument("--data", help="images to show")
+    parser.add_argument("--data", help="images to run on")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "budget_cpu.json")
@@ -47,7 +47,7 @@ def main() -> None:
     results = read_rows(args.output)
     if not args.table:
         if not args.runs or args.data is None:
-            parser.exit(2, "budget.py measures RUN folders on --data; name both, or print what is there with --table\n")
+            parser.exit(2, "budget.py needs RUN folders and --data; name both, or print the measured rows with --table\n")
         dgnet.keep_freed_memory()
         checkpoints = [load_checkpoint(run) for run in args.runs]
         dataset = open_evaluation_data(checkpoints[0], args.data, None)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(checkpoints: list[Checkpoint], images: Tensor, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """A row a network: median and range of images/s, and of the ratio to the first network in the same round."""
+    """One row for each network: median and range of images/s, and of the ratio to the first network in the same round."""
     steps: dict[str, Callable[[], object]] = {}
     for checkpoint in checkpoints:
         budget = checkpoint.config.get("budget")
@@ -81,7 +81,7 @@ def measure(checkpoints: list[Checkpoint], images: Tensor, batch_size: int, roun
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table, a line a network and batch size."""
+    """A Markdown table with one line for each network and batch size."""
     lines = ["| network | batch | images/s | range | times static | range |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["batch_size"]):
         low, high = row["range"]

@@ -18,7 +18,7 @@ MODELS = tuple(row.model for row in TABLES["1"].rows if not row.model.startswith
 
 
 def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int, int, int]]:
-    """(N, C, H, W) of each stage: its nodes and the maps that it writes. The model goes to the meta device."""
+    """(N, C, H, W) of each stage: number of nodes, and shape of its output maps. Moves the model to the meta device."""
     shapes = []
 
     def note(stage: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -34,23 +34,23 @@ def stage_shapes(model: nn.Module, image_size: int) -> list[tuple[int, int, int,
 
 
 def ratios(one: list[float], other: list[float]) -> tuple[float, float, float]:
-    """How `one` stands to `other` round by round, one / other: median, least, greatest."""
+    """Median, minimum and maximum of one / other, taken round by round."""
     quotients = [a / b for a, b in zip(one, other, strict=True)]
     return statistics.median(quotients), min(quotients), max(quotients)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `write_rows` has written; an empty list where there is nothing yet."""
+    """The rows that `write_rows` wrote to `path`; an empty list if the file does not exist."""
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return rows
 
 
 def missing_rows(wanted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The wanted rows, each told by some of its fields, that `rows` does not hold."""
+    """The wanted rows that are not in `rows`. A row is found by the fields given in `wanted`."""
     return [row for row in wanted if not any(all(r[key] == value for key, value in row.items()) for r in rows)]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A JSON list with a line a row."""
+    """Write a JSON list with one line per row."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -2,7 +2,8 @@
 
     python benchmarks/export.py --model dg_resnet50 --image-size 224
 
-Gates on blocks are drawn, so that some blocks are dead for some images; both forms and PyTorch's two modes take turns.
+Gates on blocks are drawn at random, so that some blocks are skipped for some images. Both exported forms and both modes of
+PyTorch are measured in alternating rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--model", default="dg_resnet50")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--gate-bias", type=float, default=0.3, help="of the drawn gates: more leaves more blocks alive")
+    parser.add_argument(
+        "--gate-bias", type=float, default=0.3, help="bias of the drawn gates: a larger one keeps more blocks alive"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     dgnet.keep_freed_memory()
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def draw_gates(network: nn.Module) -> nn.Module:
-    """Gates that differ between images, in place."""
+    """Set the gates' weights, in place, so that decisions differ between images; returns the network."""
     for stage in find_stages(network):
         assert stage.node_gates is not None
         for column in stage.node_gates.columns.values():
@@ -81,7 +84,7 @@ def draw_gates(network: nn.Module) -> nn.Module:
 
 
 def run_mode(network: nn.Module, mode: str, images: torch.Tensor) -> object:
-    """A forward pass in a mode."""
+    """Run one forward pass in `mode`."""
     return set_mode(network, mode)(images)
 
 

@@ -1,8 +1,8 @@
-"""Every GPU check and measurement on one GPU, in under ten minutes; run it again to go on with what is left.
+"""All GPU checks and measurements on one GPU, in under ten minutes. Run it again to continue with the missing ones.
 
     python benchmarks/gpu.py --output OUT
 
-Writes networks_cuda.json, aggregate_cuda.json, sparse_cuda.json and checks.txt to OUT; they belong in benchmarks/results.
+Writes networks_cuda.json, aggregate_cuda.json, sparse_cuda.json and checks.txt to OUT; their place is benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    """Checks first: a figure of code that is wrong is worth nothing."""
+    """Run the tests for GPUs first; measure only if they pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing after so many minutes")
-    parser.add_argument("--compile-ahead", type=int, default=7, help="networks compiled side by side before the first is timed")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this many minutes")
+    parser.add_argument("--compile-ahead", type=int, default=7, help="networks compiled in parallel before the first is timed")
     args = parser.parse_args()
     begun = time.monotonic()
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "checks.txt").open("w") as log:
-        # Other versions of torch and Python warn of other things than the pinned ones.
+        # `-W default`: unpinned versions of torch and Python may give other warnings.
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", HERE.parent / "tests"]
         checks = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     print((args.output / "checks.txt").read_text()[-2000:])

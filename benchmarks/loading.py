@@ -1,9 +1,9 @@
-"""Images/s that one core loads, from class folders and from WebDataset shards, beside timm's own loader.
+"""Images/s loaded on one core, from class folders and from WebDataset shards, compared with timm's own loader.
 
     python benchmarks/loading.py IMAGENET_FOLDER --cifar 'CIFAR10/cifar10-train-{000000..000004}.tar'
 
-The folder's images are written as shards too, in a temporary folder, so that all loaders load the same. All decode and augment
-in the main process, on one thread, in rounds that take turns; the figure of a loader is the median over the rounds.
+The folder's images are also written as shards to a temporary folder, so that all loaders load the same images. All loaders
+decode and augment in the main process, on one thread, in alternating rounds. A loader's figure is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="class folders of photos")
     parser.add_argument("--cifar", help="shards of CIFAR-10")
-    parser.add_argument("--images", type=int, default=512, help="images a round")
+    parser.add_argument("--images", type=int, default=512, help="images per round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def own_loader(source: str, preprocessing: Preprocessing, augment: str) -> Iterator[Any]:
-    """As a run of `dgnet train` makes it."""
+    """The loader of a `dgnet train` run."""
     dataset = open_dataset(source, TRAIN)
     dataset.transform = preprocessing.training_transform(augment, 0.5)
     data = ImageDataModule(dataset, dataset, TrainConfig(batch_size=BATCH), preprocessing, folder=Path())
@@ -75,7 +75,7 @@ def own_loader(source: str, preprocessing: Preprocessing, augment: str) -> Itera
 
 
 def timm_loader(folder: str, preprocessing: Preprocessing, augment: str) -> Iterator[Any]:
-    """timm's own, with the transform that dgnet has from it, normalisation included."""
+    """timm's loader, with dgnet's transform (which includes normalisation)."""
     dataset = timm.data.create_dataset("", root=folder)
     size = (3, *preprocessing.image_size)
     loader = timm.data.create_loader(dataset, size, BATCH, is_training=True, use_prefetcher=False, num_workers=0)
@@ -84,7 +84,7 @@ def timm_loader(folder: str, preprocessing: Preprocessing, augment: str) -> Iter
 
 
 def report(what: str, loaders: dict[str, Callable[[], Iterator[Any]]], images: int, rounds: int) -> None:
-    """Rows of the table."""
+    """Measure the loaders and print their rows of the table."""
     found: dict[str, list[float]] = {name: [] for name in loaders}
     for number in tqdm(range(rounds), desc=what, file=sys.stderr):
         for name in list(loaders) if number % 2 else list(loaders)[::-1]:
@@ -100,12 +100,12 @@ def report(what: str, loaders: dict[str, Callable[[], Iterator[Any]]], images: i
 
 
 def write_shards(folder: Path, to: Path) -> str:
-    """The folder's images as one shard; its pattern."""
+    """Write the folder's images as one shard; returns its path."""
     return write_shard(open_dataset(str(folder), TRAIN), to / "photos.tar")
 
 
 def write_shard(dataset: ImageDataset, path: Path) -> str:
-    """A data set's files as they are, in one shard."""
+    """Write a data set's files, unchanged, into one shard; returns its path."""
     with tarfile.open(path, "w") as tar:
         for index in range(len(dataset)):
             content, label = dataset.read(index)
@@ -117,7 +117,7 @@ def write_shard(dataset: ImageDataset, path: Path) -> str:
 
 
 def unpack(shards: str, folder: Path, count: int) -> str:
-    """The first images of shards as class folders."""
+    """Write the first images of shards into class folders; returns their parent folder."""
     dataset = open_dataset(shards, TRAIN)
     for index in range(count + 2 * BATCH):
         content, label = dataset.read(index)

@@ -1,10 +1,10 @@
-"""What a run's loop adds to a training step: Lightning, metrics, checkpoints, progress, against a bare PyTorch loop.
+"""Time that a run's loop (Lightning, metrics, checkpoints, progress) adds to a training step, against a bare PyTorch loop.
 
     python benchmarks/loop.py [--model dg_resnet20] [--batch-size 64] [--cuda]
 
-Both loops train a tiny network on the same batches with the same optimiser and schedule, in one process, in segments that take
-turns: what the loop adds is so many milliseconds, whatever the network, and on a tiny one they can be told from noise. They are
-then set beside a bare step of the network asked for.
+Both loops train a tiny network on the same batches with the same optimiser and schedule, in one process, in alternating
+segments. The time added per step does not depend on the network, and with a tiny one it stands out from the noise. It is then
+given as a share of a bare step of the network named by --model.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Noise(ImageDataset):
 
 
 class StepTimes(L.Callback):
-    """The moment at which each step ended."""
+    """The start of the first step and the end of each step, in seconds."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--model", default="dg_resnet20")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=200, help="steps a segment")
+    parser.add_argument("--steps", type=int, default=200, help="steps per segment")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cuda", action="store_true")
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def configure(model: str, kwargs: dict[str, Any], batch_size: int, image_size: int, device: str) -> TrainConfig:
-    """A run of one epoch."""
+    """The configuration of a run of one epoch."""
     return TrainConfig(
         model=model,
         model_kwargs=kwargs,
@@ -118,7 +118,7 @@ def configure(model: str, kwargs: dict[str, Any], batch_size: int, image_size: i
 
 
 def lightning_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
-    """Median seconds of a step of a run, evaluation apart."""
+    """Median seconds of a training step in a `dgnet train` run."""
     with tempfile.TemporaryDirectory() as folder, quiet_lightning():
         torch.manual_seed(0)
         network = dgnet.create_model(config.model, num_classes=10, **config.model_kwargs)
@@ -135,7 +135,7 @@ def lightning_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
 
 
 def bare_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
-    """Median seconds of a step of a loop that does what must be done, no more."""
+    """Median seconds of a training step in a minimal PyTorch loop."""
     torch.manual_seed(0)
     network = dgnet.create_model(config.model, num_classes=10, **config.model_kwargs)
     preprocessing, config = prepare_data(config, network, dataset, dataset)
@@ -162,7 +162,7 @@ def bare_loop(config: TrainConfig, dataset: Noise, device: str) -> float:
 
 
 def median_step(moments: list[float]) -> float:
-    """Of the steps but the first, which warms up."""
+    """Median seconds of the steps, without the first (warm-up)."""
     steps = [after - before for before, after in pairwise(moments)]
     return statistics.median(steps[1:])
 

@@ -1,11 +1,11 @@
-"""DG / static of the paper's seven networks: training step and inference, time and memory.
+"""DG-Net against static network for the paper's seven networks: time and memory of training steps and inference, as ratios.
 
     python benchmarks/networks.py --tasks train --dtypes bfloat16 --forms compiled
     python benchmarks/networks.py --tasks train --dtypes bfloat16 --forms compiled --stem      # what DG's stem costs a ResNet
-    python benchmarks/networks.py --table          # print the Markdown tables of what is there
+    python benchmarks/networks.py --table          # print the Markdown tables of the measured rows
 
-Each row is one `dgnet bench` in a process of its own, kept in a JSON file as soon as it is measured; rows that are there are
-not measured again, so that an interrupted run goes on.
+Each row is one `dgnet bench` in its own process, and is written to a JSON file as soon as it is measured. Rows that are already
+in the file are skipped, so an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dgnet.inference import time_alternating
 from dgnet.options import flag
 
 STRIDED = "strided_"
-"""Prefix of the static ResNets on DG's stem, without max-pool and with its stride in the first stage."""
-TARGETS = {  # of a training step
+"""Prefix of the static ResNets with DG-Net's stem: no max-pool, and its stride moved to the first stage."""
+TARGETS = {  # largest ratio aimed at, for a training step
     "regnetx_006": 1.06,
     "regnetx_016": 1.06,
     "resnet18": 1.06,
@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--allocators", nargs="+", default=["keep"], choices=["keep", "system"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "networks_cpu.json")
-    parser.add_argument("--stem", action="store_true", help="in place of DG-Nets, the static ResNets on DG's stem")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
+    parser.add_argument("--stem", action="store_true", help="measure static ResNets with DG's stem instead of DG-Nets")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new row after this many minutes")
     parser.add_argument(
         "--compile-ahead",
         type=int,
         default=0,
-        help="first compile what is missing, so many rows side by side, into the compiler's cache",
+        help="first compile all missing rows into the compiler's cache, this many in parallel",
     )
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
     args = parser.parse_args()
@@ -72,11 +72,11 @@ def main() -> None:
     if args.compile_ahead:
         with ThreadPoolExecutor(args.compile_ahead) as pool:
             for row in wanted:
-                pool.submit(run_bench, row, 1, args.device, errors=subprocess.DEVNULL)  # what fails shows in its turn
+                pool.submit(run_bench, row, 1, args.device, errors=subprocess.DEVNULL)  # a failure shows again below
         print(f"compiled ahead in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     for number, row in enumerate(wanted, start=1):
         if time.monotonic() - begun > 60 * args.minutes:
-            print(f"{len(wanted) - number + 1} rows are left; run again to go on", file=sys.stderr)
+            print(f"{len(wanted) - number + 1} rows are left; run again to continue", file=sys.stderr)
             break
         print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
         started = time.monotonic()
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def run_bench(row: dict[str, Any], rounds: int, device: str, errors: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`dgnet bench` of a row, in a process of its own; `errors` is where its progress and messages go."""
+    """Run `dgnet bench` for a row in its own process; `errors`: where stderr goes, by default this process's stderr."""
     options = [f"{flag(name)}={value}" for name, value in row.items() if name != "model"]
     options += [f"--rounds={rounds}", f"--device={device}", "--json"]
     command = [sys.executable, "-m", "dgnet", "bench", row["model"], *options]
@@ -100,7 +100,7 @@ def run_bench(row: dict[str, Any], rounds: int, device: str, errors: int | None 
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows asked for, as options of `dgnet bench`."""
+    """The requested rows, each as options of `dgnet bench`."""
     rows = []
     for task in args.tasks:
         for dtype in args.dtypes:
@@ -117,11 +117,13 @@ def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
-    """The least time that DG's difference can take: bytes over copy bandwidth and multiply-adds over the static network's rate.
+    """Lower bounds of DG-Net's additional time: bytes over copy bandwidth, multiply-adds over the static network's rate.
 
-    Bytes: forward, each edge reads its map, where the static network reads one shortcut a block; backward, each edge reads
-    its consumer's gradient and each node its own map, and writes that one's gradient. A map that a convolution writes more than
-    in the static network is written once and read once in each direction.
+    Returns `memory` and `arithmetic` in seconds, and `bandwidth` in bytes per second.
+
+    Bytes forward: each edge reads its map, while the static network reads one shortcut per block. Bytes backward: each edge
+    reads the gradient of its receiving node; each node reads its own map and writes its gradient. A map that only DG-Net's
+    convolutions write is written once and read once in each direction.
     """
     model, against = dgnet.create_model(result["model"]), dgnet.create_model(result["against"])
     ours, theirs = (dgnet.cost(network, result["image_size"]) for network in (model, against))
@@ -140,7 +142,7 @@ def floor_seconds(result: dict[str, Any], device: str) -> dict[str, float]:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a copy of 256 MiB, the best of ten."""
+    """Bytes read and written per second by a copy of 256 MiB; the best of ten."""
     source = torch.empty(64 * 2**20, device=device).normal_()
     target = torch.empty_like(source)
     seconds = time_alternating({"copy": lambda: target.copy_(source)}, rounds=10, device=device, round_seconds=0)
@@ -150,8 +152,9 @@ def copy_bandwidth(device: str) -> float:
 def format_tables(results: list[dict[str, Any]]) -> str:
     """One Markdown table for each task, batch size, dtype and form.
 
-    What the paper's own structure adds, and "less structure" takes off: for ResNets what DG's stem makes of the static network
-    (rows of --stem); for others the share of additional multiply-adds (MobileNetV2's projections, routers).
+    The columns "less structure" subtract the cost of the paper's own structure. For ResNets it is the effect of DG's stem on
+    the static network (rows measured with --stem); for others it is the share of additional multiply-adds (MobileNetV2's
+    projections, routers).
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     stems: dict[tuple[str, str], dict[str, Any]] = {}

@@ -1,12 +1,12 @@
-"""The sparse mode against the dense one, with imposed connectivity: how much of the ideal speed-up the clock sees.
+"""The sparse mode against the dense mode, with imposed connectivity: measured speed-up as a share of the ideal one.
 
-    python benchmarks/sparse.py                 # every network, share and batch; goes on where it stopped
-    python benchmarks/sparse.py --table         # print the Markdown table of what is there
+    python benchmarks/sparse.py                 # every network, share and batch size; continues where it stopped
+    python benchmarks/sparse.py --table         # print the Markdown table of the measured rows
 
-Each block is alive for a sample with a probability, drawn by sample, so that the given share of the blocks' multiply-adds is
-alive; every edge between nodes that are alive is open. Ideal: the dense multiply-adds over those executed, all of the network.
-Both modes are folded, channels_last, and take turns. On the CPU the sparse mode runs with the compiled extension, the dense one
-eagerly: the convolutions are the same calls.
+Each block is drawn alive for each sample with the probability `share`; every edge between two nodes that are alive is open. The
+ideal speed-up is the network's dense multiply-adds divided by those executed. In both modes normalisations are folded and
+memory is channels_last; the modes are measured in alternating rounds. On the CPU the sparse mode runs with the compiled
+extension and the dense mode eagerly; both call the same convolutions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dgnet.inference._native import use_native
 from dgnet.inference._sparse import MODES
 
 TARGETS = {1: 0.9, 8: 0.85, 64: 0.85}
-"""Least share of the ideal on a CPU, by batch size; with every node alive sparse is to be at most 3 % slower."""
+"""Smallest share of the ideal aimed at on a CPU, by batch size. With every node alive, sparse may be at most 3 % slower."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after so many minutes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new row after this many minutes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sparse_cpu.json")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(model: str, batch_size: int, share: float, image_size: int, device: str, rounds: int) -> dict[str, Any]:
-    """One row: both modes in alternating rounds over several drawn connectivities."""
+    """Measure one row: both modes in alternating rounds over several drawn connectivities."""
     torch.manual_seed(0)
     network = fold_batch_norms(dgnet.create_model(model), 64).to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ def measure(model: str, batch_size: int, share: float, image_size: int, device: 
 
 
 def draw_connectivity(network: nn.Module, batch: int, share: float, device: str) -> list[Tensor]:
-    """(B, N, N) for each stage: blocks drawn alive, each edge between nodes that are alive open."""
+    """A random adjacency for each stage, (B, N, N): blocks are drawn alive, edges between nodes that are alive are open."""
     matrices = []
     for stage in find_stages(network):
         alive = torch.rand(batch, stage.topology.num_nodes, device=device) < share
@@ -121,7 +121,7 @@ def draw_connectivity(network: nn.Module, batch: int, share: float, device: str)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """A Markdown table with one line for each row."""
     lines = ["| network | batch | alive | dense ms | sparse ms | speed-up | range | ideal | share of ideal | target |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (row["model"], row["batch_size"], -row["share"])):

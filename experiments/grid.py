@@ -1,4 +1,4 @@
-"""A grid of training runs as a YAML file: which runs it asks for, and the table of those that are done."""
+"""A grid of training runs as a YAML file: the runs it asks for, and the table of the finished ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dgnet.files import read_table
 KEYS = {"recipe", "data", "test", "options", "groups", "compare"}
 
 PLACES = ("data", "val_data", "data_root", "output", "threads")
-"""Options that do not decide the result. Which images a run sees does, and is the grid's to say; where they lie is not."""
+"""Options that do not change the result: where the images are stored, but not which images they are (the grid names those)."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Run:
     group: str
     arm: str
     seed: int
-    options: dict[str, Any]  # of `dgnet train`, the recipe's included
-    evaluation: dict[str, Any]  # options of `dgnet evaluate`, beside the usual
-    images: tuple[str | None, ...]  # the grid's data and test
+    options: dict[str, Any]  # options of `dgnet train`, including those of the recipe
+    evaluation: dict[str, Any]  # additional options of `dgnet evaluate`
+    images: tuple[str | None, ...]  # the grid's `data` and `test`
 
     @property
     def digest(self) -> str:
-        """Of the options that decide the result: a run of another recipe is another run."""
+        """A hash of the options that change the result; a run with other options is another run."""
         return _digest(self.training | ({"evaluate": self.evaluation} if self.evaluation else {}))
 
     @property
     def name(self) -> str:
-        """Its training's name, a folder: arms that differ in their evaluation share it."""
+        """The name of the training and of its run folder. Arms that differ only in their evaluation share it."""
         return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
 
     @property
     def training(self) -> dict[str, Any]:
-        """The options that decide what training results in."""
+        """The options that change the result of training."""
         return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
 
 
@@ -52,32 +52,32 @@ def _digest(options: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a YAML file asks for."""
+    """The contents of a grid's YAML file."""
 
     path: Path
     runs: list[Run]
     compare: list[tuple[str, str]]
     data: str
-    test: str | None  # None: runs are evaluated on training images that they hold out
+    test: str | None  # None: runs are evaluated on held-out training images
 
     @property
     def evaluated(self) -> str:
-        """What images the accuracies are of."""
+        """The images that accuracies refer to: "held-out" or "test"."""
         return "held-out" if self.test is None else "test"
 
     @property
     def table(self) -> Path:
-        """One row for each run that is done."""
+        """The CSV file with one row for each finished run."""
         return self.path.parent / "results" / f"{self.path.stem}.csv"
 
     @property
     def curves(self) -> Path:
-        """One row for each epoch of each run that is done."""
+        """The CSV file with one row for each epoch of each finished run."""
         return self.path.parent / "results" / f"{self.path.stem}_curves.csv"
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid in a YAML file. Raises UsageError for one that cannot be read or lacks something."""
+    """Read a grid from a YAML file. Raises UsageError if it cannot be read or is incomplete."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if unknown := sorted(set(values) - KEYS):
@@ -92,7 +92,7 @@ def read_grid(path: Path) -> Grid:
         compare = [(str(first), str(second)) for first, second in values.get("compare", [])]
         grid = Grid(path, runs, compare, values["data"], values.get("test"))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is no grid: {reason(error)}; see experiments/README.md") from None
+        raise UsageError(f"{path} is not a valid grid: {reason(error)}; see experiments/README.md") from None
     for run in runs:
         if (grid.test is None) != bool(run.options.get("holdout")):
             raise UsageError(
@@ -101,30 +101,30 @@ def read_grid(path: Path) -> Grid:
     arms = {run.arm for run in runs}
     for name in (name for pair in compare for name in pair):
         if name not in arms:
-            raise UsageError(f"{path} compares {name!r}, which is no arm; arms: {', '.join(sorted(arms))}")
+            raise UsageError(f"{path} compares {name!r}, which is not an arm; arms: {', '.join(sorted(arms))}")
     seen: dict[tuple[str, int], str] = {}
     for run in runs:
         if seen.setdefault((run.arm, run.seed), run.group) != run.group:
             raise UsageError(
-                f"{path}: arm {run.arm!r} with seed {run.seed} stands in groups {seen[run.arm, run.seed]}, {run.group}"
+                f"{path}: arm {run.arm!r} with seed {run.seed} is in two groups: {seen[run.arm, run.seed]}, {run.group}"
             )
     return grid
 
 
 def build_run(group: str, arm: str, seed: int, options: dict[str, Any], images: tuple[str | None, ...]) -> Run:
-    """A run from an arm's and the recipe's options, and the grid's images."""
+    """A run with `options` (the arm's and the recipe's) and the grid's `images`."""
     evaluation = options.pop("evaluate", {})
     return Run(group, arm, seed, fill_seed({**options, "seed": seed}, seed), dict(evaluation), images)
 
 
 def fill_seed(value: Any, seed: int) -> Any:
-    """`value` with the run's seed in place of each "$seed": a random graph of its own for each run."""
+    """`value` with each "$seed" replaced by the run's seed, for example to give each run its own random graph."""
     if isinstance(value, dict):
         return {name: fill_seed(item, seed) for name, item in value.items()}
     return seed if value == "$seed" else value
 
 
 def missing_runs(grid: Grid) -> list[Run]:
-    """The runs that the table does not hold yet, in the grid's order."""
+    """The runs that are not yet in the table, in the grid's order."""
     done = {(row["digest"], row["arm"]) for row in read_table(grid.table)}
     return [run for run in grid.runs if (run.digest, run.arm) not in done]

@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs that a grid has: mean, standard deviation, differences of the same seed, curves.
+"""Tables and figures of a grid's finished runs: mean, standard deviation, differences at the same seed, curves.
 
 python experiments/report.py experiments/cifar10.yaml     # prints Markdown, writes results/GRID_*.png and .svg
 """
@@ -20,8 +20,8 @@ from dgnet.files import read_table, writing
 from grid import Grid, read_grid
 
 MOST_BELOW = 15.0
-"""Points of top-1 that a drawn arm may lie below the median arm."""
-MOST_COLUMNS = 4  # of panels
+"""An arm more than this many points of top-1 below the median arm is not drawn; its value is printed at the edge."""
+MOST_COLUMNS = 4  # panels in a row
 MEASURES = {  # column: heading, digits
     "top1": ("{evaluated} top-1 %", 2),
     "train_top1": ("train top-1 %", 2),
@@ -38,7 +38,7 @@ CONNECTIVITY = {
 
 
 def main() -> int:
-    """Print and draw."""
+    """Print the tables and draw the figures; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file")
     args = parser.parse_args()
@@ -46,9 +46,9 @@ def main() -> int:
         grid = read_grid(args.grid)
         arms = collect(grid)
         if not arms:
-            raise UsageError(f"{grid.table} holds no run of {args.grid}; run it: python experiments/run.py {args.grid}")
+            raise UsageError(f"{grid.table} holds no finished run of {args.grid}; run python experiments/run.py {args.grid}")
         print("\n\n".join([format_arms(grid, arms), format_differences(grid, arms), format_connectivity(arms)]))
-        with writing(grid.table.parent, "the tables above stay"):
+        with writing(grid.table.parent, "only the tables above were made"):
             save_figure(draw_accuracy(grid, arms), grid.table.parent, f"{args.grid.stem}_accuracy")
             curves = read_curves(grid, arms)
             if curves:
@@ -64,7 +64,7 @@ Arms = dict[str, dict[int, dict[str, str]]]
 
 
 def collect(grid: Grid) -> Arms:
-    """The rows of the table that the grid asks for; those of another recipe are left out."""
+    """The table's rows of the grid's runs. Rows whose options have changed since are left out."""
     rows = {(row["arm"], row["digest"]): row for row in read_table(grid.table)}
     arms: Arms = {}
     for run in grid.runs:
@@ -74,12 +74,12 @@ def collect(grid: Grid) -> Arms:
 
 
 def column(rows: dict[int, dict[str, str]], name: str) -> list[float]:
-    """A column's numbers, those that are there."""
+    """A column's numbers; empty cells are left out."""
     return [float(row[name]) for row in rows.values() if row.get(name)]
 
 
 def format_mean(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation; the value alone where there is no other."""
+    """Mean ± standard deviation; the value alone if all are equal; "–" if there are none."""
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(set(values)) > 1 else ""
@@ -93,13 +93,13 @@ def format_table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def format_arms(grid: Grid, arms: Arms) -> str:
-    """One row for each arm: what it costs and what it reached, mean ± standard deviation over seeds."""
+    """One row for each arm: cost, accuracy and training loss, as mean ± standard deviation over seeds."""
     measures = [head.format(evaluated=grid.evaluated) for head, _ in MEASURES.values()]
     heads = ["arm", "seeds", "epochs", "parameters", "multiply-adds M", *measures, "minutes"]
     lines = []
     for arm, rows in arms.items():
         epochs = next(iter(rows.values()))["epochs"]
-        # Of a random graph each seed has its own.
+        # The cost may differ between seeds: random graphs differ.
         cells = [arm, str(len(rows)), epochs, format_mean(column(rows, "parameters"), 0)]
         cells.append(format_mean([value / 1e6 for value in column(rows, "multiply_adds")], 2))
         cells += [format_mean(column(rows, name), digits) for name, (_, digits) in MEASURES.items()]
@@ -108,7 +108,10 @@ def format_arms(grid: Grid, arms: Arms) -> str:
 
 
 def difference(first: dict[int, dict[str, str]], second: dict[int, dict[str, str]]) -> tuple[int, float, float]:
-    """Pairs of one seed; mean of second − first in points of top-1; half of its 95 % interval (Student's t)."""
+    """Number of seeds that both arms have; mean of second − first in points of top-1; half of its 95 % interval (Student's t).
+
+    Means are NaN without a common seed, and the interval is NaN with fewer than two.
+    """
     seeds = sorted(first.keys() & second.keys())
     values = [float(second[seed]["top1"]) - float(first[seed]["top1"]) for seed in seeds]
     if len(values) < 2:
@@ -118,7 +121,7 @@ def difference(first: dict[int, dict[str, str]], second: dict[int, dict[str, str
 
 
 def format_differences(grid: Grid, arms: Arms) -> str:
-    """One row for each comparison of the grid that has runs on both sides."""
+    """One row for each comparison of the grid with at least one common seed."""
     lines = []
     for first, second in grid.compare:
         pairs, mean, half = difference(arms.get(first, {}), arms.get(second, {}))
@@ -133,7 +136,7 @@ def format_differences(grid: Grid, arms: Arms) -> str:
 
 
 def format_connectivity(arms: Arms) -> str:
-    """One row for each arm with dynamic stages: what its connectivity did on the test images."""
+    """One row for each arm with dynamic stages: figures of its connectivity on the evaluated images."""
     lines = [
         [arm, *(format_mean(column(rows, name), digits) for name, (_, digits) in CONNECTIVITY.items())]
         for arm, rows in arms.items()
@@ -143,7 +146,7 @@ def format_connectivity(arms: Arms) -> str:
 
 
 def draw_accuracy(grid: Grid, arms: Arms) -> Figure:
-    """Top-1 of every run and the mean of every arm; an arm far below the others is a number at the edge."""
+    """Top-1 of every run and the mean of every arm. An arm far below the others is shown as a number at the edge."""
     figure = Figure(figsize=(7, 0.8 + 0.45 * len(arms)), layout="constrained")
     axes = figure.subplots()
     names = list(arms)[::-1]
@@ -159,17 +162,17 @@ def draw_accuracy(grid: Grid, arms: Arms) -> Figure:
         axes.plot([mean] * 2, [height - 0.3, height + 0.3], color=COLOURS[1], linewidth=2)
     axes.set_ylim(-0.5, len(names) - 0.5)
     axes.set_yticks(range(len(names)), [f"{arm} ({len(arms[arm])})" for arm in names])
-    axes.set_xlabel(f"{grid.evaluated} top-1, %; a dot a seed, a bar the mean")
+    axes.set_xlabel(f"{grid.evaluated} top-1, %; dot: one seed, bar: mean")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 Curves = dict[str, dict[int, list[float]]]
-"""For each arm that is trained, the training losses of its seeds by epoch."""
+"""For each trained arm, the training losses of its seeds by epoch."""
 
 
 def read_curves(grid: Grid, arms: Arms) -> Curves:
-    """The curves of the runs in `arms`; that of an arm that is only evaluated otherwise is there already."""
+    """The training curves of `arms`. Arms that only evaluate another arm's training in another way are left out."""
     evaluated = {run.arm for run in grid.runs if run.evaluation}
     digests = {(arm, row["digest"]) for arm, rows in arms.items() if arm not in evaluated for row in rows.values()}
     curves: Curves = {}
@@ -180,7 +183,7 @@ def read_curves(grid: Grid, arms: Arms) -> Curves:
 
 
 def draw_curves(grid: Grid, curves: Curves) -> Figure:
-    """Training loss by epoch (Fig. 4): mean over seeds, and the range; a panel for each group."""
+    """Training loss by epoch (Fig. 4): mean and range over seeds, one panel for each group."""
     groups: dict[str, list[str]] = {}
     for run in grid.runs:
         if run.arm in curves and run.arm not in groups.setdefault(run.group, []):

@@ -1,8 +1,8 @@
-"""Run what a grid still lacks; each run is an ordinary `dgnet train` and `dgnet evaluate`.
+"""Run the missing runs of a grid; each is an ordinary `dgnet train` followed by `dgnet evaluate`.
 
     python experiments/run.py experiments/cifar10.yaml --data FOLDER --output RUNS
 
-Interrupt it when you like and start it again, on another machine too: a run is done when it stands in results/GRID.csv.
+It can be interrupted and started again, also on another machine. A run is finished when it is in results/GRID.csv.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
-from dgnet.cli import leave_pipe
+from dgnet.cli import discard_output
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.files import lock, make_writable, read_table, write_table
@@ -36,31 +36,31 @@ from grid import Grid, Run, missing_runs, read_grid
 
 
 def main() -> int:
-    """Parse and run; a mistake is one line and status 2, as with `dgnet`."""
+    """Parse the options and run; returns the exit status. As with `dgnet`, a mistake gives one line and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the grid's data")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for run folders and logs")
-    parser.add_argument("--groups", nargs="+", help="these groups only")
-    parser.add_argument("--jobs", type=int, help="runs at a time; by default one a core, on a GPU four")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
-    parser.add_argument("--dry-run", action="store_true", help="list what is missing and run nothing")
+    parser.add_argument("--groups", nargs="+", help="run only these groups")
+    parser.add_argument("--jobs", type=int, help="runs in parallel; by default one per core, or four on a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new run after this many minutes")
+    parser.add_argument("--dry-run", action="store_true", help="list the missing runs and run nothing")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # so that what it started is stopped too
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # exit normally, so that the runs are stopped
     try:
         return run_grid(args)
     except UsageError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("run.py: interrupted; start it again to go on", file=sys.stderr)
+        print("run.py: interrupted; start it again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return leave_pipe()
+        return discard_output()
 
 
 def run_grid(args: argparse.Namespace) -> int:
-    """Run what is missing; returns 1 where a run failed."""
+    """Run the missing runs; returns 1 if one failed, otherwise 0."""
     grid = read_grid(args.grid)
     groups = list(dict.fromkeys(run.group for run in grid.runs))
     for group in args.groups or []:
@@ -77,13 +77,13 @@ def run_grid(args: argparse.Namespace) -> int:
     jobs = args.jobs or (4 if device == "cuda" else len(os.sched_getaffinity(0)))
     check_range("--jobs", jobs, 1)
     make_writable(args.output)
-    refusal = f"another run.py works on {args.grid}; it runs what is missing"
+    refusal = f"another run.py is already running {args.grid}"
     with lock(args.grid, refusal), Workers(grid, args.data, args.output, device) as workers:
         return workers.run(missing, jobs, args.minutes)
 
 
 class Workers:
-    """Runs side by side, each a process of its own; leaving stops those that are under way."""
+    """Runs in parallel, each in its own process. Leaving the `with` block stops the ones still running."""
 
     def __init__(self, grid: Grid, data: Path, output: Path, device: str) -> None:
         self.grid, self.data, self.output, self.device = grid, data, output, device
@@ -103,7 +103,7 @@ class Workers:
                 process.terminate()
 
     def run(self, runs: list[Run], jobs: int, minutes: float) -> int:
-        """Run all; returns 1 where one failed."""
+        """Run all; returns 1 if one failed, otherwise 0."""
         begun = time.monotonic()
         self.jobs = jobs
         self.threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
@@ -117,7 +117,7 @@ class Workers:
                     return
                 with self.lock:
                     folder_lock = self.folders[run.name]
-                with folder_lock:  # arms that differ in their evaluation share a training
+                with folder_lock:  # arms that differ only in their evaluation share a training
                     row = self.run_one(run)
                 if row is None:
                     bar.set_postfix(failed=self.failed)
@@ -134,7 +134,7 @@ class Workers:
         return int(self.failed > 0)
 
     def run_one(self, run: Run) -> dict[str, Any] | None:
-        """Train, evaluate on the test images, add to the table. None where it failed."""
+        """Train, evaluate, and add a row to the table; returns the row, or None if the run failed."""
         folder = self.output / run.name
         log = self.output / f"{run.name}.log"
         options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
@@ -148,13 +148,13 @@ class Workers:
             options = {"resume": str(folder), **{name: options[name] for name in places if options.get(name) is not None}}
         if self.call(["train", *as_words(options)], log) is None:
             return None
-        minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # unknown where it went on
+        minutes = None if is_begun else round((time.monotonic() - started) / 60, 2)  # not known if the run was resumed
         checkpoint = load_checkpoint(folder)
         network = checkpoint.build_network()
         follows_images = any(stage.weighting.reads_features for stage in find_stages(network))
         controls = ["--adjacency-controls"] if follows_images else []
         words = [f"--device={self.device}", "--json", *controls, *as_words(run.evaluation)]
-        if options.get("val_data"):  # where it lies now: a run that is done may have been trained elsewhere
+        if options.get("val_data"):  # its present path: the run may have been trained on another machine
             words.append(f"--data={options['val_data']}")
         found = self.call(["evaluate", str(folder), *words], log)
         if found is None:
@@ -177,7 +177,7 @@ class Workers:
         return row
 
     def call(self, words: list[str], log: Path) -> str | None:
-        """stdout of a `dgnet` command; None where it failed or was stopped."""
+        """Run a `dgnet` command; returns its stdout, or None if it failed or was stopped."""
         with log.open("a", encoding="utf-8") as errors:
             with self.lock:
                 if self.stopped:
@@ -192,18 +192,18 @@ class Workers:
         if process.returncode:
             if not self.stopped:
                 self.failed += 1
-                tqdm.write(f"run.py: dgnet {words[0]} left with status {process.returncode}; see {log}", sys.stderr)
+                tqdm.write(f"run.py: dgnet {words[0]} exited with status {process.returncode}; see {log}", sys.stderr)
             return None
         return out
 
 
 def as_words(options: dict[str, Any]) -> list[str]:
-    """Options as words of a command line."""
+    """Options as command-line arguments."""
     return [f"{flag(name)}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """One row for each epoch of a run: its number from 1, and losses and accuracies, empty where it was not evaluated."""
+    """One row for each epoch of a run: its number (from 1), losses and accuracies, empty if it was not evaluated."""
     rows = read_table(folder / "metrics.csv")
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     return [{"epoch": int(row["epoch"]) + 1, **{name: row.get(name, "") for name in names}} for row in rows]

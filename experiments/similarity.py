@@ -1,8 +1,9 @@
-"""How alike the nodes of a stage hear: cosine similarity of what they read, at the start and trained.
+"""Cosine similarity of the inputs of a stage's nodes, at initialisation and after training.
 
     python experiments/similarity.py RUN [RUN ...] --data CIFAR10/cifar10-test-000000.tar
 
-Nodes that all read the same sum are one wide layer; nodes that read different ones are depth. Prints Markdown.
+If all nodes read nearly the same sum, the stage acts like one wide layer; if their inputs differ, it has depth. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from report import format_table
 
 
 def main() -> int:
-    """Print one row for each run and stage."""
+    """Print a table with one row for each run and stage; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders or checkpoints of networks with graphs")
-    parser.add_argument("--data", help="images; by default those that the run was evaluated on")
-    parser.add_argument("--images", type=int, default=64, help="the first so many")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders or checkpoints of networks with dynamic stages")
+    parser.add_argument("--data", help="images; by default those the run was evaluated on")
+    parser.add_argument("--images", type=int, default=64, help="number of images: the first ones of the data")
     args = parser.parse_args()
     try:
         check_range("--images", args.images, 2)
@@ -43,17 +44,17 @@ def main() -> int:
 
 
 def compare(run: Path, source: str | None, images: int) -> list[list[str]]:
-    """A row for each stage of a run's network."""
+    """One row for each stage of a run's network."""
     checkpoint = load_checkpoint(run)
     network = checkpoint.build_network()
     if not find_stages(network):
-        raise UsageError(f"{run}: {checkpoint.model} has no graphs")
+        raise UsageError(f"{run}: {checkpoint.model} has no dynamic stages")
     data = open_evaluation_data(checkpoint, source)
     batch = torch.stack([data[index][0] for index in range(min(images, len(data)))])
     trained = similarity(network.eval(), batch)
     torch.manual_seed(0)
     network.init_weights()
-    start = similarity(network.train(), batch)  # on the batch's own statistics
+    start = similarity(network.train(), batch)  # normalisation with the batch's statistics
     return [
         [run.name, str(stage), *(f"{value:.2f}" for pair in zip(before, after, strict=True) for value in pair)]
         for stage, (before, after) in enumerate(zip(start, trained, strict=True), start=1)
@@ -62,9 +63,9 @@ def compare(run: Path, source: str | None, images: int) -> list[list[str]]:
 
 @torch.no_grad()
 def similarity(network: nn.Module, images: Tensor) -> list[tuple[float, float]]:
-    """Mean cosine similarity of what two nodes of a stage read, for each stage: of a node and the next one, and of any two.
+    """For each stage the mean cosine similarity of the inputs of a node and the next one, and of any two nodes.
 
-    Each is a mean over `images`, (B, 3, H, W), and over the pairs of nodes that read maps of one shape.
+    Means are over `images`, (B, 3, H, W), and over the pairs of nodes whose inputs have the same shape; NaN without such pairs.
     """
     found = []
     read: dict[int, Tensor] = {}

@@ -170,7 +170,7 @@ def test_one_runner_works_on_a_grid(folder, restores_signals, monkeypatch, capsy
     arguments = (folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs")
     with lock(folder / "grid.yaml", "held"):
         line = refuse(monkeypatch, capsys, "run.py", *arguments)
-    assert line == f"run.py: another run.py works on {folder}/grid.yaml; it runs what is missing\n"
+    assert line == f"run.py: another run.py is already running {folder}/grid.yaml\n"
 
 
 @pytest.mark.slow
@@ -240,15 +240,15 @@ def test_the_interval_is_that_of_a_paired_t_test():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "absent.yaml"}, "is no grid"),
-        ({"groups": None}, "is no grid"),
+        ({"recipe": "absent.yaml"}, "is not a valid grid"),
+        ({"groups": None}, "is not a valid grid"),
         ({"image_size": 8}, "unknown key 'image_size'; keys: compare, data, groups, options, recipe, test"),
         ({"test": None}, "arm 'static' needs either `test` in the grid or `holdout` among its options, not both"),
         ({"options": {"holdout": 4}}, "arm 'static' needs either `test` in the grid or `holdout`"),
-        ({"compare": [["static", "fixed"]]}, "compares 'fixed', which is no arm"),
+        ({"compare": [["static", "fixed"]]}, "compares 'fixed', which is not an arm"),
         (
             {"groups": {g: {"seeds": [3], "arms": {"static": {"model": "resnet20"}}} for g in "ab"}, "compare": []},
-            "arm 'static' with seed 3 stands in groups a, b",
+            "arm 'static' with seed 3 is in two groups: a, b",
         ),
     ],
     ids=str,
@@ -260,12 +260,12 @@ def test_grids_that_cannot_be(folder, changes, message):
 
 def test_mistakes_end_in_one_line(folder, restores_signals, monkeypatch, capsys):
     for arguments, message in [
-        ((folder / "absent.yaml", "--data", folder / "data"), "absent.yaml is no grid"),
+        ((folder / "absent.yaml", "--data", folder / "data"), "absent.yaml is not a valid grid"),
         ((folder / "grid.yaml", "--data", folder / "nowhere"), "train-000000.tar does not exist"),
         ((folder / "grid.yaml", "--data", folder / "data", "--groups", "b"), "unknown group 'b'; groups of"),
     ]:
         assert message in refuse(monkeypatch, capsys, "run.py", *arguments)
-    assert "holds no run of" in refuse(monkeypatch, capsys, "report.py", folder / "grid.yaml")
+    assert "holds no finished run of" in refuse(monkeypatch, capsys, "report.py", folder / "grid.yaml")
 
 
 def test_every_arm_of_the_grids_in_the_repository_is_a_network_that_can_be_built():

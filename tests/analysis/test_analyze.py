@@ -125,7 +125,7 @@ def test_images_are_chosen_by_index_and_by_name(run, images, tmp_path, capsys):
         (["--batch-size", 0], "--batch-size must be at least 1"),
         (["--workers", -1], "--workers must be at least 0"),
         (["--data", "nowhere"], "data source 'nowhere' does not exist"),
-        (["--curves", "nowhere"], "nowhere is no run folder with an epoch in its metrics.csv"),
+        (["--curves", "nowhere"], "nowhere is not a run folder, or its metrics.csv holds no epoch"),
         (["--output", "FILE"], "cannot be written: "),
         (["--output", "FILE/sub"], "cannot be written: Not a directory; name another with --output"),
     ],
@@ -171,8 +171,8 @@ def test_images_without_labels(run, tmp_path, capsys, kind):
     if kind == "shard":
         data = write_shard(tmp_path / "a.tar", [{"jpg": jpeg(50 * index)} for index in range(5)])
     output = ask(capsys, "analyze", run, "--data", data, "--output", tmp_path / "out", "--images", 1)
-    assert "no image is labelled: no accuracy, no loss, no classes" in output
-    assert "without labels nothing says which images are easy" in output
+    assert "no image has a label: no accuracy, loss or classes" in output
+    assert "without labels the easy images are not known" in output
     found = names(tmp_path / "out")
     assert {"mean.png", "std.svg", "open.png", "graphs_chosen.png", "edges.csv"} <= found
     assert not any(name.startswith("class_") for name in found)
@@ -189,7 +189,7 @@ def test_weights_that_follow_no_image(images, tmp_path, capsys, weighting):
     found = names(run / "analysis")  # where it is written by default
     assert {"mean.png", "mean.svg", "graphs_easiest.png", "edges.csv", "images.csv", "analysis.json"} <= found
     assert not any(name.startswith(("std", "open", "class_", "embedding", "graphs_cheapest")) for name in found)
-    assert "no weight follows the image" in output
+    assert "no weight depends on the image" in output
     assert "(5)" in output
     assert ": holds." not in output
 
@@ -218,7 +218,7 @@ def test_curves_of_several_runs(tmp_path, capsys):
     text = (tmp_path / "out" / "curves.svg").read_text(encoding="utf-8")
     assert "router_bias 0, top-1 52.00 %" in text
     (bias[0] / "metrics.csv").write_text("epoch,train_loss\n0,much\n")
-    assert "is no table of a run's metrics" in refuse(capsys, "analyze", "--curves", *bias, "--output", tmp_path / "out")
+    assert "is not a table of a run's metrics" in refuse(capsys, "analyze", "--curves", *bias, "--output", tmp_path / "out")
 
 
 def test_runs_that_do_not_differ_go_by_their_folders(tmp_path):

@@ -109,7 +109,7 @@ def expected_side(found, image, number):
     return {
         "name": shorten_names(found.names)[image],
         "label": CLASSES[label],
-        "prediction": f"{CLASSES[predicted]} {'✓ right' if predicted == label else '✗ wrong'}",
+        "prediction": f"{CLASSES[predicted]} {'✓ correct' if predicted == label else '✗ wrong'}",
         "confidence": f"{100 * float(found.confidences[image, number]):.1f} %",
         "loss": f"{float(found.losses[image, number]):.3f}",
         "cost": f"{executed / 1e6:.2f} M ({100 * executed / found.dense_multiply_adds:.1f} %)",
@@ -154,7 +154,7 @@ def test_the_slider_shows_what_was_run_at_each_offset(found, open_page):
             assert number_of(spoken.split(";")[0]) == pytest.approx(weight, abs=0.0081)
         right = [int(found.predictions[image, number]) == label for image, label in enumerate(LABELS)]
         overall = page.inner_text("#overall")
-        assert f"{100 * sum(right) / len(right):.1f} % right" in overall
+        assert f"top-1 {100 * sum(right) / len(right):.1f} %" in overall
         assert f"mean {float(found.executed[:, number].mean()) / 1e6:.2f} M" in overall
         seen.append(shown["cost"])
     assert len(set(seen)) > 3  # the network does differ from offset to offset
@@ -218,7 +218,11 @@ def test_two_images_side_by_side_with_what_differs_marked(found, open_page):
         for p, q in zip(one, other, strict=True)
     ]
     assert {"+", "−"} <= set(signs)  # not a trivial case
-    words = {"+": "; open here, closed beside it", "−": "; closed here, open beside it", "Δ": "; weighs otherwise beside it"}
+    words = {
+        "+": "; open here, closed on the other side",
+        "−": "; closed here, open on the other side",
+        "Δ": "; different weight on the other side",
+    }
     close = [abs(abs(p - q) - 0.1) < 0.02 for p, q in zip(one, other, strict=True)]  # a weight is shown to within a step
     for spoken, sign, is_close in zip(read_edges(page, "a"), signs, close, strict=True):
         if not is_close:
@@ -349,14 +353,14 @@ def test_images_without_labels(unlabelled, open_page):
     predicted = int(unlabelled.predictions[0, TRAINED])
     assert side["prediction"].strip() == CLASSES[predicted]
     members = [i for i in range(6) if int(unlabelled.predictions[i, TRAINED]) == predicted]
-    assert f"of what is predicted as {CLASSES[predicted]}, {len(members)} image" in read_side(page, "b")["name"]
+    assert f"of images predicted as {CLASSES[predicted]}, {len(members)} image" in read_side(page, "b")["name"]
     page.fill("#search", CLASSES[predicted])
     assert grid(page) == members
     page.fill("#search", "")
     move_slider(page, 10)
     page.select_option("#sort", "costDown")
     assert len(grid(page)) == 6
-    assert "right" not in page.inner_text("#overall")
+    assert "top-1" not in page.inner_text("#overall")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -130,7 +130,7 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--port {port} cannot be listened on" in refuse(capsys, "explore", checkpoint, "--port", port)
+        assert f"cannot listen on --host 127.0.0.1 --port {port}" in refuse(capsys, "explore", checkpoint, "--port", port)
 
 
 COMMAND = """

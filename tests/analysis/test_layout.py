@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dgnet.analysis._layout import find_runs, lay_out
+from dgnet.analysis._layout import find_running_nodes, lay_out
 
 
 @pytest.mark.parametrize("num_nodes", [2, 3, 4, 17])
@@ -34,4 +34,4 @@ def test_arcs_run_from_circle_to_circle_and_the_longer_the_higher_and_steeper(nu
 def test_a_block_runs_where_an_in_edge_is_open():
     matrix = torch.zeros(4, 4)
     matrix[2, 0] = -0.5
-    assert find_runs(matrix) == [True, False, True, True]
+    assert find_running_nodes(matrix) == [True, False, True, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -34,8 +36,9 @@ def observe(network, mean, std, closes=None, labelled=True):
         ran.append(alive)
     logits = torch.zeros(COUNT, 5)
     logits[:, 0] = torch.arange(COUNT) / 10.0  # the later, the smaller the loss
-    record = type("Record", (), {"adjacency": adjacency, "ran": ran, "topology": statistics.topologies})()
-    statistics.update(Batch(None, torch.full((COUNT,), 0 if labelled else IGNORED), logits, record, range(COUNT)))
+    record = SimpleNamespace(adjacency=adjacency, ran=ran, topology=statistics.topologies)
+    labels = torch.full((COUNT,), 0 if labelled else IGNORED)
+    statistics.update(Batch(None, labels, logits, record, range(COUNT)))
     return judge(statistics)
 
 
@@ -71,7 +74,7 @@ def test_depth_alone_is_half_of_the_fourth(tiny):
 def test_weights_that_follow_no_image(tiny):
     found = observe(tiny(), lambda stage, order: 0.8 - 0.3 * order, lambda stage, order: 0.0)
     assert verdicts(found) == [True, True, False, False, False]
-    assert found[2].because == found[3].because == "No weight follows the image."
+    assert found[2].because == found[3].because == "No weight depends on the image."
 
 
 def test_without_labels_nothing_says_what_is_easy(tiny):

@@ -193,7 +193,7 @@ def test_checkpoints_of_the_other_task_say_so(run, data, tmp_path, capsys):
             "--warmup-iterations must",
         ),
         (["trian"], "unknown command 'detect trian'; did you mean 'train'?"),
-        (["evaluate", "results.json"], "say of which annotations with --data"),
+        (["evaluate", "results.json"], "name its annotations with --data"),
         (
             ["train", "--lr-step", "3"],
             "unknown option --lr-step; did you mean '--lr-steps'?; options: dgnet detect train --help",

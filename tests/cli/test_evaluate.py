@@ -107,10 +107,10 @@ def test_evaluate_refuses_what_does_not_go_together(run, capsys):
         (["--inference-weight", "plain"], "unknown inference_weight 'plain'"),
         (["--offsets", "[0]"], "--offsets needs --sweep-threshold"),
         (["--compile"], "--compile needs --speed"),
-        (["--sweep-threshold", "--speed"], "--sweep-threshold does not go with --speed"),
+        (["--sweep-threshold", "--speed"], "--sweep-threshold cannot be combined with --speed"),
         (
             ["--sweep-threshold", "--inference-weight", "raw", "--write", "x.safetensors"],
-            "--sweep-threshold does not go with --write",
+            "--sweep-threshold cannot be combined with --write",
         ),
         (["--threshold-offset", "0.1", "--write", "x.ckpt"], "must end in .safetensors"),
         (["--mode", "fast"], "unknown mode 'fast'"),
@@ -153,7 +153,7 @@ def test_export_writes_a_file_that_agrees(run, tmp_path, capsys):
     for words, message in (
         (["--format", "tf"], "unknown --format 'tf'; allowed: onnx, torch"),
         (["--output", tmp_path / "x.pt2"], "must end in .onnx for --format onnx"),
-        (["--output", tmp_path / "no" / "x.onnx"], "does not exist; make it first"),
+        (["--output", tmp_path / "no" / "x.onnx"], "does not exist; create it first"),
     ):
         assert message in refuse(capsys, "export", run, *words)
 

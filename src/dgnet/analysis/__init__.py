@@ -1,4 +1,4 @@
-"""What connectivity a network has learned (§6.5): statistics over a data set, the paper's figures, pages to explore."""
+"""Analysis of a network's connectivity (§6.5): statistics over a data set, the paper's figures, and interactive pages."""
 
 from typing import TYPE_CHECKING
 

@@ -24,15 +24,25 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as MplPath
 from torch import Tensor
 
-from dgnet.analysis._figures import ABOVE, WEIGHTS, WIDTH, ShownFigure, add_colour_bar, plain, scale, shrink_text, write_cell
-from dgnet.analysis._layout import Arc, find_runs, lay_out
+from dgnet.analysis._figures import (
+    ABOVE,
+    WEIGHTS,
+    WIDTH,
+    ShownFigure,
+    add_colour_bar,
+    escape_dollars,
+    scale,
+    shrink_text,
+    write_cell,
+)
+from dgnet.analysis._layout import Arc, find_running_nodes, lay_out
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import Record, node_names
 
-_UNIT = 0.3  # inches from node to node of a graph
+_UNIT = 0.3  # inches between neighbouring nodes of a graph
 _NODE = 6.0  # points, radius of a node
-_TALL = 0.225  # height of a stage's graph above the nodes, and below, as a share of its length
-_THICKEST = 1.9  # points, of the edge that weighs most
+_TALL = 0.225  # height of a stage's graph above the nodes (and below), as a share of its length
+_THICKEST = 1.9  # points, line width of the edge with the largest weight
 _FAINT = "#b0b0b0"
 _SHOWN = {
     "mean": "mean weight of an edge",
@@ -42,16 +52,16 @@ _SHOWN = {
 
 
 def plot_adjacency(record: Record | Sequence[Tensor], show: str = "mean", image: int | None = None) -> Figure:
-    """Heat maps of the edges, one a stage, as a matplotlib figure (Fig. 5 and 6).
+    """Heat maps of the edges, one for each stage, as a matplotlib figure (Fig. 5 and 6).
 
-    `record`: of `dgnet.record_connectivity`, or an adjacency for each stage, (N, N) or (B, N, N). `show`: "mean" or "std" of
-    the weights over the recorded images, or "open", the share of images for which an edge is open. `image`: show the weights of
-    this one instead.
+    `record`: from `dgnet.record_connectivity`, or an adjacency for each stage, (N, N) or (B, N, N). `show`: "mean" or "std" of
+    the weights over the recorded images, or "open", the share of images for which an edge is open. `image`: the index of one
+    recorded image; if given, its weights are shown instead.
 
-    Raises UsageError for an unknown `show` and an image that was not recorded.
+    Raises UsageError for an unknown `show` and for an image that was not recorded.
     """
     check_choice("show", show, _SHOWN)
-    matrices, masks = _take(record)
+    matrices, masks = _to_matrices(record)
     count = len(matrices[0])
     if image is not None:
         return draw_edges(
@@ -68,20 +78,20 @@ def plot_adjacency(record: Record | Sequence[Tensor], show: str = "mean", image:
 
 
 def plot_graph(record: Record | Sequence[Tensor], image: int = 0, picture: Any = None) -> Figure:
-    """The graphs of one image, one a stage, as a matplotlib figure (Fig. 7): arrows run from sending to receiving node.
+    """The graphs of one image, one for each stage, as a matplotlib figure (Fig. 7). Arrows point to the receiving node.
 
-    `record`: as for `plot_adjacency`; `image`: which of those recorded; `picture`: to be shown beside them, a PIL image, an
-    (H, W, 3) array or a (3, H, W) tensor of values in [0, 1].
+    `record`: as for `plot_adjacency`; `image`: index of a recorded image; `picture`: the picture to show beside the graphs: a
+    PIL image, an (H, W, 3) array or a (3, H, W) tensor of values in [0, 1].
 
     Raises UsageError for an image that was not recorded.
     """
-    matrices, masks = _take(record)
+    matrices, masks = _to_matrices(record)
     row = GraphRow([matrix[_check_image(image, len(matrix))] for matrix in matrices], picture, f"image {image}")
     return draw_graphs([row], masks)
 
 
-def _take(record: Record | Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """For each stage the adjacency, (B, N, N), and which edges exist, (N, N); all of them where that is not known."""
+def _to_matrices(record: Record | Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """For each stage the adjacency, (B, N, N), and which edges exist, (N, N). Without a `Record`, all edges exist."""
     if isinstance(record, Record):
         return [matrix.cpu().double() for matrix in record.adjacency], [topology.mask for topology in record.topology]
     matrices = [matrix.detach().cpu().double() for matrix in record]
@@ -102,10 +112,10 @@ def _check_image(image: int, count: int) -> int:
 def draw_edges(
     matrices: Sequence[Tensor], masks: Sequence[Tensor], label: str, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """A heat map a stage of one number an edge, on one scale.
+    """One heat map for each stage. All share one colour scale.
 
-    `matrices`, `masks`: (N, N) a stage; `label`: what the colour is; `limits`: of the colours, by default the least and the
-    largest number.
+    `matrices`, `masks`: (N, N) for each stage; `label`: what the colours mean; `limits`: range of the colour scale, by default
+    the smallest and the largest value.
     """
     columns = min(len(matrices), 4)
     rows = math.ceil(len(matrices) / columns)
@@ -116,13 +126,13 @@ def draw_edges(
     digits = 0 if limits == (0.0, 100.0) else 2 if norm.vmax and norm.vmax >= 0.2 else 3
     for stage, (axes, matrix, mask) in enumerate(zip(panels, matrices, masks, strict=False), start=1):
         names = node_names(len(mask))
-        # The input node has no in-edge, the output node no out-edge.
+        # The input node has no in-edges and the output node no out-edges: skip this row and this column.
         shown = np.ma.masked_array(matrix.numpy(), ~mask.numpy())[1:, :-1]
         axes.imshow(shown, cmap=WEIGHTS, norm=norm)
         axes.set_xticks(range(len(names) - 1), names[:-1])
         axes.set_yticks(range(len(names) - 1), names[1:])
         axes.set(title=f"stage {stage}", xlabel="sending node")
-        size = WIDTH / columns * 0.5 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # that fits a cell
+        size = WIDTH / columns * 0.5 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # fits into a cell
         if size >= 4.5:
             for row, column in mask[1:, :-1].nonzero().tolist():
                 write_cell(axes, row, column, f"{shown[row, column]:.{digits}f}", norm, min(size, 7.5))
@@ -130,7 +140,7 @@ def draw_edges(
         shrink_text(axes, 8 if len(names) <= 12 else 5)
         if (stage - 1) % columns == 0:
             axes.set_ylabel("receiving node", fontsize=8)
-    for axes in panels[len(matrices) :]:  # left over in the last row
+    for axes in panels[len(matrices) :]:  # unused panels in the last row
         axes.set_axis_off()
     add_colour_bar(figure, norm, WEIGHTS, f"{label}; darker is more")
     return figure
@@ -138,21 +148,22 @@ def draw_edges(
 
 @dataclass(frozen=True)
 class GraphRow:
-    """An image in a figure of graphs."""
+    """One image (one row) in a figure of graphs."""
 
-    matrices: Sequence[Tensor]  # for each stage its adjacency, (N, N), 0 where an edge is closed
-    picture: Any = None  # what imshow takes, or a (3, H, W) tensor
+    matrices: Sequence[Tensor]  # for each stage the adjacency, (N, N), 0 where an edge is closed
+    picture: Any = None  # anything that imshow accepts, or a (3, H, W) tensor
     caption: str = ""
 
 
 def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = "") -> Figure:
-    """A row an image: its picture, caption, and a graph a stage (Fig. 7). `masks`: which edges exist, (N, N) a stage.
+    """One row for each image: its picture, its caption, and one graph for each stage (Fig. 7).
 
-    An edge's colour and width are its weight, on one scale for all rows; a closed edge is faint and dotted, a block that does
-    not run faint. Arcs to every second node are mirrored below the nodes, which halves the crowd.
+    `masks`: which edges exist, (N, N) for each stage. Colour and width of an edge show its weight, on one scale for all rows.
+    A closed edge is faint and dotted; a block that does not run is faint. Arcs to every second node are drawn below the nodes,
+    so that fewer arcs overlap.
     """
     sizes = [len(mask) for mask in masks]
-    reach = _TALL * (max(sizes) - 1) + 0.35  # of the highest arc, in nodes
+    reach = _TALL * (max(sizes) - 1) + 0.35  # height of the highest arc, in gaps between nodes
     height = max(_UNIT * (2 * reach + 0.9), 0.95)
     has_picture = any(row.picture is not None for row in rows)
     left = (0.95 if has_picture else 0.0, 1.45)  # inches of picture and caption
@@ -173,12 +184,12 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
             if row.picture is not None:
                 axes[0].imshow(_to_array(row.picture))
         axes[first].set_axis_off()
-        axes[first].text(0, 0.5, plain(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
+        axes[first].text(0, 0.5, escape_dollars(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
             _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
-            panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # one scale for all stages
+            panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # the same scale for all stages
             if number == 0:
-                # Inside the axes: where these keep their aspect, the layout leaves no room for a title above them.
+                # Text inside the axes: the layout leaves no room for a title above axes with a fixed aspect ratio.
                 panel.text((len(mask) - 1) / 2, reach, f"stage {stage}", **ABOVE)
     if title:
         figure.suptitle(title, fontsize=9)
@@ -196,10 +207,10 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
 
 @dataclass(frozen=True)
 class _Connection:
-    """An arc as matplotlib's arrows want it: called with the places of the two nodes in pixels."""
+    """An arc as a connection style of matplotlib's arrows: called with the positions of the two nodes in pixels."""
 
     arc: Arc
-    height: float  # of the graph, in nodes; negative: below them
+    height: float  # of the graph, in gaps between nodes; negative: below the nodes
 
     def __call__(self, start: Any, end: Any, *, shrinkA: float, shrinkB: float, **patches: Any) -> MplPath:  # noqa: N803
         gap = (end[0] - start[0]) / (self.arc.receiver - self.arc.sender)
@@ -218,7 +229,7 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
         arrow = FancyArrowPatch(
             (sender, 0),
             (receiver, 0),
-            connectionstyle=_Connection(arc, height),  # type: ignore[arg-type]  # any callable is taken
+            connectionstyle=_Connection(arc, height),  # type: ignore[arg-type]  # matplotlib accepts any callable
             arrowstyle="-|>",
             mutation_scale=3.5 + 2 * width,
             shrinkA=_NODE,
@@ -228,10 +239,10 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
             color=colours(norm(weight)) if weight else _FAINT,
             zorder=2 if weight else 1,
         )
-        arrow.set_in_layout(False)  # the axes' limits hold it: asking every arrow for its size is slow
+        arrow.set_in_layout(False)  # the axes' limits contain it; measuring every arrow is slow
         arrow.set_gid(f"{name}-edge{sender}-{receiver}-{'open' if weight else 'closed'}")
         axes.add_patch(arrow)
-    for node, (text, runs) in enumerate(zip(node_names(num_nodes), find_runs(matrix), strict=True)):
+    for node, (text, runs) in enumerate(zip(node_names(num_nodes), find_running_nodes(matrix), strict=True)):
         edge = "black" if runs else _FAINT
         axes.plot(
             node, 0, "o", markersize=2 * _NODE, markerfacecolor="white", markeredgecolor=edge, markeredgewidth=0.8, zorder=3

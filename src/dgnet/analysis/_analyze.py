@@ -1,4 +1,4 @@
-"""What `dgnet analyze` does: a pass over a data set, the paper's figures, the numbers beside them, §6.5's observations."""
+"""The work of `dgnet analyze`: one pass over a data set, the paper's figures and their numbers, §6.5's observations."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from dgnet.files import make_writable, read_table, replace_file, without_nan, wr
 from dgnet.graph import find_stages, require_stages
 
 SAMPLED = 2000
-"""Images of the embedding, at most."""
+"""Most images in the embedding."""
 MOST_IMAGES = 12
-"""Images of one figure of graphs."""
+"""Most images in one figure of graphs."""
 
 
 @dataclass
 class Analysis:
-    """What was found, and the files that show it."""
+    """The results of an analysis, and the files written."""
 
     statistics: Statistics
     observations: list[Observation]
-    follows_image: bool  # whether any weight does: if not, there is no spread and nothing closes
-    groups: dict[str, list[ImageResult]]  # images whose graphs are shown
+    follows_image: bool  # whether any weight depends on the image; if not, weights have no spread and nothing closes
+    groups: dict[str, list[ImageResult]]  # images whose graphs are drawn, by group
     embedding: tuple[Tensor, list[float]] | None  # see `embed`
     files: list[Path] = field(default_factory=list)
 
@@ -78,11 +78,11 @@ def analyze(
 ) -> Analysis:
     """Run `network` once over `dataset`, whose transform is set, and write figures and numbers into `folder`.
 
-    `images`: indices or names of images whose graphs are drawn; `extremes`: so many of the easiest and the hardest are too, by
-    loss and by executed multiply-adds. `seed`: draws the images of the embedding, at most 2,000. Figures that need labels, or
-    weights that follow the image, are left out where there are none.
+    `images`: indices or names of images whose graphs are drawn. `extremes`: the number of easiest and of hardest images whose
+    graphs are drawn too, by loss and by executed multiply-adds. `seed`: for drawing the images of the embedding, at most 2,000.
+    Figures that need labels, or weights that depend on the image, are left out if there are none.
 
-    Raises UsageError for a network without dynamic stages, no images, an image that is not there, and a folder that cannot be
+    Raises UsageError for a network without dynamic stages, an empty data set, an unknown image, and a folder that cannot be
     written.
     """
     require_stages(network)
@@ -112,9 +112,11 @@ def analyze(
 
 
 def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:
-    """The indices of images given by index or by name: as the data set names them, or how such a name ends after / or a space.
+    """The indices of images given by index or by name.
 
-    Raises UsageError for an index out of range, and for a name that is unknown or stands for several images.
+    A name is the data set's name of the image, or the part of it after a / or a space.
+
+    Raises UsageError for an index out of range, and for a name that is unknown or matches several images.
     """
     indices = []
     for image in images:
@@ -200,7 +202,7 @@ _TITLES = {
 
 
 def thumbnail(dataset: ImageDataset, index: int, side: int = 160) -> Any:
-    """An image as in its file, no side longer than `side` pixels."""
+    """An image as stored, without the transform, with sides of at most `side` pixels."""
     picture, _ = dataset.load(index)
     picture = picture.copy()
     picture.thumbnail((side, side))
@@ -208,9 +210,9 @@ def thumbnail(dataset: ImageDataset, index: int, side: int = 160) -> Any:
 
 
 def caption(dataset: ImageDataset, image: ImageResult) -> str:
-    """An image's index and file, class, prediction, loss and cost, a line each."""
+    """An image's index and file, class, prediction, loss and cost, one line each."""
     names = dataset.class_names
-    file = dataset.name(image.index).rpartition("/")[2].rpartition(", ")[2]  # a shard's key stands behind a comma
+    file = dataset.name(image.index).rpartition("/")[2].rpartition(", ")[2]  # in a shard's name, the key follows a comma
     lines = [f"{image.index}: {shorten(file, 22)}"]
     if image.label is not None:
         lines.append(f"class {shorten(names[image.label], 20)}")
@@ -221,13 +223,14 @@ def caption(dataset: ImageDataset, image: ImageResult) -> str:
 
 
 def class_name(names: Sequence[str], label: int) -> str:
-    """A class's name; its number where the data set has no names."""
+    """A class's name, or its number if the data set has no name for it."""
     return names[label] if label < len(names) else str(label)
 
 
 def embed(statistics: Statistics) -> tuple[Tensor, list[float]] | None:
-    """The sampled images' weights of free edges in two dimensions, (S, 2), and the share of the variance along each: principal
-    components. None where the weights do not vary.
+    """The first two principal components of the sampled images' weights, (S, 2), and the share of the variance along each.
+
+    Only free edges count. None if the weights do not vary.
     """
     from sklearn.decomposition import PCA
 
@@ -239,7 +242,7 @@ def embed(statistics: Statistics) -> tuple[Tensor, list[float]] | None:
 
 
 def _save_tables(analysis: Analysis, dataset: ImageDataset, folder: Path) -> None:
-    """edges.csv, images.csv, class_means.csv, class_distance.csv, embedding.csv."""
+    """Write edges.csv, images.csv, class_means.csv, class_distance.csv and embedding.csv."""
     statistics = analysis.statistics
     names = dataset.class_names
 
@@ -309,7 +312,7 @@ def read_curves(runs: Sequence[str]) -> list[Curve]:
 
 
 def save_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
-    """Fig. 4: write `curves.png`, `.svg` and `.csv`; returns their paths. Raises UsageError where they cannot be written."""
+    """Write `curves.png`, `.svg` and `.csv` (Fig. 4); returns their paths. Raises UsageError if they cannot be written."""
     rows = [
         {
             "run": curve.name,
@@ -328,7 +331,7 @@ def save_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
 
 
 def read_curve(run: Path, name: str) -> Curve:
-    """What a run's metrics.csv holds. Raises UsageError where it is not there or no such table."""
+    """Read a run's metrics.csv. Raises UsageError if it is missing or not such a table."""
     path = run / "metrics.csv"
     try:
         rows = read_table(path)
@@ -336,14 +339,16 @@ def read_curve(run: Path, name: str) -> Curve:
         losses = [float(row["train_loss"]) for row in rows]
         evaluated = [(int(row["epoch"]) + 1, float(row["val_top1"])) for row in rows if row.get("val_top1")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no table of a run's metrics ({reason(error)}); --curves takes run folders") from None
+        raise UsageError(f"{path} is not a table of a run's metrics ({reason(error)}); --curves takes run folders") from None
     if not rows:
-        raise UsageError(f"{run} is no run folder with an epoch in its metrics.csv; --curves takes run folders of dgnet train")
+        raise UsageError(
+            f"{run} is not a run folder, or its metrics.csv holds no epoch; --curves takes run folders of dgnet train"
+        )
     return Curve(name, epochs, losses, [epoch for epoch, _ in evaluated], [top1 for _, top1 in evaluated])
 
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
-    """What tells runs apart: the options in which their config.yaml differ, three at most; else the folders' names."""
+    """A name for each run: the options (at most three) in which the runs' config.yaml differ; otherwise the folders' names."""
     folders = [run.resolve().name for run in runs]
     configs, kwargs = [], []
     for run in runs:
@@ -354,7 +359,7 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
         kwargs.append(config.pop("model_kwargs", None) or {})
         configs.append({name: value for name, value in config.items() if name not in _NO_CHOICE})
     both = [{**config, **more} for config, more in zip(configs, kwargs, strict=True)]
-    for options in (configs, both):  # those of the model often follow from the others
+    for options in (configs, both):  # first without the model's options, which often follow from the others
         known = dict.fromkeys(name for values in options for name in values)
         differing = [name for name in known if len({str(values.get(name)) for values in options}) > 1]
         names = [", ".join(f"{name} {values.get(name)}" for name in differing) for values in options]
@@ -364,11 +369,11 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
 
 
 _NO_CHOICE = ("output", "data_root", "workers", "threads", "devices", "accelerator")
-"""Options that do not tell runs apart."""
+"""Options that are not used to name runs."""
 
 
 def save_document(document: dict[str, Any], folder: Path) -> Path:
-    """Write `analysis.json`. Raises UsageError where it cannot be written."""
+    """Write `analysis.json`. Raises UsageError if it cannot be written."""
     path = folder / "analysis.json"
     with writing(folder), replace_file(path) as written:
         written.write_text(json.dumps(without_nan(document), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The explorer: one HTML file in which a person looks at the path that each image takes, at thresholds that were really run.
+"""The explorer: one HTML file that shows the path of each image through the network, at several threshold offsets.
+
+Every figure on the page was measured; nothing is interpolated between offsets.
 
 Letters: M images, O threshold offsets, E edges of all stages together.
 """
@@ -36,35 +38,35 @@ from dgnet.graph import Topology, find_stages, node_names
 from dgnet.inference import find_threshold_offset, set_sparse
 
 THUMBNAIL = 96
-"""The longer side of a thumbnail in pixels, at most."""
+"""Longest side of a thumbnail, in pixels."""
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What a network did with M images at each of O threshold offsets."""
+    """The results of a network on M images at each of O threshold offsets."""
 
-    own_offset: float  # the network's; one of the offsets
+    own_offset: float  # the network's own; one of `offsets`
     offsets: tuple[float, ...]
     class_names: list[str]
     topologies: list[Topology]  # of each stage
-    dense_multiply_adds: int  # of one image with every edge open
-    names: list[str]  # where each image is
+    dense_multiply_adds: int  # for one image with every edge open
+    names: list[str]  # each image's name: its path, or its place in a shard
     labels: list[int | None]  # None for an image without a label
     thumbnails: list[bytes]  # WebP
     predictions: Tensor  # (M, O), class indices
     confidences: Tensor  # (M, O), the probability of the predicted class
-    losses: Tensor  # (M, O), cross-entropy; not a number without a label
+    losses: Tensor  # (M, O), cross-entropy; NaN without a label
     executed: Tensor  # (M, O), multiply-adds of the nodes that ran and the edges that were open
-    weights: Tensor  # (M, O, E), as aggregated, 0 where closed; see `flatten_edges`
+    weights: Tensor  # (M, O, E), as used in the aggregation, 0 where closed; in the order of `flatten_edges`
 
     @property
     def edges(self) -> list[list[tuple[int, int]]]:
-        """For each stage its edges (i, j), by receiving node."""
+        """For each stage its edges (sender i, receiver j), in the order of the receivers."""
         return [[(i, j) for j in range(t.num_nodes) for i in t.senders(j)] for t in self.topologies]
 
 
-class _Shown(Dataset[tuple[Tensor, int, bytes]]):
-    """The images of a data set at `indices`: tensor, label or IGNORED, thumbnail; each is decoded once."""
+class _Selection(Dataset[tuple[Tensor, int, bytes]]):
+    """The images of a data set at `indices`, each decoded once: tensor, label (or IGNORED), thumbnail."""
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int], classes: int) -> None:
         self.dataset, self.indices, self.classes = dataset, indices, classes
@@ -84,7 +86,7 @@ def _collate(items: list[tuple[Tensor, int, bytes]]) -> tuple[Tensor, Tensor, li
 
 
 def make_thumbnail(image: Image.Image) -> bytes:
-    """A WebP image of at most `THUMBNAIL` pixels a side."""
+    """A WebP image with sides of at most `THUMBNAIL` pixels."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
@@ -104,27 +106,27 @@ def collect(
 ) -> Exploration:
     """Run `network` at each threshold offset on `images` images, spread evenly over `dataset`, whose transform is set.
 
-    Each image is loaded once and run once an offset, in the sparse mode. `class_names`: of the network's outputs, by default
-    the data set's. The network's own offset is among those that are run, and stays. An image whose label is None or not one of
-    the classes has no label. The network is left on `device`, in evaluation and sparse mode.
+    Each image is loaded once, and run once per offset in the sparse mode. The network's own offset is always added to
+    `offsets`, and restored at the end. `class_names`: for the network's outputs, by default the data set's. A label that is
+    None or not one of the classes counts as no label. The network is left on `device`, in evaluation and sparse mode.
 
-    Raises UsageError for a network in which nothing can close, for no images, for fewer class names than outputs, and for sizes
-    that make no sense.
+    Raises UsageError for a network in which nothing can close, for an empty data set, for fewer class names than outputs, and
+    for invalid sizes.
     """
     check_range("--images", images, 1)
     if not len(dataset):
-        raise UsageError("the data set holds no images, there is nothing to explore; name another with --data")
+        raise UsageError("the data set holds no images; name another with --data")
     names = list(dataset.class_names if class_names is None else class_names)
     count = min(images, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
-    loader = EvaluationLoader(_Shown(dataset, indices, len(names)), batch_size, workers, _collate)
+    loader = EvaluationLoader(_Selection(dataset, indices, len(names)), batch_size, workers, _collate)
     network = set_sparse(network.to(device).eval())
     own_offset = find_threshold_offset(network)
-    with at_offset(network, own_offset):  # refused where nothing can close
+    with at_offset(network, own_offset):  # raises UsageError if nothing can close
         costs = cost_model(network, find_image_size(loader))
     meters = {offset: ImageByImage(costs) for offset in sorted({*offsets, own_offset})}
-    seen = _Seen(names)
-    variants = [Variant([seen, meter], partial(at_offset, network, offset)) for offset, meter in meters.items()]
+    collected = _Thumbnails(names)
+    variants = [Variant([collected, meter], partial(at_offset, network, offset)) for offset, meter in meters.items()]
     run_pass(network, loader, variants=variants, device=device, desc="explore")
     found = [meter.summary() for meter in meters.values()]
 
@@ -139,7 +141,7 @@ def collect(
         dense_multiply_adds=costs.dense,
         names=[dataset.name(index) for index in indices],
         labels=[None if value == IGNORED else value for value in found[0].labels.tolist()],
-        thumbnails=list(seen.thumbnails.values()),
+        thumbnails=list(collected.thumbnails.values()),
         predictions=stack("predictions"),
         confidences=stack("confidences"),
         losses=stack("losses"),
@@ -148,8 +150,8 @@ def collect(
     )
 
 
-class _Seen:
-    """The meter that keeps the thumbnails. Raises UsageError for a network with more classes than `names`."""
+class _Thumbnails:
+    """The meter that collects the thumbnails. Raises UsageError for a network with more outputs than `names`."""
 
     needs_connectivity = False
 
@@ -158,17 +160,17 @@ class _Seen:
         self.thumbnails: dict[int, bytes] = {}  # by the image's index
 
     def update(self, batch: Batch) -> None:
-        """Add a batch; it may come once for each offset."""
+        """Add a batch. The same batch is added once per offset."""
         if batch.outputs.shape[1] > len(self.names):
-            raise UsageError(f"the network tells {batch.outputs.shape[1]} classes apart, {len(self.names)} are named")
+            raise UsageError(f"the network has {batch.outputs.shape[1]} classes, but {len(self.names)} class names were given")
         self.thumbnails |= zip(batch.indices, batch.extras[0], strict=True)
 
 
 def quantise(weights: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], float, float]:
-    """Weights as bytes, with the least and the greatest weight of an open edge.
+    """Weights as bytes, and the least and the greatest weight of an open edge.
 
-    0 is a closed edge; a byte c from 1 on stands for least + (c - 1) · (greatest - least) / 254, so that an open edge's weight
-    is off by (greatest - least) / 508 at most.
+    0 is a closed edge. A byte c ≥ 1 stands for least + (c - 1) · (greatest - least) / 254, so the error of an open edge's
+    weight is at most (greatest - least) / 508.
     """
     values = weights.double().numpy()
     is_open = values != 0
@@ -178,7 +180,7 @@ def quantise(weights: Tensor) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], floa
 
 
 def describe_exploration(found: Exploration, model: str, source: str) -> dict[str, Any]:
-    """The plain values that the page reads, one list an image."""
+    """The data that the page reads, as plain values for JSON; for values of shape (M, O), one list per image."""
     codes, least, greatest = quantise(found.weights)
     stages = zip(found.topologies, found.edges, strict=True)
     return {
@@ -205,7 +207,7 @@ def describe_exploration(found: Exploration, model: str, source: str) -> dict[st
 
 
 def _describe_stage(topology: Topology, edges: list[tuple[int, int]]) -> dict[str, Any]:
-    """The stage's graph; of each edge, in the same order, also the reach and the rise of its arc."""
+    """The stage's graph, and for each edge, in the same order, the reach and the rise of its arc."""
     return {
         "num_nodes": topology.num_nodes,
         "names": node_names(topology.num_nodes),
@@ -215,12 +217,12 @@ def _describe_stage(topology: Topology, edges: list[tuple[int, int]]) -> dict[st
 
 
 def _rounded(values: Tensor) -> list[list[float | None]]:
-    """With four digits after the point; null where a value is not a finite number."""
+    """Values rounded to four decimals; None if not finite."""
     return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
 def shorten_names(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all of them share: a page that is passed on tells nothing of its maker's disk."""
+    """Names without the folders that all of them share, so that a shared page does not reveal local paths."""
     paths = [name.split("/") for name in names]
     shared = 0
     for folder in zip(*(path[:-1] for path in paths), strict=False):
@@ -231,9 +233,9 @@ def shorten_names(names: Sequence[str]) -> list[str]:
 
 
 def render_explorer(data: dict[str, Any]) -> str:
-    """The page with `data` (`describe_exploration`) in it."""
+    """The page as HTML, with `data` (from `describe_exploration`) embedded."""
     template = files("dgnet.analysis").joinpath("explorer.html").read_text(encoding="utf-8")
-    # Inside a script element only "<" matters, as in "</script>" and "<!--"; the others keep it safe anywhere else too.
+    # Inside a script element only "<" must be escaped ("</script>", "<!--"). Escaping ">" and "&" makes it safe elsewhere too.
     document = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         document = document.replace(character, f"\\u{ord(character):04x}")
@@ -256,9 +258,9 @@ def write_explorer(
 ) -> Path:
     """Run `network` as `collect` does, and write the explorer page; returns its path.
 
-    `model`, `source`: the names of the network and of its images, for the heading; of a path its last part.
+    `model`, `source`: the names of the network and of the data, for the heading. If `source` is a path, its last part is shown.
 
-    Raises UsageError as `collect` does, and where the file cannot be written.
+    Raises UsageError as `collect` does, and if the file cannot be written.
     """
     path = Path(path)
     found = collect(network, dataset, images, class_names, batch_size, workers, device)
@@ -266,5 +268,5 @@ def write_explorer(
     with writing(path, "name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as written:
-            written.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a character
+            written.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be valid Unicode
     return path

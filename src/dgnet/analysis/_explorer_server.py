@@ -1,4 +1,4 @@
-"""The page that `dgnet explore` serves: what a network does with a photo of one's own."""
+"""The page that `dgnet explore` serves: the user uploads a photo and sees its prediction, path, cost and time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dgnet.errors import BadImageError, UsageError, check_range, reason
 
 
 def format_report(report: PhotoReport) -> str:
-    """The figures as a sentence and a table, in HTML."""
+    """The figures as one sentence and a table, in HTML."""
     edges = sum(int((matrix != 0).sum()) for matrix in report.adjacency)
     blocks = sum(len(ran) - 2 for ran in report.ran)
     skipped = sum(int((~ran[1:-1]).sum()) for ran in report.ran)
@@ -31,13 +31,13 @@ def format_report(report: PhotoReport) -> str:
         f" {blocks} blocks are skipped: {100 * report.executed / report.dense:.1f} % of the dense multiply-adds.</p>"
         "<table><thead><tr><th scope='col'>mode</th><th scope='col'>multiply-adds</th><th scope='col'>time</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
-        "<p>An arc is an edge, the wider the more it weighs, dotted where it is closed; a dashed circle is a skipped block.</p>"
+        "<p>An arc is an edge: its width shows its weight, and it is dotted if closed. A dashed circle is a skipped block.</p>"
     )
 
 
 def import_gradio() -> Any:
-    """Gradio. Raises UsageError, naming the extra, where it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    """Import gradio. Raises UsageError, which names the extra to install, if it is missing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it at import
     try:
         import gradio
     except ImportError:
@@ -46,9 +46,9 @@ def import_gradio() -> Any:
 
 
 def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float = 10.0) -> Any:
-    """The Gradio page for a checkpoint, not yet served.
+    """The Gradio page for a checkpoint; `serve` starts it.
 
-    Raises UsageError where gradio is not installed and for a static network.
+    Raises UsageError if gradio is not installed, and for a static network.
     """
     gr = import_gradio()
     check_range("--max-megabytes", max_megabytes, 0.001)
@@ -72,8 +72,8 @@ def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float 
         with gr.Row():
             with gr.Column(scale=2):
                 photo = gr.Image(label="Photo", sources=["upload", "clipboard"], type="filepath", height=320)
-                # The file reaches `look` as it is: what is no image gets our message. (Not in a subclass: gradio would write a
-                # stub file of it beside this one.)
+                # Pass the uploaded file to `look` unchanged, so that a file that is not an image gets our message. (A subclass
+                # would do this too, but gradio writes a stub file for each subclass beside its module.)
                 photo.preprocess = lambda payload: None if payload is None else payload.path
                 classes = gr.Label(label="Prediction", num_top_classes=TOP)
             with gr.Column(scale=3):
@@ -83,7 +83,7 @@ def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether a server that listens on `host` can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -99,11 +99,11 @@ def check_address(host: str, port: int) -> None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"--host {host} --port {port} cannot be listened on: {reason(error)}; name others") from None
+        raise UsageError(f"cannot listen on --host {host} --port {port}: {reason(error)}; choose others") from None
 
 
 def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 10.0) -> tuple[Any, str]:
-    """Serve a page of `build_app` in a thread of its own; returns its handle, whose `close()` ends it, and its address.
+    """Serve a page from `build_app` in its own thread; returns the app, whose `close()` stops it, and its address.
 
     Raises UsageError as `check_address` does.
     """

@@ -1,6 +1,6 @@
-"""What all pictures share: colours, text, and how they are saved.
+"""What all figures share: colours, text, and how they are saved.
 
-Colours are told apart by all kinds of colour vision, and darker means more in print.
+The colours can be distinguished with every kind of colour vision. In a printed figure, darker means more.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from dgnet.files import replace_file
 
 WEIGHTS, SIGNED, VALUES = "viridis_r", "PuOr_r", "cividis_r"
-# Okabe and Ito's colours.
+# The palette of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH = 7.0  # inches, two columns of a paper
 ABOVE: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8}
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows where it is the last value of a cell, without pyplot."""
+    """A figure that a notebook displays without pyplot if it is the last value of a cell."""
 
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
@@ -36,13 +36,16 @@ class ShownFigure(Figure):
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG, each whole or as it was; the SVG's text stays text."""
+    """Write a figure as PNG and SVG; returns their paths.
+
+    An existing file is replaced only when the new one is complete. Text in the SVG stays text.
+    """
     paths = []
     with matplotlib.rc_context({"svg.hashsalt": "dgnet", "svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names may hold what no font here has
-        figure.set_dpi(200)  # text is a little wider at some resolutions than at others
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names may hold characters that no font has
+        figure.set_dpi(200)  # lay out at the resolution of the PNG: the width of text depends on it
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once: it is slow, and a second time would move things a little
+        figure.set_layout_engine("none")  # lay out only once: it is slow, and the second result would differ slightly
         for ending in ("png", "svg"):
             path = folder / f"{name}.{ending}"
             with replace_file(path) as written:
@@ -52,7 +55,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def scale(values: Tensor, limits: tuple[float, float] | None) -> Normalize:
-    """Colours from the least to the largest value; from 0 where they are all the same."""
+    """A colour scale from the smallest to the largest value; if all values are equal, from 0 to that value."""
     if limits is not None:
         return Normalize(*limits)
     if not len(values):
@@ -62,13 +65,13 @@ def scale(values: Tensor, limits: tuple[float, float] | None) -> Normalize:
 
 
 def write_cell(axes: Axes, row: int, column: int, text: str, norm: Normalize, size: float) -> None:
-    """A number on its colour."""
+    """Write a number into a cell, white on a dark colour and black on a light one."""
     colour = "white" if norm(float(text)) > 0.5 else "black"
     axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
 
 
 def add_colour_bar(figure: Figure, norm: Normalize, colours: str, label: str) -> None:
-    """One for all panels, below them."""
+    """Add one colour bar for all panels, below them."""
     place: dict[str, Any] = {"location": "bottom", "fraction": 0.06, "aspect": 40, "shrink": 0.6, "panchor": False}
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=figure.axes, **place)
     bar.set_label(label, fontsize=8)
@@ -76,17 +79,17 @@ def add_colour_bar(figure: Figure, norm: Normalize, colours: str, label: str) ->
 
 
 def shorten(text: str, length: int) -> str:
-    """`text`, with … where it is longer than `length`."""
+    """`text`, cut to `length` characters with … at its end if it is longer."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def plain(text: str) -> str:
-    """`text` as it is drawn as it stands: matplotlib would set what stands between dollar signs as a formula."""
+def escape_dollars(text: str) -> str:
+    """`text` with dollar signs escaped: matplotlib draws text between dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
 def shrink_text(axes: Axes, size: float) -> None:
-    """Ticks in `size` points, title and labels in 8."""
+    """Set tick labels to `size` points, title and axis labels to 8."""
     axes.tick_params(labelsize=size)
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_fontsize(8)

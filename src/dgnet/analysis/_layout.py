@@ -1,7 +1,7 @@
-"""Where the nodes and edges of a stage's graph lie, in the figures, on the explorer page and on the explorer server's.
+"""The layout of a stage's graph, used by the figures, the explorer page and the explorer server.
 
-Nodes stand on a line in their order, a gap apart; an edge is an arc above the line, from left to right. Longer arcs rise
-higher and steeper, so that those of one node stay apart. N: nodes of the stage.
+Nodes lie on a horizontal line in their order, at equal gaps. An edge is an arc above the line, from left to right. Longer arcs
+are higher and steeper, so that the arcs of one node do not overlap. N: nodes of the stage.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arc:
-    """An edge as a cubic Bézier curve, whose control points lie `reach` further in than its ends and `rise` higher."""
+    """An edge as a cubic Bézier curve. Its control points lie `reach` further inwards than its two nodes, and `rise` higher."""
 
     sender: int
     receiver: int
     reach: float  # in gaps between nodes
-    rise: float  # in heights of the whole graph; 0 between neighbours
+    rise: float  # in heights of the whole graph; 0 between neighbouring nodes
 
     def points(self, gap: float, height: float, radius: float) -> list[tuple[float, float]]:
-        """(x, y) of start, control points and end, with node 0 at (0, 0) and y upwards.
+        """(x, y) of start, both control points and end, with node 0 at (0, 0) and y pointing upwards.
 
-        Start and end lie on circles of `radius` around the two nodes. `gap`, `height`: what `reach` and `rise` are in.
+        Start and end lie on circles of `radius` around the two nodes. `gap`, `height`: the units of `reach` and `rise`.
         """
         left, right = gap * self.sender, gap * self.receiver
         reach, rise = gap * self.reach, height * self.rise
@@ -34,7 +34,7 @@ class Arc:
 
 
 def lay_out(mask: Tensor) -> list[Arc]:
-    """The arcs of the edges of a stage, by receiving node; `mask`: (N, N), which edges exist."""
+    """The arcs of a stage's edges, in the order of the receiving nodes; `mask`: (N, N), which edges exist."""
     return [_bend(sender, receiver, len(mask)) for receiver, sender in mask.nonzero().tolist()]
 
 
@@ -45,7 +45,7 @@ def _bend(sender: int, receiver: int, num_nodes: int) -> Arc:
     return Arc(sender, receiver, reach, rise)
 
 
-def find_runs(matrix: Tensor) -> list[bool]:
-    """For each node whether it runs: the input and the output node, and blocks with an open in-edge; `matrix`: (N, N)."""
+def find_running_nodes(matrix: Tensor) -> list[bool]:
+    """Whether each node runs: the input node, the output node, and every block with an open in-edge; `matrix`: (N, N)."""
     last = len(matrix) - 1
     return [node in (0, last) or bool(matrix[node].any()) for node in range(last + 1)]

@@ -1,6 +1,6 @@
-"""§6.5's five observations as criteria that can be computed, and whether they hold for a network.
+"""§6.5's five observations as computable criteria, and whether they hold for a network.
 
-An edge's *order* is that of the node that sends it, whose router predicts its weight, from 0 (input node) to 1.
+An edge's *order* is that of its sending node, whose router predicts its weight: from 0 (input node) to 1 (output node).
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from dgnet.analysis._statistics import Statistics
 
 Array = NDArray[np.float64]
 
-LEAST_SPREAD = 0.05  # (1), (3): standard deviation over the edges, as a share of their mean, that is an obvious difference
-LEAST_EXPLAINED = 0.2  # (1), (3): share of the differences that order and stage explain
-LEAST_CORRELATION = 0.2  # (2), (4): of ranks
-LEAST_DIFFERENCE = 0.01  # (5): share of images, of the weight, of the multiply-adds
+# The smallest value with which an observation holds; its number is in brackets.
+LEAST_SPREAD = 0.05  # (1), (3): standard deviation over the edges, as a share of their mean
+LEAST_EXPLAINED = 0.2  # (1), (3): share of the variance over the edges that order and stage explain
+LEAST_CORRELATION = 0.2  # (2), (4): absolute value of the rank correlation
+LEAST_DIFFERENCE = 0.01  # (5): as a share of the images, of the mean weight, and of the multiply-adds
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One of §6.5's observations, and what decides it."""
+    """One of §6.5's observations, and the figures that decide it."""
 
     number: int
     claim: str
-    holds: bool | None  # None: these images cannot decide it
+    holds: bool | None  # None: cannot be decided with these images
     because: str
-    figures: dict[str, float | None]  # None: not defined here
+    figures: dict[str, float | None]  # None: not defined for this network or data
 
     def __str__(self) -> str:
         verdict = {True: "holds", False: "does not hold", None: "cannot be decided"}[self.holds]
@@ -48,9 +49,11 @@ def judge(statistics: Statistics) -> list[Observation]:
     std = statistics.std().numpy()[free]
     positions = np.stack([stages, senders, receivers], axis=1)
     return [
-        _differences(1, "edges' mean weights differ, with order and stage", mean, positions),
+        _differences(1, "edges' mean weights differ, and depend on order and stage", mean, positions),
         _front_is_larger(mean, stages, senders),
-        _differences(3, "how much weights follow the image differs from edge to edge, with order and stage", std, positions),
+        _differences(
+            3, "the spread of weights over images differs between edges, and depends on order and stage", std, positions
+        ),
         _back_varies_more(std, stages, senders),
         _samples_differ(statistics, float(mean.mean()) if len(mean) else 0.0, std),
     ]
@@ -61,28 +64,28 @@ def _differences(number: int, claim: str, values: Array, positions: Array) -> Ob
     explained = explained_share(values, positions)
     figures = {"spread": spread, "explained": explained}
     if len(values) and not values.any():
-        return Observation(number, claim, False, "No weight follows the image.", figures)
+        return Observation(number, claim, False, "No weight depends on the image.", figures)
     said = f"Their spread over the edges is {100 * spread:.1f} % of their mean (needed: {100 * LEAST_SPREAD:.0f} %)"
     if explained is None:
-        return Observation(number, claim, None, f"{said}; {len(values)} edges are too few to say with what.", figures)
+        return Observation(number, claim, None, f"{said}; {len(values)} edges are too few to explain it.", figures)
     said += f"; order and stage explain {100 * explained:.0f} % of the differences (needed: {100 * LEAST_EXPLAINED:.0f} %)."
     return Observation(number, claim, spread >= LEAST_SPREAD and explained >= LEAST_EXPLAINED, said, figures)
 
 
 def _front_is_larger(mean: Array, stages: Array, senders: Array) -> Observation:
-    claim = "in a stage, the front nodes' out-edges weigh more"
+    claim = "in a stage, the out-edges of front nodes have larger weights"
     within, said = _within_stages(senders, mean, stages)
-    because = f"Rank correlation of order and mean weight {said} (needed: at most {-LEAST_CORRELATION} in the mean)."
+    because = f"Rank correlation of order and mean weight {said} (needed: at most {-LEAST_CORRELATION} on average)."
     return Observation(2, claim, within is not None and within <= -LEAST_CORRELATION, because, {"correlation": within})
 
 
 def _back_varies_more(std: Array, stages: Array, senders: Array) -> Observation:
-    claim = "the back nodes' out-edges vary more, and so do deep stages'"
+    claim = "the weights of back nodes' out-edges vary more, and so do those of deep stages"
     within, said = _within_stages(senders, std, stages)
     depth = rank_correlation(stages, std)
     figures = {"correlation": within, "stage_correlation": depth}
     if not std.any():
-        return Observation(4, claim, False, "No weight follows the image.", figures)
+        return Observation(4, claim, False, "No weight depends on the image.", figures)
     because = (
         f"Rank correlation of order and standard deviation {said}; of stage and standard deviation {_format(depth)}"
         f" (needed: at least {LEAST_CORRELATION} for both)."
@@ -92,7 +95,7 @@ def _back_varies_more(std: Array, stages: Array, senders: Array) -> Observation:
 
 
 def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observation:
-    claim = "structure and weights differ from image to image, and easy images are lighter"
+    claim = "structure and weights differ between images, and easy images cost less"
     wirings = statistics.wiring.wirings
     other = 1 - max(wirings.values()) / statistics.images
     spread = float(std.mean()) / abs(mean) if mean else 0.0
@@ -100,11 +103,11 @@ def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observat
     saved = None if easy is None or hard is None else 1 - easy / hard
     figures = {"other_wiring": other, "spread": spread, "saved_by_easy": saved, "executed_easy": easy, "executed_hard": hard}
     because = (
-        f"{100 * other:.2f} % of the images have other open edges than the commonest wiring; a weight's standard deviation is"
+        f"{100 * other:.2f} % of the images have other open edges than the most common wiring; a weight's standard deviation is"
         f" {100 * spread:.1f} % of the mean weight; "
     )
     if easy is None or hard is None or saved is None:
-        because += "without labels nothing says which images are easy"
+        because += "without labels the easy images are not known"
     else:
         because += (
             f"of {len(statistics.sample.losses):,} sampled images the half with the smaller loss executes {easy / 1e6:.2f} M"
@@ -116,9 +119,12 @@ def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observat
 
 
 def executed_by_ease(statistics: Statistics) -> tuple[float | None, float | None]:
-    """Mean multiply-adds of the half of the sampled images with the smaller loss, and of the other; None without labels."""
+    """Mean multiply-adds of the half of the sampled images with the smaller loss, and of the other half.
+
+    (None, None) with fewer than two labelled images.
+    """
     losses, executed = statistics.sample.losses.numpy(), statistics.sample.executed.numpy()
-    order = losses.argsort(kind="stable")[: np.isfinite(losses).sum()]  # NaN comes last
+    order = losses.argsort(kind="stable")[: np.isfinite(losses).sum()]  # NaN is sorted last
     if len(order) < 2:
         return None, None
     half = len(order) // 2
@@ -128,7 +134,7 @@ def executed_by_ease(statistics: Statistics) -> tuple[float | None, float | None
 def explained_share(values: Array, positions: Array) -> float | None:
     """Share of the variance of `values`, (E,), that a linear function of `positions`, (E, P), explains: adjusted R².
 
-    0 where nothing varies, or chance would explain as much; None for fewer than P + 2 values.
+    0 if nothing varies or if R² is no higher than by chance; None for fewer than P + 2 values.
     """
     count, predictors = positions.shape
     if count < predictors + 2:
@@ -143,7 +149,7 @@ def explained_share(values: Array, positions: Array) -> float | None:
 
 
 def rank_correlation(first: Array, second: Array) -> float | None:
-    """Spearman's correlation of ranks, ties given their mean; None where one does not vary: no observation holds by it."""
+    """Spearman's rank correlation; ties get their mean rank. None if one of the two does not vary."""
     ranks = [_ranks(values) for values in (first, second)]
     if any(len(values) < 2 or not values.std() for values in ranks):
         return None
@@ -157,7 +163,7 @@ def _ranks(values: Array) -> Array:
 
 
 def _within_stages(orders: Array, values: Array, stages: Array) -> tuple[float | None, str]:
-    """Mean over the stages of the rank correlation of order and value, and that in words."""
+    """Mean over the stages of the rank correlation of order and value, and a text with the value of each stage."""
     found = [rank_correlation(orders[stages == stage], values[stages == stage]) for stage in np.unique(stages)]
     defined = [value for value in found if value is not None]
     mean = math.fsum(defined) / len(defined) if defined else None

@@ -1,4 +1,4 @@
-"""What a network does with one photo: prediction, path, executed cost and time, dense and sparse."""
+"""A network on one photo: prediction, path, executed cost, and time in the dense and the sparse mode."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dgnet.inference._sparse import MODES
 from dgnet.inference._speed import deploy
 
 TOP = 5
-"""How many classes are shown."""
+"""Number of classes shown."""
 
 
 @dataclass(frozen=True)
 class PhotoReport:
-    """What the network did with one photo."""
+    """The results of a network on one photo."""
 
     classes: list[tuple[str, float]]  # names and probabilities, the most probable first
     adjacency: list[Tensor]  # for each stage (N, N), 0 where an edge is closed
-    ran: list[Tensor]  # for each stage the nodes that ran, (N,) bool
+    ran: list[Tensor]  # for each stage whether each node ran, (N,) bool
     executed: int  # multiply-adds
     dense: int  # multiply-adds with every edge open
-    milliseconds: dict[str, float]  # of the dense and the sparse mode at batch 1, median over rounds that take turns
+    milliseconds: dict[str, float]  # for the dense and the sparse mode at batch 1: median over alternating rounds
 
 
 class PhotoInspector:
@@ -54,7 +54,7 @@ class PhotoInspector:
 
     @torch.no_grad()
     def inspect(self, image: Image.Image) -> PhotoReport:
-        """Run the network on an RGB image, once to record its path and then by the clock."""
+        """Run the network on an RGB image: once to record its path, then several times to measure its speed."""
         batch = self.transform(image)[None].to(self.device)
         with record_connectivity(self.network) as record:
             probabilities = self.network(batch)[0].float().softmax(0).cpu()
@@ -74,15 +74,15 @@ class PhotoInspector:
 
 
 def open_photo(path: Path, max_megabytes: float) -> Image.Image:
-    """The RGB image in a file.
+    """Read an RGB image from a file.
 
-    Raises BadImageError, with the file's name but not its folder, for a file that is larger than the limit, is no image, or
-    does not decode.
+    Raises BadImageError, with the file's name but not its folder, for a file that is larger than the limit, is not an image,
+    or does not decode.
     """
     try:
         mebibytes = path.stat().st_size / 2**20
     except OSError as error:
         raise BadImageError(f"{path.name} cannot be read: {reason(error)}") from None
     if mebibytes > max_megabytes:
-        raise BadImageError(f"{path.name} has {mebibytes:.1f} MiB, the limit is {max_megabytes:g} MiB; give a smaller one")
+        raise BadImageError(f"{path.name} has {mebibytes:.1f} MiB, the limit is {max_megabytes:g} MiB; use a smaller file")
     return decode(read_image(path), path.name)

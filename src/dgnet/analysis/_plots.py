@@ -1,4 +1,4 @@
-"""Statistics as pictures: classes, images as points of the plane, and curves of runs (Fig. 4).
+"""Figures of statistics: classes, images as points in the plane, and curves of runs (Fig. 4).
 
 Letters: E edges of all stages, K classes, S sampled images.
 """
@@ -25,7 +25,7 @@ from dgnet.analysis._figures import (
     WIDTH,
     ShownFigure,
     add_colour_bar,
-    plain,
+    escape_dollars,
     scale,
     shorten,
     shrink_text,
@@ -33,20 +33,20 @@ from dgnet.analysis._figures import (
 )
 from dgnet.graph import node_names
 
-if TYPE_CHECKING:  # statistics run networks; who only draws need not wait for what that takes
+if TYPE_CHECKING:  # importing statistics is slow, and drawing needs only this type
     from dgnet.analysis._statistics import Edge
 
 MARKERS = "os^Dv"
 MOST_NAMES = 40
-"""Classes that are named on an axis."""
+"""Most classes with their names on an axis."""
 MOST_COLOURS = len(COLOURS) * len(MARKERS) // 2
-"""Classes that are told apart as points."""
+"""Most classes that get a colour and marker of their own."""
 
 
 def draw_class_means(differences: Tensor, names: Sequence[str], edges: Sequence[Edge], sizes: Sequence[int]) -> Figure:
-    """For every class and edge, how far the class's mean weight is from that of all images, (K, E).
+    """For every class and edge, the class's mean weight minus the mean weight over all images.
 
-    `sizes`: nodes of each stage.
+    `differences`: (K, E); `sizes`: number of nodes of each stage.
     """
     width = max(WIDTH, 1.2 + 0.11 * len(edges))
     figure = ShownFigure(figsize=(width, 1.9 + 0.2 * min(len(names), MOST_NAMES)), layout="constrained")
@@ -68,7 +68,7 @@ def draw_class_means(differences: Tensor, names: Sequence[str], edges: Sequence[
 
 
 def draw_class_distance(distance: Tensor, names: Sequence[str]) -> Figure:
-    """How far the mean wirings of classes are apart, (K, K)."""
+    """The distances between the classes' mean wirings, (K, K)."""
     side = max(3.6, 1.4 + 0.34 * min(len(names), MOST_NAMES) ** 0.9)
     figure = ShownFigure(figsize=(side, side + 0.5), layout="constrained")
     axes = figure.subplots()
@@ -88,9 +88,10 @@ def draw_class_distance(distance: Tensor, names: Sequence[str]) -> Figure:
 def draw_points(
     points: Tensor, explained: Sequence[float], labels: Tensor, names: Sequence[str], values: Tensor, value_label: str
 ) -> Figure:
-    """Images' wirings as points of the plane, (S, 2): by class where there are some and not too many, and by a number of each.
+    """Images' wirings as points in the plane, (S, 2), coloured by `values`, (S,).
 
-    `explained`: share of the wirings' variance along each axis; `labels`: (S,), negative where there is none.
+    With 2 to `MOST_COLOURS` classes, a second panel shows the points by class. `explained`: share of the wirings' variance
+    along each axis; `labels`: (S,), negative without a label; `value_label`: title of the panel coloured by value.
     """
     shown = sorted({label for label in labels.tolist() if label >= 0})
     by_class = 2 <= len(shown) <= MOST_COLOURS
@@ -105,11 +106,11 @@ def draw_points(
             panels[0].scatter(own[:, 0], own[:, 1], s=size, linewidths=0, alpha=0.5, **look)
             first, second = own.mean(0).tolist()
             panels[0].scatter(
-                first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=plain(names[label]), **look
+                first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=escape_dollars(names[label]), **look
             )
         columns = min(len(shown), 5)
         figure.legend(loc="outside lower left", ncols=columns, fontsize=7, frameon=False, columnspacing=1)
-        panels[0].set_title("class; large, with a black line: the mean of its images", fontsize=8)
+        panels[0].set_title("class; large marker with black outline: mean of the class", fontsize=8)
     norm = scale(values, None)
     panels[-1].scatter(points[:, 0], points[:, 1], s=size, c=values, cmap=VALUES, norm=norm, linewidths=0)
     figure.colorbar(ScalarMappable(norm, VALUES), ax=panels[-1]).ax.tick_params(labelsize=7)
@@ -123,7 +124,7 @@ def draw_points(
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run measured by epoch, from 1."""
+    """A run's training loss and top-1 by epoch; epochs count from 1."""
 
     name: str
     epochs: Sequence[int]
@@ -133,7 +134,7 @@ class Curve:
 
 
 def draw_curves(curves: Sequence[Curve]) -> Figure:
-    """Training loss, and top-1 where it was evaluated more than once, by epoch, runs side by side (Fig. 4).
+    """Training loss by epoch for several runs (Fig. 4), and top-1 if a run evaluated it more than once.
 
     The legend gives the last top-1.
     """
@@ -148,7 +149,7 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
             "markersize": 3,
         }
         last = f", top-1 {curve.top1[-1]:.2f} %" if len(curve.top1) else ""
-        panels[0].plot(curve.epochs, curve.train_loss, label=plain(curve.name) + last, **style)
+        panels[0].plot(curve.epochs, curve.train_loss, label=escape_dollars(curve.name) + last, **style)
         if columns == 2:
             panels[1].plot(curve.evaluated, curve.top1, **style)
     for axes, label in zip(panels, ("training loss", "evaluated top-1, %"), strict=False):
@@ -162,6 +163,6 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
 
 def _name_classes(axis: Any, names: Sequence[str]) -> None:
     if len(names) <= MOST_NAMES:
-        axis.set_ticks(range(len(names)), [plain(shorten(name, 20)) for name in names])
+        axis.set_ticks(range(len(names)), [escape_dollars(shorten(name, 20)) for name in names])
     else:
         axis.set_label_text("class, in the order of its label", fontsize=8)

@@ -1,4 +1,4 @@
-"""Statistics of connectivity over a data set: one pass, in float64, in memory that does not grow with the data set (§6.5).
+"""Statistics of connectivity over a data set (§6.5): one pass, sums in float64, memory independent of the data set's size.
 
 Letters: B batch, N nodes of a stage, E edges of all stages, K classes, S sampled images.
 """
@@ -19,7 +19,7 @@ from dgnet.evaluation import Batch, WiringStatistics, flatten_edges, image_figur
 from dgnet.graph import Topology, find_stages
 
 MOST_WIRINGS = 100_000
-"""Wirings that are told apart."""
+"""Most distinct wirings that are counted."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Edge:
     stage: int  # from 1
     sender: int  # 0 is the stage's input node
     receiver: int
-    is_free: bool  # weighed by the weighting, not pinned by the topology
+    is_free: bool  # its weight comes from the weighting; False if the topology pins it
 
 
 def list_edges(topologies: Sequence[Topology]) -> list[Edge]:
-    """The edges stage by stage, by receiver, then by sender: the order of `flatten_edges`."""
+    """The edges by stage, receiver and sender: the order of `flatten_edges`."""
     return [
         Edge(stage, sender, receiver, receiver not in topology.pinned)
         for stage, topology in enumerate(topologies, start=1)
@@ -44,28 +44,28 @@ def list_edges(topologies: Sequence[Topology]) -> list[Edge]:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What a network made of one image."""
+    """The results of a network on one image."""
 
     index: int  # in the data set
-    label: int | None  # None where it has none
+    label: int | None  # None if it has no label
     prediction: int
     confidence: float  # probability of the prediction
     loss: float | None  # cross-entropy; None without a label
     executed: float  # multiply-adds
-    adjacency: list[Tensor]  # for each stage the weights as aggregated, (N, N), 0 where an edge is closed
+    adjacency: list[Tensor]  # for each stage the weights as used in the aggregation, (N, N), 0 where an edge is closed
 
 
 class Extremes:
-    """The `count` images with the smallest values, or the `largest`; of equal ones those that came first."""
+    """The `count` images with the smallest values, or the `largest`. Of equal values, the first ones are kept."""
 
     def __init__(self, count: int, largest: bool = False) -> None:
         self.count, self.largest = count, largest
         self._kept: list[tuple[float, ImageResult]] = []
 
     def update(self, values: Tensor, build: Callable[[int], ImageResult]) -> None:
-        """`values`: of a batch, (B,), NaN for an image without one; `build` gives the image at a place of the batch."""
+        """Add a batch. `values`: (B,), NaN for an image without one; `build`: returns the image at an index of the batch."""
         keys = -values if self.largest else values
-        for place in keys.argsort(stable=True)[: self.count].tolist():  # NaN comes last
+        for place in keys.argsort(stable=True)[: self.count].tolist():  # NaN is sorted last
             key = float(keys[place])
             if math.isnan(key) or (len(self._kept) == self.count and key >= self._kept[-1][0]):
                 break
@@ -80,21 +80,22 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of the data set drawn beforehand: what statistics of ranks, and pictures of points, are made of."""
+    """A random sample of the images, drawn before the pass; used where all values are needed at once (ranks, scatter plots)."""
 
     indices: Tensor  # (S,), ascending
     weights: Tensor  # (S, E) of the edges, 0 where closed
-    labels: Tensor  # (S,), IGNORED where there is none
+    labels: Tensor  # (S,), IGNORED without a label
     confidences: Tensor  # (S,)
     losses: Tensor  # (S,), NaN without a label
     executed: Tensor  # (S,), multiply-adds
 
 
 class Statistics:
-    """The meter of what a network's connectivity does over a data set.
+    """The meter for statistics of a network's connectivity over a data set.
 
-    `extremes`: how many images to keep of the easiest and the hardest, by loss and by executed multiply-adds; `chosen`: indices
-    of images to keep; `sampled`: indices of the `Sample`. Memory: E × K numbers, and what is kept.
+    `classes`: number of classes; `extremes`: how many of the easiest and of the hardest images to keep, by loss and by executed
+    multiply-adds; `chosen`: indices of images to keep; `sampled`: indices of the `Sample`. Memory: E × K numbers, and the
+    images kept.
 
     Raises UsageError for a network without dynamic stages.
     """
@@ -117,13 +118,13 @@ class Statistics:
         self.wiring = WiringStatistics(stages, MOST_WIRINGS)
         self.images = self.labelled = self.correct = 0
         self.loss_sum = 0.0
-        self.executed_sum = self.executed_square = 0.0  # about the dense cost
+        self.executed_sum = self.executed_square = 0.0  # of executed minus dense cost, for precision
         self.executed_least, self.executed_most = math.inf, -math.inf
         self.class_images = torch.zeros(classes, dtype=torch.int64)
         self.class_sums = torch.zeros(classes, len(self.edges), dtype=torch.float64)
         self.easiest, self.hardest = Extremes(extremes), Extremes(extremes, largest=True)
         self.cheapest, self.dearest = Extremes(extremes), Extremes(extremes, largest=True)
-        self.chosen: dict[int, ImageResult | None] = dict.fromkeys(chosen)  # None until it comes
+        self.chosen: dict[int, ImageResult | None] = dict.fromkeys(chosen)  # None until the image has been run
         size = len(sampled)
         self.sample = Sample(
             torch.tensor(sorted(sampled), dtype=torch.int64),
@@ -133,7 +134,7 @@ class Statistics:
         )
 
     def update(self, batch: Batch) -> None:
-        """Add a batch whose outputs are logits, (B, K), and whose targets are labels, (B,), IGNORED where there is none."""
+        """Add a batch whose outputs are logits, (B, K), and whose targets are labels, (B,), IGNORED without a label."""
         found = image_figures(batch, self.costs)
         labels, losses, executed, weights = found.labels, found.losses, found.executed, found.weights
         self.images += len(labels)
@@ -186,22 +187,22 @@ class Statistics:
 
     @property
     def top1(self) -> float | None:
-        """Percent of the labelled images; None where there is none."""
+        """In percent of the labelled images; None if there are none."""
         return 100 * self.correct / self.labelled if self.labelled else None
 
     @property
     def loss(self) -> float | None:
-        """Mean cross-entropy of the labelled images; None where there is none."""
+        """Mean cross-entropy of the labelled images; None if there are none."""
         return self.loss_sum / self.labelled if self.labelled else None
 
     @property
     def executed_mean(self) -> float:
-        """Multiply-adds of an image."""
+        """Mean multiply-adds per image."""
         return self.costs.dense + self.executed_sum / self.images
 
     @property
     def executed_std(self) -> float:
-        """Spread of an image's multiply-adds over the images."""
+        """Standard deviation of the multiply-adds over the images."""
         variance = self.executed_square / self.images - (self.executed_sum / self.images) ** 2
         return math.sqrt(max(variance, 0.0))
 
@@ -219,12 +220,12 @@ class Statistics:
 
     @property
     def free(self) -> Tensor:
-        """Which edges the weighting weighs, (E,) bool."""
+        """Whether each edge's weight comes from the weighting (is not pinned), (E,) bool."""
         return torch.tensor([edge.is_free for edge in self.edges])
 
     @property
     def classes(self) -> list[int]:
-        """The classes that have images."""
+        """The classes that have images, in ascending order."""
         labels: list[int] = self.class_images.nonzero().flatten().tolist()
         return labels
 
@@ -233,7 +234,10 @@ class Statistics:
         return self.class_sums[self.classes] / self.class_images[self.classes, None]
 
     def class_distance(self) -> Tensor:
-        """How far the mean wirings of `classes` are apart: root mean square over the free edges of the weights' difference."""
+        """Distance between the mean wirings of `classes`, (len(classes), len(classes)).
+
+        It is the root mean square, over the free edges, of the difference of the mean weights.
+        """
         means = self.class_mean()[:, self.free]
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
         return distance / math.sqrt(max(means.shape[1], 1))

@@ -1,4 +1,4 @@
-"""The graphs of a network's stages as SVG, for a page."""
+"""The graphs of a network's stages as SVG, for the explorer server's page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dgnet.analysis._layout import find_runs, lay_out
+from dgnet.analysis._layout import find_running_nodes, lay_out
 from dgnet.graph import node_names
 
 
 def draw_path(adjacency: Sequence[Tensor], masks: Sequence[Tensor]) -> str:
-    """A graph a stage as SVG in HTML: arcs run from left to right, the wider the heavier; closed edges are dotted.
+    """HTML with one SVG graph for each stage.
 
-    `adjacency`: for each stage (N, N), 0 where an edge is closed; `masks`: (N, N), which edges exist.
+    Arcs run from left to right. Their width and opacity show the weight; closed edges are dotted.
+    `adjacency`: for each stage (N, N), 0 where an edge is closed; `masks`: for each stage (N, N), which edges exist.
     """
     largest = max((float(matrix.abs().max()) for matrix in adjacency), default=1.0) or 1.0
     return "".join(
@@ -39,9 +40,9 @@ def _draw_stage(number: int, matrix: Tensor, mask: Tensor, largest: float) -> st
             if weight
             else 'stroke-width="1" opacity="0.35" stroke-dasharray="2 4"'
         )
-        spoken = f"{names[arc.sender]} to {names[arc.receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
-        parts.append(f'<path d="M{start}C{" ".join(rest)}" {style}><title>{spoken}</title></path>')
-    for node, (name, runs) in enumerate(zip(names, find_runs(matrix), strict=True)):
+        label = f"{names[arc.sender]} to {names[arc.receiver]}: {f'weight {weight:.2f}' if weight else 'closed'}"
+        parts.append(f'<path d="M{start}C{" ".join(rest)}" {style}><title>{label}</title></path>')
+    for node, (name, runs) in enumerate(zip(names, find_running_nodes(matrix), strict=True)):
         x = 20 + node * gap
         dashes = "" if runs else ' stroke-dasharray="3 3" opacity="0.6"'
         parts.append(f'<circle cx="{x:.1f}" cy="{base:.1f}" r="{radius:.1f}" stroke-width="1.5"{dashes}/>')

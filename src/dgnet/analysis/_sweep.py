@@ -1,4 +1,4 @@
-"""Accuracy against cost over threshold offsets: one checkpoint, many operating points."""
+"""Accuracy against cost over threshold offsets: several operating points of one checkpoint."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from dgnet.inference import (
 )
 
 OFFSETS = tuple(round(-0.5 + 0.1 * step, 1) for step in range(11))
-"""From gates that are all open to gates that are all closed."""
+"""-0.5 (all gates open) to +0.5 (all gates closed) in steps of 0.1."""
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What a network does with one threshold offset; shares lie in 0 to 1."""
+    """The results of a network at one threshold offset; shares are in [0, 1]."""
 
     threshold_offset: float
     top1: float  # percent
     top5: float  # percent
     loss: float
-    executed_multiply_adds: float  # of an image, mean
+    executed_multiply_adds: float  # mean per image
     executed_share: float  # of the dense cost
     closed_edges: float
     skippable_nodes: float
     distinct_wirings: int
-    milliseconds: float  # for an image in the sparse mode at the batch size of the sweep, normalisations folded
+    milliseconds: float  # per image, in the sparse mode with normalisations folded, at the sweep's batch size
 
 
 @torch.no_grad()
@@ -57,22 +57,22 @@ def sweep_thresholds(
     device: str = "cpu",
     executor: str = "recommended",
 ) -> list[SweepPoint]:
-    """Evaluate `network` on `dataset`, whose transform is set, at each offset; every image is loaded once.
+    """Evaluate `network` on `dataset`, whose transform is set, at each offset. Every image is loaded once.
 
-    The network runs in the sparse mode, with `executor` (see `set_sparse`), and keeps its own offset. Times are medians over
-    five rounds on the first batch, in which the offsets take turns.
+    The network runs in the sparse mode with `executor` (see `set_sparse`); its own offset is restored at the end. Times are
+    medians over five rounds on the first batch; in each round all offsets are measured.
 
-    Raises UsageError for a network in which nothing can close, for no offsets, and for a size or count that makes no sense.
+    Raises UsageError for a network in which nothing can close, for an empty list of offsets, and for invalid sizes or counts.
     """
     loader = EvaluationLoader(dataset, batch_size, workers)
     if not offsets:
         raise UsageError("--offsets needs one number or more")
     network = set_sparse(network.to(device).eval(), executor)
     for offset in offsets:
-        with at_offset(network, offset):  # an offset that makes no sense is refused before anything runs
+        with at_offset(network, offset):  # raises UsageError for an invalid offset before anything runs
             pass
     size = find_image_size(loader)
-    costs = cost_model(network, size)  # the same at every offset
+    costs = cost_model(network, size)  # does not depend on the offset
     meters = {offset: EvaluationMeters(network, dataset.class_names, costs) for offset in offsets}
     first = loader.peek()[0].to(device, memory_format=torch.channels_last)
     seconds = time_offsets(network, first, offsets, device, executor)
@@ -96,7 +96,7 @@ def sweep_thresholds(
 def time_offsets(
     network: nn.Module, images: Tensor, offsets: Sequence[float], device: str, executor: str
 ) -> dict[float, list[float]]:
-    """Seconds of the sparse mode on `images`, normalisations folded, at each offset; the offsets take turns."""
+    """Seconds of the sparse mode on `images`, with normalisations folded: one value per round for each offset."""
     folded = fold_batch_norms(network, (images.shape[2], images.shape[3]))
     folded = set_sparse(folded.to(device, memory_format=torch.channels_last), executor)  # type: ignore[call-overload]
 
@@ -109,7 +109,7 @@ def time_offsets(
 
 @contextmanager
 def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
-    """Inside the `with` block edges and gates close under another threshold offset."""
+    """Inside the `with` block, edges and gates use another threshold offset. Raises UsageError if nothing can close."""
     own = find_threshold_offset(network)
     set_threshold_offset(network, offset)
     try:
@@ -119,7 +119,7 @@ def at_offset(network: nn.Module, offset: float) -> Iterator[None]:
 
 
 def format_sweep(points: Sequence[SweepPoint]) -> str:
-    """One line an offset."""
+    """A table with one line for each offset."""
     lines = [f"{'offset':>8}{'top-1 %':>10}{'executed M':>12}{'of dense':>10}{'ms/image':>10}{'skipped':>10}{'wirings':>10}"]
     for point in points:
         lines.append(
@@ -130,19 +130,19 @@ def format_sweep(points: Sequence[SweepPoint]) -> str:
 
 
 def save_sweep(points: Sequence[SweepPoint], folder: Path) -> list[Path]:
-    """Write `threshold_sweep.csv`, `.png` and `.svg` into `folder`. Raises UsageError where it cannot be written."""
+    """Write `threshold_sweep.csv`, `.png` and `.svg` into `folder`. Raises UsageError if it cannot be written."""
     with writing(folder):
         write_table(folder / "threshold_sweep.csv", [asdict(point) for point in points])
         return [folder / "threshold_sweep.csv", *save_figure(draw_sweep(points), folder, "threshold_sweep")]
 
 
 def draw_sweep(points: Sequence[SweepPoint]) -> Figure:
-    """Top-1 against executed multiply-adds and against time, a point an offset."""
+    """Top-1 against executed multiply-adds and against time, one point for each offset."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     measures = (
-        ("executed multiply-adds an image, M", [point.executed_multiply_adds / 1e6 for point in points]),
-        ("sparse mode, ms an image", [point.milliseconds for point in points]),
+        ("executed multiply-adds per image, M", [point.executed_multiply_adds / 1e6 for point in points]),
+        ("sparse mode, ms per image", [point.milliseconds for point in points]),
     )
     ordered = sorted(range(len(points)), key=lambda index: points[index].threshold_offset)
     for axes, (label, values) in zip(panels, measures, strict=True):
@@ -151,7 +151,7 @@ def draw_sweep(points: Sequence[SweepPoint]) -> Figure:
         width = (max(values) - min(values)) or 1.0
         for i in ordered:
             place = ((values[i] - min(values)) / width, points[i].top1 / 100)
-            if all(abs(place[0] - x) > 0.09 or abs(place[1] - y) > 0.09 for x, y in labelled):  # no label over another
+            if all(abs(place[0] - x) > 0.09 or abs(place[1] - y) > 0.09 for x, y in labelled):  # labels must not overlap
                 text = f"{points[i].threshold_offset:+.3g}"
                 axes.annotate(text, (values[i], points[i].top1), (4, 5), textcoords="offset points", fontsize=8)
                 labelled.append(place)
@@ -159,5 +159,5 @@ def draw_sweep(points: Sequence[SweepPoint]) -> Figure:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1, %")
-    figure.suptitle("a point a threshold offset", fontsize=10)
+    figure.suptitle("one point for each threshold offset", fontsize=10)
     return figure

@@ -1,7 +1,7 @@
-"""The `dgnet` command: parses, calls, prints. A command is in `COMMANDS`; its file has its options and what it prints.
+"""The `dgnet` command. `COMMANDS` lists all commands; a command's file defines its options, calls the library and prints.
 
-Exit status: 0 done; 2 a mistake in what was asked for, in one line on stderr; 130 interrupted, 143 terminated; 141 nobody reads
-what it prints; 1 anything else.
+Exit status: 0 done; 2 a mistake in the request, explained in one line on stderr; 130 interrupted; 143 terminated; 141 the pipe
+that it prints to was closed; 1 any other error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Command | Group] = {
 }
 
 
-# Whose deprecation warnings are of no use to a user of the command: one library calls another.
+# Libraries that call each other: their deprecation warnings are of no use to a user of the command.
 DEPENDENCIES = ("datasets", "gradio", "lightning", "matplotlib", "onnxscript", "timm", "torch", "torchmetrics", "torchvision")
 
 
@@ -55,19 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dgnet: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return leave_pipe()
+        return discard_output()
 
 
 def _ignore_deprecations() -> None:
-    """Ignore the deprecation warnings of dependencies, unless `python -W` or PYTHONWARNINGS says what to do with warnings."""
+    """Ignore the deprecation warnings of dependencies, unless `python -W` or PYTHONWARNINGS sets a warning filter."""
     if sys.warnoptions:
         return
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(DEPENDENCIES)})(\.|$)")
 
 
-def leave_pipe() -> int:
-    """Where the reader of a pipe had enough: what is not written yet goes nowhere; returns the exit status for it."""
+def discard_output() -> int:
+    """Discard the remaining output after the reader of a pipe has closed it; returns the exit status for this case."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
@@ -75,7 +75,7 @@ def leave_pipe() -> int:
 
 
 def _run(entry: Command | Group, name: str, words: list[str]) -> int:
-    """Run `name`, a command or a group of them, with the `words` that follow it."""
+    """Run the command or group `name` with the `words` that follow it; returns the exit status."""
     if isinstance(entry, Command):
         _run_command(entry, name, words)
         return 0
@@ -88,7 +88,7 @@ def _run(entry: Command | Group, name: str, words: list[str]) -> int:
         return _run(entry.commands[word], f"{name} {word}", rest)
     parser = _group_parser(entry, name)
     _check_options(name, words, parser)
-    parser.parse_args(words)  # --help and --version leave here
+    parser.parse_args(words)  # --help and --version exit here
     parser.print_help(sys.stderr)
     return 2
 
@@ -101,12 +101,12 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
         keep_freed_memory()
     given = {word.partition("=")[0] for word in words}
     if command.is_resumable and {"--resume", "--config"} <= given:
-        raise UsageError("--resume goes on as config.yaml of the run says: leave out --config")
+        raise UsageError("--resume continues with the run's own config.yaml; leave out --config")
     command.run(parser.parse_args(words, defaults=not (command.is_resumable and "--resume" in given)))
 
 
 def _group_parser(group: Group, name: str) -> Parser:
-    """The parser that prints a group's help; building it builds those of all its commands."""
+    """The parser that prints a group's help. It contains the parsers of all commands in the group."""
     parser = Parser(prog=name, description=group.description, exit_on_error=False)
     if name == "dgnet":
         parser.add_argument("--version", action="version", version=f"dgnet {dgnet.__version__}")
@@ -118,7 +118,7 @@ def _group_parser(group: Group, name: str) -> Parser:
 
 
 def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
-    """Raises UsageError, with the nearest name, for an unknown option, and with its name for a recipe that is no YAML."""
+    """Raises UsageError for an unknown option, with the closest known one, and for a `--config` file that is not YAML."""
     options = option_strings(parser)
     for word, following in zip(words, [*words, ""][1:], strict=True):
         name, _, value = word.partition("=")
@@ -135,7 +135,7 @@ def _check_yaml(path: str) -> None:
     try:
         yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is no valid YAML: {reason(error)}") from None
+        raise UsageError(f"--config {path} is not valid YAML: {reason(error)}") from None
 
 
 def entry_point() -> NoReturn:

@@ -14,36 +14,41 @@ from dgnet.errors import UsageError, check_range
 
 
 def _parser() -> Parser:
-    parser = Parser(description="Look into a checkpoint's connectivity: statistics, the paper's figures, a page to explore.")
+    parser = Parser(description="Analyse a checkpoint's connectivity: statistics, the paper's figures, an interactive page.")
     parser.add_argument("checkpoint", type=str, nargs="?", help="run folder, .ckpt file or model.safetensors")
-    parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
-    parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
+    parser.add_argument("--data", type=str | None, default=None, help="images; by default those the run was evaluated on")
+    parser.add_argument("--data-root", type=str | None, default=None, help="folder that holds the torch/… and hfds/… data sets")
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help="folder to write to; by default analysis in the run folder or beside the file",
+        help="folder to write to; by default `analysis` in the run folder or beside the checkpoint file",
     )
     parser.add_argument(
-        "--images", type=str, nargs="+", default=[], metavar="IMAGE", help="draw the graphs of these: indices or file names"
+        "--images",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images whose graphs are drawn: indices or file names",
     )
     parser.add_argument(
         "--extremes",
         type=int | None,
         default=None,
-        help="draw the graphs of the easiest and the hardest so many, by loss and by executed multiply-adds;"
-        " by default 3, or none with --images",
+        help="number of easiest and of hardest images whose graphs are drawn, by loss and by executed multiply-adds;"
+        " by default 3, or 0 with --images",
     )
     parser.add_argument(
-        "--curves", type=str, nargs="+", default=[], metavar="RUN", help="draw the training curves of these run folders"
+        "--curves", type=str, nargs="+", default=[], metavar="RUN", help="run folders whose training curves are drawn"
     )
     parser.add_argument(
         "--explorer",
         type=int,
         default=1000,
-        help="images of explorer.html, a page on which one picks and compares them; 0: none",
+        help="number of images in explorer.html, a page to select and compare images; 0 writes no page",
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the images of the embedding")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the images of the embedding")
     add_loader_options(parser)
     add_json(parser)
     return parser
@@ -56,7 +61,7 @@ def run_analyze(args: Namespace) -> None:
     if args.checkpoint is None and not args.curves:
         raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
     folder = _find_folder(args)
-    curves = read_curves(args.curves)  # a mistake is named before minutes of work
+    curves = read_curves(args.curves)  # first: report a mistake before minutes of work
     document: dict[str, Any] = {}
     lines: list[str] = []
     files: list[Path] = []
@@ -65,7 +70,7 @@ def run_analyze(args: Namespace) -> None:
     if curves:
         files += save_curves(curves, folder)
     document["files"] = [path.name for path in files]
-    if args.checkpoint is not None:  # curves alone leave the document of an analysis as it is
+    if args.checkpoint is not None:  # with --curves alone, keep an existing analysis.json
         files.append(save_document(document, folder))
     if args.json:
         print_json(document)
@@ -84,7 +89,7 @@ def _find_folder(args: Namespace) -> Path:
 
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
-    """The document, what is printed, and the files written for a checkpoint."""
+    """Analyse the checkpoint; returns the JSON document, the lines to print, and the files written."""
     from dgnet.analysis._analyze import analyze
     from dgnet.analysis._explorer_page import write_explorer
     from dgnet.checkpoint import load_checkpoint
@@ -101,7 +106,9 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     source = describe_source(checkpoint, args.data)
     found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
     if args.explorer and not can_skip(network):
-        print("no explorer.html: no edge or block can close, there is nothing to try", file=sys.stderr)
+        print(
+            "explorer.html is not written: no edge or block can close, so every offset gives the same result", file=sys.stderr
+        )
     elif args.explorer:
         page = write_explorer(
             network,
@@ -119,16 +126,16 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     if document["labelled"]:
         lines.append(f"top-1 {document['top1']:.2f} %, loss {document['loss']:.4f}, {document['labelled']:,} images labelled")
     else:
-        lines.append("no image is labelled: no accuracy, no loss, no classes")
+        lines.append("no image has a label: no accuracy, loss or classes")
     if not found.follows_image:
-        lines.append("no weight follows the image: no spread, no open shares, no wirings to compare")
+        lines.append("no weight depends on the image: no spread, open shares or wirings to compare")
     at_least = "" if document["all_wirings_counted"] else "at least "
     lines += [
         describe_wirings(document, at_least),
         f"executed multiply-adds {document['executed_multiply_adds'] / 1e6:.2f} M"
         f" of {document['dense_multiply_adds'] / 1e6:.2f} M, standard deviation {document['executed_std'] / 1e6:.2f} M,"
         f" {document['executed_least'] / 1e6:.2f} to {document['executed_most'] / 1e6:.2f} M",
-        "what §6.5 of the paper observes:",
+        "observations of the paper's §6.5:",
         *map(str, found.observations),
     ]
     return document, lines, found.files

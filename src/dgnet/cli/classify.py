@@ -21,7 +21,7 @@ from dgnet.cli.command import (
     find_device,
     print_json,
     run_training,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
@@ -44,54 +44,59 @@ def run_train(args: Namespace) -> None:
 
 
 def _evaluate_parser() -> Parser:
-    parser = Parser(description="Evaluate a checkpoint: accuracy, and how its connectivity behaved.")
+    parser = Parser(description="Evaluate a checkpoint: accuracy, executed cost and connectivity.")
     add_checkpoint(parser)
-    parser.add_argument("--data", type=str | None, default=None, help="images; by default what the run was evaluated on")
-    parser.add_argument("--data-root", type=str | None, default=None, help="folder in which torch/… and hfds/… data sets lie")
+    parser.add_argument("--data", type=str | None, default=None, help="images; by default those the run was evaluated on")
+    parser.add_argument("--data-root", type=str | None, default=None, help="folder that holds the torch/… and hfds/… data sets")
     add_loader_options(parser)
     parser.add_argument(
-        "--adjacency-controls", action="store_true", help="also give every image the mean of all weights, and another image's"
+        "--adjacency-controls",
+        action="store_true",
+        help="also evaluate every image with the mean weights, and with another image's weights",
     )
     parser.add_argument(
-        "--mode", type=str, default="dense", help="dense, or sparse: a block runs on the images for which it is alive"
+        "--mode", type=str, default="dense", help="dense, or sparse: each block runs only on the images for which it is alive"
     )
     parser.add_argument(
         "--executor",
         type=str,
         default="recommended",
-        help="of the sparse mode: plain (PyTorch), native (a C++ extension, on CPUs), or recommended: the faster on the device",
+        help="for the sparse mode: plain (PyTorch), native (C++ extension, on CPUs), or recommended (the faster on the device)",
     )
     parser.add_argument(
-        "--threshold-offset", type=float | None, default=None, help="edges close under τ + this, gates under ½ + this"
+        "--threshold-offset", type=float | None, default=None, help="edges close below τ + offset, gates below ½ + offset"
     )
     parser.add_argument(
         "--inference-weight",
         type=str | None,
         default=None,
-        help="what an open edge weighs: gated, as in training, or raw, its α (Eq. 5); by default as trained",
+        help="weight of an open edge: gated (as in training) or raw (its α, Eq. 5); by default the checkpoint's",
     )
     parser.add_argument(
         "--write",
         type=str | None,
         default=None,
-        help="write a checkpoint with --threshold-offset or --inference-weight: FILE.safetensors",
+        help="file to write a checkpoint to, with --threshold-offset or --inference-weight applied: FILE.safetensors",
     )
     parser.add_argument(
-        "--sweep-threshold", action="store_true", help="accuracy, cost and time over threshold offsets, as a table and a plot"
+        "--sweep-threshold", action="store_true", help="measure accuracy, cost and time over threshold offsets; table and plot"
     )
     parser.add_argument(
-        "--offsets", type=list[float] | None, default=None, help="those of the sweep, as [-0.1, 0, 0.1]; by default 11"
+        "--offsets",
+        type=list[float] | None,
+        default=None,
+        help="offsets of the sweep, such as [-0.1, 0, 0.1]; by default 11 from -0.5 to 0.5",
     )
     parser.add_argument(
         "--output", type=str | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
     )
     parser.add_argument(
-        "--speed", action="store_true", help="also images/s of the static baseline and of both modes, in one run"
+        "--speed", action="store_true", help="also measure images/s of both modes and of the static baseline, in one run"
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="with --speed: compile (a C++ compiler is needed; the first time takes about a minute)",
+        help="with --speed: compile the networks (needs a C++ compiler; the first time takes about a minute)",
     )
     add_json(parser)
     return parser
@@ -114,12 +119,12 @@ def run_evaluate(args: Namespace) -> None:
     if args.sweep_threshold:
         _sweep(args, checkpoint.path, network, dataset, loading)
         return
-    if args.write and is_main_process():  # before minutes of evaluation: a file that cannot be written loses nothing
+    if args.write and is_main_process():  # before the evaluation: a file that cannot be written is reported at once
         checkpoint.save(Path(args.write))
         words = ", ".join(f"{name} {value}" for name, value in changes.items())
         print(f"{args.write}: {checkpoint.model} with {words}", file=sys.stderr)
     if args.mode == "sparse":
-        say_if_idle(network, checkpoint.path)
+        warn_if_nothing_skips(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
     with join_processes(find_device(args.device)) as device:
         result = evaluate(
@@ -168,13 +173,13 @@ def run_evaluate(args: Namespace) -> None:
 
 
 def _changes(args: Namespace) -> dict[str, Any]:
-    """The options of the network that `dgnet evaluate` changes, of those that only evaluation reads."""
+    """The network's options that were given to `dgnet evaluate`; they take effect only in evaluation."""
     names = ("threshold_offset", "inference_weight")
     return {name: args[name] for name in names if args[name] is not None}
 
 
 def _check_evaluate(args: Namespace) -> None:
-    """Raises UsageError for options that do not go together."""
+    """Raises UsageError for options that cannot be combined."""
     from dgnet.inference import EXECUTORS
 
     check_choice("--executor", args.executor, EXECUTORS)
@@ -200,7 +205,7 @@ def _check_evaluate(args: Namespace) -> None:
         ("--write", args.write is not None),
     ):
         if args.sweep_threshold and is_given:
-            raise UsageError(f"--sweep-threshold does not go with {option}; leave one out")
+            raise UsageError(f"--sweep-threshold cannot be combined with {option}; leave one out")
     if args.write and not args.write.endswith(".safetensors"):
         raise UsageError(f"--write {args.write} must end in .safetensors")
 
@@ -220,14 +225,14 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
     print(format_sweep(points))
     print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
     print(f"written: {', '.join(map(str, paths))}")
-    print(f"choose one: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+    print(f"to use an offset: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
 
 
 def _predict_parser() -> Parser:
-    parser = Parser(description="Print the most probable classes of images.")
+    parser = Parser(description="Classify images: print the most probable classes of each.")
     add_checkpoint(parser)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--top-k", type=int, default=5, help="classes to print for an image")
+    parser.add_argument("--top-k", type=int, default=5, help="number of classes to print for each image")
     add_device(parser)
     add_json(parser)
     return parser

@@ -1,4 +1,4 @@
-"""What every command shares: its parser, its options, how it prints."""
+"""What the commands share: parser, common options, printing."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ C = TypeVar("C", bound="RunConfig")
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser whose errors are one line with a hint."""
+    """jsonargparse's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UsageError in place of printing the usage and leaving."""
+        """Raises UsageError instead of printing the usage and exiting."""
         raise UsageError(as_typed(message))
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: how its parser is built, which imports what it needs, and what it does."""
+    """A command of `dgnet`."""
 
-    build: Callable[[], Parser]
-    run: Callable[[Namespace], None]
-    is_resumable: bool = False  # with --resume, `run` gets the options that were typed, no defaults
-    sets_memory: bool = False  # whether freed memory is kept is its own affair
+    build: Callable[[], Parser]  # builds the parser; imports what the options need
+    run: Callable[[Namespace], None]  # does the work
+    is_resumable: bool = False  # if True, `run` gets only the options typed by the user, without defaults, for --resume
+    sets_memory: bool = False  # if True, the command itself decides whether to call `keep_freed_memory`
 
 
 @dataclass(frozen=True)
 class Group:
-    """Commands under one word, as `dgnet detect train`."""
+    """Commands under a common first word, such as `dgnet detect train`."""
 
     description: str
     commands: Mapping[str, Command | Group]
 
 
 def add_fields(parser: Parser, config: type[Any]) -> None:
-    """An option for each field of the dataclass `config` that was made with `dgnet.options.option`."""
+    """Add an option for each field of the dataclass `config` that was made with `dgnet.options.option`."""
     hints = get_type_hints(config)
     for f in fields(config):
         if "help" in f.metadata:
@@ -59,18 +59,18 @@ def add_fields(parser: Parser, config: type[Any]) -> None:
 
 
 def build_train_parser(config: type[RunConfig], description: str) -> Parser:
-    """The parser of a command that trains as `config` says."""
+    """The parser of a training command with the options of the dataclass `config`."""
     parser = Parser(description=description)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="continue the run in this folder")
     add_fields(parser, config)
     return parser
 
 
 def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None], RunResult]) -> tuple[RunResult | None, C]:
-    """Train as asked for, or go on; returns the result, None in a process that does not print, and the configuration.
+    """Train, or continue with `--resume`. Returns the result (None except in the main process) and the configuration.
 
-    Leaves with 128 and the signal's number where one ended the run.
+    If a signal ended the run, exits with status 128 plus the signal's number.
     """
     from dgnet.training import Interrupted, is_main_process, read_run
 
@@ -85,38 +85,38 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
         if result is None:
             result = train(config, resume)
         else:
-            print(f"{resume} is finished, there is nothing to go on with", file=sys.stderr)
+            print(f"{resume} is finished; there is nothing to continue", file=sys.stderr)
     except Interrupted as error:
         if is_main_process():
-            print(f"dgnet: {error}; go on with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
+            print(f"dgnet: {error}; continue with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
     return (result if is_main_process() else None), config
 
 
 def add_checkpoint(parser: Parser) -> None:
-    """The checkpoint that a command works on."""
+    """Add the argument for the checkpoint."""
     parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
 
 
 def add_json(parser: Parser) -> None:
-    """`--json`; `print_json` prints the document."""
+    """Add `--json`; `print_json` prints the document."""
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
 def add_device(parser: Parser) -> None:
-    """`--device`; `find_device` reads it."""
+    """Add `--device`; `find_device` reads it."""
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
 
 
 def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
-    """The options of loading images in batches."""
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="images a forward pass")
+    """Add the options for loading images in batches."""
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
     add_device(parser)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document, a list with a line an item; see `without_nan`."""
+    """Print one JSON document, with one line per item if it is a list; see `without_nan`."""
     plain = without_nan(document)
     if isinstance(plain, list):
         print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
@@ -125,7 +125,7 @@ def print_json(document: Any) -> None:
 
 
 def find_device(name: str) -> str:
-    """The device that `--device` names; raises UsageError where it cannot be used."""
+    """The device for the value of `--device`. Raises UsageError if it cannot be used."""
     import torch
 
     if name == "auto":
@@ -133,21 +133,21 @@ def find_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {reason(error)}") from None
+        raise UsageError(f"--device {name} cannot be used on this machine: {reason(error)}") from None
     return name
 
 
 def describe_wirings(figures: Mapping[str, Any], at_least: str = "") -> str:
-    """A line on how connectivity behaved, from `WiringStatistics.summary`."""
+    """One line with figures from `WiringStatistics.summary`."""
     return (
         f"closed edges {100 * figures['closed_edges']:.2f} %, distinct wirings {at_least}{figures['distinct_wirings']:,},"
         f" spread of an edge's weight {figures['weight_std']:.4f}"
     )
 
 
-def say_if_idle(network: Any, path: Path) -> None:
-    """One line on stderr where the sparse mode has nothing to leave out."""
+def warn_if_nothing_skips(network: Any, path: Path) -> None:
+    """Print one line on stderr if the sparse mode has nothing to skip."""
     from dgnet.inference import can_skip
 
     if not can_skip(network):
-        print(f"{path}: no edge or block can close, nothing will be skipped", file=sys.stderr)
+        print(f"{path}: no edge or block can close, so nothing will be skipped", file=sys.stderr)

@@ -22,7 +22,7 @@ from dgnet.cli.command import (
     find_device,
     print_json,
     run_training,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_range
 
@@ -48,14 +48,16 @@ def run_train(args: Namespace) -> None:
 
 
 def _evaluate_parser() -> Parser:
-    parser = Parser(description="COCO's average precision of a detector's checkpoint, or of a file of results.")
+    parser = Parser(description="Compute COCO's average precision for a detector's checkpoint or for a file of results.")
     parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors; or RESULTS.json")
     parser.add_argument("--data", type=str | None, default=None, help="annotations; by default those the run was evaluated on")
-    parser.add_argument("--images", type=str | None, default=None, help="folder of the images; by default the run's")
+    parser.add_argument("--images", type=str | None, default=None, help="folder of the images; by default that of the run")
     add_loader_options(parser, batch_size=1)
-    parser.add_argument("--mode", type=str, default="dense", help="dense, or sparse: blocks run where they are alive")
-    parser.add_argument("--backend", type=str, default="pycocotools", help="pycocotools, or faster-coco-eval: the same, sooner")
-    parser.add_argument("--output", type=str | None, default=None, help="write the results to this JSON file, in COCO's format")
+    parser.add_argument("--mode", type=str, default="dense", help="dense, or sparse: blocks run only where they are alive")
+    parser.add_argument(
+        "--backend", type=str, default="pycocotools", help="pycocotools, or faster-coco-eval: the same figures, faster"
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file to write the results to, in COCO's format")
     add_json(parser)
     return parser
 
@@ -78,9 +80,9 @@ def run_evaluate(args: Namespace) -> None:
     if args.checkpoint.endswith(".json"):
         given = {"--output": args.output, "--images": args.images, "--mode": args.mode != "dense"}
         for option in (name for name, is_given in given.items() if is_given):
-            raise UsageError(f"{option} needs a checkpoint; {args.checkpoint} holds results: leave it out")
+            raise UsageError(f"{option} needs a checkpoint, but {args.checkpoint} is a file of results; leave {option} out")
         if args.data is None:
-            raise UsageError(f"{args.checkpoint} holds results: say of which annotations with --data")
+            raise UsageError(f"{args.checkpoint} is a file of results: name its annotations with --data")
         annotations = read_annotations(args.data)
         precision = evaluate_results(annotations, read_results(args.checkpoint, annotations), backend=args.backend)
         title = f"{args.checkpoint} on {args.data}"
@@ -91,7 +93,7 @@ def run_evaluate(args: Namespace) -> None:
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
         if args.mode == "sparse":
-            say_if_idle(detector, checkpoint.path)
+            warn_if_nothing_skips(detector, checkpoint.path)
         with join_processes(find_device(args.device)) as device:
             found = evaluate_detector(detector, dataset, args.batch_size, args.workers, device, args.mode, args.backend)
             if not is_main_process():
@@ -102,7 +104,7 @@ def run_evaluate(args: Namespace) -> None:
         print_json({**asdict(precision), **connectivity})
     else:
         _print_precision(title, precision, connectivity)
-    if args.output and results is not None:  # after the figures, which a file that cannot be written leaves
+    if args.output and results is not None:  # last: the figures are printed even if the file cannot be written
         write_results(args.output, results)
         print(f"results: {args.output}", file=sys.stderr)
 
@@ -131,11 +133,11 @@ def _percent(value: float | None) -> str:
 
 
 def _predict_parser() -> Parser:
-    parser = Parser(description="Draw the objects that a detector finds on images, and write them in COCO's format.")
+    parser = Parser(description="Detect objects in images: draw them on the images, and write them in COCO's format.")
     add_checkpoint(parser)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--output", type=str, default="detections", help="folder for the drawings and results.json")
-    parser.add_argument("--score", type=float, default=0.5, help="least score, 0 to 1, of what is drawn")
+    parser.add_argument("--score", type=float, default=0.5, help="lowest score of the objects drawn, 0 to 1")
     add_device(parser)
     add_json(parser)
     return parser

@@ -1,4 +1,4 @@
-"""`dgnet explore`: a page in the browser that looks at photos."""
+"""`dgnet explore`: a page in the browser for the user's own photos."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dgnet.cli.command import Command, Parser, add_checkpoint, add_device, find_
 
 
 def _explore_parser() -> Parser:
-    parser = Parser(description="Open a page that shows a photo's prediction, path, executed cost and time.")
+    parser = Parser(description="Serve a page that shows a photo's prediction, path, executed cost and time.")
     add_checkpoint(parser)
     parser.add_argument(
-        "--host", type=str, default="127.0.0.1", help="address to listen on; by default this machine's own only"
+        "--host", type=str, default="127.0.0.1", help="address to listen on; by default reachable from this machine only"
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
-    parser.add_argument("--max-megabytes", type=float, default=10.0, help="largest file that is taken, in MiB")
+    parser.add_argument("--max-megabytes", type=float, default=10.0, help="largest file accepted, in MiB")
     add_device(parser)
     return parser
 
@@ -33,7 +33,7 @@ def run_explore(args: Namespace) -> None:
     app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
     app, address = serve(app, args.host, args.port, args.max_megabytes)
     if not is_loopback(args.host):
-        print("whoever reaches this machine over the network can use the page", file=sys.stderr)
+        print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
     print(f"{checkpoint.model} at {address} (Ctrl+C ends it)", flush=True)
     try:
         Event().wait()  # until an interrupt

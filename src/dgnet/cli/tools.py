@@ -18,13 +18,13 @@ from dgnet.cli.command import (
     add_json,
     find_device,
     print_json,
-    say_if_idle,
+    warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice
 
 
 def _models_parser() -> Parser:
-    return Parser(description="Print the names of the models, one a line.")
+    return Parser(description="Print the names of the models, one per line.")
 
 
 def run_models(args: Namespace) -> None:
@@ -34,12 +34,14 @@ def run_models(args: Namespace) -> None:
 
 
 def _cost_parser() -> Parser:
-    parser = Parser(description="Print parameters and multiply-adds beside the paper's.")
+    parser = Parser(description="Print parameters and multiply-adds, and compare them with the paper's.")
     parser.add_argument("models", type=str, nargs="*", metavar="MODEL", help="names; by default the rows of Table 1")
     parser.add_argument(
-        "--table", type=str | None, default=None, metavar="N", help="the rows of the paper's Table 1, 2, 4 or 5"
+        "--table", type=str | None, default=None, metavar="N", help="print the rows of the paper's Table 1, 2, 4 or 5"
     )
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default the table's or model's")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; by default those of the table or the model"
+    )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     add_json(parser)
     return parser
@@ -59,7 +61,7 @@ def run_cost(args: Namespace) -> None:
 def _bench_parser() -> Parser:
     from dgnet.bench import BenchConfig
 
-    parser = Parser(description="Measure two networks against each other: time, throughput and memory, as ratios of one run.")
+    parser = Parser(description="Compare two networks in one run: time, throughput and memory, as ratios.")
     parser.add_argument("model", type=str, metavar="MODEL", help="name of the network")
     add_fields(parser, BenchConfig)
     add_device(parser)
@@ -80,14 +82,14 @@ def run_bench(args: Namespace) -> None:
 
 
 def _export_parser() -> Parser:
-    parser = Parser(description="Write a checkpoint's network for other runtimes, and check it against the checkpoint.")
+    parser = Parser(description="Export a checkpoint's network for other runtimes, and compare the file with the checkpoint.")
     add_checkpoint(parser)
     parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch (torch.export, .pt2)")
     parser.add_argument(
         "--mode",
         type=str,
         default="dense",
-        help="dense: masked; sparse: a block runs on the gathered images for which it is alive",
+        help="dense (all blocks run, closed edges masked), or sparse: a block runs only on the images for which it is alive",
     )
     parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
     add_json(parser)
@@ -107,12 +109,12 @@ def run_export(args: Namespace) -> None:
     if path.suffix != FORMATS[args.format]:
         raise UsageError(f"--output {path} must end in {FORMATS[args.format]} for --format {args.format}")
     if not path.parent.is_dir():
-        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist; create it first")
     print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
     program = export_network(network, size, args.mode)
     if args.mode == "sparse":
-        say_if_idle(network, checkpoint.path)
-    # The run's configuration names folders of the machine that trained it: it stays behind.
+        warn_if_nothing_skips(network, checkpoint.path)
+    # Leave out the run's configuration: it names folders of the machine that trained the network.
     carried = describe_network(
         checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, config={}
     )
