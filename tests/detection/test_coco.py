@@ -147,7 +147,7 @@ def test_an_image_is_turned_as_its_boxes_are(tmp_path, turned):
 def test_an_image_of_another_size_is_named_with_both(tmp_path):
     dataset = open_set(tmp_path, [image_entry(1, 64, 48)], [box_entry(1, 1, WHOLE)])
     Image.new("RGB", (30, 20)).save(tmp_path / "images" / "1.png")
-    with pytest.raises(UsageError, match=r"1\.png is 30 × 20 pixels, its annotations say 64 × 48"):
+    with pytest.raises(UsageError, match=r"1\.png is 30 × 20 pixels, its annotations expect 64 × 48"):
         dataset[0]
 
 
