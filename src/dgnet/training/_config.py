@@ -91,7 +91,7 @@ class RunConfig:
     output: str | None = option(None, "run folder, new or empty; by default the next free runs/MODEL-N")
     batch_size: int = option(32, "images in a training step, on all devices together")
     seed: int = option(0, "seed of initialisation, order and augmentation")
-    hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
+    hflip: float = option(0.5, "probability of a horizontal flip")
     optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum is SGD without it")
     accumulate: int = option(
         1, "batches of each device in a step; more of them need less memory, and --batch-size stays the same"
@@ -109,7 +109,7 @@ class RunConfig:
     )
     clip_grad: float | None = option(None, "clip the norm of all gradients together at this value; by default no clipping")
     ema: float | None = option(None, "evaluate and save a moving average of the weights with this decay, for example 0.9999")
-    precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))
+    precision: str = option("32", "number format: 32, bf16 or fp16; bf16 and fp16 use autocast", ("32", "bf16", "fp16"))
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
     devices: str = option("1", "number of devices of each machine to train on; auto: all of them; ignored under torchrun")
     nodes: int = option(1, "number of machines; ignored under torchrun")
@@ -200,7 +200,8 @@ class TrainConfig(RunConfig):
 
     data: str = option(
         "digits",
-        "training data: digits, a folder of class folders, shards (…{000..004}.tar, also URLs and pipe:), torch/…, hfds/…",
+        "training data: digits (never flipped), a folder of class folders, shards (…{000..004}.tar, also URLs and pipe:),"
+        " torch/…, hfds/…",
     )
     val_data: str | None = option(
         None, "evaluation data; not needed if --data has its own (train/ and val/, digits, torch/…, hfds/…)"
@@ -216,7 +217,7 @@ class TrainConfig(RunConfig):
     )
     augment: str = option(
         "auto",
-        "rrc: random resized crop; pad-crop: pad with zeros, then crop; auto: pad-crop up to 64 pixels, rrc above",
+        "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",
         ("auto", "rrc", "pad-crop", "none"),
     )
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; then the rate falls along a half-period cosine, by step")
@@ -224,7 +225,9 @@ class TrainConfig(RunConfig):
     budget: float | None = option(
         None, "train to this share of the dense cost in multiply-adds; blocks get gates (model option node_gate: hard)"
     )
-    budget_per: str = option("batch", "apply the budget to the mean of a batch, or to each sample", ("batch", "sample"))
+    budget_per: str = option(
+        "batch", "apply the budget to the mean of a batch, or to each sample: batch, sample", ("batch", "sample")
+    )
     budget_strength: float = option(10.0, "weight of the budget loss")
     budget_warmup: float = option(0.3, "share of training during which the target falls from 1 to --budget")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -232,7 +235,7 @@ class TrainConfig(RunConfig):
     grad_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, more time")
     on_bad_image: str = option(
         "error",
-        "for an image that does not decode: end with an error, or skip it and list it in bad_images.txt",
+        "what to do with an image that does not decode: error ends the run; skip lists it in bad_images.txt",
         ("error", "skip"),
     )
     max_bad_images: int = option(100, "with --on-bad-image skip: more bad images than this end the run")
