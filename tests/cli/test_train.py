@@ -156,7 +156,7 @@ def test_lightnings_loggers_come_from_the_recipe(images, tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"loggers": [logger], "epochs": 1, "data": str(images), "output": str(tmp_path / "run")}))
     ask(capsys, "train", "--config", recipe, *QUICK)
     assert "val_top1" in next((tmp_path / "mine").rglob("metrics.csv")).read_text()
-    for path, why in (("lightning.Trainer", "is no Lightning logger"), ("nowhere.Logger", "No module named 'nowhere'")):
+    for path, why in (("lightning.Trainer", "is not a Lightning logger"), ("nowhere.Logger", "No module named 'nowhere'")):
         recipe.write_text(yaml.safe_dump({"loggers": [{"class_path": path}], "data": str(images)}))
         line = refuse(capsys, "train", "--config", recipe, "--output", tmp_path / "other", *QUICK)
         assert f"--loggers: {path} cannot be built" in line

@@ -44,7 +44,7 @@ def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
 
 
 def close_some(network: nn.Module, images: torch.Tensor) -> None:
-    """Set τ so that many edges close. Each τ is in the middle of a wide gap between values of α; without such a gap it is -1."""
+    """Set τ so that many edges close. Each τ is in the middle of a wide gap between values of α, or -1 if there is none."""
     network.eval()
     for index, stage in enumerate(find_stages(network)):
         for node in range(1, stage.topology.num_nodes):

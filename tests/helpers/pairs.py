@@ -25,7 +25,7 @@ def all_pairs(*sizes: int) -> list[tuple[int, ...]]:
 
 
 def pairwise(is_rest_slow: bool = True, **axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test over `axes`. All pairs are in the fast set; with `is_rest_slow` the other cases are in the slow set."""
+    """Parametrise a test over `axes`: all pairs in the fast set and, with `is_rest_slow`, all other cases in the slow set."""
     sizes = [len(axis) for axis in axes.values()]
     fast = set(all_pairs(*sizes))
     cases = []
