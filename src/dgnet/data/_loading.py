@@ -113,13 +113,13 @@ def worker_options(workers: int) -> dict[str, Any]:
     """Options of a DataLoader with `workers` processes."""
     return {
         "num_workers": workers,
-        "worker_init_fn": partial(heed_only, os.getpid()),
+        "worker_init_fn": partial(ignore_signals_except_from, os.getpid()),
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def heed_only(sender: int, worker: int) -> None:
-    """Make a worker process ignore SIGINT, and SIGTERM from any process other than `sender`, which it loads images for.
+def ignore_signals_except_from(parent: int, worker: int) -> None:
+    """Make a worker process ignore SIGINT, and SIGTERM from any process other than `parent`, for which it loads images.
 
     Launchers send signals to a whole process group. If they ended the workers, the run could not finish its step and save.
     """
@@ -127,7 +127,7 @@ def heed_only(sender: int, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 

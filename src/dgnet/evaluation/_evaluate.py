@@ -88,13 +88,13 @@ def evaluate(
     Raises UsageError for a size or count out of range, for an empty data set, and for `adjacency_controls` of a network without
     dynamic stages.
     """
-    shown: Any = dataset
+    items: Any = dataset
     if adjacency_controls:
         require_stages(network)
         # Shuffled, because neighbours in a data set are often of one class.
-        shown = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+        items = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
     rank, ranks = find_ranks()
-    loader = EvaluationLoader(shown, batch_size, workers, rank=rank, ranks=ranks)
+    loader = EvaluationLoader(items, batch_size, workers, rank=rank, ranks=ranks)
     network = network.to(device).eval()
     network = set_sparse(network, executor) if mode == "sparse" else set_mode(network, mode)
     meters = EvaluationMeters(network, dataset.class_names, cost_model(network, find_image_size(loader)))
