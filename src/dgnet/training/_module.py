@@ -77,7 +77,7 @@ class RunModule(L.LightningModule):
         torch.manual_seed(mix_seed(self.config.seed, self.global_step, batch_index, self.global_rank))
 
     def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
-        """What a training step returns. `hits`: see `Progress`."""
+        """The return value of a training step. `hits`: see `Progress`."""
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler changes it before it is logged
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)

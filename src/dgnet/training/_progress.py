@@ -104,7 +104,7 @@ class Pace:
         self._waited_at = waited
 
     def add(self, images: int) -> None:
-        """A batch of all processes is done."""
+        """A batch is done. `images`: its number of images over all processes."""
         self.images += images
         if self._start is not None:
             now = time.monotonic()
