@@ -11,7 +11,9 @@ import dgnet
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["docs/extending.md", "docs/analysis.md", "docs/graph.md", "docs/inference.md", "README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/extending.md", "docs/analysis.md", "docs/graph.md", "docs/inference.md", "docs/training.md", "README.md"]
+)
 def test_the_code_on_the_page_runs(page):
     scope: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)

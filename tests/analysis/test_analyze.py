@@ -158,7 +158,7 @@ def test_nothing_to_analyse(images, tmp_path, capsys):
 
 
 def test_an_empty_folder_is_refused(run, tmp_path, capsys):
-    assert "holds no images; known: .jpg" in refuse(capsys, "analyze", run, "--data", tmp_path)
+    assert "holds no images; allowed extensions: .jpg" in refuse(capsys, "analyze", run, "--data", tmp_path)
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_a_detectors_weights_start_one_of_other_classes(run, data, tmp_path, cap
 
 def test_checkpoints_of_the_other_task_say_so(run, data, tmp_path, capsys):
     assert "use it with: dgnet detect evaluate" in refuse(capsys, "evaluate", run)
-    assert "not of a run of dgnet train" in refuse(capsys, "train", "--resume", run)
+    assert "not from a run of dgnet train" in refuse(capsys, "train", "--resume", run)
     (tmp_path / "weights.pth").write_bytes(b"")
     assert "truncated" in refuse(capsys, "detect", "evaluate", tmp_path / "weights.pth")
 

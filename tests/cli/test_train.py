@@ -156,10 +156,10 @@ def test_lightnings_loggers_come_from_the_recipe(images, tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({"loggers": [logger], "epochs": 1, "data": str(images), "output": str(tmp_path / "run")}))
     ask(capsys, "train", "--config", recipe, *QUICK)
     assert "val_top1" in next((tmp_path / "mine").rglob("metrics.csv")).read_text()
-    for path, why in (("lightning.Trainer", "is no Lightning logger"), ("nowhere.Logger", "No module named 'nowhere'")):
+    for path, why in (("lightning.Trainer", "is not a Lightning logger"), ("nowhere.Logger", "No module named 'nowhere'")):
         recipe.write_text(yaml.safe_dump({"loggers": [{"class_path": path}], "data": str(images)}))
         line = refuse(capsys, "train", "--config", recipe, "--output", tmp_path / "other", *QUICK)
-        assert f"--loggers: {path} cannot be made" in line
+        assert f"--loggers: {path} cannot be built" in line
         assert why in line
 
 
@@ -196,13 +196,13 @@ def test_one_process_trains_in_a_folder(images, tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
     folder.mkdir()
     with lock(folder, "held"):
-        assert "is a run's that goes on in another process" in refuse(capsys, "train", *options)
+        assert "another process trains in" in refuse(capsys, "train", *options)
     ask(capsys, "train", *options)
     assert os.environ["OMP_NUM_THREADS"] == "1"  # what Lightning gives further processes
     torch.set_num_threads(threads)
     (folder / "metrics.csv").unlink()  # the run goes on
     with lock(folder, "held"):
-        assert "is a run's that goes on in another process" in refuse(capsys, "train", "--resume", folder)
+        assert "another process trains in" in refuse(capsys, "train", "--resume", folder)
 
 
 def test_slurm_starts_as_many_tasks_as_the_run_has_processes(images, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgnet.data import EvaluationLoader, EvaluationOrder
-from dgnet.data._loading import heed_only
+from dgnet.data._loading import ignore_signals_except_from
 from dgnet.errors import UsageError
 from tests.helpers.data import Counted
 
@@ -54,7 +54,7 @@ def test_an_order_evens_processes_out_where_they_take_steps_together():
 
 def test_launchers_do_not_end_the_processes_that_load():
     batches = EvaluationLoader(count_up(3), 2, workers=1)._batches
-    assert batches.worker_init_fn.func is heed_only
+    assert batches.worker_init_fn.func is ignore_signals_except_from
     assert batches.pin_memory == torch.cuda.is_available()
 
 

@@ -52,7 +52,7 @@ def test_a_divided_folder_gives_both(tmp_path, name):
 
 def test_data_are_never_split_silently(tmp_path):
     write_folder(tmp_path, {"ant": 3, "cat": 2})
-    with pytest.raises(UsageError, match="has no evaluation images of its own; name them with --val-data"):
+    with pytest.raises(UsageError, match="has no evaluation images of its own; give them with --val-data"):
         open_train_and_evaluation(str(tmp_path), None)
     write_folder(tmp_path / "two", {"train": 3, "val": 2})  # classes of these names, or splits without class folders
     with pytest.raises(UsageError, match="has no evaluation images of its own"):
@@ -184,7 +184,7 @@ def test_preprocessing_survives_as_plain_values():
     [
         ([{"jpg": jpeg(0), "cls": b"7"}], "sample 0000: label 7 is out of range, allowed are 0 to 1"),
         ([{"jpg": jpeg(0), "cls": b"-1"}], "label -1 is out of range"),
-        ([{"jpg": jpeg(0), "cls": b"cat"}], "label b'cat' is no whole number"),
+        ([{"jpg": jpeg(0), "cls": b"cat"}], "label b'cat' is not a whole number"),
         ([{"jpg": jpeg(0)}], "no label; expected 0000.cls"),
         ([{"txt": b"x"}], "holds no samples"),
     ],
@@ -201,10 +201,10 @@ def test_broken_and_missing_shards_are_named(tmp_path):
     whole = path.read_bytes()
     for cut in (len(whole) // 2 + 100, len(whole) // 2 + 700, 512 * 50):
         path.write_bytes(whole[:cut])
-        with pytest.raises(UsageError, match=r"a\.tar is (cut short|no readable tar file)"):
+        with pytest.raises(UsageError, match=r"a\.tar is (cut short|not a readable tar file)"):
             open_dataset(str(path), TRAIN)
     path.write_bytes(b"no tar file at all" * 100)
-    with pytest.raises(UsageError, match="no readable tar file"):
+    with pytest.raises(UsageError, match="not a readable tar file"):
         open_dataset(str(path), TRAIN)
     with pytest.raises(UsageError, match=r"b-0.tar does not exist \(2 of 2 missing\)"):
         open_dataset(str(tmp_path / "b-{0..1}.tar"), TRAIN)
@@ -223,7 +223,7 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         open_dataset(str(tmp_path / "file"), TRAIN)
-    with pytest.raises(UsageError, match=r"torch/cifar10 cannot be opened under .*; its folder goes in --data-root"):
+    with pytest.raises(UsageError, match=r"torch/cifar10 cannot be opened under .*; give its folder with --data-root"):
         open_dataset("torch/cifar10", TRAIN, data_root=str(tmp_path))
     with pytest.raises(UsageError, match="name the folder itself"):
         open_dataset("torch/image_folder", TRAIN, data_root=str(tmp_path))

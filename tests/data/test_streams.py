@@ -98,13 +98,13 @@ def test_a_stream_that_goes_on_begins_elsewhere(shards):
 
 def test_what_a_stream_cannot_do(shards):
     source = f"pipe:cat {shards}/0.tar"
-    with pytest.raises(UsageError, match=r"streams: its classes are those of --val-data, which is missing"):
+    with pytest.raises(UsageError, match=r"has the classes of --val-data; add --val-data SOURCE"):
         open_train_and_evaluation(source, None)
-    with pytest.raises(UsageError, match="how many images make an epoch with --epoch-images"):
+    with pytest.raises(UsageError, match="give the images of an epoch with --epoch-images"):
         open_train_and_evaluation(source, f"{shards}/0.tar")
-    with pytest.raises(UsageError, match="nothing can be held out of it"):
+    with pytest.raises(UsageError, match="from which no images can be held out"):
         open_train_and_evaluation(source, None, holdout=3)
-    with pytest.raises(UsageError, match="streams: good for --data of training"):
+    with pytest.raises(UsageError, match="is a stream, allowed only as --data of training"):
         open_dataset(source, EVALUATION)
     with pytest.raises(UsageError, match="--epoch-images is for streams"):
         open_train_and_evaluation(f"{shards}/0.tar", f"{shards}/0.tar", epoch_images=3)
@@ -119,5 +119,5 @@ def test_bad_streams_are_named(shards, tmp_path):
     with pytest.raises(UsageError, match="cannot be read as a stream of a tar file"):
         labels(stream(f"pipe:cat {tmp_path}/nowhere.tar"), 1)
     write_shard(tmp_path / "empty.tar", [])
-    with pytest.raises(UsageError, match="nothing for process 1 of 1 to read"):
+    with pytest.raises(UsageError, match="no sample for process 1 of 1"):
         labels(stream(f"pipe:cat {tmp_path}/empty.tar"), 1)

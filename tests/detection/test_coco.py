@@ -147,7 +147,7 @@ def test_an_image_is_turned_as_its_boxes_are(tmp_path, turned):
 def test_an_image_of_another_size_is_named_with_both(tmp_path):
     dataset = open_set(tmp_path, [image_entry(1, 64, 48)], [box_entry(1, 1, WHOLE)])
     Image.new("RGB", (30, 20)).save(tmp_path / "images" / "1.png")
-    with pytest.raises(UsageError, match=r"1\.png is 30 × 20 pixels, its annotations say 64 × 48"):
+    with pytest.raises(UsageError, match=r"1\.png is 30 × 20 pixels, its annotations expect 64 × 48"):
         dataset[0]
 
 
@@ -177,20 +177,29 @@ def test_images_may_lie_in_folders_of_the_folder(tmp_path):
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "is no JSON"),
+    "no JSON": ("{", "is not JSON"),
     "a list": ([], "is not in COCO's format: it lacks the list 'images'"),
     "no annotations": ({"images": [image_entry(1)], "categories": CATEGORIES}, "it lacks the list 'annotations'"),
     "no images": ({"images": [], "annotations": [], "categories": CATEGORIES}, "lists no images"),
     "no categories": ({"images": [image_entry(1)], "annotations": [], "categories": []}, "lists no categories"),
-    "an image without width": ({"images": [image_entry(1), {"id": 2, "file_name": "a"}]}, r"images\[1\] is none; expected"),
-    "an image of no height": ({"images": [image_entry(1, 64, 0)]}, r"images\[0\] is none; expected"),
-    "an image id as text": ({"images": [{**image_entry(1), "id": "1"}]}, r"images\[0\] is none; expected"),
-    "a category without name": ({"categories": [{"id": 1}]}, r"categories\[0\] is none; expected"),
+    "an image without width": (
+        {"images": [image_entry(1), {"id": 2, "file_name": "a"}]},
+        r"images\[1\] is not an image; expected",
+    ),
+    "an image of no height": ({"images": [image_entry(1, 64, 0)]}, r"images\[0\] is not an image; expected"),
+    "an image id as text": ({"images": [{**image_entry(1), "id": "1"}]}, r"images\[0\] is not an image; expected"),
+    "a category without name": ({"categories": [{"id": 1}]}, r"categories\[0\] is not a category; expected"),
     "one id for two": ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "'a' and 'b' have the same id 1"),
-    "no box": ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, r"annotations\[0\] is none; expected"),
-    "three numbers": ({"annotations": [box_entry(1, 1, [1, 2, 3])]}, r"annotations\[0\] is none; expected"),
-    "not finite": ({"annotations": [box_entry(1, 1, [1, 2, float("nan"), 4])]}, r"annotations\[0\] is none; expected"),
-    "text": ({"annotations": ["box"]}, r"annotations\[0\] is none; expected"),
+    "no box": (
+        {"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]},
+        r"annotations\[0\] is not an annotation; expected",
+    ),
+    "three numbers": ({"annotations": [box_entry(1, 1, [1, 2, 3])]}, r"annotations\[0\] is not an annotation; expected"),
+    "not finite": (
+        {"annotations": [box_entry(1, 1, [1, 2, float("nan"), 4])]},
+        r"annotations\[0\] is not an annotation; expected",
+    ),
+    "text": ({"annotations": ["box"]}, r"annotations\[0\] is not an annotation; expected"),
     "an unknown category": ({"annotations": [box_entry(9, 1, WHOLE, 8)]}, "annotation 9 is of category 8, which is not listed"),
     "nothing to train on": ({"annotations": [box_entry(9, 1, WHOLE, iscrowd=1)]}, "holds no boxes to train on"),
 }

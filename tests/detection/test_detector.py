@@ -156,8 +156,12 @@ def test_what_is_frozen_does_not_train():
     [
         ("dg_resnet20", {}, "has feature maps of strides 1, 2, 4, and detection needs 4, 8, 16, 32"),
         ("vit_tiny_patch16_224", {}, "has feature maps of strides 16, and"),
-        ("resnet18", {"frozen_stages": 6}, "--frozen-stages must be 0 to 5, stem and stages, got 6"),
-        ("resnet18", {"options": {"box_score_tresh": 0.1}}, "no number 'box_score_tresh'; did you mean 'box_score_thresh'?"),
+        ("resnet18", {"frozen_stages": 6}, "--frozen-stages must be 0 to 5 (the stem counts as one), got 6"),
+        (
+            "resnet18",
+            {"options": {"box_score_tresh": 0.1}},
+            "no numeric option 'box_score_tresh'; did you mean 'box_score_thresh'?",
+        ),
         ("resnet18", {"options": {"rpn_pre_nms_top_n_train": 0.5}}, "rpn_pre_nms_top_n_train must be a whole number, got 0.5"),
         ("resnet18", {"options": {"box_score_thresh": "much"}}, "box_score_thresh must be a number, got 'much'"),
         ("resnet18", {"options": {"min_size": 1}}, "min_size cannot be set: use short_side"),

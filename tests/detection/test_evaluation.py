@@ -230,7 +230,7 @@ def test_detections_of_a_class_that_the_file_lacks_are_left_out(tmp_path):
 
 
 def test_an_unknown_image_is_named(annotations):
-    with pytest.raises(UsageError, match=r"image 1 is not among the 40 of .*instances\.json"):
+    with pytest.raises(UsageError, match=r"image 1 is not among the 40 images of .*instances\.json"):
         CocoEvaluation(annotations).update([1], [detect(annotations, 0)])
 
 
@@ -277,15 +277,15 @@ def test_results_survive_a_file(annotations, tmp_path):
 GOOD = {"image_id": 0, "category_id": 7, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}
 BAD: dict[str, tuple[Any, str]] = {
     "no list": (GOOD, "expected a list of .*, got a dict"),
-    "unknown image": ([GOOD, {**GOOD, "image_id": 1}], r"\[1\] is of image 1, which .*instances\.json does not list"),
-    "an image id as text": ([{**GOOD, "image_id": "0"}], r"\[0\] is of image '0', which .* does not list"),
-    "unknown category": ([{**GOOD, "category_id": 1}], r"\[0\] is of category 1, which .* does not list"),
-    "no score": ([{"image_id": 0, "category_id": 7, "bbox": [1, 2, 3, 4]}], r"\[0\] is no result; expected"),
-    "three numbers": ([{**GOOD, "bbox": [1, 2, 3]}], r"\[0\] is no result; expected"),
-    "right before left": ([{**GOOD, "bbox": [9, 9, -3, 4]}], r"\[0\] is no result; expected"),
-    "not finite": ([{**GOOD, "score": float("nan")}], r"\[0\] is no result; expected"),
-    "an image id as list": ([{**GOOD, "image_id": [0]}], r"\[0\] is no result; expected"),
-    "text": (["result"], r"\[0\] is no result; expected"),
+    "unknown image": ([GOOD, {**GOOD, "image_id": 1}], r"\[1\] is of image 1, which is not in .*instances\.json"),
+    "an image id as text": ([{**GOOD, "image_id": "0"}], r"\[0\] is of image '0', which is not in .*"),
+    "unknown category": ([{**GOOD, "category_id": 1}], r"\[0\] is of category 1, which is not in .*"),
+    "no score": ([{"image_id": 0, "category_id": 7, "bbox": [1, 2, 3, 4]}], r"\[0\] is not a result; expected"),
+    "three numbers": ([{**GOOD, "bbox": [1, 2, 3]}], r"\[0\] is not a result; expected"),
+    "right before left": ([{**GOOD, "bbox": [9, 9, -3, 4]}], r"\[0\] is not a result; expected"),
+    "not finite": ([{**GOOD, "score": float("nan")}], r"\[0\] is not a result; expected"),
+    "an image id as list": ([{**GOOD, "image_id": [0]}], r"\[0\] is not a result; expected"),
+    "text": (["result"], r"\[0\] is not a result; expected"),
 }
 
 
@@ -302,7 +302,7 @@ def test_bad_results_are_named(annotations, tmp_path, kind):
 
 def test_results_that_cannot_be_read_are_named(annotations, tmp_path):
     (tmp_path / "results.json").write_text("[")
-    with pytest.raises(UsageError, match=r"results\.json is no JSON"):
+    with pytest.raises(UsageError, match=r"results\.json is not JSON"):
         read_results(tmp_path / "results.json", annotations)
     with pytest.raises(UsageError, match=r"results .*nowhere\.json cannot be read"):
         read_results(tmp_path / "nowhere.json", annotations)

@@ -1,1 +1,1 @@
-"""What several test modules share; no test module imports another."""
+"""Code that several test modules use. No test module imports another one."""

@@ -1,4 +1,4 @@
-"""Small sets of images with boxes, written as COCO has them."""
+"""Small sets of images with boxes, in COCO's format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def box_entry(id: int, image_id: int, bbox: list[float], category_id: int = 7, *
 def write_set(
     folder: Path, images: list[Any], annotations: list[Any], categories: list[Any] | None = None, draws: bool = True
 ) -> tuple[Path, Path]:
-    """Write the JSON, and an image for each entry if it `draws`; returns the JSON's path and the image folder."""
+    """Write the JSON file, and with `draws` an image file for each entry. Returns the path of the JSON and the image folder."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for entry in images if draws else []:
         path = folder / "images" / entry["file_name"]
@@ -36,7 +36,7 @@ def write_set(
 
 
 def random_set(folder: Path, images: int = 12, seed: int = 0, draws: bool = True) -> tuple[Path, Path]:
-    """Images with up to eight boxes of every size, some of them crowds; ids have gaps, and nothing is in order."""
+    """Images with up to eight boxes of every size, some of them crowds. Ids have gaps, and all lists are shuffled."""
     draw = np.random.default_rng(seed)
     entries, annotations = [], []
     for id in draw.permutation(np.arange(images) * 3).tolist():

@@ -1,4 +1,4 @@
-"""The browser that opens a page, and what goes wrong on it."""
+"""A browser for tests of pages, and a list of errors on a page."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 
 @contextmanager
 def open_browser() -> Iterator[Any]:
-    """Headless Chromium under Playwright; skips the test, with the reason, where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="drives a browser with the playwright package")
+    """Headless Chromium with Playwright. Skips the test, with the reason, if one of them is not installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package to drive a browser")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("no chromium on the path (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as driver:
-        # As root, as in a container, Chromium has no sandbox.
+        # Chromium's sandbox does not work for root, for example in a container.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 def watch(page: Any, allowed: tuple[str, ...] = ("file://", "data:", "blob:")) -> list[str]:
-    """What goes wrong on a page: console messages of errors, exceptions, dialogs, requests to elsewhere."""
+    """A list that collects what goes wrong on a page: console errors, exceptions, dialogs, requests outside `allowed`."""
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

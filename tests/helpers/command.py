@@ -1,15 +1,15 @@
-"""The command as a user types it, for tests."""
+"""Calls of the command line in tests."""
 
 from __future__ import annotations
 
 from dgnet.cli import main
 
 QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
-"""Options of `dgnet train` on a few images, in a second."""
+"""Options of `dgnet train` with which it trains on a few images in about a second."""
 
 
 def ask(capsys, *arguments: object) -> str:
-    """What the command prints on stdout; it must succeed."""
+    """Run the command, which must succeed. Returns its stdout."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     output, errors = capsys.readouterr()
@@ -18,7 +18,7 @@ def ask(capsys, *arguments: object) -> str:
 
 
 def refuse(capsys, *arguments: object) -> str:
-    """The one line with which the command refuses."""
+    """Run the command, which must end with status 2 and one line on stderr. Returns this line."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     output, errors = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Images for tests: real ones beside the checkout, and small ones made on the spot."""
+"""Images for tests: real ones beside the checkout, and small generated ones."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from dgnet.data import ImageDataset, Preprocessing
 
-# Lie beside the checkout, not in it.
+# Beside the checkout, not in it.
 SHARED_DATA = Path(os.environ.get("DGNET_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def jpeg(colour: int, size: int = 8) -> bytes:
-    """A grey picture, encoded."""
+    """A grey image as JPEG bytes; `colour`: 0 to 255."""
     file = io.BytesIO()
     Image.new("RGB", (size, size), (colour, colour, colour)).save(file, "JPEG")
     return file.getvalue()
 
 
 def write_folder(root: Path, classes: dict[str, int]) -> Path:
-    """A folder for each class, with that many pictures."""
+    """A data folder. `classes`: from the name of each class folder to its number of images."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for index in range(count):
@@ -35,7 +35,7 @@ def write_folder(root: Path, classes: dict[str, int]) -> Path:
 
 
 def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
-    """A WebDataset shard; a sample holds content by extension."""
+    """A WebDataset shard. A sample is a dict from file extension to content."""
     with tarfile.open(path, "w") as tar:
         for index, sample in enumerate(samples):
             for extension, content in sample.items():
@@ -46,7 +46,7 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
 
 
 class Images(ImageDataset):
-    """Tensors that need no reading."""
+    """A data set whose images are tensors in memory."""
 
     def __init__(self, images: Tensor, labels: list[int], classes: int = 5) -> None:
         self.images, self.labels = images, labels
@@ -60,7 +60,7 @@ class Images(ImageDataset):
 
 
 class Counted(Images):
-    """Images that note in `loaded` which of them were loaded."""
+    """Appends the index of each loaded image to `loaded`."""
 
     def __init__(self, images: Tensor, labels: list[int], classes: int = 5) -> None:
         super().__init__(images, labels, classes)
@@ -83,7 +83,7 @@ NAMES = [
 
 
 class Pictures(ImageDataset):
-    """Pictures of 12×12 pixels, each of another colour, with names that are trouble for a page; `labels` may hold None."""
+    """Images of 12×12 pixels, each with another colour. Their names test the escaping of a page. `labels` may hold None."""
 
     def __init__(self, labels: Sequence[int | None], class_names: Sequence[str] = CLASSES) -> None:
         self.labels = labels
@@ -103,5 +103,5 @@ class Pictures(ImageDataset):
         return f"/home/somebody/photos/{index % 2}/{NAMES[index % len(NAMES)]}"
 
     def tensor(self, index: int) -> Tensor:
-        """The picture as the network reads it, (1, 3, 12, 12)."""
+        """The image as the network's input, (1, 3, 12, 12)."""
         return self[index][0][None]

@@ -1,4 +1,4 @@
-"""What a figure shows, for tests."""
+"""The contents of figures, for tests."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def arrows(axes: Axes) -> list[FancyArrowPatch]:
 
 
 def words(figure: Figure) -> str:
-    """All text, a line each."""
+    """All texts of a figure, one per line."""
     texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
     return "\n".join(texts)

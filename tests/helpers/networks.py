@@ -13,7 +13,7 @@ from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_conne
 
 
 def build(name: str, **options: object) -> nn.Module:
-    """A network of the user's, always with the same weights; it is built once, and this is a copy."""
+    """`dgnet.create_model`, always with the same weights. The network is built once; this returns a copy."""
     return copy.deepcopy(_build(name, tuple(sorted(options.items()))))
 
 
@@ -25,7 +25,7 @@ def _build(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
 
 
 def build_meta(name: str, **options: object) -> nn.Module:
-    """A network of which only shapes and names matter: on the meta device, where nothing is drawn or computed."""
+    """A network on the meta device, for tests of shapes and names: its weights have no values."""
     with torch.device("meta"):
         return dgnet.create_model(name, **options)
 
@@ -42,7 +42,7 @@ def shake_norms(network: nn.Module) -> nn.Module:
 
 
 def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
-    """Move routers away from their start, so that α differs from edge to edge and sample to sample."""
+    """Draw new router weights, so that α differs between edges and between samples."""
     if isinstance(stage.weighting, RoutedWeighting):
         for router in stage.weighting.routers.values():
             if not isinstance(router, nn.Linear):
@@ -55,16 +55,16 @@ def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
 
 
 def close_some(network: nn.Module, images: torch.Tensor) -> None:
-    """Set τ so that many edges close; each τ lies in the middle of a wide gap between values of α."""
+    """Set τ so that many edges close. Each τ is in the middle of a wide gap between values of α, or -1 if there is none."""
     network.eval()
     for index, stage in enumerate(find_stages(network)):
         for node in range(1, stage.topology.num_nodes):
-            # Run again for each node: what it closes changes the nodes behind it.
+            # Run again for each node: the edges that it closes change the nodes after it.
             with torch.no_grad(), record_connectivity(network) as record:
                 network(images)
             alpha = record.alpha[index][:, node, list(stage.topology.senders(node))].flatten().sort().values
             quarter = len(alpha) // 4
             gap = quarter + int(alpha.diff()[quarter : len(alpha) - quarter].argmax())
-            is_wide = alpha[gap + 1] - alpha[gap] > 2e-3  # not so where a sender is dead for all samples
+            is_wide = alpha[gap + 1] - alpha[gap] > 2e-3  # False if a sender is dead for all samples
             with torch.no_grad():
                 stage.weighting.tau[node] = (alpha[gap] + alpha[gap + 1]) / 2 if is_wide else -1

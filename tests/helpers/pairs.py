@@ -1,4 +1,4 @@
-"""Fewer cases than the product of all options: every two values of different options meet."""
+"""Pairwise test cases: fewer than the product of all options, but with every pair of values of two options."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 
 def all_pairs(*sizes: int) -> list[tuple[int, ...]]:
-    """Rows of one index for each axis, such that any two indices of two axes stand together in some row.
+    """Rows with one index for each axis. Any two indices of two different axes are together in at least one row.
 
-    Greedy: again and again the row of the product that holds most pairs which have not met yet.
+    `sizes`: number of values of each axis. Greedy: the next row is the one with the most pairs that are still missing.
     """
     rows = {row: set(combinations(enumerate(row), 2)) for row in product(*map(range, sizes))}
     missing = set().union(*rows.values())
@@ -25,7 +25,7 @@ def all_pairs(*sizes: int) -> list[tuple[int, ...]]:
 
 
 def pairwise(is_rest_slow: bool = True, **axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test over `axes`: all pairs in the fast set, the rest of the product in the slow set or nowhere."""
+    """Parametrise a test over `axes`: all pairs in the fast set and, with `is_rest_slow`, all other cases in the slow set."""
     sizes = [len(axis) for axis in axes.values()]
     fast = set(all_pairs(*sizes))
     cases = []

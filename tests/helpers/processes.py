@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which start in a moment: forked from a server that has imported everything."""
+"""Training runs in separate processes. They start fast, because they are forked from a server that has imported everything."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FORK.set_forkserver_preload(["tests.helpers.processes"])
 
 
 def run_training(options: dict[str, Any], resume: bool, environment: dict[str, str], file_bytes: int | None) -> None:
-    """One process of a run in options["output"]; leaves with the status that `dgnet train` leaves with."""
+    """One process of a run in options["output"]. Exits with the same status as `dgnet train`."""
     folder = Path(options["output"])
-    os.setsid()  # a group of its own, with the processes that load images
+    os.setsid()  # a process group of its own, together with its loading processes
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning reads it when imported, here by the server
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning sets it when it is imported, which the server has done
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -51,7 +51,7 @@ def run_training(options: dict[str, Any], resume: bool, environment: dict[str, s
 
 
 class Run:
-    """A run of `ranks` processes, which find each other as under torchrun."""
+    """A run of `ranks` processes, with the environment variables of torchrun."""
 
     def __init__(self, options: dict[str, Any], ranks: int = 1) -> None:
         self.options, self.ranks = options, ranks
@@ -59,7 +59,7 @@ class Run:
         self.processes: list[Any] = []
 
     def start(self, file_bytes: int | None = None) -> Run:
-        """Begin, or go on where the folder holds a run; `file_bytes`: larger files cannot be written, as on a full disk."""
+        """Start the run, or resume the one in the folder. `file_bytes`: writing larger files fails, as on a full disk."""
         environments: list[dict[str, str]] = [{}]
         if self.ranks > 1:
             world = {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "TORCHELASTIC_RUN_ID": "run"}
@@ -75,14 +75,14 @@ class Run:
         return self
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """The processes' exit statuses; None for one that goes on."""
+        """The exit statuses of the processes; None for one that is still running after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0))
         return [process.exitcode for process in self.processes]
 
     def signal(self, signum: int, rank: int | None = None) -> None:
-        """Send a signal to the groups of all processes, or of one, as launchers do."""
+        """Send a signal to the process groups of all ranks, or of one, like launchers do."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signum)
@@ -94,7 +94,7 @@ class Run:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until `condition` holds. Raises TimeoutError."""
+    """Wait until `condition()` is true. Raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -103,7 +103,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free TCP port on this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Runs that draw whatever training draws, and whether two of them ended alike."""
+"""Options of runs with all kinds of random numbers, and a comparison of two runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dgnet.files import read_table
 
 
 def options(data: Path, output: Path, source: str = "folder", **more: Any) -> dict[str, Any]:
-    """A run of 24 steps with everything that draws: augmentation, dropout."""
+    """Options of a run of 24 steps with random augmentation and dropout."""
     sources = {
         "folder": {"data": str(data)},
         "shards": {"data": f"{data}/train-{{0..1}}.tar", "val_data": f"{data}/val-{{0..1}}.tar"},
@@ -34,14 +34,14 @@ def options(data: Path, output: Path, source: str = "folder", **more: Any) -> di
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """Step and value of a curve as TensorBoard shows it."""
+    """Step and value of each point of `val_loss` in TensorBoard's files."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars("val_loss")]
 
 
 def assert_same(run: Path, twin: Path, exact: bool = True) -> None:
-    """Weights to the bit, the rows of metrics.csv, TensorBoard's curves."""
+    """Two runs have weights that are equal to the bit, and the same metrics.csv (up to rounding unless `exact`) and curves."""
     weights, expected = (load_file(folder / "model.safetensors") for folder in (run, twin))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of a stage and of aggregation, written edge by edge from the paper's equations."""
+"""Slow, simple versions of a stage and of aggregation, written edge by edge from the paper's equations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def sigmoid(z: float) -> float:
 
 
 def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A routed stage's output, adjacency, α and the nodes that ran, from Eqs. (3) to (5) and the definition of removal.
+    """Output, adjacency, α, and the nodes that ran, of a routed stage, from Eqs. (3) to (5) and the definition of removal.
 
-    A Python loop over samples and edges; without gradients.
+    A Python loop over samples and edges, without gradients.
     """
     last = stage.topology.num_nodes - 1
     mask = stage.topology.mask.tolist()
@@ -26,7 +26,7 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
     alive = {0: [True] * len(x)}
     alpha: dict[tuple[int, int], list[float]] = {}
     gates = stage.node_gates
-    votes = [[0.0] * (last + 1) for _ in x]  # of each sample, for each node's gate
+    votes = [[0.0] * (last + 1) for _ in x]  # for each sample and node: the sum of the senders' terms for its gate
     for j in range(1, last + 1):
         # Node j - 1 has run: it predicts its out-edges.
         i = j - 1
@@ -86,7 +86,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, t
 
 
 def sum_by_sample(features: list[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-    """The twin: Eq. (3) sample by sample and edge by edge in float64, over open edges only."""
+    """Eq. (3) sample by sample and edge by edge in float64, over open edges only."""
     rows = []
     for b in range(len(weights)):
         total = torch.zeros(features[0].shape[1:], dtype=torch.float64)
@@ -98,6 +98,11 @@ def sum_by_sample(features: list[Tensor], weights: Tensor, is_open: Tensor | Non
 
 
 def draw_case(seed: int, shape: tuple[int, ...], edges: int, dtype: torch.dtype, layout: str, closing: str):
+    """Random features, `edges` tensors of `shape`, weights (B, E), and which edges are open, (B, E) or None.
+
+    `layout`: "contiguous", "channels_last" or "strided". `closing`: "none" (no mask), "some", "all" (all edges
+    closed) or "no edge" (none closed). Features of closed edges are NaN or infinite.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch, channels, height, width = shape
     features = []

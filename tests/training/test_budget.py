@@ -103,7 +103,7 @@ def test_the_target_falls_to_the_budget_over_the_warm_up(tiny):
 def test_budgets_that_cannot_be(tiny):
     for network, share, message in [
         (tiny(), 0.5, "needs gates on blocks"),
-        (dgnet.create_model("resnet20"), 0.5, "needs a network with dynamic stages, which CifarResNet has not"),
+        (dgnet.create_model("resnet20"), 0.5, "needs a network with dynamic stages; CifarResNet has none"),
         (tiny(node_gate="hard"), 0.0, "must be above 0 and at most 1, got 0.0; what always runs costs 0"),
         (tiny(node_gate="hard"), 1.1, "must be above 0 and at most 1"),
         (tiny(node_gate="hard"), 0.01, r"is less than what always runs, 0\.\d+ of the dense cost"),

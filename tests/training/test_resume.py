@@ -1,4 +1,4 @@
-"""Runs that are interrupted, killed, cut off from their disk, and go on."""
+"""Runs that are interrupted, killed, or cut off from their disk, and then continue."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data, whole, tmp_path):
     before = last.read_bytes()
     assert run.start(file_bytes=len(before) // 2).wait() == [2], run.log()
     assert "cannot be written" in run.log()
-    assert "go on with --resume" in run.log()
+    assert "continue with --resume" in run.log()
     assert last.read_bytes() == before
     assert not list(run.folder.rglob(".*.part"))
     assert run.start().wait() == [0], run.log()
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_a_full_device_is_told_from_what_cannot_be_saved(values, tmp_path):
     part = tmp_path / ".last.ckpt.part"
     part.symlink_to("/dev/full")
-    with pytest.raises(UsageError, match=r"last.ckpt cannot be written \(No space left on device\); then go on"):
+    with pytest.raises(UsageError, match=r"last.ckpt cannot be written \(No space left on device\); then continue"):
         WholeCheckpointIO().save_checkpoint({"x": torch.zeros(values)}, tmp_path / "last.ckpt")
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
         WholeCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "last.ckpt")
@@ -203,20 +203,20 @@ def test_what_cannot_be_resumed(data, tmp_path, capsys):
         assert main(["train", *map(str, arguments)]) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "is no run folder: it holds no config.yaml" in refuse("--resume", tmp_path)
+    assert "is not a run folder: it holds no config.yaml" in refuse("--resume", tmp_path)
     run = tmp_path / "run"
     train(TrainConfig(**options(data, run, epochs=1)))
     line = refuse("--resume", run, "--lr", "0.3")
     assert "leave out --lr" in line
     assert "leave out --config" in refuse("--resume", run, "--config", "recipe.yaml")
-    assert "is no run folder" in refuse("--resume", "")
+    assert "is not a run folder" in refuse("--resume", "")
     assert "--workers" in line
     (run / "metrics.csv").unlink()
     other = f"{data}/val-{{0..1}}.tar"
     line = refuse("--resume", run, "--data", other, "--val-data", other)
-    assert "the run learned the classes dark, light, and --data has 0, 1" in line
+    assert "the run was trained on the classes dark, light, and --data has 0, 1" in line
     other = data / "val"
-    assert "cannot go on with the 7 of --data" in refuse("--resume", run, "--data", other, "--val-data", other)
+    assert "cannot continue with the 7 of --data" in refuse("--resume", run, "--data", other, "--val-data", other)
     (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     assert "last.ckpt is damaged" in refuse("--resume", run)
     (run / "config.yaml").write_text("epochs: [")

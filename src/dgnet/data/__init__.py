@@ -1,4 +1,4 @@
-"""From a source string to labelled images, and from an image to a tensor."""
+"""Labelled images from a source string, their preprocessing, and loaders of batches."""
 
 from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages

@@ -1,4 +1,4 @@
-"""Labelled images: reading, decoding, holding out, and what happens to those that do not decode."""
+"""Labelled images: reading, decoding, holding out, and skipping those that do not decode."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch.utils.data import Dataset
 from dgnet.errors import BadImageError, UsageError, reason
 
 IGNORED = -100
-"""The label of what has none, an image or what fills a batch up: it counts in no loss of labels and no metric; batch statistics
-see it."""
+"""The label of an image without a label, and of an image that only fills up a batch. Such an image counts in no loss of labels
+and in no metric, but it does count in batch statistics."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Labelled images: item i is (transform(image), label). Subclasses say where the images are.
+    """Labelled images: item i is (transform(image), label). Subclasses define `read` and `name`.
 
-    Raises BadImageError, naming the image, for one that does not decode.
+    Raises BadImageError, with the image's name, for an image that does not decode.
     """
 
     class_names: list[str]
     flips = True
-    """Whether a mirrored image keeps its class; a mirrored digit does not."""
+    """Whether a mirrored image keeps its class. (A mirrored digit does not.)"""
 
     transform: Callable[[Image.Image], Tensor]
 
@@ -57,7 +57,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 class Part(ImageDataset):
-    """The images of a data set at `indices`, with a transform of their own."""
+    """The images of a data set at `indices`, with their own transform."""
 
     def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, indices
@@ -74,9 +74,9 @@ class Part(ImageDataset):
 
 
 def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
-    """All but `count` images, and those: drawn at random, always the same ones of a data set.
+    """Two parts of `train`: all but `count` images, and these `count` images. The random choice is the same in every call.
 
-    Raises UsageError where none would be left.
+    Raises UsageError if no training image would be left.
     """
     if count >= len(train):
         raise UsageError(f"--holdout {count} leaves none of the {len(train)} training images; hold out fewer")
@@ -85,28 +85,28 @@ def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
 
 
 def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """An 8-bit RGB image, upright, from the bytes of an image file: an animation's first frame, 16-bit grey scaled to 8.
+    """An upright 8-bit RGB image from the bytes of an image file. Of an animation the first frame; 16-bit grey is scaled to 8.
 
-    `size`: the width and height that are known of it. An image that has them only as it is stored is not turned upright.
+    `size`: the expected width and height. An image that has this size only before it is turned upright is not turned.
 
-    Raises BadImageError, with `name`, where they are no image, one that is cut short, or one of another size.
+    Raises BadImageError, with `name`, for bytes that are not a whole image, or for an image of another size.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF that is not well formed
+            warnings.simplefilter("ignore")  # Pillow warns of malformed EXIF
             image = to_rgb(Image.open(io.BytesIO(content)), size)
-    except Exception as error:  # on a broken file Pillow's decoders raise what they like
+    except Exception as error:  # Pillow's decoders may raise anything for a broken file
         why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
-        raise BadImageError(f"{name} does not decode as an image ({why}); replace it or take it out") from None
+        raise BadImageError(f"{name} does not decode as an image ({why}); replace or remove it") from None
     if size is not None and image.size != size:
         found, expected = (f"{width} × {height}" for width, height in (image.size, size))
-        raise BadImageError(f"{name} is {found} pixels, its annotations say {expected}; they belong to another image")
+        raise BadImageError(f"{name} is {found} pixels, its annotations expect {expected}; they belong to another image")
     return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; as it is where that cannot be read."""
-    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # Pillow takes 20 µs to find none
+    """The image turned according to its EXIF orientation; unchanged if that cannot be read."""
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():  # saves the 20 µs of Pillow's search for EXIF
         return image
     try:
         return ImageOps.exif_transpose(image)
@@ -115,7 +115,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """8-bit RGB, upright; 16-bit grey is scaled. `size`: see `decode`."""
+    """An upright 8-bit RGB image; 16-bit grey is scaled. `size`: see `decode`."""
     upright = _upright(image)
     if upright.size == size or image.size != size:
         image = upright
@@ -128,7 +128,7 @@ def to_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Ima
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of an image file. Raises BadImageError, with its path, where it cannot be read."""
+    """The bytes of an image file. Raises BadImageError, with its path, if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -136,20 +136,20 @@ def read_image(path: Path) -> bytes:
 
 
 def check_label(where: str, label: int, classes: int) -> None:
-    """Raises UsageError, saying where, unless `label` is one of so many classes."""
+    """Raises UsageError, which begins with `where`, unless `label` is from 0 to `classes` - 1."""
     if not 0 <= label < classes:
         raise UsageError(f"{where}: label {label} is out of range, allowed are 0 to {classes - 1}")
 
 
 def seed_generators(*key: int) -> None:
-    """Make what Python and torch draw next on the CPU a function of `key`."""
+    """Seed the generators of Python and torch (CPU) with `key`."""
     seed = mix_seed(*key)
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
 
 
 def mix_seed(*key: int) -> int:
-    """A 64-bit seed from several whole numbers (SplitMix64)."""
+    """A 64-bit seed from several integers (SplitMix64)."""
     state = 0
     for value in key:
         state = (state + value + 0x9E3779B97F4A7C15) & _BITS
@@ -163,33 +163,33 @@ _BITS = 2**64 - 1
 
 
 class BadImages:
-    """The list of images that did not decode and were skipped: their names and, after a tab, why; all processes append to it.
+    """A file that lists skipped images, which did not decode. All processes append to it.
 
-    Raises UsageError for more than `limit`.
+    Each line is an image's name, a tab, and the error. Raises UsageError for more than `limit` images.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
 
     def add(self, name: str, error: BadImageError) -> None:
-        """List an image, once."""
+        """Append an image, unless it is listed already."""
         known = self.read()
         if name in known:
             return
-        # One write at the end of the file: on a local disk processes do not cut into each other's lines.
+        # One write in append mode: on a local disk the lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"{name}\t{error}\n".encode(errors="surrogateescape"))  # names may be no UTF-8
+            os.write(descriptor, f"{name}\t{error}\n".encode(errors="surrogateescape"))  # file names may not be valid UTF-8
         finally:
             os.close(descriptor)
         if len(known) + 1 > self.limit:
             raise UsageError(
-                f"more than {self.limit} images do not decode, the last: {error}; all are listed in {self.path},"
-                " --max-bad-images allows more"
+                f"more than {self.limit} images do not decode, the last one: {error}; all are listed in {self.path};"
+                " allow more with --max-bad-images"
             )
 
     def read(self) -> list[str]:
-        """The names of those listed so far."""
+        """The names of the images listed so far."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
@@ -202,11 +202,12 @@ class BadImages:
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):
-    """Items of a data set by (epoch, index): augmentation is a function of (`seed`, epoch, index).
+    """Items of a data set by (epoch, index). Augmentation is a function of (`seed`, epoch, index).
 
-    Index -1 is a grey image whose label is IGNORED, and so is an image that does not decode where `bad` lists it.
+    Index -1 gives a grey image with label IGNORED. `bad`: where images that do not decode are listed; each is replaced by such
+    a grey image.
 
-    Raises BadImageError for an image that does not decode where `bad` is None.
+    Raises BadImageError for an image that does not decode, if `bad` is None.
     """
 
     def __init__(self, dataset: ImageDataset, image_size: tuple[int, int], seed: int, bad: BadImages | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Loading images in batches: the order of an evaluation, and the processes that load."""
+"""Loaders of batches: the order of images in an evaluation, and the worker processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from dgnet.errors import check_range
 
 
 class EvaluationOrder(Sampler[list[tuple[int, int]]]):
-    """One process's batches of (0, index): each image once over all `ranks`.
+    """One process's batches of (0, index). Over all `ranks` processes each image appears once.
 
-    `even`: all processes get equally many items, as processes need that take their steps together; index -1 fills up.
+    `even`: give every process the same number of items, filled up with index -1. Processes that synchronise at each step need
+    this.
     """
 
     def __init__(self, images: int, batch_size: int, rank: int = 0, ranks: int = 1, even: bool = True) -> None:
@@ -38,12 +39,12 @@ class EvaluationOrder(Sampler[list[tuple[int, int]]]):
 def build_loader(
     items: Dataset[Any], order: Sampler[Any], workers: int, collate: Callable[[Any], Any] | None = None
 ) -> DataLoader[Any]:
-    """Batches of `items` in the order given, put together by `collate`; `workers`: processes that load."""
+    """A DataLoader of `items` with the batches of `order`. `collate`: from a list of items to a batch; `workers`: processes."""
     return DataLoader(
         items,
         batch_sampler=order,
         collate_fn=collate,
-        # A generator of its own: loading draws nothing from the one that training draws from.
+        # Its own generator, so that loading does not change the random numbers of training.
         generator=torch.Generator(),
         persistent_workers=workers > 0,
         **worker_options(workers),
@@ -51,11 +52,11 @@ def build_loader(
 
 
 class EvaluationLoader:
-    """Each of `items` once over all `ranks`, in batches (indices, content), for `dgnet.evaluation.run_pass`.
+    """Batches (indices, content) for `dgnet.evaluation.run_pass`. Over all `ranks` processes each item appears once.
 
-    `indices`: where the items of the batch stand in `items`; `content`: what `collate` makes of them, (inputs, targets, …).
+    `indices`: the positions of the batch in `items`. `content`: the result of `collate`, (inputs, targets, …).
 
-    Raises UsageError for a size or count that makes no sense.
+    Raises UsageError for a batch size below 1 or a negative number of workers.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class EvaluationLoader:
         return len(self._batches)
 
     def peek(self) -> Any:
-        """The content of the first batch, which the next iteration does not load again; None where there is none."""
+        """The content of the first batch, None if there is no batch. The next iteration does not load it again."""
         if self._peeked is None:
             iterator = iter(self._batches)
             self._peeked = next(iterator, (None, None)), iterator
@@ -94,7 +95,7 @@ class EvaluationLoader:
 
 
 class _Numbered(Dataset[tuple[int, Any]]):
-    """Items by (epoch, index), each with its index."""
+    """Pairs (index, item), looked up by (epoch, index)."""
 
     def __init__(self, items: Dataset[Any]) -> None:
         self.items = items
@@ -109,24 +110,24 @@ def _collate_numbered(collate: Callable[[Any], Any], numbered: list[tuple[int, A
 
 
 def worker_options(workers: int) -> dict[str, Any]:
-    """Options of a DataLoader with so many processes."""
+    """Options of a DataLoader with `workers` processes."""
     return {
         "num_workers": workers,
-        "worker_init_fn": partial(heed_only, os.getpid()),
+        "worker_init_fn": partial(ignore_signals_except_from, os.getpid()),
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def heed_only(sender: int, worker: int) -> None:
-    """In a process that loads images: only the process that it loads for, `sender`, ends it.
+def ignore_signals_except_from(parent: int, worker: int) -> None:
+    """Make a worker process ignore SIGINT, and SIGTERM from any process other than `parent`, for which it loads images.
 
-    Launchers signal a whole group; if the loaders died of it, a run could not take the step after which it saves.
+    Launchers send signals to a whole process group. If they ended the workers, the run could not finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 

@@ -1,4 +1,4 @@
-"""What happens to an image between its file and the network."""
+"""Preprocessing: from a decoded image to the network's input."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torchvision import transforms
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the network: plain values, so that a checkpoint can carry them."""
+    """Size, normalisation and cropping of images, as plain values that a checkpoint can store."""
 
     image_size: tuple[int, int]  # height, width in pixels
-    mean: tuple[float, ...]  # of each channel, for images in [0, 1]
+    mean: tuple[float, ...]  # for each channel, of images in [0, 1]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
-    crop_pct: float = 1.0  # share of the short side that evaluation's centre crop keeps
+    crop_pct: float = 1.0  # share of the short side in the centre crop of evaluation
 
     @classmethod
     def of(cls, pretrained_cfg: dict[str, Any], image_size: int | None = None) -> Preprocessing:
-        """A model's own preprocessing (its timm default config), at another size where one is given."""
+        """The preprocessing of a model's timm config, at another `image_size` in pixels if one is given."""
         size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
         return cls(
             size,
@@ -32,12 +32,12 @@ class Preprocessing:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: lists, numbers, strings."""
+        """The fields as lists, numbers and strings."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`. Raises TypeError or ValueError for values that are no preprocessing."""
+        """The inverse of `to_dict`. Raises TypeError, ValueError or KeyError for other values."""
         return cls(
             **{
                 **values,
@@ -59,15 +59,15 @@ class Preprocessing:
         return transform
 
     def cropping(self) -> transforms.Compose:
-        """The part of `evaluation_transform` before tensors: resize, centre crop."""
+        """The part of `evaluation_transform` that works on images: resize, centre crop."""
         *resize_and_crop, _, _ = self.evaluation_transform().transforms
         return transforms.Compose(resize_and_crop)
 
     def training_transform(self, augment: str, hflip: float) -> transforms.Compose:
         """Random augmentation, then normalise.
 
-        `augment`: "rrc" (random resized crop, as on ImageNet), "pad-crop" (evaluation's crop, zero-padded by an eighth and
-        cropped again: 4 pixels of CIFAR's 32), or "none". `hflip`: probability of a horizontal flip.
+        `augment`: "rrc" (random resized crop, as for ImageNet), "pad-crop" (the crop of evaluation, padded with zeros by an
+        eighth, 4 pixels for CIFAR's 32, and cropped at random), or "none". `hflip`: probability of a horizontal flip.
         """
         if augment == "none":
             return self.evaluation_transform()

@@ -1,6 +1,6 @@
-"""WebDataset shards: what a tar file's members are, and shards read as a stream.
+"""WebDataset shards: the members of a tar file, and shards read as a stream.
 
-A sample is an image (`jpg`, `png`, …) and its label as text (`cls`) under one key.
+A sample is two files with the same key: an image (`jpg`, `png`, …), and its label as text (`cls`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dgnet.errors import BadImageError, UsageError, reason
 
 
 def is_stream(source: str) -> bool:
-    """Whether a source is read from a URL or a pipe, front to back."""
+    """Whether a source is a URL or a pipe, which can only be read from front to back."""
     return source.startswith("pipe:") or "://" in source
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """The shard paths, URLs or pipes that a brace pattern names. Raises UsageError for a file that does not exist."""
+    """The paths, URLs or pipes of a brace pattern. Raises UsageError for a bad pattern or a file that does not exist."""
     from webdataset.shardlists import expand_urls
 
     try:
         paths: list[str] = expand_urls(pattern)
-    except (ValueError, AssertionError) as error:  # the latter of a variable in single quotes that is not set
+    except (ValueError, AssertionError) as error:  # AssertionError: a variable in the pattern is not set
         raise UsageError(f"shard pattern {pattern!r} cannot be expanded ({error}); expected …{{000000..000004}}.tar") from None
     missing = [path for path in paths if not is_stream(path) and not os.path.isfile(path)]
     if missing:
@@ -41,7 +41,7 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def read_classes(shard: str) -> list[str] | None:
-    """The class names in `classes.txt` beside a local shard, one a line; None where there is none."""
+    """The class names in `classes.txt` beside a local shard, one per line; None if there is no such file."""
     path = Path(shard).parent / "classes.txt"
     if not path.is_file():
         return None
@@ -53,9 +53,9 @@ def read_classes(shard: str) -> list[str] | None:
 
 
 def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.TarInfo, int | None]]:
-    """Key, member and label of each image and each label in a shard; an image's label is None.
+    """(key, member, label) for each image file and each label file of a shard. The label of an image file is None.
 
-    Raises UsageError for a label that is no whole number.
+    Raises UsageError for a label that is not a whole number.
     """
     for member in tar:
         if not member.isfile():
@@ -70,29 +70,29 @@ def walk_shard(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, tarfile.T
             try:
                 yield key, member, int(content)
             except ValueError:
-                raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is no whole number") from None
+                raise UsageError(f"{path}, sample {key}: label {content[:20]!r} is not a whole number") from None
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The content of a member that is a file."""
+    """The content of `member`, which must be a file."""
     file = tar.extractfile(member)
     assert file is not None
     return file.read()
 
 
 def no_label(path: str, key: str) -> UsageError:
-    """The mistake of an image without a label."""
+    """The error for an image without a label."""
     return UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):
-    """Endless training images from shards that are read front to back: URLs (`https://…`) or pipes (`pipe:aws s3 cp …`).
+    """An endless stream of training images from URLs (`https://…`) or pipes (`pipe:aws s3 cp …`), read from front to back.
 
-    Each pass goes through the shards in a new order; images leave a buffer of `buffer` images at random. Shards are divided
-    among the processes of all ranks and their workers, or images where the shards are fewer. Nothing more is promised: an image
-    may come twice before another has come once. `length`: how many images make an epoch.
+    Each pass reads the shards in a new order. Images are drawn at random from a buffer of `buffer` images. Shards are divided
+    among all ranks and their workers; if there are fewer shards than these processes, images are divided instead. An image may
+    appear twice before another appears once. `length`: number of images in an epoch.
 
-    Raises UsageError for a shard that cannot be read, and for labels that are not among the classes.
+    Raises UsageError for a shard that cannot be read, and for a label that is not among the classes.
     """
 
     flips = True
@@ -102,7 +102,7 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
         self.paths = expand_shards(pattern)
         self.class_names, self.length, self.buffer = list(class_names), length, buffer
         self.seed, self.rank, self.ranks = 0, 0, 1
-        self.bad: BadImages | None = None  # lists images that do not decode, which are left out
+        self.bad: BadImages | None = None  # lists the images that do not decode; they are skipped
 
     def __len__(self) -> int:
         return self.length
@@ -135,7 +135,7 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             yield image, label
 
     def _samples(self, consumer: int, consumers: int) -> Iterator[tuple[bytes, int, str]]:
-        """Content, label and name of the images that one process reads, pass after pass."""
+        """(content, label, name) of the images that one process reads, pass after pass."""
         by_shard = len(self.paths) >= consumers
         passes = 0
         while True:
@@ -149,8 +149,8 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
                         yield sample
             if not count:
                 raise UsageError(
-                    f"{', '.join(self.paths[index] for index in own[:3])}: nothing for process {consumer + 1} of {consumers} to"
-                    " read; a sample is KEY.jpg with KEY.cls, and each process needs one"
+                    f"{', '.join(self.paths[index] for index in own[:3])}: no sample for process {consumer + 1} of {consumers};"
+                    " a sample is KEY.jpg with KEY.cls, and each process needs at least one"
                 )
             passes += 1
 

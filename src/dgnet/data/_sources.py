@@ -1,7 +1,7 @@
-"""One function from a source string to a data set of labelled images.
+"""From a source string to a data set of labelled images.
 
 A source is `digits`, a folder of class folders, WebDataset shards (`…/train-{000000..000004}.tar`), or a data set name
-that timm's reader takes (`hfds/…`, `torch/cifar10`).
+of timm's readers (`hfds/…`, `torch/cifar10`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SPLITS = {TRAIN: ("train",), EVALUATION: ("validation", "test")}
 
 
 def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[int]:
-    """The label in `known` of each class of `own`, by name. Raises UsageError for a class that is not known."""
-    if list(own) == list(known):  # as they are: names may repeat (ImageNet has two kinds of crane)
+    """For each class name in `own` its label: its position in `known`. Raises UsageError for a class that is not in `known`."""
+    if list(own) == list(known):  # not by name, because names may repeat (ImageNet has two classes "crane")
         return list(range(len(known)))
     labels = {name: label for label, name in enumerate(known)}
     unknown = [name for name in own if name not in labels]
@@ -42,7 +42,7 @@ def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[in
 
 
 class Digits(ImageDataset):
-    """scikit-learn's 1,797 handwritten digits, 8×8 grey; every fifth image of each class is held out for evaluation."""
+    """scikit-learn's 1,797 handwritten digits, 8×8 pixels, grey. Every fifth image of each class is for evaluation."""
 
     flips = False
 
@@ -70,9 +70,9 @@ class Digits(ImageDataset):
 
 
 class Folder(ImageDataset):
-    """A folder of class folders; the classes are the folders' names, sorted, or `class_names` where given.
+    """A folder of class folders. The classes are the sorted names of the folders, or `class_names` if given.
 
-    Unless it `needs_labels`, a folder that holds images and no folders will do: their label is IGNORED.
+    If `needs_labels` is False, the folder may hold images instead of class folders; their label is IGNORED.
     """
 
     def __init__(self, root: Path, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
@@ -93,7 +93,7 @@ class Folder(ImageDataset):
         ]
         if not self.samples:
             where = f" in its {len(folders)} class folders" if folders else ""
-            raise UsageError(f"{root} holds no images{where}; known: {' '.join(IMG_EXTENSIONS)}")
+            raise UsageError(f"{root} holds no images{where}; allowed extensions: {' '.join(IMG_EXTENSIONS)}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,11 +107,11 @@ class Folder(ImageDataset):
 
 
 class Shards(ImageDataset):
-    """Local WebDataset shards as a map-style data set: an index of tar offsets, read with one seek an image.
+    """Local WebDataset shards as a map-style data set. It keeps an index of tar offsets and reads an image with one seek.
 
-    A sample is an image (`jpg`, `png`, …) and its label as text (`cls`) under one key. Class names come from
-    `classes.txt` beside the shards, one a line, where there is one; with `class_names`, classes go together by name.
-    Unless it `needs_labels`, an image without one is labelled IGNORED.
+    A sample is two files with the same key: an image (`jpg`, `png`, …), and its label as text (`cls`). Class names are read
+    from `classes.txt` beside the shards, one per line, if there is one. If `class_names` is given too, labels are mapped to it
+    by name. If `needs_labels` is False, an image without a label gets the label IGNORED.
     """
 
     def __init__(self, pattern: str, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
@@ -127,7 +127,7 @@ class Shards(ImageDataset):
         names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
         self.class_names = list(names)
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if label == IGNORED:  # it has none
+            if label == IGNORED:
                 continue
             check_label(f"{self.paths[shard]}, sample {key}", label, len(own or self.class_names))
         if own is not None:
@@ -146,15 +146,15 @@ class Shards(ImageDataset):
                         labels[key] = label
                 end = tar.offset
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UsageError(f"{path} is no readable tar file ({reason(error)}); copy it again") from None
+            raise UsageError(f"{path} is not a readable tar file ({reason(error)}); copy it again") from None
         with open(path, "rb") as file:
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes a cut for the end
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile does not notice a cut file
                 raise UsageError(f"{path} is cut short: it lacks the end mark of a tar file; copy it again")
         for key, (offset, size) in images.items():
             if key not in labels and self.needs_labels:
                 raise no_label(path, key)
-            if labels.get(key, 0) < 0:  # IGNORED is one of them
+            if labels.get(key, 0) < 0:  # a negative label in the file must not be mistaken for IGNORED
                 check_label(f"{path}, sample {key}", labels[key], 1)
             self.samples.append((shard, key, offset, size))
             self.labels.append(labels.get(key, IGNORED))
@@ -177,7 +177,7 @@ class Shards(ImageDataset):
 
 
 class TimmDataset(ImageDataset):
-    """A data set by the name that timm takes. Nothing is downloaded unless the data set's own library does."""
+    """A data set by its timm name. dgnet downloads nothing; the data set's own library may."""
 
     def __init__(self, source: str, role: str, root: str, class_names: Sequence[str] | None = None) -> None:
         if source in ("torch/image_folder", "torch/folder"):
@@ -189,15 +189,19 @@ class TimmDataset(ImageDataset):
                 break
             except ImportError as error:
                 raise UsageError(
-                    f"{source}: {reason(error)}; install what reads it, as with: pip install 'dgnet[hfds]'"
+                    f"{source}: {reason(error)}; install its reader, for example with: pip install 'dgnet[hfds]'"
                 ) from None
-            except Exception as error:  # whatever the data set's library raises
+            except Exception as error:  # the data set's library may raise anything
                 errors.append(f"split {split!r}: {reason(error)}")
         else:
-            raise UsageError(f"{source} cannot be opened under {root!r} ({'; '.join(errors)}); its folder goes in --data-root")
+            raise UsageError(
+                f"{source} cannot be opened under {root!r} ({'; '.join(errors)}); give its folder with --data-root"
+            )
         self.reader = getattr(self.dataset, "reader", None)
         own = getattr(self.dataset, "classes", None) or list(getattr(self.reader, "class_to_idx", None) or {})
-        own = [", ".join(name) if isinstance(name, tuple) else str(name) for name in own]  # ImageNet's are synonyms
+        own = [
+            ", ".join(name) if isinstance(name, tuple) else str(name) for name in own
+        ]  # ImageNet's names are tuples of synonyms
         if not own:
             raise UsageError(f"{source} names no classes")
         self.class_names = list(class_names or own)
@@ -208,7 +212,7 @@ class TimmDataset(ImageDataset):
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Any, int]:
-        # Past timm's own data set where it has a reader: it skips an image that does not decode.
+        # Use the reader, if there is one, instead of timm's data set, which skips images that do not decode.
         content: Any
         try:
             image, label = self.dataset[index] if self.reader is None else self.reader[index]
@@ -217,7 +221,7 @@ class TimmDataset(ImageDataset):
             else:
                 with image:
                     content = image.read()
-        except (OSError, ValueError, SyntaxError, TypeError, AssertionError) as error:  # the last two of an empty row
+        except (OSError, ValueError, SyntaxError, TypeError, AssertionError) as error:  # the last two for an empty row
             raise BadImageError(f"{self.name(index)} cannot be read: {reason(error)}") from None
         check_label(self.name(index), label, len(self.labels))
         return content, self.labels[label]
@@ -233,13 +237,13 @@ def open_dataset(
     data_root: str = "data",
     needs_labels: bool = True,
 ) -> ImageDataset:
-    """The images of `source` for `role` ("train" or "evaluation"), without a transform yet.
+    """The images of `source` for `role`, "train" or "evaluation". Their transform is not set yet.
 
-    A folder that holds train/ and val/ (or test/) gives the one of the role. `class_names`: the classes, in the order of
-    their labels, where they are known from training. `data_root`: where timm's readers look. Unless it `needs_labels`, images
-    of shards may lack them, and a folder may hold images and no folders; their label is IGNORED.
+    Of a folder with train/ and val/ (or validation/ or test/) the subfolder of the role is used. `class_names`: the class names
+    in the order of their labels, if they are known from training. `data_root`: the folder of timm's readers. `needs_labels`: if
+    False, images in shards may lack a label, and a folder may hold images instead of class folders; their label is IGNORED.
 
-    Raises UsageError for a source that is not there, is empty, or does not fit the classes.
+    Raises UsageError for a source that does not exist, is empty, or has other classes.
     """
     if source == "digits":
         digits = Digits(role)
@@ -247,12 +251,12 @@ def open_dataset(
             raise UsageError(f"digits has the classes 0 to 9, not the {len(class_names)} known from training")
         return digits
     if is_stream(source):
-        raise UsageError(f"{source} streams: good for --data of training; name local shards, a folder or a data set here")
+        raise UsageError(f"{source} is a stream, allowed only as --data of training; use local shards, a folder or a data set")
     if ".tar" in source:
         return Shards(source.removeprefix("wds/"), class_names, needs_labels)
     if source.partition("/")[0] in ("hfds", "torch", "tfds", "hfids") and not os.path.exists(source):
         if source.startswith(("hfids/", "tfds/")):
-            raise UsageError(f"{source} streams; use a map-style source: hfds/…, torch/…, a folder, or shards")
+            raise UsageError(f"{source} is a stream; use a map-style source: hfds/…, torch/…, a folder, or shards")
         return TimmDataset(source, role, data_root, class_names)
     root = Path(source)
     if not root.exists():
@@ -266,17 +270,17 @@ def open_dataset(
 
 
 def _split_folder(root: Path, role: str) -> Path | None:
-    """The subfolder of `root` for `role`, where `root` is divided into splits."""
+    """The subfolder of `root` for `role`; None if `root` has no splits."""
     if not _is_divided(root):
         return None
     found = next((root / name for name in _FOLDERS[role] if (root / name).is_dir()), None)
     if found is None:
-        raise UsageError(f"{root} holds train/ but neither val/ nor test/; name the evaluation data with --val-data")
+        raise UsageError(f"{root} holds train/ but neither val/ nor test/; give the evaluation data with --val-data")
     return found
 
 
 def _is_divided(root: Path) -> bool:
-    """Whether a folder holds splits. A class may be called train: then it holds images, not class folders."""
+    """Whether a folder has splits: a train/ with class folders. (A class folder named train holds images.)"""
     return (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
 
 
@@ -295,29 +299,29 @@ def open_train_and_evaluation(
     holdout: int = 0,
     epoch_images: int | None = None,
 ) -> tuple[ImageDataset | ShardStream, ImageDataset]:
-    """The training images of `source` and the evaluation images of `val_source`, with one set of classes.
+    """The training images of `source` and the evaluation images of `val_source`, with the same classes.
 
-    `holdout`: evaluate on so many of the training images instead, and train on the others. `epoch_images`: how many images of a
-    stream make an epoch.
+    `holdout`: if above 0, evaluate on this many of the training images instead, and train on the others. `epoch_images`: number
+    of images in an epoch of a stream.
 
-    Raises UsageError where `val_source` is missing and `source` does not give both: data is never split silently.
+    Raises UsageError if `val_source` is missing and `source` has no evaluation images. Data is never split without `holdout`.
     """
     if is_stream(source):
         if holdout:
-            raise UsageError(f"{source} streams, nothing can be held out of it: leave out --holdout")
+            raise UsageError(f"{source} is a stream, from which no images can be held out; leave out --holdout")
         if val_source is None:
-            raise UsageError(f"{source} streams: its classes are those of --val-data, which is missing")
+            raise UsageError(f"{source} is a stream, which has the classes of --val-data; add --val-data SOURCE")
         if epoch_images is None:
-            raise UsageError(f"{source} streams, it has no length: say how many images make an epoch with --epoch-images")
+            raise UsageError(f"{source} is a stream, which has no length; give the images of an epoch with --epoch-images")
         evaluation = open_dataset(val_source, EVALUATION, data_root=data_root)
         return ShardStream(source, evaluation.class_names, epoch_images), evaluation
     if epoch_images is not None:
-        raise UsageError(f"--epoch-images is for streams; an epoch of {source} is each of its images once")
+        raise UsageError(f"--epoch-images is for streams; an epoch of {source} is each of its images once; leave it out")
     if holdout:
         return hold_out(open_dataset(source, TRAIN, data_root=data_root), holdout)
     if val_source is None and not gives_both(source):
-        open_dataset(source, TRAIN, data_root=data_root)  # a source that is not there is the first mistake to name
-        raise UsageError(f"{source} has no evaluation images of its own; name them with --val-data SOURCE")
+        open_dataset(source, TRAIN, data_root=data_root)  # reports a source that does not exist first
+        raise UsageError(f"{source} has no evaluation images of its own; give them with --val-data SOURCE")
     train = open_dataset(source, TRAIN, data_root=data_root)
     evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root)
     return train, evaluation

@@ -1,4 +1,4 @@
-"""Object detection: COCO data, Faster R-CNN on any registered network, and its evaluation."""
+"""Object detection: data in COCO's format, Faster R-CNN on any registered network, and its evaluation."""
 
 from typing import TYPE_CHECKING
 

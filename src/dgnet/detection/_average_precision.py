@@ -1,4 +1,4 @@
-"""COCO's average precision of detections, and results in COCO's format.
+"""COCO's average precision (AP) of detections, and results in COCO's format.
 
 A result is {image_id, category_id, bbox: [left, top, width, height] in pixels, score} (cocodataset.org/#format-results).
 """
@@ -25,14 +25,14 @@ from dgnet.evaluation._ranks import gather, is_distributed
 from dgnet.files import replace_file, writing
 
 BACKENDS = ("pycocotools", "faster-coco-eval")
-"""What computes the figures: the reference, or the same in C++."""
+"""Packages that compute the figures: the reference, and a faster version in C++."""
 
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """Average precision in percent, of at most 100 detections an image and class; None where there is no object of the kind.
+    """Average precision in percent, over at most 100 detections per image and class. None if there are no such objects.
 
-    Small objects have less than 32² pixels, large ones more than 96².
+    Small objects have an area of less than 32² pixels, large ones of more than 96².
     """
 
     ap: float | None  # mean over IoU 0.50, 0.55, …, 0.95
@@ -41,14 +41,14 @@ class DetectionResult:
     ap_small: float | None
     ap_medium: float | None
     ap_large: float | None
-    by_class: dict[str, dict[str, float | None]]  # the same six of each class that the annotations list
-    images: int  # of the annotations; one without detections counts too
+    by_class: dict[str, dict[str, float | None]]  # the same six figures for each class of the annotations
+    images: int  # in the annotations, with or without detections
 
 
 class CocoEvaluation:
-    """Detections of a set of images, gathered over all processes, and their average precision.
+    """Collects the detections of all processes, and computes their average precision.
 
-    An image counts once, however often processes see it. `backend`: one of BACKENDS.
+    An image counts once, even if several processes add it. `backend`: one of BACKENDS.
 
     Raises UsageError for a backend that is not installed.
     """
@@ -60,28 +60,28 @@ class CocoEvaluation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all detections."""
+        """Remove all detections."""
         self._detections: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def update(self, image_ids: Iterable[int], detections: Iterable[Mapping[str, Tensor]]) -> None:
-        """Add the detections of some images, as torchvision's detectors give them.
+        """Add the detections of some images, in the form of torchvision's detectors.
 
-        Of each image `boxes` (n, 4), left, top, right, bottom in pixels of the image as it was read, `scores` (n,) and
-        `labels` (n,). Those of a class that the annotations do not list are left out.
+        For each image: `boxes` (n, 4), left, top, right, bottom in pixels of the original image, `scores` (n,) and `labels`
+        (n,). Detections of a class that is not in the annotations are left out.
 
-        Raises UsageError for an image that is not among the annotations'.
+        Raises UsageError for an image that is not in the annotations.
         """
         for image_id, found in zip(image_ids, detections, strict=True):
             if image_id not in self._known:
-                raise UsageError(f"image {image_id} is not among the {len(self._known):,} of {self.annotations.path}")
+                raise UsageError(f"image {image_id} is not among the {len(self._known):,} images of {self.annotations.path}")
             boxes, scores, labels = (found[name].detach().cpu().numpy() for name in ("boxes", "scores", "labels"))
             is_listed = np.isin(labels, list(self.annotations.category_ids))
             self._detections.setdefault(image_id, (boxes[is_listed], scores[is_listed], labels[is_listed]))
 
     def results(self) -> list[dict[str, Any]]:
-        """The detections of all processes in COCO's format, image by image as the annotations list them.
+        """The detections of all processes in COCO's format, in the image order of the annotations.
 
-        To be called in all processes at once.
+        All processes must call it.
         """
         merged = {id: found for part in reversed(gather(self._detections)) for id, found in part.items()}
         results = []
@@ -97,9 +97,9 @@ class CocoEvaluation:
         return results
 
     def compute(self, results: list[dict[str, Any]] | None = None) -> DetectionResult:
-        """The figures, the same in all processes; to be called in all at once, the first one computes.
+        """The figures, the same in all processes. All processes must call it; the first one computes.
 
-        `results`: what `results()` gave, where it was asked already.
+        `results`: the value of `results()`, if it is already known.
         """
         results = self.results() if results is None else results
         computed: list[Any] = [None]
@@ -112,7 +112,7 @@ class CocoEvaluation:
 
 
 class DetectionMeter:
-    """Adds to `evaluation` the detections of the images that have an id; what fills up a batch has none."""
+    """Adds the detections to `evaluation`, except those of images without an id, which only fill up a batch."""
 
     needs_connectivity = False
 
@@ -129,19 +129,19 @@ class DetectionMeter:
 def evaluate_results(
     annotations: CocoAnnotations, results: Sequence[Mapping[str, Any]], *, backend: str = "pycocotools"
 ) -> DetectionResult:
-    """The figures of `results` in COCO's format; 0 where there are none.
+    """The figures of `results` in COCO's format. Without results they are 0.
 
-    The objects are those of the annotation file as they are: crowds are ignored, boxes are not clipped, and one without area
-    is an object that nobody can find. `backend`: one of BACKENDS; both give the same figures.
+    Objects are used as they are in the annotation file: crowds are ignored, boxes are not clipped, and an object without area
+    counts although no detection can match it. `backend`: one of BACKENDS; both give the same figures.
 
-    Raises UsageError for results that are not in the format or of other images, and for a backend that is not installed.
+    Raises UsageError for results in another format or of other images, and for a backend that is not installed.
     """
     index, evaluator = _load_backend(backend)
     check_results(results, annotations, "results")
     table = {"images": [{"id": image.id} for image in annotations.images], "categories": _categories(annotations)}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
         truth, found = index(), index()
-        # Not by `loadRes`, which fails without results.
+        # Not with `loadRes`, which fails for an empty list of results.
         truth.dataset = {**table, "annotations": _objects(annotations)}
         found.dataset = {**table, "annotations": _detections(results)}
         truth.createIndex()
@@ -149,7 +149,7 @@ def evaluate_results(
         evaluation = evaluator(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    # (IoU thresholds, recalls, classes, areas, detections an image), -1 where there is no object
+    # (IoU thresholds, recalls, classes, areas, detections per image), -1 if there is no object
     precision = evaluation.eval["precision"][..., -1]
     thresholds = [round(100 * threshold) for threshold in evaluation.params.iouThrs]
     names = [category["name"] for category in table["categories"]]
@@ -172,7 +172,7 @@ def evaluate_results(
 
 
 def check_results(results: Any, annotations: CocoAnnotations, where: str) -> None:
-    """Raises UsageError, saying `where`, for results that are not in COCO's format or not of the annotations' images."""
+    """Raises UsageError, which begins with `where`, for results in another format or of other images or categories."""
     if not isinstance(results, Sequence) or isinstance(results, str):
         raise UsageError(f"{where}: expected a list of {{image_id, category_id, bbox, score}}, got a {type(results).__name__}")
     images = {image.id for image in annotations.images}
@@ -187,28 +187,28 @@ def check_results(results: Any, annotations: CocoAnnotations, where: str) -> Non
             is_good = False
         if not is_good:
             raise UsageError(
-                f"{where}[{number}] is no result; expected `image_id`, `category_id`, `bbox` as [left, top, width, height] in"
-                " pixels, and `score`"
+                f"{where}[{number}] is not a result; expected `image_id`, `category_id`, `score`, and `bbox` as"
+                " [left, top, width, height] in pixels"
             )
         if not all(is_known):
             what = f"category {category!r}" if is_known[0] else f"image {image!r}"
-            raise UsageError(f"{where}[{number}] is of {what}, which {annotations.path} does not list")
+            raise UsageError(f"{where}[{number}] is of {what}, which is not in {annotations.path}")
 
 
 def read_results(path: str | Path, annotations: CocoAnnotations) -> list[dict[str, Any]]:
-    """Results from a JSON file of COCO's format. Raises UsageError as `check_results`, and for a file that is no JSON."""
+    """Results from a JSON file in COCO's format. Raises UsageError like `check_results`, and for an unreadable file."""
     try:
         results: list[dict[str, Any]] = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UsageError(f"results {path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({reason(error)}); expected results in COCO's format") from None
+        raise UsageError(f"{path} is not JSON ({reason(error)}); expected results in COCO's format") from None
     check_results(results, annotations, str(path))
     return results
 
 
 def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results in COCO's format as a JSON file, whole or not at all. Raises UsageError where it cannot be written."""
+    """Write results in COCO's format to a JSON file. Raises UsageError if it cannot be written; an old file then stays."""
     path = Path(path)
     with writing(f"results {path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> Non
 
 
 def _load_backend(name: str) -> tuple[Any, Any]:
-    """A backend's classes of a set of annotations and of its evaluation."""
+    """The two classes of a backend: annotations, and evaluation."""
     check_choice("evaluation backend", name, BACKENDS)
     try:
         if name == "pycocotools":
@@ -233,7 +233,7 @@ def _load_backend(name: str) -> tuple[Any, Any]:
 
 
 def _categories(annotations: CocoAnnotations) -> list[dict[str, Any]]:
-    """By id, as the backends order classes."""
+    """Sorted by id, the order of classes in the backends."""
     ids = sorted((id, annotations.class_names[label - 1]) for label, id in annotations.category_ids.items())
     return [{"id": id, "name": name} for id, name in ids]
 
@@ -251,7 +251,7 @@ def _objects(annotations: CocoAnnotations) -> list[dict[str, Any]]:
     )
     return [
         {
-            "id": id,  # from 1 on: to the backends a match of 0 is none
+            "id": id,  # from 1 on, because for the backends a match with id 0 is no match
             "image_id": image,
             "category_id": annotations.category_ids[label],
             "bbox": box,
@@ -270,6 +270,6 @@ def _detections(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean(precision: np.ndarray) -> float | None:
-    """In percent; None where there was no object."""
+    """The mean in percent; None if there is no object."""
     known = precision[precision > -1]
     return 100 * float(known.mean()) if known.size else None

@@ -1,4 +1,4 @@
-"""Any registered network under a feature pyramid; a dynamic one reads nothing but the images of a padded batch."""
+"""A feature pyramid on any registered network. A dynamic network ignores the padding of a batch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from dgnet.errors import UsageError
 from dgnet.graph import ValidArea, current_area, find_stages, use_area
 
 STRIDES = (4, 8, 16, 32)
-"""Of the feature maps that the pyramid is built on (§6.3)."""
+"""Strides of the feature maps from which the pyramid is built (§6.3)."""
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
-    """`network` up to its last stage, and a feature pyramid on its maps of strides 4 to 32: maps "0" to "3" and "pool".
+    """`network` without its classifier, and a feature pyramid on its maps of strides 4 to 32: maps "0" to "3" and "pool".
 
-    The network's parameters are those of `body`, the pyramid's those of `fpn`: names as torchvision's, so that its
-    checkpoints of the same backbone load.
+    The submodules `body` (the network) and `fpn` (the pyramid) have torchvision's names, so that its checkpoints of the same
+    backbone load.
 
-    `frozen_stages`: so many of stem and stages do not train, the stem counting as one. `frozen_norm`: batch normalisations
-    keep their statistics, scale and shift. `fpn_norm`: batch normalisation in the pyramid too.
+    `frozen_stages`: how many of stem and stages are not trained; the stem counts as one. `frozen_norm`: batch normalisation
+    layers keep their statistics, scale and shift. `fpn_norm`: add batch normalisation to the pyramid.
 
-    Where the network is dynamic, routers pool over each image's own area, and each spatial convolution sees zeros beside it:
-    an image has the same maps and the same wiring whatever it is padded with. (The pyramid and what follows see the padding,
-    as they do in torchvision.) `announce_area` says how the next batch is padded; a static network is as torchvision's.
+    In a dynamic network, routers pool over each image's own area, and each convolution larger than 1×1 reads zeros outside this
+    area. So an image has the same maps and the same wiring with any padding. (The pyramid and the heads read the padding, as in
+    torchvision.) `announce_area` gives the padding of the next batch. A static network behaves like torchvision's.
 
-    Raises UsageError for a network that lacks one of the maps.
+    Raises UsageError for a network without one of the maps.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.indices = _find_maps(network, infos)
         stages = self.indices[-1] + 1
         if not 0 <= frozen_stages <= stages:
-            raise UsageError(f"--frozen-stages must be 0 to {stages}, stem and stages, got {frozen_stages}")
+            raise UsageError(f"--frozen-stages must be 0 to {stages} (the stem counts as one), got {frozen_stages}")
         frozen = set(_modules_up_to(network, str(infos[frozen_stages - 1]["module"])) if frozen_stages else [])
         if frozen_norm:
             frozen |= {module for module in network.modules() if isinstance(module, _NORMS)}
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         network.prune_intermediate_layers(list(self.indices), prune_head=True)  # type: ignore[operator]
         self.body = network
-        self.still = [name for name, module in network.named_modules() if module in frozen and isinstance(module, _NORMS)]
+        self.frozen_norms = [n for n, module in network.named_modules() if module in frozen and isinstance(module, _NORMS)]
         widths = [int(infos[index]["num_chs"]) for index in self.indices]
         norm = nn.BatchNorm2d if fpn_norm else None
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm)
@@ -67,26 +67,26 @@ class Backbone(nn.Module):
         self.stages = find_stages(network)
         if self.stages:
             self._register_masks()
-        self.train()  # Lightning leaves modules in the mode that they are built in
+        self.train()  # puts frozen normalisation layers into evaluation mode; Lightning does not call `train` at the start
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
-        for name in self.still:
+        for name in self.frozen_norms:
             self.body.get_submodule(name).eval()
         return self
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps by name, (B, channels, H / stride, W / stride), from a padded batch, (B, 3, H, W)."""
+        """From a padded batch, (B, 3, H, W), to the maps by name, (B, channels, H / stride, W / stride)."""
         area = _ANNOUNCED.get()
         _ANNOUNCED.set(None)
         if area is not None and self.training and any(stage.grad_checkpointing for stage in self.stages):
-            raise UsageError("gradient checkpointing does not go with padded images: the second pass would see the padding")
+            raise UsageError("gradient checkpointing cannot be used with padded images: its second pass would read the padding")
         with use_area(area if self.stages else None):
             maps = self.body.forward_intermediates(  # type: ignore[operator]
                 images, indices=list(self.indices), stop_early=True, intermediates_only=True
             )
         named = OrderedDict((str(level), feature) for level, feature in enumerate(maps))
-        # In float32 under autocast too: anchors take their type from the maps.
+        # In float32, under autocast too, because anchors get the type of the maps.
         return OrderedDict((level, feature.float()) for level, feature in self.fpn(named).items())
 
     def _register_masks(self) -> None:
@@ -103,12 +103,12 @@ _ANNOUNCED: ContextVar[ValidArea | None] = ContextVar("announced_area", default=
 
 
 def announce_area(area: ValidArea | None) -> None:
-    """Say how the batch is padded that a `Backbone` reads next in this thread or task; None for no padding."""
+    """Set the padding of the next batch that a `Backbone` reads in this thread or task; None for no padding."""
     _ANNOUNCED.set(area)
 
 
 def _mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Zeros in the padding of what a module reads: normalisation has filled it."""
+    """Set the padding of a module's input to zero: after a normalisation layer it is no longer zero."""
     area = current_area()
     if area is None:
         return None
@@ -117,14 +117,14 @@ def _mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] |
 
 
 def _note_share(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Keep, for the mean that follows, the share of the map that holds pixels."""
+    """Keep the share of the map that the image covers, for `_rescale_mean`."""
     area = current_area()
     if area is not None:
         area.shares[id(module.fc1)] = area.share(inputs[0])
 
 
 def _rescale_mean(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """The mean over the image's own area from that over the map, (n, C, 1, 1)."""
+    """Turn the mean over the map into the mean over the image's own area, (B, C, 1, 1)."""
     area = current_area()
     if area is None:
         return None
@@ -134,12 +134,14 @@ def _rescale_mean(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor
 def _feature_infos(network: nn.Module) -> list[Mapping[str, Any]]:
     infos = getattr(network, "feature_info", None)
     if not infos or not hasattr(network, "forward_intermediates"):
-        raise UsageError(f"{type(network).__name__} has no feature maps to detect on; use a network of stages, as dg_resnet50")
+        raise UsageError(
+            f"{type(network).__name__} has no feature maps to detect on; use a network with stages, such as dg_resnet50"
+        )
     return list(infos.get_dicts() if hasattr(infos, "get_dicts") else infos)
 
 
 def _find_maps(network: nn.Module, infos: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """The indices of the last map of each stride."""
+    """For each stride the index of its last map."""
     by_stride = {int(info["reduction"]): index for index, info in enumerate(infos)}
     missing = [stride for stride in STRIDES if stride not in by_stride]
     if missing:
@@ -150,7 +152,7 @@ def _find_maps(network: nn.Module, infos: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _modules_up_to(network: nn.Module, name: str) -> list[nn.Module]:
-    """The modules of `network` in order, up to the module `name` and those in it."""
+    """The modules of `network` in order, up to the module `name` and its submodules."""
     found: list[nn.Module] = []
     is_reached = False
     for other, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""Images of different sizes in batches: which go together, and what is drawn for each."""
+"""Batches of images of different sizes: which images are put together, and random flips."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dgnet.training._loading import TrainingOrder
 
 
 class AspectRatioOrder(TrainingOrder):
-    """Steps of landscape or of portrait images: a batch is padded to its largest image, so images of one kind waste less.
+    """Steps of only landscape or only portrait images. A batch is padded to its largest image, so this needs less padding.
 
-    At most one step of an epoch mixes both, and at most one batch of that: what is left over of each kind. So no image is
-    left out more often than another. `aspect_ratios`: width over height of each image. Otherwise as TrainingOrder.
+    At most one step of an epoch mixes both, in at most one batch: the rest of each kind. So all images are left out equally
+    often. `aspect_ratios`: width over height of each image. Otherwise like TrainingOrder.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class AspectRatioOrder(TrainingOrder):
             whole = len(kind) // self.batch_size * self.batch_size
             steps.append(kind[:whole].view(-1, self.batch_size))
             rest.append(kind[whole:])
-        steps.append(torch.cat(rest).view(-1, self.batch_size))  # a step or none: all images together fill steps
+        steps.append(torch.cat(rest).view(-1, self.batch_size))  # one step or none
         by_kind = torch.cat(steps)
         return by_kind[torch.randperm(len(by_kind), generator=generator)].flatten()
 
 
 class DetectionItems(Dataset[tuple[Tensor, Target]]):
-    """Items of a data set by (epoch, index), mirrored with probability `hflip`: a function of (`seed`, epoch, index).
+    """Items of a data set by (epoch, index), flipped with probability `hflip`: a function of (`seed`, epoch, index).
 
-    Index -1, which evens processes out in evaluation, is the first image again, without an id.
+    Index -1 gives the first image without an id. It fills up batches, so that in evaluation all processes have equally many.
     """
 
     def __init__(self, dataset: CocoDetection, hflip: float = 0.0, seed: int = 0) -> None:
@@ -61,6 +61,6 @@ class DetectionItems(Dataset[tuple[Tensor, Target]]):
 
 
 def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """A batch as torchvision's detectors take it: a list of images and a list of targets."""
+    """A batch for torchvision's detectors: a list of images and a list of targets."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)

@@ -1,4 +1,4 @@
-"""Checkpoints of detectors, and trained weights that a detector starts from."""
+"""Checkpoints of detectors, and loading of trained weights to start from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HEADS = ("roi_heads.box_predictor.",)
 
 @dataclass(frozen=True)
 class DetectorCheckpoint(Described):
-    """What a checkpoint of `dgnet detect train` says of its detector; `class_names` are of the labels 1, 2, …"""
+    """The content of a checkpoint of `dgnet detect train`. `class_names` belong to the labels 1, 2, …"""
 
-    category_ids: dict[int, int]  # of the labels, in the training annotations
-    detector: dict[str, Any]  # arguments of Detector beside network and classes
+    category_ids: dict[int, int]  # from a label to its category id in the training annotations
+    detector: dict[str, Any]  # arguments of Detector other than network and classes
 
     task = DETECT
 
@@ -33,12 +33,12 @@ class DetectorCheckpoint(Described):
         return {"category_ids": dict(enumerate(ids, start=1)), "detector": dict(carried["detector"])}
 
     def build(self) -> Detector:
-        """The trained detector, in evaluation mode. Raises UsageError where its weights are not those that it describes."""
+        """The trained detector, in evaluation mode. Raises UsageError if the weights do not fit the described detector."""
         detector = Detector(create_model(self.model, **self.model_kwargs), len(self.class_names), **self.detector)
         difference = load_state(detector, self.state_dict)
         if difference:
             raise UsageError(
-                f"{self.path} is damaged: its weights are not those of a detector on {self.model} ({difference});"
+                f"{self.path} is damaged: its weights do not fit a detector on {self.model} ({difference});"
                 " use another checkpoint"
             )
         detector.eval()
@@ -53,7 +53,7 @@ def describe_detector(
     detector: dict[str, Any],
     config: dict[str, Any],
 ) -> dict[str, Any]:
-    """The plain values that a checkpoint carries beside its tensors."""
+    """The plain values that a checkpoint holds besides its tensors."""
     return {
         "task": DETECT,
         "model": model,
@@ -68,15 +68,15 @@ def describe_detector(
 def load_detector(path: str | Path) -> DetectorCheckpoint:
     """A checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors of `dgnet detect train`.
 
-    Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of a detector.
+    Raises UsageError for a file that is missing, truncated, carries pickled code, or is not a checkpoint of a detector.
     """
     return DetectorCheckpoint.read(path)
 
 
 def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[str] | None:
-    """Load a classifier's weights into `network`; returns the names that stayed as initialised, but for the classifier's own.
+    """Load a classifier's weights into `network`. Returns the parameters left as initialised, except the classifier layer's.
 
-    None, and nothing done, where the file is a detector's. Raises UsageError for weights of another model.
+    Returns None, and changes nothing, if the file is from a detector. Raises UsageError for weights of another model.
     """
     state_dict, _ = read_tensors(find_checkpoint(Path(path)))
     if any(name.startswith(_BODY) for name in state_dict):
@@ -86,9 +86,10 @@ def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[st
 
 
 def load_trained(detector: Detector, path: str | Path) -> list[str]:
-    """Load a detector's weights, dgnet's or torchvision's; returns the names that stayed, of a head of other classes.
+    """Load the weights of a detector, dgnet's or torchvision's. Returns the parameters left as initialised.
 
-    Raises UsageError for a detector of another backbone or pyramid.
+    These are parameters of the last layers, if the detector was trained for other classes. Raises UsageError for a detector
+    with another backbone or pyramid.
     """
     state_dict, _ = read_tensors(find_checkpoint(Path(path)))
     own = detector.state_dict()

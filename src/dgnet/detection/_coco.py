@@ -1,4 +1,4 @@
-"""Images and boxes in COCO's format: a JSON of annotations and a folder of images.
+"""Images and boxes in COCO's format: a JSON file of annotations and a folder of images.
 
 Letters: A annotations, H and W an image's height and width in pixels, n boxes of an image.
 """
@@ -26,15 +26,15 @@ from dgnet.errors import UsageError, reason
 
 
 class Target(TypedDict):
-    """What torchvision's detectors learn from, and the image's id."""
+    """The training target of torchvision's detectors, and the image's id."""
 
     boxes: Tensor  # (n, 4) float32: left, top, right, bottom in pixels
     labels: Tensor  # (n,) int64, from 1 on; 0 is background
-    image_id: int | None  # None: the image only evens processes out, and counts for nothing
+    image_id: int | None  # None: the image only fills up a batch and does not count
 
 
 class CocoImage(NamedTuple):
-    """An image as the annotations list it."""
+    """An entry of the annotation file's list of images."""
 
     id: int
     file_name: str
@@ -44,16 +44,16 @@ class CocoImage(NamedTuple):
 
 @dataclass(frozen=True)
 class AnnotationCounts:
-    """What was found in an annotation file; as text, one line for the log."""
+    """Counts of an annotation file's content. `str()` gives one line for the log."""
 
-    images: int  # in use
+    images: int  # used
     boxes: int  # to train on
-    crowd_boxes: int = 0  # not trained on; evaluation ignores what they cover
+    crowd_boxes: int = 0  # not trained on; evaluation ignores detections on them
     clipped_boxes: int = 0  # cut at their image's border
-    boxes_without_area: int = 0  # also those that lie outside their image; not trained on
+    boxes_without_area: int = 0  # also those outside their image; not trained on
     images_without_boxes: int = 0  # not trained on
-    repeated_image_ids: int = 0  # the first counts
-    repeated_annotation_ids: int = 0  # the first counts
+    repeated_image_ids: int = 0  # only the first is used
+    repeated_annotation_ids: int = 0  # only the first is used
     boxes_of_unlisted_images: int = 0  # left out
 
     def __str__(self) -> str:
@@ -72,25 +72,25 @@ class AnnotationCounts:
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """The annotations of a set of images, as the file has them: boxes are neither clipped nor left out.
+    """The annotations of a set of images, unchanged: boxes are neither clipped nor left out.
 
-    Those of image i lie at `offsets[i]` to `offsets[i + 1]`. `is_target`: which are trained on.
+    The annotations of image i are those from `offsets[i]` to `offsets[i + 1]`. `is_target`: which ones are trained on.
     """
 
     path: Path
     images: list[CocoImage]
     class_names: list[str]  # of the labels 1, 2, …
-    category_ids: dict[int, int]  # of the labels that the file has
+    category_ids: dict[int, int]  # from a label to its category id, for the categories of the file
     boxes: np.ndarray  # (A, 4) float64: left, top, width, height in pixels
     labels: np.ndarray  # (A,) int64
-    areas: np.ndarray  # (A,) float64: of the object, which may be less than its box's
+    areas: np.ndarray  # (A,) float64: of the object; may be smaller than its box
     is_crowd: np.ndarray  # (A,) bool
     is_target: np.ndarray  # (A,) bool
     offsets: np.ndarray  # (images + 1,) int64
     counts: AnnotationCounts
 
     def target(self, index: int) -> Target:
-        """The boxes of image `index` to train on, clipped to it."""
+        """The boxes of image `index` to train on, clipped to the image."""
         image = self.images[index]
         own = np.arange(self.offsets[index], self.offsets[index + 1])
         own = own[self.is_target[own]]
@@ -99,7 +99,7 @@ class CocoAnnotations:
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes as left, top, right, bottom, cut at the image's border, (n, 4).
+    """Boxes as left, top, right, bottom, clipped to the image, (n, 4).
 
     `boxes`: left, top, width, height, (n, 4); `sizes`: width and height of their images, (n, 2) or (1, 2).
     """
@@ -107,20 +107,20 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([start.clip(0, sizes), end.clip(0, sizes)], axis=1)
 
 
-# In pixels. A thinner box has no area: its float32 corners could fall together when it is scaled or flipped, which
-# torchvision's detectors refuse in the middle of training. A box that leaves its image by less was rounded.
+# In pixels. A thinner box has no area: after scaling or flipping, its float32 corners could be equal, and torchvision's
+# detectors raise an error for that during training. A box that extends beyond its image by less is a rounding error.
 _THIN = 0.01
 
 
 def read_annotations(path: str | Path, is_training: bool = False, class_names: Sequence[str] | None = None) -> CocoAnnotations:
-    """The annotations in a JSON file of COCO's format (cocodataset.org/#format-data), of object detection.
+    """The annotations in a JSON file in COCO's format for object detection (cocodataset.org/#format-data).
 
-    Of images and annotations whose id repeats the first counts; annotations of images that are not listed are left out. With
-    `is_training` so are images without a box to train on. Labels are 1 to K in the order of the category ids, or as
-    `class_names`, known from training, has them.
+    If several images or annotations have the same id, only the first is used. Annotations of images that are not listed are
+    left out; with `is_training`, also images without a box to train on. Labels are 1 to K in the order of the category ids. If
+    `class_names` is given, known from training, they are its positions, counted from 1.
 
-    Raises UsageError for a file that is no such JSON or names no images, for annotations of a category that it does not list,
-    for a category that is not among `class_names`, and in training for a file without boxes.
+    Raises UsageError for a file in another format or without images, for an annotation whose category is not listed, for a
+    category that is not among `class_names`, and with `is_training` for a file without boxes.
     """
     path = Path(path)
     document = _read_json(path)
@@ -181,7 +181,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     except OSError as error:
         raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({reason(error)}); expected annotations in COCO's format") from None
+        raise UsageError(f"{path} is not JSON ({reason(error)}); expected annotations in COCO's format") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UsageError(
@@ -193,13 +193,15 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
-    """The name of each category id; a name that several have is followed by the id."""
+    """The name of each category id. If several categories have the same name, their id is appended."""
     names: dict[int, str] = {}
     for number, entry in enumerate(entries):
         try:
             id, name = _whole(entry["id"]), str(entry["name"])
         except (LookupError, TypeError):
-            raise UsageError(f"{path}: categories[{number}] is none; expected a whole number `id` and a `name`") from None
+            raise UsageError(
+                f"{path}: categories[{number}] is not a category; expected a whole number `id` and a `name`"
+            ) from None
         if names.setdefault(id, name) != name:
             raise UsageError(f"{path}: categories {names[id]!r} and {name!r} have the same id {id}; give each its own")
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
@@ -207,7 +209,7 @@ def _read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
 
 
 def _read_images(path: Path, entries: list[Any]) -> dict[int, CocoImage]:
-    """Images by id, in the file's order."""
+    """Images by id, in the order of the file."""
     images: dict[int, CocoImage] = {}
     for number, entry in enumerate(entries):
         try:
@@ -216,7 +218,7 @@ def _read_images(path: Path, entries: list[Any]) -> dict[int, CocoImage]:
                 raise TypeError
         except (LookupError, TypeError):
             raise UsageError(
-                f"{path}: images[{number}] is none; expected `file_name` and the whole numbers `id`, `width` and `height`"
+                f"{path}: images[{number}] is not an image; expected `file_name` and whole numbers `id`, `width` and `height`"
             ) from None
         images.setdefault(image.id, image)
     return images
@@ -225,7 +227,10 @@ def _read_images(path: Path, entries: list[Any]) -> dict[int, CocoImage]:
 def _read_boxes(
     path: Path, entries: list[Any], places: dict[int, int], labels: dict[int, int]
 ) -> tuple[list[tuple[float, ...]], int, int]:
-    """Rows of (place of the image, label, crowd, left, top, width, height, area); how many repeated, and were of no image."""
+    """Rows of (position of the image, label, crowd, left, top, width, height, area).
+
+    Also returns how many annotations had a repeated id, and how many were of an image that is not listed.
+    """
     rows: list[tuple[float, ...]] = []
     seen: set[int] = set()
     repeated = unlisted = 0
@@ -240,8 +245,8 @@ def _read_boxes(
                 raise ValueError
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UsageError(
-                f"{path}: annotations[{number}] is none; expected the whole numbers `id`, `image_id`, `category_id`, and `bbox`"
-                " as [left, top, width, height] in pixels"
+                f"{path}: annotations[{number}] is not an annotation; expected whole numbers `id`, `image_id`, `category_id`,"
+                " and `bbox` as [left, top, width, height] in pixels"
             ) from None
         if image not in places:
             unlisted += 1
@@ -264,10 +269,10 @@ def _whole(value: Any) -> int:
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """Images with boxes: item i is an image, (3, H, W) float32 in [0, 1], and its `Target`.
 
-    An image is turned as its EXIF orientation says, or left as stored where only that has the size that its boxes belong to.
+    An image is turned according to its EXIF orientation. If only the stored image has the annotated size, it is not turned.
 
-    `is_training`, `class_names`: see `read_annotations`, also for what is raised. Raises UsageError for images that are not
-    there, at once; and for an item BadImageError where its image does not decode, UsageError where it has another size.
+    `is_training`, `class_names`: see `read_annotations`, also for its errors. Raises UsageError if an image file does not
+    exist, and BadImageError for an item whose image does not decode or has another size.
     """
 
     def __init__(
@@ -283,12 +288,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     @property
     def class_names(self) -> list[str]:
-        """Of the labels 1, 2, …"""
+        """The names of the labels 1, 2, …"""
         return self.annotations.class_names
 
     @property
     def counts(self) -> AnnotationCounts:
-        """What was found in the annotation file."""
+        """Counts of the annotation file's content."""
         return self.annotations.counts
 
     @property
@@ -313,7 +318,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
 
 def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
-    """Raises UsageError unless each image is there. Folders are listed: millions of files are not asked for one by one."""
+    """Raises UsageError if an image file does not exist. Lists whole folders, which is faster than a check for each file."""
     listed: dict[Path, set[str]] = {}
     missing = []
     for image in annotations.images:
@@ -323,7 +328,7 @@ def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
                 listed[path.parent] = set(os.listdir(path.parent))
             except OSError:
                 listed[path.parent] = set()
-        # A file system may not tell upper from lower case.
+        # The second check is for file systems that ignore upper and lower case.
         if path.name not in listed[path.parent] and not path.is_file():
             missing.append(path)
     if not folder.is_dir():
@@ -336,7 +341,7 @@ def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """An image and its boxes, mirrored left to right."""
+    """Flip an image and its boxes horizontally."""
     left, top, right, bottom = target["boxes"].unbind(1)
     width = image.shape[-1]
     boxes = torch.stack([width - right, top, width - left, bottom], dim=1)

@@ -1,4 +1,4 @@
-"""What `dgnet detect train` can be asked for."""
+"""Options of `dgnet detect train`."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class DetectConfig(RunConfig):
-    """A training run of a detector; the defaults are the 1× schedule (§6.3). Raises UsageError for a value that cannot be."""
+    """Options of a training run of a detector; the defaults are the 1× schedule (§6.3).
 
-    model: str = option("dg_resnet50", "the backbone; names: dgnet models")
-    batch_size: int = option(16, "images in a training step, over all devices")
-    optimizer: str = option("momentum", "timm optimiser name; momentum is SGD with momentum, sgd has Nesterov's")
+    Raises UsageError for a value that is not allowed.
+    """
+
+    model: str = option("dg_resnet50", "model name of the backbone; for a list: dgnet models")
+    batch_size: int = option(16, "images in a training step, on all devices together")
+    optimizer: str = option("momentum", "timm optimiser name; momentum is SGD with momentum, sgd has Nesterov momentum")
     lr: float = option(0.02, "learning rate after warm-up")
     weight_decay: float = option(1e-4, "weight decay; never on learned edge weights")
-    data: str = option("", "training annotations: a JSON file in COCO's format, as instances_train2017.json")
+    data: str = option("", "training annotations: a JSON file in COCO's format, such as instances_train2017.json")
     images: str = option("", "folder of the training images")
-    val_data: str = option("", "evaluation annotations")
+    val_data: str = option("", "evaluation annotations: a JSON file in COCO's format")
     val_images: str | None = option(None, "folder of the evaluation images; by default --images")
     iterations: int = option(90_000, "training steps")
-    evaluate_every: int = option(5_000, "evaluate after so many iterations; the last one must be among them")
-    evaluation_batch_size: int = option(1, "images of a device in an evaluation batch, padded to the largest")
+    evaluate_every: int = option(5_000, "number of iterations between evaluations; must divide --iterations")
+    evaluation_batch_size: int = option(1, "images per device in an evaluation batch, padded to the largest")
     lr_steps: list[int] = option([60_000, 80_000], "iterations after which the learning rate falls to a tenth")
     warmup_iterations: int = option(1_000, "iterations of linear warm-up")
-    warmup_factor: float = option(0.001, "share of --lr that warm-up begins with")
-    short_side: int = option(800, "images are scaled to this short side, in pixels …")
-    long_side: int = option(1333, "… or to this long side, if that is less")
+    warmup_factor: float = option(0.001, "learning rate at the start of warm-up, as a share of --lr")
+    short_side: int = option(800, "scale images to this short side, in pixels, unless --long-side gives a smaller image")
+    long_side: int = option(1333, "longest side of a scaled image, in pixels")
     fpn_channels: int = option(256, "channels of the feature pyramid")
-    fpn_norm: bool = option(False, "batch normalisation in the feature pyramid: for training from random weights")
-    frozen_stages: int = option(0, "so many of the backbone's stem and stages keep their weights; the stem counts as one")
-    frozen_norm: bool = option(False, "the backbone's batch normalisations keep statistics, scale and shift")
+    fpn_norm: bool = option(False, "batch normalisation in the feature pyramid; for training from random weights")
+    frozen_stages: int = option(0, "do not train this many of the backbone's stem and stages; the stem counts as one")
+    frozen_norm: bool = option(False, "do not train the backbone's batch normalisation: keep statistics, scale and shift")
     detector_kwargs: dict[str, Any] = option(
         {}, "further options of torchvision's FasterRCNN: {rpn_post_nms_top_n_train: 1000, box_detections_per_img: 100, …}"
     )
@@ -71,10 +74,10 @@ class DetectConfig(RunConfig):
         if self.long_side < self.short_side:
             raise UsageError(f"--long-side {self.long_side} must not be less than --short-side {self.short_side}")
         if any(later <= earlier for earlier, later in pairwise([0, *self.lr_steps])):
-            raise UsageError(f"--lr-steps must be whole numbers from 1 on that grow, got {self.lr_steps}")
+            raise UsageError(f"--lr-steps must be increasing whole numbers from 1 on, got {self.lr_steps}")
         if (self.frozen_stages or self.frozen_norm) and self.weights is None:
             name = "frozen_stages" if self.frozen_stages else "frozen_norm"
-            raise UsageError(f"{flag(name)} keeps the random start of what it freezes: give trained weights with --weights")
+            raise UsageError(f"{flag(name)} would freeze random weights; give trained ones with --weights, or leave it out")
 
     def schedule(self) -> tuple[int, int]:
         return self.iterations // self.evaluate_every, 1
@@ -86,6 +89,6 @@ class DetectConfig(RunConfig):
 
     @property
     def detector_options(self) -> dict[str, Any]:
-        """Arguments of `Detector` beside network and classes."""
+        """Arguments of `Detector` other than network and classes."""
         names = ("short_side", "long_side", "fpn_channels", "fpn_norm", "frozen_stages", "frozen_norm")
         return {**{name: getattr(self, name) for name in names}, "options": self.detector_kwargs}

@@ -14,7 +14,7 @@ from dgnet.detection._backbone import Backbone, announce_area
 from dgnet.errors import UsageError, check_range, did_you_mean, reason
 from dgnet.graph import ValidArea
 
-# Arguments of FasterRCNN that the detector decides, and how.
+# Arguments of FasterRCNN that cannot be set as options, and the reason or the option to use instead.
 _TAKEN = {
     "backbone": "it is the model",
     "num_classes": "it follows from the data",
@@ -28,31 +28,32 @@ OPTIONS: dict[str, float] = {
     for name, parameter in inspect.signature(FasterRCNN.__init__).parameters.items()
     if name not in _TAKEN and isinstance(parameter.default, int | float)
 }
-"""The numbers that FasterRCNN takes, and their defaults."""
+"""The numeric arguments of FasterRCNN, and their defaults."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for an option that FasterRCNN has not, or a value of another kind than its default."""
+    """Raises UsageError for an option that FasterRCNN does not have, a negative value, or a fraction for a whole number."""
     for name, value in options.items():
         if name in _TAKEN:
             raise UsageError(f"the detector's {name} cannot be set: {_TAKEN[name]}")
         if name not in OPTIONS:
-            raise UsageError(f"torchvision's FasterRCNN has no number {name!r}{did_you_mean(name, OPTIONS)}")
+            raise UsageError(f"torchvision's FasterRCNN has no numeric option {name!r}{did_you_mean(name, OPTIONS)}")
         check_range(name, value, 0)
         if isinstance(OPTIONS[name], int) and not isinstance(value, int):
             raise UsageError(f"{name} must be a whole number, got {value}")
 
 
 class Detector(FasterRCNN):
-    """Faster R-CNN with a feature pyramid on `network`, which loses its classifier.
+    """Faster R-CNN with a feature pyramid on `network`, whose classifier is removed.
 
-    Takes and gives what torchvision's does: a list of images, (3, H, W) in [0, 1], and in training a list of targets; gives
-    losses in training, and a list of {boxes, scores, labels} in evaluation. With a static network it is torchvision's.
+    Inputs and outputs are those of torchvision's detectors. Inputs: a list of images, (3, H, W) in [0, 1], and in training a
+    list of targets. Outputs: losses in training, a list of {boxes, scores, labels} in evaluation. With a static network the
+    results are torchvision's.
 
-    `num_classes`: without background. `short_side`, `long_side`: in pixels, what images are scaled to. `options`: further
-    arguments of torchvision's `FasterRCNN`. The others: see `Backbone`.
+    `num_classes`: without background. `short_side`, `long_side`: images are scaled to these sides, in pixels. `options`:
+    further arguments of torchvision's `FasterRCNN`. The others: see `Backbone`.
 
-    Raises UsageError for an option that FasterRCNN has not, and for a network without the feature maps.
+    Raises UsageError for an option that FasterRCNN does not have, and for a network without the feature maps.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class Detector(FasterRCNN):
         except (TypeError, ValueError, AssertionError) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
             raise UsageError(f"torchvision's FasterRCNN cannot be built with {given}: {reason(error)}") from None
-        # The transform pads a batch, and knows what it padded.
+        # The transform pads a batch; its output has the size of each image before padding.
         self.transform.register_forward_hook(_announce_area)
-        # Boxes are computed in float32 under autocast too: half precision rounds their corners by pixels.
+        # Boxes are computed in float32, under autocast too: half precision would shift their corners by pixels.
         for module in (self.rpn.head, self.roi_heads.box_predictor):
-            module.register_forward_hook(_lift)
+            module.register_forward_hook(_to_float32)
 
 
 def _announce_area(
@@ -95,8 +96,8 @@ def _announce_area(
     announce_area(ValidArea(images.image_sizes, (height, width)) if is_padded else None)
 
 
-def _lift(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
-    """Outputs in float32, whatever lists and tuples hold them."""
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+    """Outputs in float32: a tensor, or nested lists and tuples of tensors."""
     if isinstance(outputs, Tensor):
         return outputs.float()
-    return type(outputs)(_lift(module, inputs, output) for output in outputs)
+    return type(outputs)(_to_float32(module, inputs, output) for output in outputs)

@@ -14,17 +14,17 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-# matplotlib brings it, so that a label looks the same everywhere and names in most scripts can be read.
+# matplotlib's own font: labels look the same on every machine, and it has the letters of most scripts.
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 def draw_detections(
     image: Image.Image, boxes: Tensor, labels: Tensor, class_names: Sequence[str], scores: Tensor | None = None
 ) -> Image.Image:
-    """The image, as RGB, with a box for each detection, its class and its score in percent; a class keeps its colour.
+    """The image, as RGB, with a box for each detection, its class name and its score in percent.
 
-    `boxes`: left, top, right, bottom in pixels, (n, 4); `labels`: (n,), of which 1 is the first class; `scores`: (n,) in 0 to
-    1, the best is drawn on top. Lines and letters grow with the image.
+    `boxes`: left, top, right, bottom in pixels, (n, 4); `labels`: (n,), 1 for the first class; `scores`: (n,), from 0 to 1. The
+    best detection is drawn on top. A class always has the same colour. Line width and font size grow with the image.
     """
     image = image.convert("RGB")
     if not len(boxes):
@@ -41,7 +41,7 @@ def draw_detections(
     line = max(1, size // 7)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     drawn = to_pil_image(draw_bounding_boxes(pixels, boxes, colors=list(colours), width=line))
-    # torchvision would write a label inside of its box, where it hides a small object and is cut off at the border.
+    # Not with torchvision: it writes a label inside the box, where it hides small objects and is cut off at the border.
     canvas = ImageDraw.Draw(drawn)
     font = ImageFont.truetype(str(_FONT), size)
     for (left, top, _, _), text, colour in zip(boxes.tolist(), texts, colours, strict=True):
@@ -54,8 +54,8 @@ def draw_detections(
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """The colour of a class, red, green and blue in 0 to 255: those of neighbours lie far apart."""
-    hue = label * 0.618034 % 1  # the golden ratio spreads any number of them
+    """The colour of a class: red, green and blue from 0 to 255. Classes with adjacent labels have very different colours."""
+    hue = label * 0.618034 % 1  # multiples of the golden ratio are spread evenly
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 

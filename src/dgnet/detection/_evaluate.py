@@ -1,4 +1,4 @@
-"""Average precision of a trained detector, and how its connectivity behaved."""
+"""Average precision and connectivity statistics of a trained detector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DetectorEvaluation:
     """A detector's figures over a data set."""
 
     precision: DetectionResult
-    connectivity: dict[str, Any]  # closed_edges, skippable_nodes, … of `Evaluation`; empty for a static backbone
+    connectivity: dict[str, Any]  # closed_edges, skippable_nodes, …: see `Evaluation`; empty for a static backbone
     results: list[dict[str, Any]]  # in COCO's format
 
 
@@ -34,11 +34,13 @@ def evaluate_detector(
     mode: str = "dense",
     backend: str = "pycocotools",
 ) -> DetectorEvaluation:
-    """Run a detector over a data set; in a group of processes each takes its share, and all have the same figures.
+    """Run a detector over a data set.
 
-    `mode`: "dense" or "sparse", see `set_mode`.
+    In a group of processes the images are divided among them, and all processes return the same figures.
 
-    Raises UsageError for a size or count that makes no sense, and for a sparse mode of a static backbone.
+    `mode`: "dense" or "sparse", see `set_mode`. `backend`: see `evaluate_results`.
+
+    Raises UsageError for a size or count out of range, and for the sparse mode with a static backbone.
     """
     rank, ranks = find_ranks()
     loader = EvaluationLoader(dataset, batch_size, workers, collate, rank, ranks)

@@ -25,11 +25,11 @@ from dgnet.training._loading import EndlessOrder, TrainingLoader
 from dgnet.training._module import RunDataModule, RunModule, take_figures
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
-"""What torchvision's Faster R-CNN learns from; `loss` is their sum."""
+"""The losses of torchvision's Faster R-CNN. `loss` is their sum."""
 
 
 class DetectionModule(RunModule):
-    """Faster R-CNN's four losses, warm-up and steps of the learning rate; COCO's average precision."""
+    """Trains with Faster R-CNN's four losses; the learning rate warms up, then falls in steps. Validates with COCO's AP."""
 
     best = "val_ap"
     best_title = "AP"
@@ -56,7 +56,7 @@ class DetectionModule(RunModule):
         observe_batch(self.network, images, targets, [edges, DetectionMeter(self.evaluation)])
 
     def find_figures(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """The figures of each image that are logged, (B,), and which images count."""
+        """The logged figures of each image, (B,), and which images count."""
         counts = torch.tensor([target["image_id"] is not None for target in batch.targets], device=self.device)
         return {} if batch.record is None else edge_figures(self.stages, batch.record.adjacency), counts
 
@@ -90,7 +90,7 @@ class DetectionModule(RunModule):
 
 
 class DetectionDataModule(RunDataModule):
-    """Loaders: training in steps of one aspect ratio, evaluation with each image once."""
+    """Loaders: training steps of only landscape or only portrait images; evaluation with each image once."""
 
     train: CocoDetection
 

@@ -1,4 +1,4 @@
-"""Detections on image files: drawn, and as results in COCO's format."""
+"""Detection on image files: drawings, and results in COCO's format."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dgnet.errors import BadImageError, UsageError
 from dgnet.files import replace_file, writing
 
 RESULTS = "results.json"
-_MANY = 10  # images, which take a few seconds: there is a bar
+_BAR_FROM = 10  # a progress bar is shown for this many images or more
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image's detections: where they are drawn, and how many there are."""
+    """An image, the file with its drawing, and the number of detections drawn."""
 
     image: str
     drawing: str
@@ -34,10 +34,10 @@ class Drawn:
 
 
 def find_images(paths: Sequence[str], output: Path) -> dict[Path, Path]:
-    """Image files, and those in folders and theirs, by the file in the folder `output` that each is drawn to.
+    """Image files of `paths` by the file in `output` to which each is drawn. Folders are searched with their subfolders.
 
-    What lies in `output` already, from another call, is left out. Raises UsageError for a path that does not exist, a folder
-    without images, and an image that would be drawn over.
+    Files in `output`, from an earlier call, are left out. Raises UsageError for a path that does not exist, a folder without
+    images, two images with the same drawing, and an image that its drawing would overwrite.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
@@ -57,13 +57,13 @@ def find_images(paths: Sequence[str], output: Path) -> dict[Path, Path]:
             if target in found:
                 target = output / f"{name}.jpg"
             if target in found:
-                raise UsageError(f"{found[target]} and {file} would be drawn to the same file; give them another --output each")
+                raise UsageError(f"{found[target]} and {file} would be drawn to the same file; give each another --output")
             found[target] = file
     sources = {file.resolve() for file in found.values()}
     for target in found:
         if target.resolve() in sources:
             raise UsageError(
-                f"--output {output} holds the images themselves, which drawings would replace; name another folder"
+                f"--output {output} holds the images themselves, which drawings would overwrite; name another folder"
             )
     return found
 
@@ -72,20 +72,20 @@ def find_images(paths: Sequence[str], output: Path) -> dict[Path, Path]:
 def predict_detections(
     checkpoint: DetectorCheckpoint, paths: Sequence[str], output: Path, least_score: float = 0.5, device: str = "cpu"
 ) -> list[Drawn]:
-    """Detect on images and in folders of them; writes drawings and `results.json` to the folder `output`.
+    """Detect objects on images and folders of images. Writes drawings and `results.json` to the folder `output`.
 
-    A result of `results.json` has the image's place among the images, from 1 on, as `image_id`, and its `file_name`; all
-    detections are there, those of a score from `least_score` on are drawn.
+    `results.json` holds all detections; those with a score of at least `least_score` are drawn. `image_id` is the position of
+    the image among all images, counted from 1; `file_name` is its path.
 
-    An image that does not decode is left out, and named when all are done: in a BadImageError, with how many there are.
-    Raises UsageError for what `find_images` does, and where nothing can be written.
+    An image that does not decode is left out. After all other images, a BadImageError names the first such image and their
+    number. Raises UsageError like `find_images`, and if a file cannot be written.
     """
     images = find_images(paths, output)
     detector = checkpoint.build().to(device)
     results: list[dict[str, Any]] = []
     drawn: list[Drawn] = []
     bad: list[BadImageError] = []
-    bar = tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1, disable=len(images) < _MANY)
+    bar = tqdm(images.items(), unit="image", file=sys.stderr, mininterval=1, disable=len(images) < _BAR_FROM)
     for number, (target, path) in enumerate(bar, start=1):
         try:
             image = decode(read_image(path), str(path))

@@ -19,10 +19,10 @@ from dgnet.training._train import describe_untrained
 
 
 def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResult:
-    """Train a detector as `config` says; writes the run folder. `resume`: as in `dgnet.training.train`.
+    """Train a detector as `config` says, and write the run folder. `resume`: as in `dgnet.training.train`.
 
-    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
-    Interrupted where a signal ended the run after it saved a checkpoint.
+    Raises UsageError for a mistake in the configuration or the data, if possible before anything is written. Raises
+    Interrupted if a signal ended the run after it saved a checkpoint.
     """
     with open_run(config, resume) as run:
         return _train(config, run)
@@ -35,7 +35,7 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
     run.say(f"{config.val_data}: {val_set.counts}")
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     if val_set.annotations.is_crowd.all():
-        raise UsageError(f"{config.val_data} holds no boxes to evaluate on; name other annotations with --val-data")
+        raise UsageError(f"{config.val_data} holds no boxes to evaluate on; give other annotations with --val-data")
     evaluation = CocoEvaluation(val_set.annotations)
     network = create_model(config.model, **config.network_kwargs)
     config = config.resolve(network)

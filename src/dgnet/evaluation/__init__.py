@@ -1,4 +1,4 @@
-"""One pass of a network over a data set, and the meters that take figures from it."""
+"""Run a network once over a data set (`run_pass`), with meters that compute figures from each batch."""
 
 from dgnet.evaluation._accuracy import Accuracy as Accuracy
 from dgnet.evaluation._evaluate import Evaluation as Evaluation

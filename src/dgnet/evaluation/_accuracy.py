@@ -16,14 +16,14 @@ from dgnet.evaluation._pass import Batch
 from dgnet.evaluation._ranks import gather
 
 ACCURACY = ("loss", "top1", "top5")
-"""The names of `accuracy_figures`."""
+"""The names of the figures in `accuracy_figures`."""
 
 
 @torch.no_grad()
 def accuracy_figures(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of each image, (B,): cross-entropy, and 1 where the label is the most probable class, or one of the five most probable.
+    """For each image, (B,): cross-entropy; 1 if the label is the most probable class; 1 if it is among the 5 most probable.
 
-    `logits`: (B, K); `labels`: (B,); all figures of an image with label IGNORED are 0.
+    `logits`: (B, K); `labels`: (B,). All figures of an image with label IGNORED are 0.
     """
     logits = logits.detach().float()
     figures = {"loss": F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)}
@@ -34,7 +34,7 @@ def accuracy_figures(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 class Accuracy:
-    """Loss and accuracies over the images that have a label, counted exactly."""
+    """Mean loss and accuracies over the labelled images, with exact counts over all processes."""
 
     needs_connectivity = False
 
@@ -50,7 +50,7 @@ class Accuracy:
         self.sums += torch.stack([is_labelled, *(figures[name] for name in ACCURACY)]).cpu().double().sum(1)
 
     def summary(self) -> dict[str, float]:
-        """The accuracy figures of `Evaluation`. All processes must call it."""
+        """The accuracy figures of `Evaluation`; NaN if no image has a label. All processes must call it."""
         parts = gather((self.images, self.sums))
         labelled, loss, *hits = torch.stack([sums for _, sums in parts]).sum(0).tolist()
         top1, top5 = (100 * count / labelled if labelled else math.nan for count in hits)

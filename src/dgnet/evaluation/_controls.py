@@ -1,4 +1,7 @@
-"""What connectivity that follows the image is worth: each image with the weights of another one."""
+"""A control for instance-aware connectivity: each image runs with the edge weights of another image.
+
+Letters: B batch, N nodes of a stage.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,21 @@ from dgnet.graph import use_connectivity
 
 
 class OtherAdjacency:
-    """Holds for each image of a batch the weights of the image before it; `impose` gives them to the network.
+    """Keeps for each image of a batch the edge weights of the previous image; `impose` makes the network use them.
 
-    The image before a batch is the last of the batch before; before the first batch it is the last of that batch.
+    The first image of a batch gets the weights of the last image of the previous batch. In the first batch it gets those of the
+    last image of the same batch.
     """
 
     needs_connectivity = True
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.before: list[Tensor] = []  # for each stage (1, N, N), of the image before the next batch
+        self.before: list[Tensor] = []  # for each stage (1, N, N): of the last image so far
         self.shifted: list[Tensor] = []  # for each stage (B, N, N)
 
     def update(self, batch: Batch) -> None:
-        """Take in a batch that ran with its own weights."""
+        """Keep the weights of a batch that ran with its own weights."""
         assert batch.record is not None
         adjacency = batch.record.adjacency
         last = [matrix[-1:] for matrix in adjacency]
@@ -33,5 +37,5 @@ class OtherAdjacency:
         self.before = last
 
     def impose(self) -> AbstractContextManager[None]:
-        """The batch that was taken in last runs with the weights of other images inside the `with` block."""
+        """Inside the `with` block: the last batch runs with the weights of other images."""
         return use_connectivity(self.network, self.shifted)

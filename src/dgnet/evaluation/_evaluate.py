@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, what it executed, and how its connectivity behaved, over a data set."""
+"""Accuracy, executed cost and connectivity statistics of a classifier over a data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dgnet.inference import measure_speed, set_mode, set_sparse
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all images of a data set; shares lie in 0 to 1."""
+    """Figures over all images of a data set. Shares are from 0 to 1."""
 
     top1: float  # percent
     top5: float  # percent
@@ -32,21 +32,21 @@ class Evaluation:
     images: int
     closed_edges: float  # share of edges × images
     skippable_nodes: float  # share of block nodes × images without an open in-edge
-    distinct_wirings: int  # patterns of open edges, over all stages at once
+    distinct_wirings: int  # number of different patterns of open edges over all stages together
     empty_outputs: int  # output nodes × images without an open in-edge
-    weight_std: float  # spread of an edge's weight over the images, mean over the edges that the weighting weighs
+    weight_std: float  # standard deviation of an edge's weight over the images; mean over all but the pinned edges
     dense_multiply_adds: int  # of one image with every edge open: convolutions, routers and aggregation
-    executed_multiply_adds: float  # of an image, mean: of the nodes that ran and the edges that were open
-    executed_std: float
-    executed_percentiles: dict[str, float]  # the 5th, 25th, 50th, 75th and 95th
+    executed_multiply_adds: float  # mean over the images; counts the nodes that ran and the edges that were open
+    executed_std: float  # over the images
+    executed_percentiles: dict[str, float]  # the 5th, 25th, 50th, 75th and 95th, over the images
     executed_by_class: dict[str, float]  # mean over the images of each class; a class without images is left out
     images_per_second: dict[str, float] | None = None  # of static, dense and sparse, measured in one run
-    top1_mean_adjacency: float | None = None  # percent, with every image given the mean of all images' weights
-    top1_other_adjacency: float | None = None  # percent, with every image given another image's weights
+    top1_mean_adjacency: float | None = None  # percent; every image runs with the mean of all images' weights
+    top1_other_adjacency: float | None = None  # percent; every image runs with another image's weights
 
 
 class EvaluationMeters:
-    """The meters of an `Evaluation`. `costs`: of the network on images of the data set's size."""
+    """The meters of an `Evaluation`. `costs`: the network's costs at the data set's image size."""
 
     def __init__(self, network: nn.Module, class_names: list[str], costs: CostModel) -> None:
         self.accuracy = Accuracy()
@@ -57,7 +57,7 @@ class EvaluationMeters:
         return iter((self.accuracy, self.wiring, self.cost))
 
     def evaluation(self, **more: Any) -> Evaluation:
-        """The figures; `more`: fields that were measured apart. All processes must call it."""
+        """The figures. `more`: fields that no meter measures. All processes must call it."""
         return Evaluation(**self.accuracy.summary(), **self.wiring.summary(), **self.cost.summary(), **more)  # type: ignore[arg-type]
 
 
@@ -75,26 +75,26 @@ def evaluate(
     compile: bool = False,
     executor: str = "recommended",
 ) -> Evaluation:
-    """Evaluate `network` on `dataset`, whose transform is set; the network is left on `device`, in evaluation mode.
+    """Evaluate `network` on `dataset`, whose transform is set. The network stays on `device`, in evaluation mode.
 
-    In a group of processes each takes its share of the images, and all have the same figures. A static network has one wiring
-    and closes nothing.
+    In a group of processes the images are divided among them, and all processes return the same figures. A static network has
+    one wiring and no closed edges.
 
-    `mode`: "dense" or "sparse", see `dgnet.inference.set_mode`; `executor`: of the sparse mode, see `set_sparse`.
-    `adjacency_controls`: evaluate twice more, with every image given the mean of all images' weights, and with every image
-    given another's, drawn at random: what connectivity that follows the image is worth. `speed`: measure images/s of the
-    network's modes, and of `static` beside them, on the first batch; see `dgnet.inference.measure_speed`, also for `compile`.
+    `mode`: "dense" or "sparse", see `dgnet.inference.set_mode`. `executor`: for the sparse mode, see `set_sparse`.
+    `adjacency_controls`: evaluate twice more, once with the mean of all images' weights for every image, and once with the
+    weights of another, random image. They show what instance-aware connectivity is worth. `speed`: measure images/s of the
+    network's modes, and of `static` if it is given, on the first batch. `compile`: see `dgnet.inference.measure_speed`.
 
-    Raises UsageError for a size or count that makes no sense, for no images, and for controls of a network without dynamic
-    stages.
+    Raises UsageError for a size or count out of range, for an empty data set, and for `adjacency_controls` of a network without
+    dynamic stages.
     """
-    shown: Any = dataset
+    items: Any = dataset
     if adjacency_controls:
         require_stages(network)
-        # Neighbours in a data set are often of one class.
-        shown = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+        # Shuffled, because neighbours in a data set are often of one class.
+        items = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
     rank, ranks = find_ranks()
-    loader = EvaluationLoader(shown, batch_size, workers, rank=rank, ranks=ranks)
+    loader = EvaluationLoader(items, batch_size, workers, rank=rank, ranks=ranks)
     network = network.to(device).eval()
     network = set_sparse(network, executor) if mode == "sparse" else set_mode(network, mode)
     meters = EvaluationMeters(network, dataset.class_names, cost_model(network, find_image_size(loader)))

@@ -1,4 +1,4 @@
-"""What each image executed, in multiply-adds."""
+"""Executed cost of each image, in multiply-adds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dgnet.evaluation._ranks import gather
 
 
 class ExecutedCost:
-    """Multiply-adds that each image executed, one number for each image and class."""
+    """Executed multiply-adds. Keeps one number and the label for each image."""
 
     needs_connectivity = True
 
@@ -52,7 +52,7 @@ class ExecutedCost:
 
 
 def executed_by_image(costs: CostModel, batch: Batch) -> Tensor:
-    """What each image executed, (B,), float64, on the CPU; of a static network the dense cost."""
+    """Executed multiply-adds of each image, (B,) float64 on the CPU; the dense cost for a static network."""
     if batch.record is None:
         return torch.full((len(batch.targets),), float(costs.dense), dtype=torch.float64)
     return costs.executed_in(batch.record)

@@ -1,4 +1,4 @@
-"""What a classifier made of each single image.
+"""Figures of each single image: prediction, loss, cost and edge weights.
 
 Letters: B batch, E edges of all stages.
 """
@@ -23,17 +23,17 @@ from dgnet.evaluation._wiring import flatten_edges
 class ImageFigures:
     """Figures of some images, on the CPU."""
 
-    indices: Tensor  # (B,), in the data set
-    labels: Tensor  # (B,), IGNORED where there is none
+    indices: Tensor  # (B,), positions in the data set
+    labels: Tensor  # (B,), IGNORED if there is none
     predictions: Tensor  # (B,), class indices
     confidences: Tensor  # (B,), the probability of the predicted class
-    losses: Tensor  # (B,), cross-entropy; not a number without a label
+    losses: Tensor  # (B,), cross-entropy; NaN without a label
     executed: Tensor  # (B,), multiply-adds of the nodes that ran and the edges that were open
     weights: Tensor  # (B, E), as aggregated, 0 where closed; see `flatten_edges`
 
 
 def image_figures(batch: Batch, costs: CostModel) -> ImageFigures:
-    """The figures of a batch of a network with dynamic stages, computed in float64."""
+    """The figures of a batch, computed in float64. The network must have dynamic stages."""
     assert batch.record is not None
     logits, labels = batch.outputs.detach().cpu().double(), batch.targets.cpu()
     confidences, predictions = logits.softmax(1).max(1)
@@ -50,7 +50,7 @@ def image_figures(batch: Batch, costs: CostModel) -> ImageFigures:
 
 
 class ImageByImage:
-    """The figures of every image; memory grows with their number."""
+    """The figures of every image. Memory grows with the number of images."""
 
     needs_connectivity = True
 
@@ -63,6 +63,6 @@ class ImageByImage:
         self.parts.append(image_figures(batch, self.costs))
 
     def summary(self) -> ImageFigures:
-        """The figures of all images, in the order in which they came."""
+        """The figures of all images, in the order of the pass."""
         columns = {f.name: torch.cat([getattr(part, f.name) for part in self.parts]) for f in fields(ImageFigures)}
         return ImageFigures(**columns)

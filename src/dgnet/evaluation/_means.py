@@ -1,4 +1,4 @@
-"""Means of figures of each image, as Lightning logs them.
+"""Means over images, as metrics that Lightning can log.
 
 Letters: B batch.
 """
@@ -14,14 +14,14 @@ from torchmetrics import Metric, MetricCollection
 from dgnet.evaluation._pass import Batch
 
 STATES = ("total", "weight")
-"""The states of a `WeightedMean`."""
+"""The names of the states of a `WeightedMean`."""
 
 
 class WeightedMean(Metric):
-    """The mean of figures of each image, (B,), with weights.
+    """Weighted mean of one value per image, (B,).
 
-    In place of torchmetrics' own mean and accuracies: to leave images out they wait for the device, and the mean's
-    `nan_strategy="disable"`, which does not, ignores the weights (torchmetrics 1.9).
+    Used instead of torchmetrics' mean and accuracies, which wait for the GPU to leave images out. Its mean with
+    `nan_strategy="disable"` does not wait, but ignores the weights (torchmetrics 1.9).
     """
 
     total: Tensor
@@ -33,13 +33,13 @@ class WeightedMean(Metric):
             self.add_state(state, torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Add a batch."""
-        # An image that does not count may have any value, infinity too.
+        """Add a batch: `values` and `weights`, (B,)."""
+        # An image of weight 0 may have any value, also infinity or NaN.
         self.total += torch.where(weights > 0, values * weights, 0.0).sum()
         self.weight += weights.sum()
 
     def compute(self) -> Tensor:
-        """The mean; not a number where nothing counted."""
+        """The mean; NaN if all weights are 0."""
         return self.total / self.weight
 
 
@@ -50,14 +50,14 @@ def build_means(prefix: str, names: Sequence[str]) -> MetricCollection:
 
 @torch.no_grad()
 def update_means(means: MetricCollection, figures: Mapping[str, Tensor], counts: Tensor) -> None:
-    """Add a batch. `figures`: of each image, (B,), by name; `counts`: which images count, (B,) bool."""
+    """Add a batch. `figures`: for each name the value of each image, (B,); `counts`: which images count, (B,) bool."""
     weights = counts.float()
     for name, values in figures.items():
         means[name].update(values.detach(), weights)
 
 
 class Means:
-    """The meter that adds to `means` what `find` reads in a batch: figures of each image, and which images count."""
+    """A meter that adds each batch to `means`. `find`: from a batch to the arguments of `update_means`."""
 
     def __init__(
         self, means: MetricCollection, find: Callable[[Batch], tuple[Mapping[str, Tensor], Tensor]], needs_connectivity: bool

@@ -1,4 +1,4 @@
-"""One pass of a network over a loader; meters take from each batch what they count.
+"""One pass of a network over a loader, with meters that receive each batch.
 
 Letters: B batch, N nodes of a stage.
 """
@@ -24,18 +24,18 @@ from dgnet.graph import Record, find_stages, record_connectivity
 
 @dataclass(frozen=True)
 class Batch:
-    """What a network made of a batch."""
+    """A batch, and the network's outputs for it."""
 
     inputs: Any  # images, (B, C, H, W), or a list of (C, H, W)
-    targets: Any  # labels, (B,), or what else the loader gives
-    outputs: Any
-    record: Record | None = None  # of this forward; None where no meter needs it, and for a static network
-    indices: Sequence[int] = ()  # where the images stand in the data set, where the loader says it
-    extras: Sequence[Any] = ()  # what the loader gives beside inputs and targets
+    targets: Any  # labels, (B,), or other targets of the loader
+    outputs: Any  # what the network returned
+    record: Record | None = None  # of this forward pass; None if no meter needs it, and for a static network
+    indices: Sequence[int] = ()  # positions of the images in the data set; empty if the loader does not give them
+    extras: Sequence[Any] = ()  # further items of the loader, after inputs and targets
 
     @cached_property
     def adjacency(self) -> list[Tensor]:
-        """For each stage the weights as aggregated, (B, N, N), on the CPU; none for a static network."""
+        """For each stage the weights as aggregated, (B, N, N), on the CPU; an empty list without a record."""
         return [] if self.record is None else [matrix.cpu() for matrix in self.record.adjacency]
 
 
@@ -43,7 +43,7 @@ class Meter(Protocol):
     """Accumulates figures over batches."""
 
     needs_connectivity: bool
-    """Whether it reads a batch's record; a static network has none."""
+    """Whether it reads the record of a batch. (For a static network the record is None.)"""
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
@@ -51,7 +51,7 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """A further run of the network on each batch, inside a context of its own, with its own meters."""
+    """A further run of the network on each batch, with its own meters, inside a `with` block of `context()`."""
 
     meters: Sequence[Meter]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -67,9 +67,9 @@ def observe_batch(
     indices: Sequence[int] = (),
     extras: Sequence[Any] = (),
 ) -> None:
-    """Run `network` once and show every meter the batch; connectivity is recorded if a meter needs it.
+    """Run `network` on one batch and update every meter. Connectivity is recorded if a meter needs it.
 
-    `run`: what calls the network, by default itself. The others: see `Batch`.
+    `run`: called with `inputs` instead of `network`, if it is given. `targets`, `indices`, `extras`: see `Batch`.
     """
     is_recorded = any(meter.needs_connectivity for meter in meters) and bool(find_stages(network))
     with record_connectivity(network) if is_recorded else nullcontext() as record:
@@ -89,10 +89,10 @@ def run_pass(
     desc: str = "evaluate",
     variants: Sequence[Variant] = (),
 ) -> None:
-    """Run `network` on every batch of `loader`, each loaded once: first for `meters`, if there are any, then for each variant.
+    """Run `network` on every batch of `loader`: first for `meters`, if there are any, then for each of `variants`.
 
-    A variant's context is entered for each batch, after the runs before it. The network is left on `device`, in evaluation
-    mode; images and labels are moved there. Progress is shown on stderr under the name `desc`.
+    Each batch is loaded once. A variant's context is entered for each batch, after the runs before it. Images and targets are
+    moved to `device`; the network stays there, in evaluation mode. stderr shows the progress, labelled `desc`.
     """
     network = network.to(device).eval()
     runs = [Variant(meters), *variants] if meters else variants
@@ -106,16 +106,16 @@ def run_pass(
 
 
 def to_device(value: Any, device: str) -> Any:
-    """A tensor, or a list of tensors, on `device`; anything else as it is."""
+    """Move a tensor, or the tensors in a list, to `device`; anything else is returned as it is."""
     if isinstance(value, list):
         return [to_device(item, device) for item in value]
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def find_image_size(loader: EvaluationLoader) -> tuple[int, int]:
-    """Height and width of the images that a loader gives, by its first batch. All processes must call it.
+    """Height and width of the images in the first batch of any process. All processes must call it.
 
-    Raises UsageError where there are no images.
+    Raises UsageError if there are no images.
     """
     content = loader.peek()
     sizes = gather(None if content is None else tuple(content[0].shape[2:]))

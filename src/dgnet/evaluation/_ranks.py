@@ -15,7 +15,7 @@ def is_distributed() -> bool:
 
 
 def find_ranks() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """The rank of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 

@@ -10,7 +10,7 @@ from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, ope
 
 
 def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
-    """The images that a checkpoint is evaluated on, in words: `source`, or what its run was evaluated on."""
+    """A description of the images that a checkpoint is evaluated on; see `open_evaluation_data`."""
     config = checkpoint.config
     if source is None and config.get("holdout"):
         return f"{config['holdout']} held-out images of {config['data']}"
@@ -20,13 +20,12 @@ def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
 def open_evaluation_data(
     checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None, needs_labels: bool = True
 ) -> ImageDataset:
-    """`source`, by default what the checkpoint's run was evaluated on, with the checkpoint's preprocessing.
+    """The images of `source`, with the checkpoint's preprocessing. Default: the evaluation images of the checkpoint's run.
 
-    `needs_labels`: see `dgnet.data.open_dataset`.
+    If the run used `--on-bad-image skip`, the images that it skipped are left out, and a line on stderr gives their number.
+    `data_root`: by default that of the run. `needs_labels`: see `dgnet.data.open_dataset`.
 
-    Images that the run skipped, as its `--on-bad-image skip` had asked for, are left out, and a line on stderr says so.
-
-    Raises UsageError for a source that is not there or has classes unknown to it.
+    Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
     config = checkpoint.config
     root = data_root or config.get("data_root", "data")
@@ -43,12 +42,15 @@ def open_evaluation_data(
 
 
 def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:
-    """Without what the run that wrote the checkpoint `path` skipped."""
+    """`dataset` without the images that the run of the checkpoint `path` skipped."""
     whole = len(dataset)
     for folder in (path.parent, path.parent.parent):
         listed = folder / "bad_images.txt"
         dataset = BadImages(listed, limit=0).leave_out(dataset)
         if len(dataset) < whole:
-            print(f"{whole - len(dataset)} of {whole:,} images are left out: {listed} says why", file=sys.stderr)
+            print(
+                f"{whole - len(dataset)} of {whole:,} images are left out; {listed} lists them with the reasons",
+                file=sys.stderr,
+            )
             break
     return dataset

@@ -1,4 +1,4 @@
-"""How the connectivity of a network behaved over a data set.
+"""Connectivity statistics over a data set.
 
 Letters: B batch, N nodes of a stage, E edges of all stages.
 """
@@ -19,10 +19,10 @@ from dgnet.graph import DynamicGraph, Topology
 
 
 class WiringStatistics:
-    """Weights, open and closed edges, accumulated over batches in float64.
+    """Statistics of edge weights and of open edges, accumulated over batches in float64.
 
-    Memory grows with the number of wirings only; `most_wirings` bounds it: others are not told apart any more. A static network
-    has no `stages`, one wiring and no closed edges.
+    Memory grows only with the number of distinct wirings. `most_wirings` limits it: after that many, new wirings are not
+    counted. A static network has no `stages`, one wiring and no closed edges.
     """
 
     needs_connectivity = True
@@ -33,7 +33,7 @@ class WiringStatistics:
         self.sums = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
         self.squares = [torch.zeros(mask.shape, dtype=torch.float64) for mask in self.masks]
         self.opens = [torch.zeros(mask.shape, dtype=torch.int64) for mask in self.masks]
-        # Moments are taken about the first image: weights that do not differ have a spread of 0, not of a rounding.
+        # Moments are taken about the first image's weights, so that equal weights have a spread of exactly 0.
         self.first: list[Tensor] = []
         self.weighed = [_weighed_edges(stage.topology) for stage in stages]
         self.images = self.dead = self.empty = 0
@@ -73,7 +73,7 @@ class WiringStatistics:
 
     def _add(self, other: WiringStatistics) -> None:
         for stage, first in enumerate(other.first):
-            shift = first - self.first[stage]  # of the point about which the other's moments are taken
+            shift = first - self.first[stage]  # `other` takes its moments about `first`
             self.sums[stage] += other.sums[stage] + other.images * shift
             self.squares[stage] += other.squares[stage] + 2 * shift * other.sums[stage] + other.images * shift.square()
             self.opens[stage] += other.opens[stage]
@@ -84,7 +84,7 @@ class WiringStatistics:
             self._count(pattern, images)
 
     def mean(self) -> list[Tensor]:
-        """For each stage the mean weight of every edge, (N, N), 0 where an edge is closed counted in."""
+        """For each stage the mean weight of every edge over the images, (N, N). A closed edge counts as 0."""
         return [first + total / self.images for first, total in zip(self.first, self.sums, strict=True)]
 
     def std(self) -> list[Tensor]:
@@ -118,20 +118,20 @@ _STATIC = {"closed_edges": 0.0, "skippable_nodes": 0.0, "distinct_wirings": 1, "
 
 
 def _weighed_edges(topology: Topology) -> Tensor:
-    """(N, N): the edges that the weighting weighs, all but the pinned ones."""
+    """(N, N) bool: the edges whose weight the weighting decides, which are all but the pinned ones."""
     weighed = topology.mask.clone()
     weighed[list(topology.pinned)] = False
     return weighed
 
 
 def flatten_edges(matrices: Sequence[Tensor], topologies: Sequence[Topology]) -> Tensor:
-    """(…, E) from (…, N, N) for each stage: stage by stage, by receiver, then by sender."""
+    """From (…, N, N) for each stage to (…, E): edges ordered by stage, then by receiver, then by sender."""
     pairs = zip(matrices, topologies, strict=True)
     return torch.cat([matrix[..., topology.mask.to(matrix.device)] for matrix, topology in pairs], dim=-1)
 
 
 def edge_figures(stages: Sequence[DynamicGraph], adjacency: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Of each image, (B,), for each stage: the mean weight of its edges, and the share of them that is closed.
+    """For each stage and image, (B,): the mean weight of the stage's edges, and the share of them that is closed.
 
     `adjacency`: for each stage the weights as aggregated, (B, N, N).
     """
@@ -144,5 +144,5 @@ def edge_figures(stages: Sequence[DynamicGraph], adjacency: Sequence[Tensor]) ->
 
 
 def edge_figure_names(stages: Sequence[DynamicGraph]) -> list[tuple[str, str]]:
-    """The names of `edge_figures`, a pair for each stage."""
+    """The names of the figures in `edge_figures`, a pair for each stage."""
     return [(f"stage{number}_edge_weight", f"stage{number}_closed_edges") for number in range(1, len(stages) + 1)]

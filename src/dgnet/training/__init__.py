@@ -1,4 +1,4 @@
-"""Training of classifiers, on Lightning."""
+"""Training of classifiers, with Lightning."""
 
 from typing import TYPE_CHECKING
 

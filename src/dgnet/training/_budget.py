@@ -1,4 +1,4 @@
-"""Training to a budget of multiply-adds: what a forward executes, differentiable in the gates, and a loss that holds it."""
+"""Training to a budget: the multiply-adds that a forward pass executes, differentiable in the gates, and a loss on them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ PER = ("batch", "sample")
 
 
 class Budget:
-    """Holds the multiply-adds of the nodes that run at `share` of the dense cost.
+    """A loss that keeps the multiply-adds of the nodes that run at `share` of the dense cost.
 
-    `per`: the mean over a "batch" is held, or each "sample" by itself. The loss is `strength` · (executed - target)², where
-    executed is a share of the dense cost, exact since gates are 0 or 1, and the target falls from 1 to `share` over the first
-    `warmup` of training.
+    The loss is `strength` · (executed - target)². `executed` is a share of the dense cost. It is exact, because gates are 0 or
+    1. `target` falls linearly from 1 to `share` over the first `warmup` of training, a share of all steps.
 
-    Raises UsageError for a network without gates on blocks, and for a share outside (0, 1] or below what always runs.
+    `per`: the loss is on the mean of a "batch", or on each "sample".
+
+    Raises UsageError for a network without block gates, and for a `share` outside (0, 1] or below the cost of what always runs.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Budget:
         check_range("--budget-warmup", warmup, 0, 1)
         self.stages = find_stages(network)
         if not self.stages:
-            raise UsageError(f"--budget {share} needs a network with dynamic stages, which {type(network).__name__} has not")
+            raise UsageError(f"--budget {share} needs a network with dynamic stages; {type(network).__name__} has none")
         if all(stage.node_gates is None for stage in self.stages):
             raise UsageError(f"--budget {share} needs gates on blocks: leave node_gate out, or set it to hard or gumbel")
         self.costs = cost_model(network, image_size)
@@ -50,20 +51,20 @@ class Budget:
         self._ran: dict[int, Tensor] = {}
 
     def watch(self) -> AbstractContextManager[None]:
-        """See which nodes run in a forward pass inside the `with` block."""
+        """Inside the `with` block: observe which nodes a forward pass runs."""
         self._ran = {}
         return observe(self.stages, self)
 
     def observe(self, index: int, wiring: Wiring) -> None:
-        """Note which nodes of a stage ran; see `dgnet.graph.Observer`."""
+        """Keep which nodes of a stage ran; see `dgnet.graph.Observer`."""
         self._ran[index] = wiring.ran.float()
 
     def executed(self) -> Tensor:
-        """Multiply-adds of the forward observed last, for each sample as a share of the dense cost, (B,)."""
+        """Multiply-adds of the last observed forward pass: for each sample a share of the dense cost, (B,)."""
         return self.costs.executed([self._ran[index] for index in range(len(self.stages))]) / self.costs.dense
 
     def penalty(self, executed: Tensor, progress: float = 1.0) -> Tensor:
-        """The loss for what a batch executed, (B,); `progress`: the share of training that is done."""
+        """The loss. `executed`: for each sample a share of the dense cost, (B,); `progress`: the share of training done."""
         ramp = min(progress / self.warmup, 1.0) if self.warmup else 1.0
         target = 1 - ramp * (1 - self.share)
         distance = executed.mean() - target if self.per == "batch" else executed - target

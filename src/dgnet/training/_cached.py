@@ -1,4 +1,4 @@
-"""Small data sets as tensors on the training device: decoded once, augmented there a batch at a time."""
+"""Small data sets as tensors on the training device: decoded once, then augmented batch by batch on the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from dgnet.training._loading import TrainingOrder
 
 
 class CachedLoader:
-    """Batches of a data set that lies decoded in memory: images (B, 3, H, W), normalised, and labels (B,).
+    """Batches of a data set whose decoded images are kept in memory: images (B, 3, H, W), normalised, and labels (B,).
 
     The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
-    eighth, cropped at random and flipped with probability `hflip`, as `Preprocessing.training_transform` does it image by
-    image, here as a function of (seed, epoch, index). `order`: a training order; without one every image comes once, as they
-    lie in the data set, `batch_size` at a time.
+    eighth, cropped at random and flipped with probability `hflip`, like in `Preprocessing.training_transform`. What is drawn
+    for an image is a function of (seed, epoch, index).
+
+    `order`: a training order. Without it every image is given once, in the order of the data set, `batch_size` at a time.
 
     Raises BadImageError for an image that does not decode.
     """
@@ -60,7 +61,7 @@ class CachedLoader:
         return (images.float() / 255 - self.mean) / self.std
 
     def _draw_places(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Top, left, and whether to flip, of each image, (images, 1). Drawn on the CPU: the same on every device."""
+        """For each image top, left, and whether to flip it, (images, 1) each. Drawn on the CPU: the same for every device."""
         generator = torch.Generator().manual_seed(seed)
         shape, (down, across) = (len(self.images), 1), self.padding
         top = torch.randint(2 * down + 1, shape, generator=generator)
@@ -70,7 +71,7 @@ class CachedLoader:
         return top.to(device), left.to(device), flipped.to(device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-        """Each image padded and cropped at its place, those `flipped` mirrored; (B, 3, H, W)."""
+        """Pad each image, crop it at its (`top`, `left`), and mirror it where `flipped`; (B, 3, H, W)."""
         batch, channels, height, width = images.shape
         (down, across), device = self.padding, images.device
         rows = top + torch.arange(height, device=device)

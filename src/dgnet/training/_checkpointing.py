@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and runs that stop when they are told to."""
+"""Checkpoints that are never half written, and runs that stop after a signal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dgnet.files import replace_file
 
 LAST = "last.ckpt"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOOK_EVERY = 10  # steps on a GPU between looks at whether the loss is finite: each look waits for the device
+_CHECK_LOSS_EVERY = 10  # steps on a GPU between checks that the loss is finite: each check waits for the device
 
 
-class Interrupted(Exception):  # noqa: N818, the field's word; no error
-    """A run was told to stop by a signal; its checkpoint is of `step`, or, where that is None, of some step before."""
+class Interrupted(Exception):  # noqa: N818, it is not an error
+    """A signal stopped a run. Its last checkpoint is from `step`, or from an earlier, unknown step if that is None."""
 
     def __init__(self, signum: int, step: int | None, folder: Path) -> None:
         after = "" if step is None else f" after step {step:,}"
@@ -35,9 +35,9 @@ class Interrupted(Exception):  # noqa: N818, the field's word; no error
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames: a checkpoint is the old one or the new one, whatever happens.
+    """Writes a temporary file beside the target, syncs it, and renames it: there is always a whole old or new checkpoint.
 
-    Loads tensors and plain values only. Raises UsageError where the file cannot be written.
+    Loads tensors and plain values only. Raises UsageError if the file cannot be written.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -47,13 +47,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with replace_file(path) as written, _Target(written) as file:
                 try:
                     torch.save(checkpoint, file)
-                except RuntimeError:  # torch's writer says that it failed, not why
+                except RuntimeError:  # torch's writer does not give the reason
                     if file.failure is not None:
                         raise file.failure from None
                     raise
         except OSError as error:
             kept = "; the one before it is kept" if path.exists() else ""
-            raise UsageError(f"checkpoint {path} cannot be written ({reason(error)}){kept}; then go on with --resume") from None
+            raise UsageError(
+                f"checkpoint {path} cannot be written ({reason(error)}){kept}; then continue with --resume"
+            ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -61,7 +63,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class _Target(io.FileIO):
-    """A file to write; `failure`: why the system refused to, if it did."""
+    """A file to write. `failure`: the error of the operating system, if a write failed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")
@@ -71,7 +73,7 @@ class _Target(io.FileIO):
         rest = memoryview(content).cast("B")
         size = len(rest)
         try:
-            while rest:  # a disk that is filling up takes a part
+            while rest:  # a disk that is almost full writes only a part
                 rest = rest[super().write(rest) :]
         except OSError as error:
             self.failure = error
@@ -80,13 +82,14 @@ class _Target(io.FileIO):
 
 
 class Checkpointing(CheckpointCallback):
-    """Writes best.ckpt, and last.ckpt at each epoch's end, every so many steps or seconds, and when told to stop.
+    """Writes best.ckpt, and last.ckpt at each epoch's end, every `steps` steps or `seconds` seconds, and after a signal.
 
-    After each step all processes agree on what to do, whichever of them was told. Raises Interrupted after a signal, and
-    UsageError where a loss is not finite.
+    After each step all processes agree on what to do; one of them may have received the signal. last.ckpt is also written one
+    step before each evaluation, and a signal during the evaluation ends the run at once.
 
-    A step before each evaluation is saved too, and a signal during the evaluation takes effect at once. `best`: the metric
-    whose highest value decides best.ckpt.
+    `best`: the metric whose highest value decides best.ckpt.
+
+    Raises Interrupted after a signal, and UsageError if a loss is not finite.
     """
 
     def __init__(self, folder: Path, best: str, steps: int | None = None, seconds: float | None = None) -> None:
@@ -95,7 +98,7 @@ class Checkpointing(CheckpointCallback):
         self.steps, self.seconds = steps, seconds
         self.best_value = -1.0
         self.saved_at = time.monotonic()
-        self.is_owed = False  # a checkpoint, after the next step
+        self.is_postponed = False  # whether to write a checkpoint after the next step
         self.signum = 0
         self._group: Any = None
 
@@ -107,8 +110,8 @@ class Checkpointing(CheckpointCallback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking does not wait for a GPU
-        # In place of Lightning's handlers, which it restores when it leaves.
+            self._group = dist.new_group(backend="gloo")  # on the CPU: it does not wait for a GPU
+        # These handlers replace Lightning's, which Lightning restores at the end of training.
         if take_sigterm(trainer):
             self.signum = signal.SIGTERM
         if threading.current_thread() is threading.main_thread():
@@ -118,7 +121,7 @@ class Checkpointing(CheckpointCallback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        # A second one ends the process at once.
+        # A second signal ends the process at once.
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -128,12 +131,12 @@ class Checkpointing(CheckpointCallback):
         is_evaluated = module.evaluates_in(trainer.current_epoch)
         is_due = step % self.steps == 0 if self.steps else time.monotonic() - self.saved_at >= (self.seconds or float("inf"))
         is_next_evaluated = is_evaluated and batch_index + 1 + trainer.accumulate_grad_batches == trainer.num_training_batches
-        due, signum = self._agree(is_due or is_next_evaluated or self.is_owed, self.signum)
-        if module.device.type == "cpu" or due or is_last or signum or step % _LOOK_EVERY == 0:
+        due, signum = self._agree(is_due or is_next_evaluated or self.is_postponed, self.signum)
+        if module.device.type == "cpu" or due or is_last or signum or step % _CHECK_LOSS_EVERY == 0:
             (bad_step,) = self._agree(int(module.first_bad_step))
             if bad_step >= 0:
                 raise UsageError(self._describe_bad_step(bad_step, module.lr))
-        if is_last:  # Lightning would take an evaluation for done; the step before it was saved
+        if is_last:  # not saved here: a resumed run would skip the evaluation. The step before this one was saved.
             self.signum = signum
             if signum and is_evaluated:
                 raise Interrupted(signum, step - 1, self.folder.parent)
@@ -150,7 +153,7 @@ class Checkpointing(CheckpointCallback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         if not module.evaluates_in(trainer.current_epoch):
-            self.is_owed = True  # its row of metrics is written after this
+            self.is_postponed = True  # the epoch's row of metrics is written after this call
             return
         value = float(trainer.callback_metrics[self.best])
         is_best, self.best_value = value > self.best_value, max(value, self.best_value)
@@ -162,7 +165,7 @@ class Checkpointing(CheckpointCallback):
             raise Interrupted(signum, trainer.global_step, self.folder.parent)
 
     def _agree(self, *values: int) -> list[int]:
-        """The same answers in every process: the largest of each."""
+        """The largest value over all processes, for each of `values`."""
         if self._group is None:
             return list(values)
         tensor = torch.tensor([int(value) for value in values])
@@ -173,13 +176,13 @@ class Checkpointing(CheckpointCallback):
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
         self.saved_at = time.monotonic()
-        self.is_owed = False
+        self.is_postponed = False
 
     def _describe_bad_step(self, step: int, lr: float) -> str:
         line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}; lower --lr, or clip with --clip-grad"
         if self.path.exists():
-            return f"{line}, and start from {self.path}, which is from before it, with --weights"
-        return f"{line}; no checkpoint was written before it"
+            return f"{line}, and start from {self.path}, written before that step, with --weights"
+        return f"{line}; no checkpoint was written before that step"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value}

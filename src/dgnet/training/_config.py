@@ -1,6 +1,6 @@
-"""What training can be asked for: frozen dataclasses, the source of the commands' options and of recipes.
+"""Options of training, as frozen dataclasses. The commands' options, their help texts and the recipes follow from them.
 
-A help text is printed from them. They import torch and timm only in the checks of a configuration, so that it comes at once.
+torch and timm are imported only when a configuration is checked, so that `--help` prints at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
-# What may differ where a run goes on: where data lie, what it takes place on. None of it decides the result.
+# Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
     *("data", "val_data", "data_root", "images", "val_images", "accelerator", "devices", "nodes", "workers", "threads"),
     *("checkpoint_every", "max_bad_images"),
 )
 
-# Model options that the rest of the configuration decides, and how.
+# Model options that --model-kwargs cannot set, and the reason or the option to use instead.
 _TAKEN = {
     "num_classes": "it follows from the data",
     "in_chans": "images are read as RGB",
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
-    "features_only": "what is trained decides it",
+    "features_only": "the command decides it",
     **{name: f"use --{name}" for name in _OWN_OPTIONS},
 }
 
@@ -61,12 +61,12 @@ def _is_plain(value: object) -> bool:
 
 
 def _check_optimizer(name: str) -> None:
-    """Raises UsageError for an optimiser that timm does not have, or that cannot be used."""
+    """Raises UsageError for an optimiser that timm does not have or that cannot be used here."""
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
     check_choice("--optimizer", name, map(str, list_optimizers()))
     if get_optimizer_info(name).second_order:
-        raise UsageError(f"--optimizer {name} takes second derivatives, which training has not; use another")
+        raise UsageError(f"--optimizer {name} needs second derivatives, which training does not compute; use another")
     try:
         get_optimizer_class(name)
     except (AssertionError, ImportError) as error:
@@ -75,53 +75,56 @@ def _check_optimizer(name: str) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run can be asked for. Raises UsageError for a value that makes no sense."""
+    """Options of every training run. Raises UsageError for a value that is not allowed."""
 
-    model: str = option("dg_resnet20", "model name; names: dgnet models")
-    weighting: str | None = option(None, "what edges weigh: routed (the default), learned, fixed")
+    model: str = option("dg_resnet20", "model name; for a list: dgnet models")
+    weighting: str | None = option(None, "how edges are weighted: routed (the default), learned, fixed")
     topology: str | None = option(
-        None, "which edges exist: complete (the default), residual, chain, er, ba, ws; one a stage with commas"
+        None,
+        "which edges exist: complete (the default), residual, chain, er, ba, ws; or one for each stage, separated by commas",
     )
-    shortcut: str | None = option(None, "where the residual shortcut is: edge (the default) or node")
+    shortcut: str | None = option(None, "where the residual shortcut is: edge (the default), node")
     model_kwargs: dict[str, Any] = option(
-        {}, "further model options as a dict; one by one, beside a recipe's: --model-kwargs.router_bias 0"
+        {}, "further model options, as a dict; to add one to those of a recipe: --model-kwargs.router_bias 0"
     )
-    weights: str | None = option(None, "start from the weights in this file")
-    output: str | None = option(None, "run folder, must not hold a run yet; by default the next free runs/MODEL-N")
-    batch_size: int = option(32, "images in a training step, over all devices")
+    weights: str | None = option(None, "start from the weights in this file or run folder")
+    output: str | None = option(None, "run folder, new or empty; by default the next free runs/MODEL-N")
+    batch_size: int = option(32, "images in a training step, on all devices together")
     seed: int = option(0, "seed of initialisation, order and augmentation")
-    hflip: float = option(0.5, "probability of a horizontal flip; digits are never flipped")
-    optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum has not")
-    accumulate: int = option(1, "batches of a device that make a step: --batch-size stays, memory falls")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum is SGD without it")
+    accumulate: int = option(
+        1, "batches of each device in a step; more of them need less memory, and --batch-size stays the same"
+    )
     lr: float = option(0.1, "peak learning rate")
     lr_batch_size: int | None = option(
-        None, "batch size that --lr is meant for: at another --batch-size it is scaled in proportion; by default never"
+        None, "batch size for which --lr is meant; another --batch-size scales the rate in proportion; by default no scaling"
     )
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay; never on learned edge weights")
-    norm_decay: bool = option(False, "normalisation and biases decay too")
+    norm_decay: bool = option(False, "apply weight decay to normalisation and biases too")
     routing_decay: str = option(
-        "weights", "what of the routing decays too: routers' weights, all (biases and thresholds too), none", ROUTING_DECAY
+        "weights", "weight decay of routers: weights, all (biases and thresholds too), or none", ROUTING_DECAY
     )
-    clip_grad: float | None = option(None, "clip the norm of all gradients together at this; by default never")
-    ema: float | None = option(None, "decay of a moving average of the weights, which is what is evaluated and saved: 0.9999")
-    precision: str = option("32", "arithmetic; bf16 and fp16 are autocast", ("32", "bf16", "fp16"))
+    clip_grad: float | None = option(None, "clip the norm of all gradients together at this value; by default no clipping")
+    ema: float | None = option(None, "evaluate and save a moving average of the weights with this decay, for example 0.9999")
+    precision: str = option("32", "number format: 32, bf16 or fp16; bf16 and fp16 use autocast", ("32", "bf16", "fp16"))
     accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("1", "how many devices of a machine to train on; auto: all of them; torchrun knows by itself")
-    nodes: int = option(1, "how many machines; torchrun knows by itself")
-    sync_bn: bool = option(False, "batch normalisation over all devices (CUDA)")
+    devices: str = option("1", "number of devices of each machine to train on; auto: all of them; ignored under torchrun")
+    nodes: int = option(1, "number of machines; ignored under torchrun")
+    sync_bn: bool = option(False, "batch normalisation over the images of all devices (CUDA)")
     checkpoint_every: str = option(
-        "15 minutes", "write checkpoints/last.ckpt so often, as '500 steps' or '15 minutes', and at each epoch's end"
+        "15 minutes", "how often to write checkpoints/last.ckpt, besides each epoch's end: '500 steps' or '15 minutes'"
     )
     loggers: list[dict[str, Any]] = option(
         [], "further Lightning loggers: [{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: NAME}}]"
     )
-    workers: int = option(0, "processes that load images; 0 loads in the main process")
-    threads: int | None = option(None, "CPU threads of torch; by default torch's own choice")
+    workers: int = option(0, "processes that load images; 0: the main process loads them")
+    threads: int | None = option(None, "CPU threads of PyTorch; by default its own choice")
 
     command: ClassVar[str]
-    """What trains as the configuration says, as it is typed after `dgnet`."""
+    """The command that trains with this configuration, as typed after `dgnet`."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -148,11 +151,11 @@ class RunConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The rate after warm-up: `lr`, in proportion to the batch size where `lr_batch_size` is given (Goyal et al., 2017)."""
+        """The rate after warm-up: `lr`, scaled by `batch_size` / `lr_batch_size` if that is given (Goyal et al., 2017)."""
         return self.lr * self.batch_size / self.lr_batch_size if self.lr_batch_size else self.lr
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
-        """Steps or seconds between checkpoints; the other is None. Raises UsageError for neither."""
+        """Steps or seconds between checkpoints; the other is None. Raises UsageError for a text that is neither."""
         found = re.fullmatch(r"([\d.]+) *(steps?|min|minutes?)", self.checkpoint_every.strip())
         try:
             number = float(found[1]) if found else 0.0
@@ -164,16 +167,16 @@ class RunConfig:
 
     @property
     def network_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `create_model`: the axes, where given, and `model_kwargs`."""
+        """Keyword arguments for `create_model`: weighting, topology and shortcut, if given, and `model_kwargs`."""
         axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
         return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
 
     def schedule(self) -> tuple[int, int]:
-        """How many epochs there are, each a row of metrics.csv, and after how many of them an evaluation comes."""
+        """The number of epochs, each a row of metrics.csv; and after how many of them there is an evaluation."""
         raise NotImplementedError
 
     def resolve(self, network: nn.Module) -> Self:
-        """This configuration with what it left open of the network filled in: every value that decides the result."""
+        """This configuration with all options of `network` filled in, so that it holds every value that decides the result."""
         options = dict(getattr(network, "connectivity_options", {}))
         axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
         return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
@@ -193,39 +196,50 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """A training run of a classifier. Raises UsageError for a value that makes no sense."""
+    """Options of a training run of a classifier. Raises UsageError for a value that is not allowed."""
 
     data: str = option(
         "digits",
-        "training data: digits, a folder of class folders, shards (…{000..004}.tar, URLs and pipe: too), torch/…, hfds/…",
+        "training data: digits (never flipped), a folder of class folders, shards (…{000..004}.tar, also URLs and pipe:),"
+        " torch/…, hfds/…",
     )
-    val_data: str | None = option(None, "evaluation data; not needed where --data holds both (train/ and val/)")
-    epoch_images: int | None = option(None, "how many images of a stream (--data URL or pipe:) make an epoch")
-    holdout: int = option(0, "evaluate on so many of the training images in place of --val-data, and train on the others")
-    data_root: str = option("data", "folder in which torch/… and hfds/… data sets lie")
+    val_data: str | None = option(
+        None, "evaluation data; not needed if --data has its own (train/ and val/, digits, torch/…, hfds/…)"
+    )
+    epoch_images: int | None = option(None, "number of images in an epoch of a stream (--data URL or pipe:)")
+    holdout: int = option(0, "evaluate on this many of the training images instead of --val-data, and train on the others")
+    data_root: str = option("data", "folder of the torch/… and hfds/… data sets")
     epochs: int = option(20, "passes over the training images")
-    evaluate_every: int = option(1, "evaluate after so many epochs; the last one must be among them")
+    evaluate_every: int = option(1, "number of epochs between evaluations; must divide --epochs")
     image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
     crop_pct: float | None = option(
-        None, "share of the short side that evaluation's centre crop keeps, 0.875 is 224 of 256; by default the model's own"
+        None, "share of the short side in the centre crop of evaluation (0.875: 224 of 256); by default the model's own"
     )
-    augment: str = option("auto", "auto: rrc above 64 pixels, pad-crop up to there", ("auto", "rrc", "pad-crop", "none"))
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up; a half-period cosine follows, by step")
+    augment: str = option(
+        "auto",
+        "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",
+        ("auto", "rrc", "pad-crop", "none"),
+    )
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; then the rate falls along a half-period cosine, by step")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
     budget: float | None = option(
-        None, "hold the mean multiply-adds at this share of the dense cost; blocks get gates (model option node_gate: hard)"
+        None, "train to this share of the dense cost in multiply-adds; blocks get gates (model option node_gate: hard)"
     )
-    budget_per: str = option("batch", "hold the budget on the mean of a batch, or for each sample", ("batch", "sample"))
-    budget_strength: float = option(10.0, "weight of the budget's loss")
-    budget_warmup: float = option(0.3, "share of training over which the budget falls from 1 to --budget")
+    budget_per: str = option(
+        "batch", "apply the budget to the mean of a batch, or to each sample: batch, sample", ("batch", "sample")
+    )
+    budget_strength: float = option(10.0, "weight of the budget loss")
+    budget_warmup: float = option(0.3, "share of training during which the target falls from 1 to --budget")
     compile: bool = option(False, "compile the network with torch.compile")
     channels_last: bool = option(False, "channels_last memory format")
-    grad_checkpointing: bool = option(False, "recompute nodes in the backward pass: less memory, more time")
+    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, more time")
     on_bad_image: str = option(
-        "error", "an image that does not decode: an error, or skip it and list it in bad_images.txt", ("error", "skip")
+        "error",
+        "what to do with an image that does not decode: error ends the run; skip lists it in bad_images.txt",
+        ("error", "skip"),
     )
-    max_bad_images: int = option(100, "more bad images than this end the run")
-    cache: bool = option(False, "decode all images once and augment them on the device: for small images")
+    max_bad_images: int = option(100, "with --on-bad-image skip: more bad images than this end the run")
+    cache: bool = option(False, "decode all images once and augment them on the device; for small images")
 
     command: ClassVar[str] = "train"
 
@@ -240,12 +254,12 @@ class TrainConfig(RunConfig):
                 f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
             )
         if self.holdout and self.val_data:
-            raise UsageError("--holdout takes the place of --val-data; leave one out (a recipe's with --val-data null)")
+            raise UsageError("--holdout replaces --val-data; leave one of them out (a recipe's: --val-data null)")
         if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
             raise UsageError("--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc")
         if self.cache and (self.on_bad_image == "skip" or is_stream(self.data)):
             raise UsageError(
-                "--cache true decodes all images at the start: it goes with neither --on-bad-image skip nor a stream"
+                "--cache true decodes all images at the start; it cannot be combined with --on-bad-image skip or a stream"
             )
 
     def schedule(self) -> tuple[int, int]:

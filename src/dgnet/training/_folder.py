@@ -19,13 +19,13 @@ from dgnet.training._checkpointing import LAST
 from dgnet.training._config import RunConfig
 
 PATIENCE = 10.0
-"""Seconds that processes which load images may outlive one that was killed; so long they hold its folder."""
+"""Seconds to wait for the lock of a run folder: after a run is killed, its loading processes hold the lock a little longer."""
 
 
 def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
-    """The run folder, `--output` or the next free one, and the folders that were made for it, the innermost first.
+    """Make the run folder: `--output`, or the next free one. Returns it, and all new folders, the innermost first.
 
-    Raises UsageError where it holds something or cannot be made.
+    Raises UsageError if the folder is not empty or cannot be made.
     """
     if config.output is not None:
         folder = Path(config.output)
@@ -49,28 +49,28 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises UsageError where the folder that `--output` names holds something."""
+    """Raises UsageError if `folder`, named by `--output`, is not empty."""
     if folder.is_dir() and any(folder.iterdir()):
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what a run wrote."""
+    """Remove everything in `folder`."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[None]:
-    """Keep other processes out of a run inside the `with` block. Raises UsageError if one trains in it."""
-    return lock(folder, f"{folder} is a run's that goes on in another process; stop that first, or name another", PATIENCE)
+    """Inside the `with` block: no other process can train in `folder`. Raises UsageError if one does already."""
+    return lock(folder, f"another process trains in {folder}; stop that process first, or name another folder", PATIENCE)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
-    """Write config.yaml, which repeats the run in a folder of its own. Raises UsageError where it cannot be written."""
+    """Write config.yaml, from which the run can be repeated in a new folder. Raises UsageError if it cannot be written."""
     text = yaml.safe_dump({**asdict(config), "output": None}, sort_keys=False, allow_unicode=True)
     with writing(f"the run folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)  # another process that had waited for it may have taken it away
+        folder.mkdir(parents=True, exist_ok=True)  # another process that waited for the lock may have removed it
         with replace_file(folder / "config.yaml") as written:
             written.write_text(text, encoding="utf-8")
 
@@ -79,21 +79,23 @@ def write_weights(folder: Path) -> None:
     """Write model.safetensors from the last checkpoint."""
     tensors, carried = read_tensors(folder / "checkpoints" / LAST)
     path = folder / "model.safetensors"
-    with writing(path, f"then go on with --resume {folder}"):
+    with writing(path, f"then continue with --resume {folder}"):
         save_tensors(tensors, path, carried or {})
 
 
 def read_progress(checkpoint: Path) -> tuple[int, list[str]]:
-    """The number of steps taken, and the class names. Raises UsageError for a file that is damaged."""
+    """The number of steps taken, and the class names. Raises UsageError for a damaged file."""
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"]), list(content["dgnet"]["class_names"])
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, pickle.UnpicklingError):
-        raise UsageError(f"{checkpoint} is damaged or no checkpoint of a run; put another in its place, as best.ckpt") from None
+        raise UsageError(
+            f"{checkpoint} is damaged or not a checkpoint of a run; replace it with another, such as best.ckpt"
+        ) from None
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
-    """The last row of metrics.csv, without what was not measured."""
+    """The last row of metrics.csv, without empty cells."""
     row = read_table(folder / "metrics.csv")[-1]
     return {name: float(value) for name, value in row.items() if value != ""}
 

@@ -1,4 +1,4 @@
-"""metrics.csv: one row an epoch, which goes on where a run goes on."""
+"""metrics.csv: one row for each epoch; a resumed run continues it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgnet.files import read_table, write_table, writing
 
 
 class MetricsFile(Logger):
-    """Writes `path` anew with each row. Rows after `step`, which a run that goes on writes again, are dropped."""
+    """Writes the whole file `path` again after each row. `step`: where a run continues; rows from there on are dropped."""
 
     def __init__(self, path: Path, step: int | None = None) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class MetricsFile(Logger):
         if not any(name.startswith("train_") for name in metrics):
             return
         self.rows.append({**metrics, "epoch": int(metrics["epoch"]), "step": step})
-        with writing(self.path, "then go on with --resume"):
+        with writing(self.path, "then continue with --resume"):
             write_table(self.path, self.rows, sorted({name for row in self.rows for name in row}))
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """None: config.yaml holds them."""
+        """Writes nothing: config.yaml holds them."""

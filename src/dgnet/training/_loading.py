@@ -14,10 +14,12 @@ from dgnet.data import ShardStream, mix_seed
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
-    """One process's batches of (epoch, index) in an epoch: a new order each epoch, a function of (`seed`, epoch).
+    """One process's batches of (epoch, index) in an epoch. The order is new in each epoch: a function of (`seed`, epoch).
 
-    `batch_size`: images in a step, over `ranks` processes and `accumulate` batches of each. No image comes twice; those left
-    out are fewer than a step's, and others in the next epoch. `epoch` and `start`, in steps: where iteration begins.
+    In an epoch no image appears twice. Fewer images than a step has are left out, different ones in each epoch.
+
+    `batch_size`: images in a step, over `ranks` processes and `accumulate` batches of each. `epoch` and `start`, in steps:
+    where iteration begins.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, accumulate: int = 1) -> None:
@@ -30,7 +32,7 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
         return self.steps * self.accumulate
 
     def indices(self) -> Tensor:
-        """The indices of each batch from `start` on, (batches, images of a batch)."""
+        """The indices of each batch from step `start` on, (batches, images of a batch)."""
         order = self.shuffle(torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
         by_rank = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
         return by_rank.reshape(-1, by_rank.shape[-1])
@@ -45,9 +47,9 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
 
 
 class EndlessOrder(Sampler[list[tuple[int, int]]]):
-    """The batches of `order` pass after pass, in epochs of `steps` steps, which begin and end within passes.
+    """The batches of `order`, pass after pass without end, in epochs of `steps` steps. An epoch may begin or end inside a pass.
 
-    As `TrainingOrder`: `epoch` and `start`, in steps, say where iteration begins; it has no end.
+    `epoch` and `start`, in steps: where iteration begins, as in `TrainingOrder`.
     """
 
     def __init__(self, order: TrainingOrder, steps: int) -> None:
@@ -66,9 +68,10 @@ class EndlessOrder(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingLoader:
-    """A loader that begins an epoch where `step`, the number of steps taken so far, says; it knows how long it was waited for.
+    """A loader that begins after `step()` steps, in the middle of an epoch too, and measures the time spent waiting for data.
 
-    `batches`: a loader in the order of `order`, which is set before each iteration.
+    `batches`: a loader that follows `order`, whose position is set before each iteration. `step`: returns the number of steps
+    taken so far. `waited`: seconds spent waiting for batches.
     """
 
     def __init__(self, batches: Iterable[Any], order: TrainingOrder | EndlessOrder, step: Callable[[], int]) -> None:
@@ -80,11 +83,11 @@ class TrainingLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: it begins with the first batch, and Lightning makes iterators before it knows where a run goes on.
+        # This is a generator, so this line runs with the first batch. Lightning makes iterators before it restores the step.
         self.order.epoch, self.order.start = divmod(self.step(), self.order.steps)
         stream = getattr(self.batches, "dataset", None)
         if self._stream is None and (isinstance(stream, ShardStream) or isinstance(self.order, EndlessOrder)):
-            if isinstance(stream, ShardStream):  # a run that goes on reads other images first than the run did at its start
+            if isinstance(stream, ShardStream):  # a resumed run does not read the images of the run's start again
                 stream.seed = mix_seed(self.order.seed, self.step())
             self._stream = iter(self.batches)
         iterator = iter(self.batches) if self._stream is None else self._stream

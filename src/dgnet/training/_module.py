@@ -41,15 +41,16 @@ from dgnet.training._loading import TrainingLoader, TrainingOrder
 
 
 class RunModule(L.LightningModule):
-    """What training modules share: seeds, the optimiser, what of the connectivity is logged, and what a checkpoint carries.
+    """The common part of training modules: seeds, optimiser, rows of metrics.csv, and the content of checkpoints.
 
-    `carried`: plain values that travel in each checkpoint, so that it can be evaluated without the command that made it.
-    `train_metrics`: of an epoch, which goes on where a run goes on.
+    `carried`: plain values stored in each checkpoint, so that it can be evaluated without the command that made it.
+    `train_metrics`: metrics of the epoch so far; a checkpoint stores their states.
     """
 
     best: str
-    """The metric whose highest value is the best, and its title."""
+    """The metric whose highest value is the best."""
     best_title: str
+    """Its name in the summary line."""
 
     def __init__(self, network: nn.Module, config: RunConfig, carried: dict[str, Any], train_metrics: MetricCollection) -> None:
         super().__init__()
@@ -58,36 +59,36 @@ class RunModule(L.LightningModule):
         self.carried = carried
         self.train_metrics = train_metrics
         self.stages = find_stages(network)
-        self.first_bad_step = torch.tensor(-1)  # whose loss was not finite; no buffer: those follow the first process
+        self.first_bad_step = torch.tensor(-1)  # first step whose loss is not finite; not a buffer: DDP would overwrite it
 
     def describe_epoch(self) -> str:
-        """Where training is, for the bar."""
+        """How far training is, for the progress bar."""
         return f"epoch {self.current_epoch + 1}/{self.config.schedule()[0]}"
 
     def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
-        """What is printed of an epoch's metrics."""
+        """The text that is printed after an epoch. `values`: the epoch's metrics."""
         raise NotImplementedError
 
     def on_fit_start(self) -> None:
         self.first_bad_step = torch.tensor(-1, device=self.device)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        # What is drawn in a step does not depend on the steps before it: a run that goes on draws the same.
+        # Random numbers of a step do not depend on earlier steps: a resumed run draws the same ones.
         torch.manual_seed(mix_seed(self.config.seed, self.global_step, batch_index, self.global_rank))
 
     def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
-        """What a training step returns. `hits`: see `Progress`."""
-        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the scheduler moves on before it is logged
+        """The return value of a training step. `hits`: see `Progress`."""
+        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler changes it before it is logged
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
-        # Lightning divides the loss by the number of accumulated batches; `value` is what is shown.
+        # Lightning divides "loss" by the number of accumulated batches; "value" is shown to the user.
         return {"loss": loss, "value": loss.detach(), "hits": hits}
 
     def on_validation_epoch_start(self) -> None:
-        self.note_thresholds()  # here a moving average is in place
+        self.note_thresholds()  # here, because with --ema the network has the averaged weights now
 
     def note_thresholds(self) -> None:
-        """Remember the mean of τ of each stage."""
+        """Keep the mean of τ of each stage, for the row of metrics.csv."""
         self.thresholds = {
             f"stage{number}_threshold": stage.weighting.threshold.detach().mean()
             for number, stage in enumerate(self.stages, start=1)
@@ -95,21 +96,21 @@ class RunModule(L.LightningModule):
         }
 
     def on_validation_epoch_end(self) -> None:
-        # Validation closes an epoch: training and validation in one call are one row of metrics.csv.
+        # Validation ends an epoch: one call logs training and validation as one row of metrics.csv.
         self._log_row(self.evaluation_figures())
 
     def evaluation_figures(self) -> dict[str, Any]:
-        """The figures of an evaluation that ends, by name; forgets them."""
+        """The figures of the evaluation that just ended, by name. Resets them."""
         raise NotImplementedError
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        # Not at the epoch's end: callbacks, which print it, come before the module there.
+        # Not in `on_train_epoch_end`: there the callbacks, which print the row, run before the module.
         if self.trainer.is_last_batch and not self.evaluates_in(self.current_epoch):
             self.note_thresholds()
             self._log_row({}, on_step=False, on_epoch=True)
 
     def evaluates_in(self, epoch: int) -> bool:
-        """Whether the epoch, counted from 0, ends with an evaluation."""
+        """Whether `epoch`, counted from 0, ends with an evaluation."""
         return (epoch + 1) % self.config.schedule()[1] == 0
 
     def _log_row(self, figures: dict[str, Any], **options: Any) -> None:
@@ -136,7 +137,7 @@ class RunModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dgnet"] = self.carried
-        # Of all processes together: the metrics of an epoch that goes on count the images before it was interrupted.
+        # Summed over all processes: a resumed epoch's metrics also count the images before the interruption.
         sums = {}
         for name, metric in self.train_metrics.items(keep_base=True):
             with metric.sync_context():
@@ -152,7 +153,7 @@ class RunModule(L.LightningModule):
 
 
 class Classifier(RunModule):
-    """Cross-entropy with label smoothing, warm-up and half-period cosine by step (§6.1)."""
+    """Trains with cross-entropy and label smoothing; linear warm-up, then a half-period cosine, by step (§6.1)."""
 
     best = "val_top1"
     best_title = "epoch's top-1"
@@ -192,13 +193,13 @@ class Classifier(RunModule):
         observe_batch(self.network, images, labels, [meter], run=self.observe)
 
     def find_figures(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """The figures of each image that are logged, (B,), and which images count; of a batch that ran by `observe`."""
+        """The logged figures of each image, (B,), and which images count. `batch`: its outputs are those of `observe`."""
         logits, figures = batch.outputs
         edges = {} if batch.record is None else edge_figures(self.stages, batch.record.adjacency)
         return accuracy_figures(logits, batch.targets) | figures | edges, batch.targets != IGNORED
 
     def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and where there is a budget what each image executes as a share of the dense cost, (B,)."""
+        """Logits; and, if there is a budget, `executed`: the share of the dense cost that each image executes, (B,)."""
         if self.budget is None:
             return self(images), {}
         with self.budget.watch():
@@ -229,14 +230,17 @@ class Classifier(RunModule):
 
 
 def take_figures(metrics: MetricCollection) -> dict[str, Any]:
-    """The figures of metrics, accuracies in percent; they begin anew."""
+    """Compute `metrics`, accuracies in percent, and reset them."""
     values = {name: value * 100 if "top" in name else value for name, value in metrics.compute().items()}
     metrics.reset()
     return values
 
 
 def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Groups with and without weight decay; routing apart where it decays otherwise, thresholds with their learning rate."""
+    """Parameters with and without weight decay.
+
+    Routers, thresholds and normalisation have groups of their own if an option gives them another decay or learning rate.
+    """
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
     stages = find_stages(network)
@@ -264,9 +268,9 @@ def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[s
 
 
 class RunDataModule(L.LightningDataModule):
-    """What data modules of runs share: a run goes on with as many training images as it was interrupted with.
+    """The common part of data modules: a run can be resumed only with the same number of training images.
 
-    `source`: where they come from, as it was typed.
+    `source`: the training data, as typed by the user.
     """
 
     train: Sized
@@ -277,12 +281,12 @@ class RunDataModule(L.LightningDataModule):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This process's number and how many there are."""
+        """The rank of this process, and the number of processes."""
         return self.running.global_rank, self.running.world_size
 
     @property
     def running(self) -> L.Trainer:
-        """The trainer."""
+        """The trainer; it must be attached."""
         assert self.trainer is not None
         return self.trainer
 
@@ -290,19 +294,19 @@ class RunDataModule(L.LightningDataModule):
         return {"images": len(self.train)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UsageError where the data are not those that the run was interrupted with."""
+        """Raises UsageError if the number of training images has changed."""
         images = state_dict["images"]
         if images != len(self.train):
             raise UsageError(
-                f"the run was interrupted with {images:,} training images and cannot go on with the {len(self.train):,} of"
+                f"the run was interrupted with {images:,} training images and cannot continue with the {len(self.train):,} of"
                 f" --data {self.source}"
             )
 
 
 class ImageDataModule(RunDataModule):
-    """Loaders over data sets whose transforms are set.
+    """Loaders for data sets whose transforms are set. `folder`: the run folder, where bad images are listed.
 
-    Training leaves out what does not fill a step, evaluation sees each image once; `folder`: where bad images are listed.
+    Training leaves out the images that do not fill a step. Evaluation reads each image once.
     """
 
     train: ImageDataset | ShardStream
@@ -352,7 +356,7 @@ class ImageDataModule(RunDataModule):
     def _bad_images(self) -> BadImages | None:
         if self.config.on_bad_image == "error":
             return None
-        # The first process chose the folder.
+        # The first process chose the run folder.
         folder: str = self.running.strategy.broadcast(str(self.folder))
         return BadImages(Path(folder) / "bad_images.txt", self.config.max_bad_images)
 

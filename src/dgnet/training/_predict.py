@@ -24,9 +24,9 @@ class Prediction:
 
 @torch.no_grad()
 def predict(checkpoint: Checkpoint, images: Sequence[str], top_k: int = 5, device: str = "cpu") -> list[Prediction]:
-    """Classify image files one by one, with the checkpoint's own preprocessing and class names.
+    """Classify image files one by one, with the checkpoint's preprocessing and class names.
 
-    Raises UsageError for a file that is missing or does not decode; all are read before the first is classified.
+    Raises UsageError for a file that is missing or does not decode. All files are read before the first is classified.
     """
     transform = checkpoint.preprocessing.evaluation_transform()
     inputs = []

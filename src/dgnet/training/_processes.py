@@ -1,4 +1,4 @@
-"""The processes of a run: which of them writes, the group that they form, and their common end."""
+"""The processes of a run: which one writes, how they form a group, and how they end together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dgnet.compat.lightning import take_processes
 
 
 def is_main_process(nodes: int = 1) -> bool:
-    """Whether this process writes and prints: Lightning starts the command again in each further process.
+    """Whether this process writes and prints. (Lightning runs the whole command again in each further process.)
 
-    `nodes`: on how many machines the run takes place, where there is no trainer yet, which knows.
+    `nodes`: number of machines of the run; needed only before there is a trainer.
     """
     node = int(os.environ.get("NODE_RANK", 0)) if nodes > 1 and "RANK" not in os.environ else 0
     return rank_zero_only.rank == 0 and node == 0  # type: ignore[attr-defined]
@@ -27,7 +27,10 @@ def is_main_process(nodes: int = 1) -> bool:
 
 @contextmanager
 def join_processes(device: str) -> Iterator[str]:
-    """Under torchrun, the group of its processes inside the `with` block, each with a device of its own; gives the device."""
+    """Inside the `with` block, under torchrun: the processes form a group. Yields the device of this process.
+
+    With `device` "cuda" each process has its own GPU. Without torchrun there is no group, and `device` stays as it is.
+    """
     if not dist.is_torchelastic_launched():
         yield device
         return
@@ -42,11 +45,11 @@ def join_processes(device: str) -> Iterator[str]:
 
 
 def end_other_processes(trainer: L.Trainer, error: BaseException) -> bool:
-    """After `error` in the first process, end those that Lightning started beside it.
+    """After `error` in the first process, end the other processes that Lightning started.
 
-    Otherwise they would wait for this one until a time-out of their group, and print that error once each. Returns True if one
-    of them met a mistake of the user: it has printed its line and left with status 2, and `error` only says that the connection
-    to it broke.
+    Otherwise they would wait for this one until their group times out, and each would print that error. Returns True if one of
+    them found a mistake of the user. It has then printed its line and exited with status 2, and `error` only says that the
+    connection to it broke.
     """
     others = take_processes(trainer)
     has_refused = isinstance(error, RuntimeError) and _has_refused(others)
@@ -56,7 +59,7 @@ def end_other_processes(trainer: L.Trainer, error: BaseException) -> bool:
 
 
 def _has_refused(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Whether one of the processes met a mistake, printed its line and left: that breaks the connection to it."""
+    """Whether one of the processes exits with status 2, a mistake of the user, within 3 seconds."""
     end = time.monotonic() + 3
     while processes and time.monotonic() < end and all(process.poll() is None for process in processes):
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Progress on stderr: one bar over the whole run, a line an epoch, and a summary at the end."""
+"""Progress on stderr: one bar for the whole run, a line for each epoch, and the speed of training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from tqdm import tqdm
 
 
 class Progress(L.Callback):
-    """A bar with loss, figures of the module, images/s, the share of time spent waiting for data, and the time left of the run.
+    """A bar with the loss, figures of the module, images/s, the share of time spent waiting for data, and the time left.
 
-    The module's training step returns `value`, the loss that is shown, and `hits`: by title, how many of the batch's images,
-    `batch[1]` long, count. The bar's figures are of the time since it was last drawn, hits of the epoch so far, those of
-    `overall` of all training; none counts evaluation. Label, figures and position of the bar change together.
+    The module's training step returns `value`, the loss to show, and `hits`: for each title the number of images of the batch
+    that count, out of `len(batch[1])`. Hits are shown as a share of the epoch so far. Speed and waiting are measured since the
+    bar was last drawn; `overall` measures them over all training. Evaluation is not counted in either.
+
+    Label, figures and position of the bar change together.
     """
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
-        # A log file gets a line every half minute, a terminal a bar that moves.
+        # A terminal shows a moving bar; a log file gets a line every 30 seconds.
         self.interval = 0.2 if sys.stderr.isatty() else 30.0
-        self.sums: dict[str, Any] = {}  # over this process's images in the epoch; the metrics would wait for other processes
+        self.sums: dict[str, Any] = {}  # over this process's images only: metrics would wait for the other processes
         self.seen = 0
         self.loss: Any = None  # of the last batch
         self.lately, self.overall = Pace(), Pace()
@@ -54,7 +56,7 @@ class Progress(L.Callback):
             self.bar.refresh()
 
     def _set_bar(self, bar: tqdm[Any], trainer: L.Trainer, module: Any) -> None:
-        """Give the bar the label, the figures and the position of this moment; does not draw it."""
+        """Set the bar's label, figures and position; does not draw it."""
         shares = [f"{title} {100 * float(hits) / self.seen:.1f} %" for title, hits in self.sums.items()]
         bar.set_description(module.describe_epoch(), refresh=False)
         bar.set_postfix_str(", ".join([f"loss {float(self.loss):.3f}", *shares, str(self.lately)]), refresh=False)
@@ -70,7 +72,7 @@ class Progress(L.Callback):
             pace.pause()
         if self.bar is None:
             return
-        if self.lately.images:  # not drawn yet; writing the line draws the bar too
+        if self.lately.images:  # these are not drawn yet; writing the line draws the bar too
             self._set_bar(self.bar, trainer, module)
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         is_evaluated = module.evaluates_in(trainer.current_epoch)
@@ -86,7 +88,7 @@ class Progress(L.Callback):
 
 
 class Pace:
-    """Images, time and time spent waiting for data, over a stretch of training that may be paused."""
+    """Images, seconds, and seconds spent waiting for data, over a part of training that may be paused."""
 
     def __init__(self) -> None:
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
@@ -94,7 +96,7 @@ class Pace:
         self._waited_at = 0.0
 
     def begin(self, waited: float) -> None:
-        """A batch has come; `waited`: seconds that the loader was waited for until now, in all."""
+        """A batch has arrived. `waited`: seconds spent waiting for the loader since the start of training."""
         if self._start is not None:
             self.waited += waited - self._waited_at
         else:
@@ -102,7 +104,7 @@ class Pace:
         self._waited_at = waited
 
     def add(self, images: int) -> None:
-        """A batch of all processes is done."""
+        """A batch is done. `images`: its number of images over all processes."""
         self.images += images
         if self._start is not None:
             now = time.monotonic()
@@ -110,7 +112,7 @@ class Pace:
             self._start = now
 
     def pause(self) -> None:
-        """What follows is not training."""
+        """Stop the clock until the next batch."""
         self._start = None
 
     def __str__(self) -> str:

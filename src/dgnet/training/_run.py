@@ -1,4 +1,4 @@
-"""A run from its start, or from where it goes on, to its end or its interruption."""
+"""A run: from its start or its last checkpoint to its end or its interruption."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ C = TypeVar("C", bound=RunConfig)
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run lies and how its last epoch did: the last row of metrics.csv."""
+    """A run's folder, and the metrics of its last epoch: the last row of metrics.csv."""
 
     folder: Path
     metrics: dict[str, float]
@@ -48,11 +48,11 @@ class RunResult:
 
 @contextmanager
 def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
-    """A run that is about to begin, or to go on in the folder `resume`, which is its own inside the `with` block.
+    """A run that is about to start, or to continue in the folder `resume`. Its folder is locked inside the `with` block.
 
-    Where nothing was written, no folder is left.
+    A new folder that is still empty at the end is removed.
 
-    Raises UsageError for a folder that holds something or that another process trains in, and for a checkpoint that is damaged.
+    Raises UsageError for a folder that is not empty or in which another process trains, and for a damaged checkpoint.
     """
     if not is_main_process(config.nodes):  # the first process chose the folder
         yield Run(config, resume, resume or Path(config.output or "runs"))
@@ -65,43 +65,46 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             yield Run(config, resume, folder)
     finally:
         for path in made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 path.rmdir()
 
 
 class Run:
-    """A run that writes `folder`; `step`: where it goes on, None from the start. Raises UsageError for a damaged checkpoint."""
+    """A run that writes to `folder`. `step`: where it continues; None for a run from the start.
+
+    Raises UsageError for a damaged checkpoint.
+    """
 
     def __init__(self, config: RunConfig, resume: Path | None, folder: Path) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning's launcher chooses for itself
+            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # otherwise Lightning's launcher chooses a number
         self.is_main = is_main_process(config.nodes)
         self.progress = Progress()
         self.resume = resume
         self.folder = folder
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
-        self.class_names: list[str] | None = None  # of the run that goes on
+        self.class_names: list[str] | None = None  # of the resumed run
         if resume and self.last.exists():
             self.step, self.class_names = read_progress(self.last)
         if resume and self.is_main:
-            for part in self.folder.rglob(".*.part"):  # of a file that was being written when the run was killed
+            for part in self.folder.rglob(".*.part"):  # left over if the run was killed while it wrote a file
                 part.unlink()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
     def say(self, line: str) -> None:
-        """Print a line on stderr, once over all processes."""
+        """Print a line on stderr, in the first process only."""
         if self.is_main:
             print(line, file=sys.stderr)
 
     def check_data(self, images: int, class_names: Sequence[str], batch_size: int) -> None:
-        """Raises UsageError for too few training `images`, and where a run that goes on learned other classes."""
+        """Raises UsageError for fewer training `images` than a batch, and if a resumed run was trained on other classes."""
         if images < batch_size:
             raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
         if self.class_names is not None and list(class_names) != self.class_names:
             raise UsageError(
-                f"--resume {self.folder}: the run learned the classes {_listed(self.class_names)},"
+                f"--resume {self.folder}: the run was trained on the classes {_listed(self.class_names)},"
                 f" and --data has {_listed(class_names)}"
             )
 
@@ -110,9 +113,9 @@ class Run:
         return build_trainer(config, self.folder, self.progress, best, self.step)
 
     def fit(self, trainer: L.Trainer, module: RunModule, data: L.LightningDataModule, about: str) -> RunResult:
-        """Train, and write the run folder; `about`: one line on what is trained on what.
+        """Train, and write the run folder. `about`: one line that describes the network and the data.
 
-        Raises Interrupted where a signal ended the run after it saved a checkpoint.
+        Raises Interrupted if a signal ended the run after it saved a checkpoint.
         """
         folder = self.folder
         if self.is_main and not self.resume:
@@ -127,7 +130,7 @@ class Run:
         except Interrupted:
             raise
         except BaseException as error:
-            self._leave(error, trainer, checkpointing)
+            self._end(error, trainer, checkpointing)
         if not self.is_main:
             return RunResult(folder, {})
         pace = self.progress.overall
@@ -136,18 +139,18 @@ class Run:
         write_weights(folder)
         return RunResult(folder, last_metrics(folder))
 
-    def _leave(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing) -> NoReturn:
-        """End the other processes, remove a folder that holds nothing to keep, and raise what the command ends with."""
+    def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing) -> NoReturn:
+        """End the other processes, clear a folder that has no result, and raise the exception that ends the command."""
         has_refused = end_other_processes(trainer, error)
-        if checkpointing.signum:  # what else went wrong follows from it: a signal reaches helpers in the same group too
+        if checkpointing.signum:  # `error` follows from the signal, which also reaches helper processes of the same group
             raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
         is_new = not self.resume and not any(self.folder.glob("checkpoints/*.ckpt"))
         is_bad_image = isinstance(error, BadImageError) or (has_refused and not (self.folder / "bad_images.txt").exists())
         if is_bad_image and self.is_main and is_new:
-            clear_folder(self.folder)  # without a checkpoint it is no run to keep
+            clear_folder(self.folder)  # a run without a checkpoint is not kept
         if has_refused:
             raise SystemExit(2) from None
-        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's translation
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning replaced it
             raise KeyboardInterrupt from None
         raise error
 
@@ -157,21 +160,21 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C, RunResult | None]:
-    """The configuration, of `kind`, of the run in `folder`, and its result where it is finished.
+    """The configuration of the run in `folder`, an instance of `kind`; and the run's result, None if it is not finished.
 
-    `changes`: options given again, which may be those of RESUME_OPTIONS: where data lie, and what the run takes place on.
+    `changes`: options with new values. Only RESUME_OPTIONS are allowed: where the data are, and which hardware is used.
 
-    Raises UsageError for a folder that holds no run, and for changes of what decides the result.
+    Raises UsageError for a folder that holds no run, and for a change of any other option.
     """
     path = folder / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         unknown = sorted(set(values) - {f.name for f in fields(kind)})
         if unknown:
-            raise UsageError(f"{path} is not of a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
+            raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
         config = kind(**values)
     except FileNotFoundError:
-        raise UsageError(f"--resume {folder} is no run folder: it holds no config.yaml") from None
+        raise UsageError(f"--resume {folder} is not a run folder: it holds no config.yaml") from None
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -180,7 +183,7 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
         if name not in RESUME_OPTIONS:
             own = {f.name for f in fields(kind)}
             allowed = ", ".join(flag(option) for option in RESUME_OPTIONS if option in own)
-            raise UsageError(f"--resume goes on as {path} says: leave out {flag(name)}; what may differ: {allowed}")
+            raise UsageError(f"--resume uses the options in {path}: leave out {flag(name)}; these may differ: {allowed}")
     config = replace(config, **changes)
     rows = read_table(folder / "metrics.csv")
     last = folder / "checkpoints" / LAST

@@ -19,16 +19,16 @@ from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
 from dgnet.training._run import Run, RunResult, open_run
 
-_DIGITS_SIZE = 16  # pixels: digits are 8×8, and a network with stride 4 needs some more
+_DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
 
 def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
-    """Train a classifier as `config` says; writes the run folder.
+    """Train a classifier as `config` says, and write the run folder.
 
-    `resume`: a run folder, whose run goes on from its last checkpoint; see `read_run`.
+    `resume`: the folder of a run to continue from its last checkpoint; see `read_run`.
 
-    Raises UsageError for a mistake in the configuration or the data, before anything is written where that is possible, and
-    Interrupted where a signal ended the run after it saved a checkpoint.
+    Raises UsageError for a mistake in the configuration or the data, if possible before anything is written. Raises
+    Interrupted if a signal ended the run after it saved a checkpoint.
     """
     with open_run(config, resume) as run:
         return _train(config, run)
@@ -44,7 +44,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
-            raise UsageError(f"--budget needs a network with dynamic stages, which {config.model} has not") from None
+            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
@@ -80,7 +80,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
 
 
 def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
-    """What of a network stayed as initialised after trained weights were loaded, in one line."""
+    """One line on the parameters `names`, which loading trained weights left as initialised."""
     heads = [name for name in names if name.startswith(classifier_prefixes(network))]
     others = [name for name in names if name not in heads]
     lines = []
@@ -96,7 +96,7 @@ def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
 def prepare_data(
     config: TrainConfig, network: TimmNetwork, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
-    """Set both data sets' transforms; returns the preprocessing that a checkpoint carries, and the resolved configuration."""
+    """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
     preprocessing = Preprocessing.of(network.pretrained_cfg, size)
     if config.crop_pct is not None:
@@ -105,7 +105,7 @@ def prepare_data(
     if augment == "auto":
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
     if config.cache and augment == "rrc":
-        raise UsageError(f"--cache true augments with pad-crop or none, and images of {preprocessing.image_size} call for rrc")
+        raise UsageError(f"--cache true needs --augment pad-crop or none; images of {preprocessing.image_size} use rrc")
     train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
     val.transform = preprocessing.evaluation_transform()
     height, width = preprocessing.image_size

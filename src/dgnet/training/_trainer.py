@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a run needs it."""
+"""Lightning's Trainer with the settings of a run."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str, step: int | None) -> L.Trainer:
     """Lightning's Trainer with dgnet's loggers, checkpoints and progress.
 
-    `best`: the metric whose highest value decides best.ckpt; `step`: where a run goes on.
+    `best`: the metric whose highest value decides best.ckpt. `step`: where a resumed run continues.
 
-    Raises UsageError for hardware that is not here, for a batch that cannot be divided among the devices, and if SLURM started
-    more or fewer processes.
+    Raises UsageError for hardware that this machine does not have, for a batch that cannot be divided among the devices, and
+    if SLURM started another number of processes.
     """
     devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
     nodes = config.nodes
     epochs, evaluate_every = config.schedule()
-    if dist.is_torchelastic_launched():  # the command is the same on one machine and on many
+    if dist.is_torchelastic_launched():  # torchrun's numbers replace --devices and --nodes
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     callbacks: list[L.Callback] = [progress, Checkpointing(folder / "checkpoints", best, *config.checkpoint_interval())]
     if config.ema is not None:
-        callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before checkpoints, which hold the average
+        callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before Checkpointing, because checkpoints hold the average
     asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
     try:
         with quiet_lightning():
@@ -58,14 +58,14 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
                 max_epochs=epochs,
                 accumulate_grad_batches=config.accumulate,
                 gradient_clip_val=config.clip_grad,
-                use_distributed_sampler=False,  # the orders know of processes
+                use_distributed_sampler=False,  # the orders divide the images among processes
                 num_sanity_val_steps=0,
                 check_val_every_n_epoch=evaluate_every,
                 callbacks=callbacks,
                 plugins=[WholeCheckpointIO(), *([SyncNorms()] if config.sync_bn else [])],
                 logger=[
                     MetricsFile(folder / "metrics.csv", step),
-                    # Events from there on are written again.
+                    # A resumed run writes the events from `step` on again.
                     TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
                     *map(build_logger, config.loggers),
                 ],
@@ -86,17 +86,18 @@ def _check_processes(config: RunConfig, world_size: int) -> None:
         if tasks != world_size:
             raise UsageError(
                 f"--devices {config.devices} --nodes {config.nodes} make {world_size} processes,"
-                f" and SLURM started {tasks} tasks; use as many"
+                f" and SLURM started {tasks} tasks; make the numbers equal"
             )
-    if config.batch_size % (world_size * config.accumulate):
+    parts = world_size * config.accumulate
+    if config.batch_size % parts:
         of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise UsageError(
-            f"--batch-size {config.batch_size} cannot be divided among {world_size} devices{of}; use a multiple of them"
+            f"--batch-size {config.batch_size} cannot be divided among {world_size} devices{of}; use a multiple of {parts}"
         )
 
 
 class SyncNorms(LayerSync):
-    """Batch normalisation over all devices; timm's keep the activations that they hold, which Lightning's own would drop."""
+    """Batch normalisation over all devices. timm's layers keep their activation, which Lightning's own conversion drops."""
 
     def apply(self, model: Module) -> Module:
         return convert_sync_batchnorm(model)
@@ -106,21 +107,21 @@ class SyncNorms(LayerSync):
 
 
 def build_logger(described: dict[str, Any]) -> Logger:
-    """A Lightning logger from its `class_path` and `init_args`. Raises UsageError for what is none."""
+    """A Lightning logger from its `class_path` and `init_args`. Raises UsageError if it cannot be built."""
     path = described["class_path"]
     try:
         kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
         if not issubclass(kind, Logger):
-            raise TypeError("it is no Lightning logger")
+            raise TypeError("it is not a Lightning logger")
         logger: Logger = kind(**described.get("init_args", {}))
-    except Exception as error:  # whatever the logger's library raises
-        raise UsageError(f"--loggers: {path} cannot be made: {reason(error)}") from None
+    except Exception as error:  # a logger's library may raise anything
+        raise UsageError(f"--loggers: {path} cannot be built: {reason(error)}") from None
     return logger
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leave out Lightning's advice: workers and logging intervals are the user's options here."""
+    """Inside the `with` block: Lightning prints no advice on settings that are the user's options or set by dgnet."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -131,10 +132,10 @@ def quiet_lightning() -> Iterator[None]:
                 ".*does not have many workers.*",
                 ".*number of training batches.*",
                 ".*exists and is not empty.*",
-                ".*your dataloader is not resumable.*",  # ours reads the trainer's step
-                ".*sync_dist=True.*",  # metrics are means over all processes
-                ".*in eval mode at the start.*",  # frozen normalisations
-                ".*callbacks used to create the checkpoint.*",  # a run may go on with others
+                ".*your dataloader is not resumable.*",  # TrainingLoader continues at the trainer's step
+                ".*sync_dist=True.*",  # the logged metrics are already means over all processes
+                ".*in eval mode at the start.*",  # frozen normalisation layers
+                ".*callbacks used to create the checkpoint.*",  # a resumed run may have other callbacks
             ):
                 warnings.filterwarnings("ignore", message)
             yield
