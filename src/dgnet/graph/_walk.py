@@ -23,7 +23,7 @@ from dgnet.graph._wiring import Wiring, imposed_on, observers_of
 class Walk:
     """One forward pass through a stage, node by node. It holds all state of the pass, so that a stage can run in many threads.
 
-    `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with the feature of the input node, then `compute` and
+    `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with the input node's feature, then `compute` and
     `put` for each node of `blocks`, then `finish`.
 
     Raises UsageError if the imposed matrix is for another number of samples than `x` has.
