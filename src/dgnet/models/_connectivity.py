@@ -62,9 +62,7 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
                 )
         if self.router_start != "complete":
             if self.topology != "complete":
-                raise UsageError(
-                    f"router_start={self.router_start!r} opens a part of topology='complete'; leave --topology out"
-                )
+                raise UsageError(f"router_start={self.router_start!r} opens a part of topology='complete'; leave topology out")
             if self.router is not None:
                 raise UsageError(f"router_start={self.router_start!r} has no effect with a router of your own; leave it out")
 
