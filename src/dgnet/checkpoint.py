@@ -35,7 +35,7 @@ _COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
 
 @dataclass(frozen=True)
 class Described:
-    """The content of a checkpoint, whatever its task."""
+    """The content of a checkpoint for any task."""
 
     path: Path
     state_dict: dict[str, Tensor]  # the network's own keys
@@ -94,8 +94,7 @@ class Checkpoint(Described):
         difference = load_state(network, self.state_dict)
         if difference:
             raise UsageError(
-                f"{self.path} is damaged: its weights are not those of its model, {self.model} ({difference});"
-                " use another checkpoint"
+                f"{self.path} is damaged: its weights are not those of {self.model} ({difference}); use another checkpoint"
             )
         return network.eval()
 

@@ -21,7 +21,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def message_from_worker(error: type[Exception], text: str) -> str:
-    """The message of an exception from a DataLoader worker. `text`: what torch makes of it when it raises it again.
+    """The message of an exception from a DataLoader worker. `text`: the text with which torch raises it again.
 
     Only the class of the exception and this text leave the worker: "Caught ERROR in …", the traceback, and at its end the
     message. Any other `text` is returned as it is.

@@ -25,7 +25,7 @@ _READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbe
 
 @dataclass(frozen=True)
 class StageOptions:
-    """Options of a stage, whatever its topology and weighting."""
+    """Options of a stage that do not belong to topology or weighting."""
 
     shortcut: str = option("edge", "the residual shortcut is an edge of the graph, or stays in the node", ("edge", "node"))
     router_reads: str = option(

@@ -22,7 +22,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
 
     "dense": every node runs on every sample, and a closed edge weighs 0. "sparse": a node runs only on the samples for which it
     is alive, and not at all if there are none. Its output is the same up to rounding; a backward pass through it raises
-    UsageError. In both modes connectivity can be recorded (`record.ran` tells which nodes ran) and imposed. Training is always
+    UsageError. In both modes connectivity can be recorded (`record.ran`: which nodes ran) and imposed. Training is always
     dense.
 
     "sparse" is set to plain PyTorch; `set_sparse` chooses the recommended executor of the device.
