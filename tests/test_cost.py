@@ -145,7 +145,7 @@ def test_a_table_of_the_paper_names_its_models_and_size(monkeypatch):
     assert " 174.7 " in format_cost_table([row], "2")
     with pytest.raises(UsageError, match="unknown --table '3'; allowed: 1, 2, 4, 5"):
         cost_rows(table="3")
-    with pytest.raises(UsageError, match="--table 2 names its models itself; leave out resnet18"):
+    with pytest.raises(UsageError, match="--table 2 has its own list of models; leave out resnet18"):
         cost_rows(["resnet18"], table="2")
 
 

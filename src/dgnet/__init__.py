@@ -1,4 +1,4 @@
-"""Dynamic Graph Networks for vision: each stage of a CNN a complete DAG, its edges weighed by routers for every image."""
+"""Dynamic Graph Networks for vision: each stage of a CNN is a complete DAG, and routers weigh its edges for every image."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING

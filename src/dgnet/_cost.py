@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network, in total, node by node, and for each sample (Table 1)."""
+"""Parameters and multiply-adds of a network: in total (Table 1), for each node, and for each sample."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dgnet.graph import DynamicGraph, Record, Topology, find_stages
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image with every edge open."""
+    """The cost of one image with every edge open."""
 
     params: int  # all parameters, routers and thresholds included
     multiply_adds: int  # of convolutions outside routers: what Table 1 counts
-    router_multiply_adds: int  # of the fully-connected layers and convolutions of routers and of gates on nodes
+    router_multiply_adds: int  # of the linear layers and convolutions of routers and block gates
     aggregation_multiply_adds: int  # one for each element of each edge's feature
-    activations: int  # elements that convolutions write
+    activations: int  # elements of the outputs of convolutions
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Multiply-adds of one stage on one image: of each of its N nodes where it runs, of each edge where it is open."""
+    """Multiply-adds of one stage on one image. The lists have one entry for each of its N nodes."""
 
     topology: Topology
-    nodes: list[int]  # convolutions; the input node's are its projection, the output node has none
-    routers: list[int]  # of the sending node
-    edges: list[int]  # of one in-edge of the receiving node
+    nodes: list[int]  # of the convolutions, if the node runs; the input node's projection; 0 for the output node
+    routers: list[int]  # of router and gate weights, if the sending node runs
+    edges: list[int]  # of each open in-edge of the receiving node
 
     @property
     def dense(self) -> int:
@@ -43,25 +43,25 @@ class StageCost:
 
     @property
     def least(self) -> int:
-        """With every block dead: input node, its router, and an edge to the output node where there is one."""
+        """With every block dead: the input node, its router, and its edge to the output node if there is one."""
         last = self.topology.num_nodes - 1
         return self.nodes[0] + self.routers[0] + self.edges[last] * (0 in self.topology.senders(last))
 
     def executed(self, ran: Tensor, is_open: Tensor | None = None) -> Tensor:
-        """For each sample, (B,), from which nodes ran, (B, N), 0 or 1, and which edges were open, (B, N, N).
+        """Multiply-adds for each sample, (B,). `ran`: which nodes ran, (B, N), 0 or 1; `is_open`: which edges, (B, N, N).
 
-        Without `is_open`, an edge is open where both its nodes ran. Differentiable in `ran`.
+        Without `is_open`, an edge is open if both its nodes ran. Differentiable in `ran`.
         """
         ran = ran if ran.is_floating_point() else ran.double()
         nodes, routers, edges = (ran.new_tensor(costs) for costs in (self.nodes, self.routers, self.edges))
         mask = self.topology.mask.to(ran.device, ran.dtype)
-        heard = ran @ mask.T if is_open is None else is_open.to(ran.dtype).sum(2)  # open in-edges of each node
-        return (ran * (nodes + routers + edges * heard)).sum(1)
+        open_edges = ran @ mask.T if is_open is None else is_open.to(ran.dtype).sum(2)  # (B, N): open in-edges of each node
+        return (ran * (nodes + routers + edges * open_edges)).sum(1)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Where a network's multiply-adds are spent, on one image."""
+    """The multiply-adds of a network on one image, stage by stage."""
 
     fixed: int  # convolutions outside dynamic stages
     stages: list[StageCost]
@@ -77,18 +77,18 @@ class CostModel:
         return self.fixed + sum(stage.least for stage in self.stages)
 
     def executed(self, ran: Sequence[Tensor], is_open: Sequence[Tensor] | None = None) -> Tensor:
-        """Multiply-adds for each sample, (B,): see `StageCost.executed`; one tensor a stage."""
+        """Multiply-adds for each sample, (B,), from one tensor for each stage; see `StageCost.executed`."""
         opens = [None] * len(self.stages) if is_open is None else is_open
         costs = [stage.executed(r, o) for stage, r, o in zip(self.stages, ran, opens, strict=True)]
         return torch.stack(costs).sum(0) + self.fixed
 
     def executed_in(self, record: Record) -> Tensor:
-        """What each image of a recorded forward executed, (B,), float64, on the CPU."""
+        """Multiply-adds that each image of a recorded forward pass executed, (B,), float64, on the CPU."""
         return self.executed(record.ran, [matrix != 0 for matrix in record.adjacency]).cpu().double()
 
 
 def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
-    """Count the cost of `model` on one image of `image_size` pixels (a side, or height and width), on the meta device.
+    """Count the cost of `model` on one image of `image_size` pixels (side, or height and width), on the meta device.
 
     Raises UsageError for a size that the model cannot take.
     """
@@ -104,7 +104,7 @@ def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
 
 
 def cost_model(model: nn.Module, image_size: int | tuple[int, int] = 224) -> CostModel:
-    """Count node by node what `model` costs on one image, on the meta device. Raises UsageError as `cost` does."""
+    """Count the cost of each node of `model` on one image, on the meta device. Raises UsageError as `cost` does."""
     counts = _count(model, image_size)
     return CostModel(counts.fixed, list(counts.stages.values()))
 
@@ -122,9 +122,9 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
     counted = deepcopy(model).to("meta").eval()
     counts = _Counts()
-    nodes: dict[int, tuple[StageCost, int]] = {}  # of each module inside a node: its stage and node
-    routing: set[int] = set()  # modules of weightings and gates
-    done: list[tuple[StageCost, int]] = []  # the stage and node that ran last: what routes then predicts its out-edges
+    nodes: dict[int, tuple[StageCost, int]] = {}  # id of a module inside a node -> its stage and node
+    routing: set[int] = set()  # ids of modules of weightings and gates
+    done: list[tuple[StageCost, int]] = []  # stages and nodes that ran; routers that run next belong to the last of them
 
     def count_routing(output: Tensor, inputs_each: int) -> None:
         stage, node = done[-1]
@@ -148,7 +148,7 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
 
     def count_edges(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         feature, entry = output[0].numel(), inputs[0][0].numel()
-        if module.shortcut == "node" and module.entry_shortcut:  # an entry node's shortcut is weighed too
+        if module.shortcut == "node" and module.entry_shortcut:  # the shortcut of an entry node is weighted too
             entry += feature
         for node in range(1, module.topology.num_nodes):
             counts.stages[id(module)].edges[node] = entry if node in module.topology.entry else feature
@@ -178,6 +178,6 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
     try:
         with torch.no_grad():
             counted(torch.empty(1, in_chans, height, width, device="meta"))
-    except Exception as error:  # whatever a layer makes of a size that it cannot take
+    except Exception as error:  # a layer may raise anything for a size that it cannot take
         raise UsageError(f"{type(model).__name__} cannot take an image of {height}×{width}: {reason(error)}") from error
     return counts

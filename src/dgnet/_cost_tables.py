@@ -1,4 +1,4 @@
-"""The paper's cost tables, printed beside what this code counts."""
+"""The paper's cost tables, compared with the costs that this code counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dgnet.models import create_model
 
 @dataclass(frozen=True)
 class PaperCost:
-    """What the paper prints for one network; None where it prints nothing."""
+    """The figures that the paper prints for one network; None if it prints none."""
 
     model: str
     params_m: float | None = None  # parameters in millions
@@ -81,7 +81,7 @@ TABLES = {
             PaperCost("randwire_small_ws", multiply_adds_m=572),
             PaperCost("dg_randwire_small", multiply_adds_m=611),
         ),
-        note="Random graphs of seed 0. The paper's ER and BA look swapped: over 30 seeds ER has 584 ± 8 M, BA always 602 M.",
+        note="Random graphs of seed 0. The paper's ER and BA seem swapped: over 30 seeds ER has 584 ± 8 M, BA always 602 M.",
     ),
     "5": PaperTable(
         (
@@ -90,8 +90,8 @@ TABLES = {
             PaperCost("dg_regnetx_006", 6.2, 601),
             PaperCost("dg_regnety_006", 6.3, 601),
         ),
-        note="DG-Net-A is dg_regnetx_006, DG-Net-B dg_regnety_006; RandWire-WS is of seed 0, the paper's of another"
-        " graph; EfficientNet-B0's 390 M are its authors' figure, of more than convolutions.",
+        note="DG-Net-A is dg_regnetx_006, DG-Net-B is dg_regnety_006. RandWire-WS is the graph of seed 0, the paper's is"
+        " another graph. EfficientNet-B0's 390 M is its authors' figure, which counts more than convolutions.",
     ),
 }
 
@@ -99,13 +99,13 @@ TABLES = {
 def cost_rows(
     models: Sequence[str] = (), image_size: tuple[int, int] | None = None, table: str | None = None
 ) -> list[dict[str, Any]]:
-    """The cost of each model, beside what the paper's `table` prints at its size; by default the whole of Table 1.
+    """The cost of each model, with the figures of the paper's `table` if it has them for this size. Default: Table 1.
 
-    `image_size`: height and width in pixels, by default the table's, or each model's own.
-    Raises UsageError for an unknown model or table, or a size that makes no sense.
+    `image_size`: height and width in pixels; by default the table's, or with `models` each model's own.
+    Raises UsageError for an unknown model or table, or an invalid size.
     """
     if table is not None and models:
-        raise UsageError(f"--table {table} names its models itself; leave out {' '.join(models)}")
+        raise UsageError(f"--table {table} has its own list of models; leave out {' '.join(models)}")
     of = lookup("--table", table or "1", TABLES)
     names = models or [row.model for row in of.rows]
     paper = {row.model: row for row in of.rows}
@@ -128,7 +128,7 @@ def cost_rows(
 
 
 def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, markdown: bool = False) -> str:
-    """A text table of `cost_rows`, in the unit of the paper's `table`, or one in Markdown."""
+    """`cost_rows` as a text or Markdown table, in the unit of the paper's `table`."""
     of = TABLES[table or "1"]
     scale, unit, digits = (2e-9, "GFLOPs", 1) if of.in_gflops else (1e-6, "MAdds M", 2)
     lines: list[Sequence[str]] = [

@@ -1,4 +1,4 @@
-"""Packages whose public names are imported when they are first used."""
+"""Import the public names of a package when they are first used."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` for a package whose `__init__.py` imports its names under `if TYPE_CHECKING`.
 
-    Type checkers read these imports, and so does this function, which makes each of them when its name is first used. A name
-    that is imported from the package itself is a submodule; `__all__` leaves submodules out.
+    Type checkers read these imports. This function reads them too; each is carried out when its name is first used. A name that
+    is imported from the package itself is a submodule. `__all__` does not contain submodules.
     """
     modules = _read_imports(package)
 
@@ -24,7 +24,7 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
         if modules[name] == package:
             return importlib.import_module(f"{package}.{name}")
         value = getattr(importlib.import_module(modules[name]), name)
-        setattr(sys.modules[package], name, value)  # the next use finds it there
+        setattr(sys.modules[package], name, value)  # the next use does not call this function
         return value
 
     def list_names() -> list[str]:
@@ -34,7 +34,7 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
 
 
 def _read_imports(package: str) -> dict[str, str]:
-    """By name, the module from which a package imports it under `if TYPE_CHECKING`."""
+    """Name -> the module from which the package imports it under `if TYPE_CHECKING`."""
     source = pkgutil.get_data(package, "__init__.py")
     assert source is not None
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]

@@ -1,7 +1,7 @@
-"""Registers our networks with timm without importing timm first.
+"""Register our networks with timm without importing timm first.
 
-`import dgnet` must be enough for `timm.create_model("dg_resnet50")` to work. But timm and torch take seconds to import, and
-importing `dgnet.cli` imports `dgnet`: `dgnet --help` would wait for both. So the networks are imported right after timm is.
+After `import dgnet`, `timm.create_model("dg_resnet50")` must work. But timm and torch take seconds to import, and `dgnet
+--help` imports `dgnet` too. So the networks are imported right after something imports timm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def register_networks() -> None:
 
 
 class _TimmFinder:
-    """Finds timm as the other finders do, and has its loader import `dgnet.models` after timm."""
+    """Finds timm with the other finders, and changes its loader so that it imports `dgnet.models` after timm."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":

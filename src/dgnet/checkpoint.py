@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, loaded with `weights_only`."""
+"""Checkpoints. They hold tensors and plain values only and are loaded with `weights_only`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from dgnet.models._protocol import TimmNetwork
 from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
 
 CLASSIFY, DETECT = "classify", "detect"
-"""What a checkpoint says that it is for."""
+"""The tasks of checkpoints."""
 
 _COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the checkpoint of any command says of its network."""
+    """The content of a checkpoint for any task."""
 
     path: Path
     state_dict: dict[str, Tensor]  # the network's own keys
@@ -50,8 +50,8 @@ class Described:
     def read(cls, path: str | Path) -> Self:
         """Read a checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors.
 
-        Raises UsageError for a file that is missing, truncated, carries pickled code, is no checkpoint of dgnet or one for
-        another task, or whose description is damaged.
+        Raises UsageError for a file that is missing, truncated or damaged, that holds pickled code, or that is no checkpoint
+        of dgnet for this task.
         """
         path, state_dict, carried = read_described(path, cls.task)
         try:
@@ -68,17 +68,17 @@ class Described:
             fault = f"lacks {error}"
         except (TypeError, ValueError) as error:
             fault = f"cannot be read ({reason(error)})"
-        raise UsageError(f"{path} is damaged: its description of the network {fault}; use another checkpoint")
+        raise UsageError(f"{path} is damaged: the description of its network {fault}; use another checkpoint")
 
     @staticmethod
     def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that only this kind of checkpoint has. Raises KeyError, TypeError or ValueError where they are damaged."""
+        """The fields that only this kind of checkpoint has. Raises KeyError, TypeError or ValueError if they are damaged."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Checkpoint(Described):
-    """What a checkpoint of `dgnet train` says of its network."""
+    """The content of a checkpoint of `dgnet train`."""
 
     preprocessing: Preprocessing
 
@@ -89,13 +89,12 @@ class Checkpoint(Described):
         return {"preprocessing": Preprocessing.from_dict(carried["preprocessing"])}
 
     def build_network(self) -> TimmNetwork:
-        """The trained network, in evaluation mode."""
+        """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
         network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
         difference = load_state(network, self.state_dict)
         if difference:
             raise UsageError(
-                f"{self.path} is damaged: its weights are not those of {self.model}, which it names ({difference});"
-                " use another checkpoint"
+                f"{self.path} is damaged: its weights are not those of {self.model} ({difference}); use another checkpoint"
             )
         return network.eval()
 
@@ -104,13 +103,13 @@ class Checkpoint(Described):
         network = self.build_network()
         if not find_stages(network):
             raise UsageError(
-                f"{self.path} is of {self.model}, a static network: it has no routed edges to look at;"
+                f"{self.path} is of {self.model}, a static network: it has no routed edges to analyse;"
                 " use a checkpoint of a model whose name begins with dg_"
             )
         return network
 
     def build_static(self) -> TimmNetwork | None:
-        """The static baseline, untrained: the model without `dg_`, of the same classes and sizes. None where there is none."""
+        """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
         name = self.model.removeprefix("dg_")
         if name == self.model or not timm.is_model(name):
             return None
@@ -119,7 +118,7 @@ class Checkpoint(Described):
         return create_model(name, num_classes=len(self.class_names), **options).eval()
 
     def save(self, path: Path) -> None:
-        """Write it as a safetensors file. Raises UsageError where the file cannot be written."""
+        """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
         carried = describe_network(self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config)
         with writing(path, "name another file"):
             save_tensors(self.build_network().state_dict(), path, carried)
@@ -128,7 +127,7 @@ class Checkpoint(Described):
 def describe_network(
     model: str, model_kwargs: dict[str, Any], class_names: list[str], preprocessing: Preprocessing, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """The plain values that a checkpoint carries beside its tensors, under the key "dgnet"."""
+    """The description of a network, plain values that a checkpoint stores under the key "dgnet"."""
     return {
         "model": model,
         "model_kwargs": model_kwargs,
@@ -139,7 +138,7 @@ def describe_network(
 
 
 def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str, Any]) -> None:
-    """Write a network's own keys as safetensors, with the carried values as metadata. Raises OSError where it cannot."""
+    """Write a state dict as safetensors, with the description `carried` as metadata. Raises OSError if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with replace_file(path) as written:
         try:
@@ -149,23 +148,25 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint from a run folder (its last one), a .ckpt file, or a model.safetensors of `dgnet train`.
+    """Read a checkpoint of `dgnet train` from a run folder (its last one), a .ckpt file, or a model.safetensors.
 
-    Raises UsageError for a file that is missing, truncated, carries pickled code, or is no checkpoint of dgnet.
+    Raises UsageError for a file that is missing, truncated or damaged, that holds pickled code, or that is no checkpoint of
+    `dgnet train`.
     """
     return Checkpoint.read(path)
 
 
 def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The file that `path` stands for, its state dict, and what it carries beside; `task`: what it must be for.
+    """The checkpoint file of `path`, its state dict, and its description. `task`: the task that it must be for.
 
-    Raises UsageError for a file that is missing, truncated, carries pickled code, is no checkpoint of dgnet or of another task.
+    Raises UsageError for a file that is missing or truncated, that holds pickled code, or that is no checkpoint of dgnet for
+    `task`.
     """
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
     if carried is None:
         raise UsageError(
-            f"{path} holds weights only, not the model's name and classes; use it with:"
+            f"{path} holds weights only, without the model's name and classes; use it with:"
             f" {_COMMANDS[task]} train --weights {path}"
         )
     own = carried.get("task", CLASSIFY)
@@ -178,19 +179,19 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that `path`, a file or a run folder, stands for."""
+    """The checkpoint file of `path`, a file or a run folder. Raises UsageError if there is none."""
     if path.is_dir():
         for candidate in (path / "checkpoints" / "last.ckpt", path / "model.safetensors"):
             if candidate.is_file():
                 return candidate
-        raise UsageError(f"{path} is no run folder: it holds neither checkpoints/last.ckpt nor model.safetensors")
+        raise UsageError(f"{path} is no run folder: it contains neither checkpoints/last.ckpt nor model.safetensors")
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist; give a run folder, a .ckpt file or a model.safetensors")
     return path
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """A network's state dict from a checkpoint of Lightning, timm or torchvision, and what dgnet's own carry."""
+    """The state dict in a checkpoint of dgnet, timm or torchvision, and the description that dgnet's checkpoints have."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -198,11 +199,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except pickle.UnpicklingError:
         if _has_pickled_code(path):
             raise UsageError(
-                f"{path} carries pickled code and was not loaded; a checkpoint holds tensors and plain values only:"
+                f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
                 " save the state dict, or use safetensors"
             ) from None
         raise _truncated(path) from None
-    except Exception:  # whatever the bytes lead torch to
+    except Exception:  # torch may raise anything for such bytes
         raise _truncated(path) from None
     content = content if isinstance(content, dict) else {}
     carried = content.get("dgnet")
@@ -213,7 +214,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
     if carried is not None and not isinstance(carried, dict):
-        raise UsageError(f"{path} is damaged: its description of the network is no dict; use another checkpoint")
+        raise UsageError(f"{path} is damaged: the description of its network is no dict; use another checkpoint")
     return dict(state), carried
 
 
@@ -228,11 +229,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 
 
 def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
-    """Load trained weights into `network`, a static network's onto the nodes of its dynamic counterpart.
+    """Load trained weights into `network`; weights of a static network go to the nodes of its dynamic counterpart.
 
-    Returns the names that stayed as initialised: a head of other classes, gates on blocks that were trained without, and what a
-    static network lacks.
-    Raises UsageError for weights of another model.
+    Returns the names that keep their initial values: a head of other classes, block gates that the trained network did not
+    have, and what a static network lacks. Raises UsageError for weights of another model.
     """
     path = find_checkpoint(Path(path))
     state_dict, carried = read_tensors(path)
@@ -240,23 +240,23 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
         try:
             return load_static_weights(network, state_dict)
         except UsageError as error:
-            raise UsageError(f"{path} {_whose(carried, model)} ({error}); name its own model with --model") from None
+            raise UsageError(f"{path} {_mismatch(carried, model)} ({error}); name its own model with --model") from None
     own = network.state_dict()
     heads = classifier_prefixes(network)
     reset = [n for n in state_dict if n.startswith(heads) and n in own and state_dict[n].shape != own[n].shape]
-    # A trained DG-Net is fine-tuned to a budget: gates on its blocks are new.
+    # A DG-Net that was trained without block gates is fine-tuned to a budget: its gates are new.
     new = [n for n in own if ".node_gates." in n and n not in state_dict]
     difference = load_state(network, {**state_dict, **{name: own[name] for name in (*reset, *new)}})
     if difference:
         if carried and carried.get("model") == model:
-            line = f"{path} is of {model} with other options ({difference}); give those of the config.yaml of its run"
+            line = f"{path} is of {model} with other options ({difference}); use the options in the config.yaml of its run"
         else:
-            line = f"{path} {_whose(carried, model)} ({difference}); name its own model with --model"
+            line = f"{path} {_mismatch(carried, model)} ({difference}); name its own model with --model"
         raise UsageError(line)
     return [*reset, *new]
 
 
-def _whose(carried: dict[str, Any] | None, model: str) -> str:
+def _mismatch(carried: dict[str, Any] | None, model: str) -> str:
     of = f"is a checkpoint of {carried.get('model')}" if carried else "does not hold the weights of this model"
     return f"{of}, not of {model} as asked for"
 
@@ -266,9 +266,9 @@ def _truncated(path: Path) -> UsageError:
 
 
 def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
-    """Load a state dict; returns the first thing in which it differs from the network's own, in words, "" where they agree.
+    """Load a state dict. Returns the first difference from the network's own, in words; "" if there is none.
 
-    Where they differ, the network may hold some of the tensors.
+    If there is a difference, some of the tensors may have been loaded.
     """
     for name, stage in network.named_modules():
         mask = state_dict.get(f"{name}.mask") if isinstance(stage, DynamicGraph) else None
@@ -280,7 +280,7 @@ def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
             return f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
     try:
         missing, unexpected = network.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:  # a module of the user's own objects
+    except RuntimeError as error:  # from a module of the user's own
         return reason(error)
     if missing:
         return f"it lacks {_first(missing)}"
@@ -292,13 +292,13 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _has_pickled_code(path: Path) -> bool:
-    """Whether a file that torch refuses to unpickle names functions or classes other than those of tensors."""
+    """Whether a file that torch refuses to unpickle refers to functions or classes other than those of tensors."""
     if zipfile.is_zipfile(path):
         try:
             return bool(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
         except (ValueError, RuntimeError):
             return False
-    with suppress(ValueError), path.open("rb") as file:  # as torch wrote it up to 1.5: one pickle after another
+    with suppress(ValueError), path.open("rb") as file:  # the format of torch up to 1.5: one pickle after another
         while file.peek(1):
             for operation, argument, _ in pickletools.genops(file):
                 module = str(argument).partition(" ")[0]

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause, and the checks that raise it."""
+"""The exception for mistakes of the user, and the checks that raise it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class UsageError(ValueError):
-    """A mistake in what was asked for: one line with what was wrong, the value met, what is allowed, what to do next.
+    """A mistake in the request. The message is one line: what was wrong, the value, what is allowed, what to do next.
 
     The command line prints the line and exits with status 2.
     """
 
     def __init__(self, message: str = "") -> None:
-        if message.startswith("Caught "):  # a DataLoader may raise again what was raised in a worker
+        if message.startswith("Caught "):  # a DataLoader raises a worker's error again
             from dgnet.compat.torch import message_from_worker  # not at the top: it imports torch
 
             message = message_from_worker(type(self), message)
@@ -25,11 +25,11 @@ class UsageError(ValueError):
 
 
 class BadImageError(UsageError):
-    """An image that cannot be read, does not decode, or is not the one that its annotations speak of."""
+    """An image that cannot be read, does not decode, or does not match its annotations."""
 
 
 class UnknownOptionError(UsageError):
-    """A network has no option of this name."""
+    """A network has no option with this name, `option`."""
 
     def __init__(self, message: str, option: str = "") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class UnknownOptionError(UsageError):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """A hint like "; did you mean 'resnet50'?", empty where no name is close."""
+    """A hint like "; did you mean 'resnet50'?"; empty if no name is similar."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -67,7 +67,7 @@ def check_range(what: str, value: object, least: float = -math.inf, most: float 
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of another library says, as one line of at most 200 characters."""
+    """The message of another library's exception, as one line of at most 200 characters."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, FileNotFoundError):

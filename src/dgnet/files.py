@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever stops the process that writes them."""
+"""Write files completely or not at all, even if the process is stopped; locks, tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from dgnet.errors import UsageError, reason
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A path to write to inside the `with` block, which takes the place of `path` at its end.
+    """A temporary path to write to inside the `with` block, which replaces `path` at the end of the block.
 
-    It lies beside `path`, on the same file system, and is on the disk before it is renamed. Where the block raises, `path`
-    is as it was.
+    It is in the folder of `path`. Its content is on the disk before it is renamed. If the block raises, `path` is unchanged.
     """
     written = path.with_name(f".{path.name}.part")
     try:
@@ -30,7 +29,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(written, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name too
+            os.fsync(folder)  # write the new name to the disk too
         finally:
             os.close(folder)
     except BaseException:
@@ -41,7 +40,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(target: object, advice: str = "name another with --output") -> Iterator[None]:
-    """Raises UsageError, with `target` and `advice`, where what is written inside the `with` block cannot be."""
+    """Raises UsageError, with `target` and `advice`, if something cannot be written inside the `with` block."""
     try:
         yield
     except OSError as error:
@@ -49,7 +48,7 @@ def writing(target: object, advice: str = "name another with --output") -> Itera
 
 
 def make_writable(folder: Path) -> None:
-    """Make `folder`, before the work whose results go there. Raises UsageError where nothing can be written into it."""
+    """Make `folder`, before the work whose results go there. Raises UsageError if it cannot be written to."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -57,10 +56,10 @@ def make_writable(folder: Path) -> None:
 
 @contextmanager
 def lock(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
-    """Lock `path`, a file or a folder, inside the `with` block: other processes that lock it wait or are refused.
+    """Lock `path`, a file or a folder, inside the `with` block. Other processes that lock it wait, or raise an error.
 
-    Raises UsageError with `refusal` if another process keeps its lock for `seconds`. If the system or the file system has no
-    locks, nobody is refused.
+    Raises UsageError with `refusal` if another process still has the lock after `seconds`. If the system or the file system has
+    no locks, this does nothing.
     """
     try:
         import fcntl
@@ -83,17 +82,17 @@ def lock(path: Path, refusal: str, seconds: float = 0.0) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # not by closing alone: processes that were forked hold it too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked processes hold the lock too
         os.close(descriptor)
 
 
 def without_nan(document: Any) -> Any:
-    """`document` as JSON holds it: it has no NaN and no infinity, a loss that diverged is null."""
+    """`document` with null for NaN and infinity, which JSON does not have; a loss may have diverged."""
     return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
+    """The rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -101,7 +100,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Write rows as a CSV file; `columns`: by default as they come up, empty where a row has none."""
+    """Write rows as a CSV file. `columns`: by default all, in order of appearance. A cell is empty if its row has no value."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""What becomes of memory on the host that a step has freed."""
+"""What happens to CPU memory that a step has freed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ _TOP_PAD_BYTES = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Keep memory that tensors on the CPU have freed for the next ones, for the rest of the process.
+    """Keep CPU memory that tensors have freed for the next tensors, for the rest of the process. Returns whether it had effect.
 
-    By default glibc gives every large block back to the system, and the next step pays a page fault for each 4 KiB that it
-    writes: more than the arithmetic of an addition. The process then holds what its peak needed, and some more where blocks
-    of different sizes do not fit into each other's place. Returns whether it took effect: another C library has no such
-    setting.
+    By default glibc returns every large block to the system. The next step then has a page fault for each 4 KiB that it writes,
+    which takes longer than the arithmetic of an addition. After the call the process keeps the memory of its peak, and somewhat
+    more because of fragmentation. Only glibc has this setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

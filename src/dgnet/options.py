@@ -1,4 +1,4 @@
-"""Options as fields of frozen dataclasses: the one place of an option's default, help, allowed values and effect."""
+"""Options as fields of frozen dataclasses. A field holds the option's default, help, allowed values, and when it has effect."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def option(
 ) -> Any:
     """A field with its help text.
 
-    `choices`: the allowed values, where they are few. `used_by`: for an option that belongs to an axis, the values of the
-    axis under which the option has an effect; None for an option that always has one.
+    `choices`: the allowed values, if they are few. `used_by`: axis -> the values of the axis with which the option has an
+    effect; None if it always has one.
     """
     metadata = {"help": help, "choices": choices, "used_by": used_by}
     if isinstance(default, dict | list):
@@ -24,12 +24,12 @@ def option(
 
 
 def flag(name: str) -> str:
-    """A field's name as it is typed: batch_size is --batch-size."""
+    """The option of a field as it is typed: --batch-size for batch_size."""
     return f"--{name.replace('_', '-')}"
 
 
 def is_used(option: Field[Any], chosen: Mapping[str, list[str]]) -> bool:
-    """Whether an option has an effect; `chosen`: for each axis the values in use."""
+    """Whether an option has an effect. `chosen`: axis -> the values in use."""
     used_by: Mapping[str, tuple[str, ...]] | None = option.metadata.get("used_by")
     if used_by is None:
         return True
@@ -37,9 +37,9 @@ def is_used(option: Field[Any], chosen: Mapping[str, list[str]]) -> bool:
 
 
 def check_bounds(config: Any, bounds: Mapping[str, tuple[float, ...]]) -> None:
-    """Raises UsageError for a number of the dataclass `config` that is less than its least or more than its most allowed value.
+    """Raises UsageError for a number of the dataclass `config` that is out of its bounds.
 
-    `bounds`: of each field the least, or the least and the most; a field that is None is not set.
+    `bounds`: field -> the lowest allowed value, or the lowest and the highest. A field that is None is not set.
     """
     for name, limits in bounds.items():
         if getattr(config, name) is not None:

@@ -152,7 +152,7 @@ def test_nothing_to_analyse(images, tmp_path, capsys):
     assert "name a checkpoint, or runs with --curves" in refuse(capsys, "analyze")
     assert "--curves without a checkpoint needs --output" in refuse(capsys, "analyze", "--curves", tmp_path)
     static = write_checkpoint(tmp_path / "static", "resnet20", images, {"channels": [4, 4, 4]})
-    assert "is of resnet20, a static network: it has no routed edges to look at" in refuse(capsys, "analyze", static)
+    assert "is of resnet20, a static network: it has no routed edges to analyse" in refuse(capsys, "analyze", static)
     with pytest.raises(UsageError, match="the data set holds no images"):
         analyze(create_model("dg_resnet20"), Images(torch.zeros(0, 3, 8, 8), []), tmp_path)
 

@@ -63,4 +63,4 @@ def test_cost(capsys, monkeypatch):
     assert "dg_resnet18" in ask(capsys, "cost")
     table = ask(capsys, "cost", "--table", 4)
     assert "dg_randwire_small" in table
-    assert "ER and BA look swapped" in table
+    assert "ER and BA seem swapped" in table

@@ -122,7 +122,7 @@ def test_static_weights_of_another_family_are_refused():
             dgnet.load_static_weights(dynamic, timm.create_model(other).state_dict())
     weights = timm.create_model("resnet18").state_dict()
     del weights["bn1.bias"]
-    with pytest.raises(UsageError, match=r"0 have no place or another shape, 1 are missing \(it lacks bn1\.bias\)"):
+    with pytest.raises(UsageError, match=r"0 tensors are unknown or have another shape, 1 are missing \(it lacks bn1\.bias\)"):
         dgnet.load_static_weights(dynamic, weights)
     weights = {name: tensor for name, tensor in timm.create_model("resnet18").state_dict().items() if "downsample" not in name}
     with pytest.raises(UsageError, match=r"it lacks layer2\.input\.0\.weight"):
@@ -276,8 +276,8 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
         ("dg_resnet20", {"topology": "chain,chain,chain,chain"}, "topology lists 4 stages, the network has 3"),
         ("dg_resnet18", {"topology": Topology(torch.ones(4, 4).tril(-1), entry=())}, "node 1 changes the shape and must be"),
         ("dg_resnet18", {"topology": TWO_ENTRIES}, "node 2 cannot read the raw stage input and must not be an entry"),
-        ("dg_randwire_small", {"shortcut": "node"}, "shortcut='node' cannot be had: the blocks of this network have no"),
-        ("dg_mobilenetv2_100", {"router_reads": "activation"}, "router_reads='activation' has no effect: nothing follows"),
+        ("dg_randwire_small", {"shortcut": "node"}, "shortcut='node' is not possible: the blocks of this network have no"),
+        ("dg_mobilenetv2_100", {"router_reads": "activation"}, "router_reads='activation' has no effect: this network has no"),
         ("dg_resnet20", {"weighting": "learned", "learned_start": 0}, "learned_start must not be 0"),
         ("dg_resnet20", {"topology": {"num_nodes": 5, "edges": [[-1, 2]]}}, "a topology is"),
         ("dg_resnet20", {"topology": {"num_nodes": 3, "edges": [[0, 1, 2]]}}, "a topology is"),

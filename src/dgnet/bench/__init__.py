@@ -1,4 +1,4 @@
-"""Speed and memory of two networks, as ratios measured in one process."""
+"""Speed and memory of two networks, measured in one process and given as ratios."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Two networks measured in alternating rounds."""
+"""Measure two networks in alternating rounds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dgnet.errors import UsageError, reason
 from dgnet.inference._timing import quartiles, time_alternating, time_step
 from dgnet.memory import keep_freed_memory
 
-_ROUND_SECONDS = 0.5  # a side repeats its step until its turn in a round lasts this long
+_ROUND_SECONDS = 0.5  # in each round a network's steps take about this long
 _WARM_UP = 3  # steps between the first call and the measurement of memory
 
 
 def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
-    """Measure two networks in alternating rounds. Raises UsageError where one cannot be built or run."""
+    """Measure two networks in alternating rounds. Raises UsageError if one cannot be built or run."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.allocator == "keep":
@@ -74,24 +74,24 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
 
 
 class _Side:
-    """A network as a step, with what is measured of it before the rounds: its first call and its memory."""
+    """One of the two networks as a step. Building it measures its first call and its memory; the rounds follow."""
 
     def __init__(self, config: BenchConfig, name: str, network: nn.Module, image_size: int) -> None:
         self.batch_size = config.batch_size
         device = torch.device(config.device)
         allocated = allocated_bytes(device)
         try:
-            self.step, lasting = prepare_step(network, config, image_size)
+            self.step, persistent = prepare_step(network, config, image_size)
             self.first_call_seconds = time_step(self.step, device)
         except UsageError:
             raise
-        except Exception as error:  # whatever a layer, the device or the compiler makes of it
+        except Exception as error:  # a layer, the device or the compiler may raise anything
             raise UsageError(f"{name} cannot run {config.task} here: {reason(error)}") from error
         time_step(self.step, device, repeats=_WARM_UP)
-        self.peak_memory = measure_peak(self.step, device, lasting, allocated)
+        self.peak_memory = measure_peak(self.step, device, persistent, allocated)
 
     def measured(self, seconds: list[float]) -> Measured:
-        """Its figures, given those of its rounds."""
+        """The network's figures. `seconds`: of one step, for each round."""
         median = statistics.median(seconds)
         return Measured(
             seconds=median,

@@ -1,4 +1,4 @@
-"""What a figure was measured on: it travels with every figure."""
+"""Hardware and versions, which are reported with every measured figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import dgnet
 
 
 def describe_hardware(device: str) -> str:
-    """The processor or GPU that runs, in words."""
+    """The CPU or GPU in words."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -27,7 +27,7 @@ def describe_hardware(device: str) -> str:
 
 
 def versions(device: str) -> dict[str, str]:
-    """Versions of what decides the speed."""
+    """The versions of the packages that affect speed."""
     import timm
     import torchvision
 

@@ -1,4 +1,4 @@
-"""Memory at the peak of a step."""
+"""The peak memory of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from dgnet.inference._timing import Step, synchronize
 
 
-def measure_peak(step: Step, device: torch.device, lasting: Sequence[Tensor], allocated: int) -> int | None:
-    """Bytes at the peak of a step: what it holds for a while, and what lasts. None where the system does not tell.
+def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor], allocated: int) -> int | None:
+    """Peak memory of a step in bytes, temporary and persistent tensors together. None if the system does not report it.
 
-    `lasting`: tensors that outlive a step, which the figure of a CPU adds. `allocated`: bytes on the GPU that belong to
-    something else, which its figure leaves out.
+    `persistent`: tensors that exist before and after the step; on a CPU their size is added. `allocated`: bytes on the GPU that
+    belong to something else; they are subtracted.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,19 +27,19 @@ def measure_peak(step: Step, device: torch.device, lasting: Sequence[Tensor], al
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # free pages go back, so that using them again is seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # return free pages to the system, so that their reuse counts
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
     before = _resident("VmRSS")
     step()
-    return _resident("VmHWM") - before + sum(tensor.nbytes for tensor in lasting)
+    return _resident("VmHWM") - before + sum(tensor.nbytes for tensor in persistent)
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Bytes that tensors take on a GPU; 0 on a CPU."""
+    """Bytes that tensors occupy on a GPU; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _resident(field_name: str) -> int:
-    """A field of /proc/self/status in bytes."""
+    """A memory field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field_name)) * 1024

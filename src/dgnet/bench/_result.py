@@ -1,4 +1,4 @@
-"""The figures of a measurement, and their table."""
+"""The figures of a measurement, and a table of them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dgnet.bench._config import image_width
 
 @dataclass(frozen=True)
 class Measured:
-    """One side's figures."""
+    """The figures of one network."""
 
     seconds: float  # of a step or forward pass, median over rounds
     quartiles: tuple[float, float]
     images_per_second: float
-    peak_memory: int | None  # bytes, with parameters and optimiser state; None where the system does not tell
+    peak_memory: int | None  # bytes, with parameters and optimiser state; None if the system does not report it
     first_call_seconds: float  # compilation included
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Both sides' figures. `ratio`: median over rounds of model / against in the same round; below 1 the model is faster."""
+    """The figures of both networks. `ratio`: median over rounds of model time / other time; below 1 the model is faster."""
 
     task: str
     model: str
@@ -49,7 +49,7 @@ class BenchResult:
 
 
 def format_bench(result: BenchResult) -> str:
-    """The result as a table with hardware and versions."""
+    """The result as a text table, with hardware and versions."""
     form = f"compiled{' with CUDA graphs' if result.cuda_graphs else ''}" if result.compile else "eager"
     layout = "channels_last" if result.channels_last else "contiguous"
     size = f"{result.image_size}×{image_width(result.task, result.image_size)}"

@@ -1,4 +1,4 @@
-"""A network as a step that can be timed: a training step or a forward pass, of a classifier or of a detector on it."""
+"""Steps to be timed: a training step or a forward pass of a network as a classifier, or as a detector's backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
 
 @dataclass
 class _Task:
-    """A network on its device with drawn images."""
+    """A network on its device, with random images."""
 
     model: nn.Module
     images: list[Tensor]
@@ -27,19 +27,22 @@ class _Task:
 
 
 def prepare_step(network: nn.Module, config: BenchConfig, image_size: int) -> tuple[Step, list[Tensor]]:
-    """The step, and the tensors that outlive it; SGD's momentum is as large as the parameters, which stand twice for it."""
+    """The step, and the tensors that exist before and after it.
+
+    Parameters are listed twice in training: SGD's momentum is as large as they are.
+    """
     if not config.is_training:
         network = fold_batch_norms(network, image_size)
     task = (_build_detector if config.is_detection else _build_classifier)(network, config, image_size)
     parameters = list(task.model.parameters())
-    lasting = [*task.images, *parameters, *task.model.buffers()]
+    persistent = [*task.images, *parameters, *task.model.buffers()]
     if not config.is_training:
 
         def infer() -> None:
             with torch.inference_mode():
                 task.forward()
 
-        return infer, lasting
+        return infer, persistent
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
 
     def train() -> None:
@@ -49,7 +52,7 @@ def prepare_step(network: nn.Module, config: BenchConfig, image_size: int) -> tu
         optimizer.step()
         optimizer.zero_grad()
 
-    return train, lasting + parameters
+    return train, persistent + parameters
 
 
 def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) -> _Task:
@@ -65,7 +68,7 @@ def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) 
 
 
 def _build_detector(network: nn.Module, config: BenchConfig, image_size: int) -> _Task:
-    """Weights stay float32."""
+    """A detector with the network as its backbone. Weights stay in float32."""
     from dgnet.detection import Detector
 
     device = torch.device(config.device)

@@ -1,4 +1,4 @@
-"""Private names of argparse, and of jsonargparse, whose parser is argparse's."""
+"""Private names of argparse. The parser of jsonargparse is a subclass of argparse's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from argparse import ArgumentParser
 
 
 def option_strings(parser: ArgumentParser) -> list[str]:
-    """All options of a parser as they are typed, "--lr". The public interface adds arguments and does not list them."""
+    """All options of a parser as they are typed, such as "--lr". The public interface can add arguments, but not list them."""
     return [option for action in parser._actions for option in action.option_strings]
 
 
 def as_typed(message: str) -> str:
-    """A message of jsonargparse's as one line, with the option as it is typed: it names the attribute, in words of its own.
+    """A message of jsonargparse as one line, with the option as it is typed: jsonargparse gives the attribute's name.
 
-    What is worded in another way is kept.
+    Messages with another wording are returned as they are, on one line.
     """
     line = " ".join(message.split())
     line = re.sub(r'^Parser key "([\w.]+)":', lambda match: f"--{match[1].replace('_', '-')}:", line)

@@ -9,9 +9,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 def take_sigterm(trainer: L.Trainer) -> bool:
-    """Switch off Lightning's handling of SIGTERM; returns whether one has arrived. No option switches it off.
+    """Switch off Lightning's handling of SIGTERM; returns whether a SIGTERM has arrived. There is no option for this.
 
-    Lightning notices a signal in the first process only, and waits for the device before every batch to tell the others.
+    Lightning handles the signal in the first process only, and before every batch it waits for the device to inform the others.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     has_arrived = trainer.received_sigterm
@@ -20,9 +20,9 @@ def take_sigterm(trainer: L.Trainer) -> bool:
 
 
 def take_processes(trainer: L.Trainer) -> list[subprocess.Popen[bytes]]:
-    """The further processes that Lightning started on this machine; it no longer watches them. Their launcher is private.
+    """The other processes that Lightning started on this machine. Afterwards it no longer watches them.
 
-    Lightning kills this process if one of them ends.
+    Otherwise Lightning kills this process if one of them ends. Their launcher is private.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

@@ -7,23 +7,23 @@ from torch import nn
 from torch._dynamo import source
 
 DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
-"""Whether `torch.compile` can trace `ContextVar.get`: not in torch 2.11, in 2.14 it can. Nothing public says so."""
+"""Whether `torch.compile` can trace `ContextVar.get`: it cannot in torch 2.11, and can in 2.14. There is no public test."""
 
 
 def is_in_backward() -> bool:
-    """Whether this thread runs a backward pass, which computes a checkpointed forward again. Nothing public says so."""
+    """Whether this thread is in a backward pass, which may compute a checkpointed node again. There is no public test."""
     return torch._C._current_graph_task_id() != -1
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether `module` or a part of it has forward hooks. The public interface registers hooks and does not list them."""
+    """Whether `module` or a part of it has forward hooks. The public interface can register hooks, but not list them."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def message_from_worker(error: type[Exception], text: str) -> str:
-    """The message of an exception that was raised in a worker of a DataLoader, from the `text` that torch raises it again with.
+    """The message of an exception from a DataLoader worker. `text`: the text with which torch raises it again.
 
-    Of the exception only its class and this text leave the worker: "Caught ERROR in …", the traceback, and at its end the
+    Only the class of the exception and this text leave the worker: "Caught ERROR in …", the traceback, and at its end the
     message. Any other `text` is returned as it is.
     """
     line = f"\n{error.__module__}.{error.__qualname__}: "

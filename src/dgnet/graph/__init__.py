@@ -1,7 +1,7 @@
-"""§3 of the paper: topology, weighting, aggregation, stage. Imports torch and networkx, knows no backbone.
+"""The graph core, §3 of the paper: topology, weighting, aggregation, stages. It uses torch and networkx, and no backbone.
 
-Where the equations are: (1) _topology, (3) _aggregate and _nodes, (4) _router and _pooling, (5) _gating; the gradients (7) to
-(10) _aggregate, _gating and _router. (2), the network as a sequence of stages, is in dgnet.models, (6), the loss, in
+Where each equation is computed: (1) _topology; (3) _aggregate and _nodes; (4) _router and _pooling; (5) _gating; the gradients
+(7) to (10) _aggregate, _gating and _router. (2), the network as a sequence of stages, is in dgnet.models; (6), the loss, is in
 dgnet.training.
 """
 

@@ -1,8 +1,8 @@
-"""x̂_j = Σ_i α_ij x_i, a node's input (Eq. 3), and its gradients, which Eqs. (7) to (10) are made of.
+"""A node's input x̂_j = Σ_i α_ij x_i (Eq. 3), and its gradients, which are factors of Eqs. (7) to (10).
 
-The backward pass gives p_ij = ∂L/∂w_ij = ⟨∂L/∂x̂_j, x_i⟩ of each sample, summed over C, H and W. Eqs. (8) (router weights),
-(9) (router biases) and (10) (thresholds) share this factor; `psi` in _gating.py and the router in _router.py continue from
-there. It also gives w_ij · ∂L/∂x̂_j, by which the gradient reaches the nodes' own weights, Eq. (7).
+The backward pass computes for each sample p_ij = ∂L/∂w_ij = ⟨∂L/∂x̂_j, x_i⟩, summed over C, H and W. Eqs. (8) (router weights),
+(9) (router biases) and (10) (thresholds) share this factor; their other factors are the gradients of `psi` in _gating.py and
+of the router in _router.py. It also computes w_ij · ∂L/∂x̂_j, the gradient that reaches the nodes' own weights (Eq. 7).
 
 Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 """
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 512 * 1024
-"""Elements of a sum on the CPU that stay in its cache while the edges pass by."""
+"""On the CPU: elements of a sum that are computed together, few enough to stay in its cache while the edges are added."""
 
 _ROW_ELEMENTS = 4 * 1024
-"""Elements of a map from which on the CPU a call for each sample costs less than to gather samples."""
+"""On the CPU: from this number of elements of a map on, a call for each sample is faster than gathering samples."""
 
 
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
     `features`: one (B, C, H, W) tensor for each in-edge, E of them; `weights`: (B, E); `is_open`: (B, E), None for all
-    open. What a closed edge brings never reaches the sum, be it infinite or NaN.
+    open. The feature of a closed edge never enters the sum, even if it is infinite or NaN.
 
-    Sums in float32 where features are half precision, else in their own precision. Returns (B, C, H, W) in the features'
-    dtype. `torch.func.vmap` over it is refused with a RuntimeError.
+    Sums in float32 if features are in half precision, otherwise in their own precision. Returns (B, C, H, W) in the features'
+    dtype. `torch.func.vmap` over it raises a RuntimeError.
     """
-    # The compiler makes one pass of the loop. On other devices the host should not wait to learn what is open.
+    # The compiler fuses the loop into one pass. On a GPU the CPU would have to wait to read which edges are open.
     if torch.compiler.is_compiling() or features[0].is_meta or (is_open is not None and not features[0].is_cpu):
         return aggregate_by_loop(features, weights, is_open)
     total: Tensor = _Aggregate.apply(weights, is_open, *features)
@@ -39,13 +39,14 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
 
 
 def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
-    """`aggregate` edge by edge in plain operations: its form under the compiler, and its twin in the tests."""
+    """`aggregate` edge by edge in plain operations: used under the compiler, and as its twin in the tests."""
     dtype = _sum_dtype(features[0])
     total: Any = None
     for edge, feature in enumerate(features):
         if is_open is not None:
             feature = torch.where(is_open[:, edge, None, None, None], feature, 0)
-        # Promoted by the product: of a cast, the compiler would keep the wider copy for the backward pass.
+        # The product promotes to the wider dtype. If the feature were cast, the compiler would keep the wider copy for the
+        # backward pass.
         term = feature * weights[:, edge, None, None, None].to(dtype)
         total = term if total is None else total + term
     summed: Tensor = total.to(features[0].dtype)
@@ -55,10 +56,10 @@ def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tens
 def aggregate_rows(
     features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """`aggregate` without gradients, of features that may hold some samples only.
+    """`aggregate` without gradients, of features that may hold only some of the samples.
 
-    `rows`: (E, B), where in each feature, (B_e, C, H, W), a sample lies; any row will do where its edge is closed. None: the
-    features hold the samples in their order. On the CPU nothing of a closed edge is read.
+    `rows`: (E, B), the row of each sample in each feature, (B_e, C, H, W); any row of it if the edge is closed. None: the
+    features hold all samples in order. On the CPU, large maps of closed edges are not read.
     """
     first = features[0]
     # In the memory format of the features.
@@ -77,7 +78,7 @@ def aggregate_rows(
 def _sum_samples(
     out: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None
 ) -> Tensor:
-    """Sample by sample: what it hears is read where it lies, and nothing else."""
+    """Sample by sample: reads the features of open edges only, without copying them first."""
     dtype = _sum_dtype(out)
     opens = None if is_open is None else is_open.tolist()
     places = None if rows is None else rows.tolist()
@@ -111,7 +112,7 @@ def _sum_blocks(
     rows: Tensor | None,
     size: int,
 ) -> Tensor:
-    """`size` samples at a time, on the CPU without edges that are closed for all of them."""
+    """`size` samples at a time. On the CPU an edge that is closed for all of them is skipped."""
     dtype = _sum_dtype(out)
     opens = None if is_open is None or not out.is_cpu else is_open.tolist()
     for start in range(0, len(out), size):
@@ -139,7 +140,7 @@ def _take(feature: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Aggregate(torch.autograd.Function):
-    """`aggregate` without the compiler: no term is written out; only the features are kept for the backward pass."""
+    """`aggregate` without the compiler: no term α_ij x_i is stored; the backward pass keeps the features and no other maps."""
 
     @staticmethod
     def forward(weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class _Aggregate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """p_ij of Eqs. (8) to (10) for the weights, and w_ij · ∂L/∂x̂_j (Eq. 7) for the features."""
+        """The gradients of the weights, p_ij of Eqs. (8) to (10), and of the features, w_ij · ∂L/∂x̂_j (Eq. 7)."""
         weights, is_open, *features = ctx.saved_tensors
         dtype = _sum_dtype(grad)
         grad_sum = grad.to(dtype)

@@ -1,4 +1,4 @@
-"""Values that hold inside a `with` block, for one thread or task only."""
+"""Values that are set inside a `with` block, for one thread or task only."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 class ContextValue(Generic[T]):
     """A `ContextVar` that code under `torch.compile` can read too.
 
-    Older versions of torch cannot trace `ContextVar.get`. There, and only in compiled code, the value is the one that was set
-    last in the process.
+    Older versions of torch cannot trace `ContextVar.get`. With them, `get` in compiled code returns the value that was set last
+    in the process.
     """
 
     def __init__(self, name: str, default: T) -> None:
@@ -33,7 +33,7 @@ class ContextValue(Generic[T]):
 
     @contextmanager
     def set(self, value: T) -> Iterator[None]:
-        """Hold `value` inside the `with` block."""
+        """Set the value inside the `with` block."""
         token, before = self._value.set(value), self._last
         self._last = value
         try:

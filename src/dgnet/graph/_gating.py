@@ -1,9 +1,9 @@
-"""What closes: ψ and τ on edges (Eq. 5), gates on blocks, and the removal of nodes without an open in-edge (§3.3).
+"""How edges and blocks close: ψ and τ on edges (Eq. 5), gates on blocks, removal of nodes without an open in-edge (§3.3).
 
-In a complete graph a block is dead only if all its in-edges close at once, which routers on single edges rarely bring about. A
-block gate closes them together.
+In a complete graph a block is dead only if all its in-edges are closed at once. With a decision for each edge this is rare. A
+block gate closes all of them together.
 
-Letters: B batch, N nodes of a stage, E in-edges of a node (out-edges where said so), C channels.
+Letters: B batch, N nodes of a stage, E in-edges of a node (or out-edges, if it says so), C channels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dgnet.options import option
 def psi(alpha: Tensor, tau: Tensor) -> Tensor:
     """ψ(α) = α · σ(α - τ), the weight of an edge in training (Eq. 5).
 
-    `alpha`: (B, E); `tau`: τ of the receiving node, a scalar. Autograd of it gives the factors of Eqs. (8) to (10):
-    ∂ψ/∂α = s + α·s·(1 - s) and ∂ψ/∂τ = -α·s·(1 - s), s = σ(α - τ). (The paper's Eqs. (8) and (9) leave ∂ψ/∂α out.)
+    `alpha`: (B, E); `tau`: τ of the receiving node, a scalar. Autograd computes the factors of Eqs. (8) to (10):
+    ∂ψ/∂α = s + α·s·(1 - s) and ∂ψ/∂τ = -α·s·(1 - s), where s = σ(α - τ). (The paper's Eqs. (8) and (9) omit ∂ψ/∂α.)
     """
     return alpha * torch.sigmoid(alpha - tau)
 
@@ -37,7 +37,7 @@ def is_above_threshold(alpha: Tensor, tau: Tensor, offset: float) -> Tensor:
 
 
 def stack_alive(senders: Sequence[Tensor | None]) -> Tensor | None:
-    """Whether the senders of a node are alive, (B, E), from a (B,) for each, None for alive; None where all are."""
+    """Whether each sender of a node is alive, (B, E), from (B,) for each sender. None: alive for all samples."""
     given = [sender for sender in senders if sender is not None]
     if not given:
         return None
@@ -48,14 +48,14 @@ def stack_alive(senders: Sequence[Tensor | None]) -> Tensor | None:
 def close_edges(
     weights: Tensor, is_open: Tensor | None, sender_is_alive: Tensor | None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Close the edges below their threshold, those from dead nodes, and those into a node whose gate is closed (§3.3).
+    """Close the in-edges of a node that are below the threshold, come from dead nodes, or lead to a closed gate (§3.3).
 
-    `weights`, `is_open`: (B, E), the latter None for all open; `sender_is_alive`: (B, E), None for all; `gate`: whether the
-    node's own gate is open, (B,), None for open.
+    `weights`: (B, E). `is_open`: which edges are above the threshold, (B, E). `sender_is_alive`: (B, E). `gate`: whether the
+    node's own gate is open, (B,). None: all of them are.
     Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,). None: all.
 
-    Where gates train, `sender_is_alive` and `gate` are 0 or 1 and pass gradients on. Then a weight is the product of the
-    three, and the in-edges of a closed gate stay open: the gate's gradient needs what the block would have added.
+    While gates train, `sender_is_alive` and `gate` are 0 or 1 as floats, with gradients. Then a weight is multiplied by
+    `sender_is_alive`, and the in-edges of a closed gate stay open: the gate's gradient needs the block's feature.
     """
     if is_open is None and gate is None and sender_is_alive is None:
         return weights, None, None
@@ -73,9 +73,9 @@ def close_edges(
 
 
 def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:
-    """For which samples each node has an open path to the output node, (B, N); None where no edge is closed.
+    """For which samples each node has an open path to the output node, (B, N); None if no edge is closed.
 
-    `is_open`: of each node whose in-edges are not all open, which of them are, (B, E).
+    `is_open`: for each node whose in-edges are not all open, which of them are, (B, E).
     """
     if not is_open:
         return None
@@ -97,25 +97,25 @@ class GateOptions:
 
     node_gate: str = option(
         "none",
-        "a gate on each block, which closes all its in-edges at once; gumbel has noise in training",
+        "a gate on each block that closes all its in-edges at once; gumbel: with noise in training",
         ("none", "hard", "gumbel"),
     )
     node_gate_bias: float = option(
-        2.0, "c at start: a gumbel gate is open with probability σ(2) = 0.88 in training, a hard one is open", used_by=_GATED
+        2.0, "initial c: a gumbel gate is open with probability σ(2) = 0.88 in training, a hard one is open", used_by=_GATED
     )
 
     def check(self) -> None:
-        """Raises UsageError for a value that makes no sense."""
+        """Raises UsageError for an invalid value."""
         check_choice("node_gate", self.node_gate, ("none", *_GATED["node_gate"]))
         check_range("node_gate_bias", self.node_gate_bias)
 
 
 class NodeGates(nn.Module):
-    """One gate for each block: open where σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders that are alive.
+    """One gate for each block: open if σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders i that are alive.
 
     v_ij: this module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its
-    gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate is
-    tried open now and then.
+    gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate
+    sometimes opens.
     """
 
     def __init__(self, topology: Topology, channels: int, options: GateOptions, std: float = 0.01) -> None:
@@ -131,11 +131,11 @@ class NodeGates(nn.Module):
                 if self.receivers(i)
             }
         )
-        self.bias = nn.Parameter(torch.empty(topology.num_nodes))  # c, (N,), as τ: those of input and output node are unused
+        self.bias = nn.Parameter(torch.empty(topology.num_nodes))  # c, (N,) as τ; those of input and output node are unused
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the parameters to their start."""
+        """Reset the parameters to their initial values."""
         bias, std = self.start
         nn.init.constant_(self.bias, bias)
         for column in self.columns.values():
@@ -155,8 +155,8 @@ class NodeGates(nn.Module):
     def decide(self, node: int, votes: Tensor, offset: float = 0.0) -> Tensor:
         """Whether the block runs, (B,): bool in evaluation, 0 or 1 with a gradient in training.
 
-        `votes`: what its senders predicted, (B, number of in-edges), 0 where they are dead. `offset`: in evaluation a gate is
-        open from a probability of ½ + offset.
+        `votes`: what its senders predicted, (B, number of in-edges), 0 where they are dead. In evaluation a gate is open if its
+        probability is at least ½ + `offset`.
         """
         logit = votes.sum(1) + self.bias[node].to(votes.dtype)
         if not self.training:
@@ -169,7 +169,7 @@ class NodeGates(nn.Module):
 
 
 def least_logit(offset: float) -> float:
-    """The logit from which a gate is open in evaluation: that of the probability ½ + offset."""
+    """The lowest logit with which a gate is open in evaluation: that of probability ½ + offset; ±∞ outside (0, 1)."""
     probability = 0.5 + offset
     if 0 < probability < 1:
         return math.log(probability / (1 - probability))

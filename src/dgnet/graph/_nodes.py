@@ -18,25 +18,25 @@ from dgnet.graph._weighting import Weighting
 from dgnet.options import option
 
 OWN_WEIGHTING = "<your own>"
-"""What stands for a weighting of the user's own among the values of the axis."""
+"""The name of any weighting of the user's own among the values of the axis `weighting`."""
 
 _READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbel")}
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """Options of a stage, whatever its topology and weighting."""
+    """Options of a stage that do not belong to topology or weighting."""
 
     shortcut: str = option("edge", "the residual shortcut is an edge of the graph, or stays in the node", ("edge", "node"))
     router_reads: str = option(
-        "feature", "routers and gates see x_i as distributed, or its activation", ("feature", "activation"), _READERS
+        "feature", "routers and gates read x_i as distributed, or its activation", ("feature", "activation"), _READERS
     )
     threshold_offset: float = option(
         0.0, "in evaluation edges close below τ + offset, gates below ½ + offset", used_by=_READERS
     )
 
     def check(self) -> None:
-        """Raises UsageError for a value that makes no sense."""
+        """Raises UsageError for an invalid value."""
         check_choice("shortcut", self.shortcut, ("edge", "node"))
         check_choice("router_reads", self.router_reads, ("feature", "activation"))
         check_range("threshold_offset", self.threshold_offset)
@@ -46,12 +46,12 @@ class StageNodes(nn.Module):
     """The modules of a stage, and the computation of each node.
 
     `input`: raw stage input -> x_0 (a projection, or the identity). `nodes`: f_1 … f_{N-2}, the static blocks without their
-    shortcut and without what follows their addition; that is `activation`. With `shortcut="edge"` the activation follows each
-    aggregation (not an entry node's) and the residual shortcut is an edge. With `shortcut="node"` it follows an addition
-    inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing follows the aggregation; an entry node adds x_0, weighted
-    by its in-edge, if `entry_shortcut` says that its static block has a shortcut.
+    shortcut and without the activation after their addition. `activation`: that activation. `node_gates`: block gates, or None.
 
-    `node_gates`: block gates; None for none.
+    `shortcut="edge"`: the residual shortcut is an edge. The activation is applied to each aggregated sum, except that of an
+    entry node. `shortcut="node"`: the shortcut is inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing is applied
+    to the sum. An entry node then adds x_0, weighted by its in-edge, if `entry_shortcut` is true: its static block has a
+    shortcut.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class StageNodes(nn.Module):
         return self.transform(node, aggregate(sources, weights, is_open))
 
     def transform(self, node: int, x: Tensor, is_activated: bool = False) -> Tensor:
-        """x_j from x̂_j, (B, C, H, W), for a node that is no entry node; the stage's output for the output node.
+        """x_j from x̂_j, (B, C, H, W); for the output node, the stage's output. Not for entry nodes.
 
-        `is_activated`: the activation that follows the aggregation was already applied to `x`.
+        `is_activated`: whether the activation after the aggregation was already applied to `x`.
         """
         if self.shortcut == "edge" and not is_activated:
             x = self.activation(x)
@@ -110,6 +110,7 @@ class StageNodes(nn.Module):
     def _compute_entry(self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor) -> Tensor:
         """x_j of an entry node, f_j(α · stage input)."""
         block = self.nodes[node - 1]
+        # Fast path in training: a block with `takes_scale` computes f_j(α · x) without storing α · x.
         if self.training and getattr(block, "takes_scale", False):
             y: Tensor = block(raw, scale=weights[:, 0])
         else:
@@ -117,14 +118,14 @@ class StageNodes(nn.Module):
         return self.finish_entry(y, lambda: aggregate([projected], weights, is_open))
 
     def finish_entry(self, y: Tensor, shortcut: Callable[[], Tensor]) -> Tensor:
-        """x_j of an entry node from f_j(x̂_j), and from its weighted shortcut if the block adds one."""
+        """x_j of an entry node from `y` = f_j(x̂_j) and, if its block adds one, the weighted shortcut."""
         if self.shortcut == "edge":
             return y
         activated: Tensor = self.activation(y + shortcut() if self.entry_shortcut else y)
         return activated
 
     def empty_sum(self, x: Tensor) -> Tensor:
-        """x̂ of an output node without an open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input.
+        """x̂ of an output node that has no open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input.
 
         The shape is found by running an empty batch.
         """

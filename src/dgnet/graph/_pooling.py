@@ -1,4 +1,4 @@
-"""φ of Eq. (4), what a router sees of a feature; and the part of a padded batch that holds the images.
+"""φ of Eq. (4), the pooling of a feature for a router, and the area of a padded batch that holds the images.
 
 Letters: B batch, n samples that a map holds, C channels, H and W height and width of a map.
 """
@@ -16,26 +16,26 @@ from dgnet.graph._context import ContextValue
 
 def global_average_pool(feature: Tensor) -> Tensor:
     """φ of Eq. (4): (B, C, H, W) -> (B, C), at least in float32."""
-    # Not `mean`: its backward writes a map in another memory format than the feature's; that of `sum` is a view.
+    # Not `mean`: its backward pass writes a map in another memory format than the feature's; that of `sum` returns a view.
     height, width = feature.shape[2:]
     return feature.sum((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32)) / (height * width)
 
 
 class ValidArea:
-    """The top left part of each image of a padded batch that holds its pixels.
+    """For each image of a padded batch, the top left part that holds its pixels.
 
-    `sizes`: height and width of each image; `padded`: those of the batch. On a map of another resolution the valid part has
-    the size that strided convolutions give it: ceil(h · H / padded height) rows.
+    `sizes`: height and width of each image; `padded`: height and width of the batch. On a map of another resolution the valid
+    part has the size that strided convolutions give it: ceil(h · H / padded height) rows.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> None:
         self.sizes, self.padded = sizes, padded
         self.rows: Tensor | None = None
-        self.shares: dict[int, Tensor] = {}  # of maps that are being averaged, by the id of the module that reads the mean
+        self.shares: dict[int, Tensor] = {}  # of maps that are being averaged, by the id of the module that reads their mean
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def select(self, rows: Tensor | None) -> ValidArea:
-        """The area of maps that hold only the samples `rows`, (n,); None for all samples."""
+        """The area of maps that hold only the samples `rows`, (n,); None: all samples."""
         selected = ValidArea(self.sizes, self.padded)
         selected.rows, selected._masks = rows, self._masks
         return selected
@@ -57,7 +57,7 @@ class ValidArea:
         return (mask if self.rows is None else mask[self.rows]).to(feature.dtype)
 
     def share(self, feature: Tensor) -> Tensor:
-        """The share of a map, (n, C, H, W), that holds pixels: (n,)."""
+        """The fraction of a map, (n, C, H, W), that holds pixels of its image: (n,)."""
         return self.mask(feature).flatten(1).mean(1, dtype=torch.float32)
 
     def pool(self, feature: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
@@ -74,21 +74,21 @@ _AREA: ContextValue[ValidArea | None] = ContextValue("valid_area", None)
 
 
 def current_area() -> ValidArea | None:
-    """The valid area of the batch that passes now; None where no image is padded."""
+    """The valid area of the current batch; None if no image is padded."""
     return _AREA.get()
 
 
 def use_area(area: ValidArea | None) -> AbstractContextManager[None]:
-    """Inside the `with` block features are of a batch with this valid area; None for images without padding."""
+    """Set the valid area of the batch that is processed inside the `with` block; None: no image is padded."""
     return _AREA.set(area)
 
 
 def select_samples(area: ValidArea | None, rows: Tensor | None) -> AbstractContextManager[None]:
-    """Inside the `with` block maps hold only the samples `rows`, (n,), of the batch that `area` describes; None for all."""
+    """Inside the `with` block maps hold only the samples `rows`, (n,), of the batch that `area` describes; None: all."""
     return nullcontext() if area is None else use_area(area.select(rows))
 
 
 def pool_feature(feature: Tensor, pool: Callable[[Tensor], Tensor] = global_average_pool) -> Tensor:
-    """φ(x) of Eq. (4), over the valid area where there is one: (n, C, H, W) -> (n, C)."""
+    """φ(x) of Eq. (4), over the valid area if there is one: (n, C, H, W) -> (n, C)."""
     area = current_area()
     return pool(feature) if area is None else area.pool(feature, pool)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a node: its insides are computed again in the backward pass."""
+"""Gradient checkpointing of a node: the backward pass computes it again instead of keeping what lies inside it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def compute_checkpointed(stage: StageNodes, node: int, *arguments: Any) -> Tensor:
-    """`stage.compute(node, *arguments)`, of which only the arguments are kept for the backward pass."""
+    """`stage.compute(node, *arguments)`; only the arguments are kept for the backward pass."""
     options: dict[str, Any] = {"use_reentrant": False}
-    if not torch.compiler.is_compiling():  # the compiler allows no such contexts
+    if not torch.compiler.is_compiling():  # the compiler does not support such contexts
         options["context_fn"] = lambda: _contexts(stage.nodes[node - 1 : node])
     feature: Tensor = checkpoint(stage.compute, node, *arguments, **options)
     return feature
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of the first and of the second computation."""
+    """The contexts of the first computation and of the second."""
     return nullcontext(), KeepStatistics(module)
 
 
 class KeepStatistics(AbstractContextManager[None]):
-    """Inside the `with` block the batch normalisations of `module` do not count the batch: they counted it before.
+    """Inside the `with` block batch normalisations of `module` do not update their statistics: the first computation did.
 
     It is entered once for each backward pass.
     """

@@ -19,7 +19,7 @@ from dgnet.graph._wiring import Wiring, impose, observe
 
 
 class Record:
-    """Adjacency matrices of the forward passes run under `record_connectivity`, detached, appended along B.
+    """Adjacency matrices of the forward passes under `record_connectivity`, detached, concatenated along B.
 
     Row j of a matrix holds node j's in-edges (§3.4, Fig. 2).
     """
@@ -29,39 +29,40 @@ class Record:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Delete what was recorded."""
         self._alpha: list[list[Tensor]] = [[] for _ in self._stages]
         self._adjacency: list[list[Tensor]] = [[] for _ in self._stages]
         self._ran: list[list[Tensor]] = [[] for _ in self._stages]
 
     @property
     def adjacency(self) -> list[Tensor]:
-        """For each stage the weights as aggregated, (B, N, N); 0 where an edge is closed."""
+        """For each stage the weights used in the aggregation, (B, N, N); 0 where an edge is closed."""
         return [self._join(chunks) for chunks in self._adjacency]
 
     @property
     def alpha(self) -> list[Tensor]:
-        """For each stage the weights before closing, (B, N, N); imposed weights where a matrix was imposed."""
+        """For each stage α, before closing, (B, N, N); the imposed weights if a matrix was imposed."""
         return [self._join(chunks) for chunks in self._alpha]
 
     @property
     def ran(self) -> list[Tensor]:
-        """For each stage the nodes that ran, (B, N) bool: in dense mode those that are alive."""
+        """For each stage the nodes that ran, (B, N) bool; in dense mode the nodes that are alive."""
         return [self._join(chunks) for chunks in self._ran]
 
     @property
     def topology(self) -> list[Topology]:
-        """For each stage which edges exist."""
+        """The topology of each stage."""
         return [stage.topology for stage in self._stages]
 
     @property
     def threshold(self) -> list[Tensor | None]:
-        """For each stage τ of each receiving node, (N,); None where the weighting has none."""
+        """For each stage τ of each receiving node, (N,); None if the weighting has none."""
         return [None if s.weighting.threshold is None else s.weighting.threshold.detach() for s in self._stages]
 
     def observe(self, index: int, wiring: Wiring) -> None:
         """Append what a stage reports; see `Observer`."""
-        # A checkpointed forward, run again by the backward pass, is not recorded again; the compiler cannot ask.
+        # With gradient checkpointing a backward pass may repeat a forward pass: it is recorded once. The compiler cannot trace
+        # this test.
         if not torch.compiler.is_compiling() and is_in_backward():
             return
         self._alpha[index].append(wiring.alpha)
@@ -79,7 +80,7 @@ class Record:
 def record_connectivity(model: nn.Module) -> Iterator[Record]:
     """Record the connectivity of every forward pass of `model` inside the `with` block, in this thread or task.
 
-    Raises UsageError where the model has no dynamic stages.
+    Raises UsageError if the model has no dynamic stages.
     """
     stages = require_stages(model)
     record = Record(stages)
@@ -93,10 +94,10 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
 
     Routers do not run, and an edge that weighs 0 is closed. Copies of the model are not affected.
 
-    `adjacency`: for each stage (N, N) for all samples, (B, N, N) for each its own, or None to leave the stage as it is.
-    `record.adjacency` of a forward pass gives the same output again.
+    `adjacency`: for each stage (N, N) for all samples, (B, N, N) with one for each sample, or None to leave the stage as it is.
+    Imposing the `record.adjacency` of a forward pass gives the same output again.
 
-    Raises UsageError where a matrix is missing, has the wrong size, or weighs an edge that the topology lacks.
+    Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks.
     """
     stages = require_stages(model)
     if len(adjacency) != len(stages):
@@ -111,7 +112,7 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
 
 
 def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
-    """`matrix` as (1 or B, N, N). Raises UsageError where it does not fit the topology."""
+    """`matrix` as (1 or B, N, N). Raises UsageError if it does not fit the topology."""
     num_nodes = topology.num_nodes
     if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3) or matrix.shape[-2:] != (num_nodes, num_nodes):
         allowed = f"({num_nodes}, {num_nodes}) or (B, {num_nodes}, {num_nodes})"

@@ -20,20 +20,20 @@ from dgnet.graph._weighting import Weighting
 
 
 class StartWalk(Protocol):
-    """What starts a walk: a class of walks, or what prepares one for a stage."""
+    """Starts walks: a class of walks, or an object that prepares walks through one stage."""
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
-        """A walk through `stage` for the raw stage input `x`."""
+        """Start a walk through `stage`. `x`: the raw stage input, (B, C_in, H_in, W_in)."""
 
     def in_graph(self) -> type[Walk]:
-        """The walk to take in a compiled or exported graph."""
+        """The class of walks to use in a compiled or exported graph."""
 
 
 class DynamicGraph(StageNodes):
     """One stage: maps (B, C_in, H_in, W_in) to (B, C, H, W). See `StageNodes` for its parts.
 
-    How the nodes run is decided by a walk, started anew for each forward pass: dense in training, in evaluation
-    `inference_walk` (see `dgnet.inference.set_mode`).
+    Each forward pass starts a walk, which decides how the nodes run: a dense walk in training, `inference_walk` in evaluation
+    (see `dgnet.inference.set_mode`).
     """
 
     inference_walk: StartWalk
@@ -64,9 +64,9 @@ class DynamicGraph(StageNodes):
         return walk.finish()
 
     def start_walk(self, x: Tensor) -> Walk:
-        """The walk of a forward pass for the raw stage input `x`, (B, C_in, H_in, W_in)."""
+        """Start the walk of one forward pass. `x`: the raw stage input, (B, C_in, H_in, W_in)."""
         start: StartWalk = self.inference_walk
-        if self.training or x.is_meta:  # on the meta device no node is known to be dead
+        if self.training or x.is_meta:  # without values no node is known to be dead
             start = DenseWalk
         if torch.compiler.is_compiling():
             start = start.in_graph()
@@ -83,7 +83,7 @@ def _check_mask(
     unexpected_keys: list[str],
     error_messages: list[str],
 ) -> None:
-    """Refuse the weights of a stage with other edges. Weights of a static network bring no edges."""
+    """Refuse the weights of a stage with other edges. Weights of a static network hold no mask and are accepted."""
     mask = stage.topology.mask  # the buffer may lie on the meta device
     stored = state_dict.setdefault(f"{prefix}mask", mask)
     if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
@@ -98,7 +98,7 @@ def find_stages(model: nn.Module) -> list[DynamicGraph]:
 
 
 def require_stages(model: nn.Module) -> list[DynamicGraph]:
-    """As `find_stages`. Raises UsageError where there are none."""
+    """As `find_stages`. Raises UsageError if there are none."""
     stages = find_stages(model)
     if not stages:
         raise UsageError(f"{type(model).__name__} has no dynamic stages; models that do: dgnet models")

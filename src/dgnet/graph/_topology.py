@@ -24,10 +24,10 @@ class Topology:
     """The edges of one stage.
 
     `mask`: (N, N) bool, strictly lower triangular; row j marks the in-edges of node j. `entry`: nodes that read the raw
-    stage input, each through its one in-edge (0, j). `pinned`: node -> the constant weight of each of its in-edges; all
-    other edges are *free*, their weights come from the weighting.
+    stage input, each through its one in-edge (0, j). `pinned`: node -> the constant weight of each of its in-edges. All
+    other edges are *free*: the weighting gives their weights.
 
-    Raises UsageError where the mask is no such matrix or a node lies on no path from the input node to the output node.
+    Raises UsageError if the mask is no such matrix, or a node lies on no path from the input node to the output node.
     """
 
     mask: Tensor
@@ -62,7 +62,7 @@ class Topology:
         for node, weight in self.pinned.items():
             if node not in range(1, self.num_nodes) or not math.isfinite(weight):
                 raise UsageError(
-                    f"a topology pins a receiving node, 1 to {self.num_nodes - 1}, to a number, got {node}: {weight}"
+                    f"`pinned` maps receiving nodes, 1 to {self.num_nodes - 1}, to finite numbers, got {node}: {weight}"
                 )
         self._check_paths()
 
@@ -107,11 +107,11 @@ class Topology:
         return self._receivers[node]
 
     def free_receivers(self, node: int) -> tuple[int, ...]:
-        """The nodes j of the out-edges (node, j) that the weighting weighs, ascending."""
+        """The nodes j of the free out-edges (node, j), ascending."""
         return tuple(j for j in self.receivers(node) if j not in self.pinned)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` and `build_topology` take: a checkpoint keeps a random graph so."""
+        """Plain values that `from_dict` and `build_topology` take. Checkpoints store random graphs in this form."""
         return {
             "num_nodes": self.num_nodes,
             "edges": [[i, j] for j in range(self.num_nodes) for i in self.senders(j)],
@@ -158,7 +158,7 @@ def chain(num_nodes: int) -> Topology:
 
 
 def _all_edges(num_nodes: int) -> Tensor:
-    # On the CPU also where models are built on the meta device: a stage looks its edges up when it is built.
+    # On the CPU even if the model is built on the meta device: building a stage reads the edges.
     return torch.ones(num_nodes, num_nodes, dtype=torch.bool, device="cpu").tril(-1)
 
 
@@ -175,13 +175,13 @@ class RandomGraphOptions:
     ws_p: float = option(0.75, "WS: probability that an edge is rewired", used_by={"topology": ("ws",)})
 
     def check(self) -> None:
-        """Raises UsageError for a value that is no whole number where one is needed."""
+        """Raises UsageError if a seed or a number of edges or neighbours is no whole number."""
         for name in ("topology_seed", "ba_m", "ws_k"):
             if not isinstance(getattr(self, name), int):
                 raise UsageError(f"{name} must be a whole number, got {getattr(self, name)!r}")
 
     def generator(self, stage: int) -> Random:
-        """The generator that a stage, counted from 1, draws its graph from."""
+        """The random generator for the graph of a stage, counted from 1."""
         return Random(f"{self.topology_seed}/{stage}")
 
 
@@ -193,18 +193,18 @@ def erdos_renyi(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Top
 
 
 def barabasi_albert(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Topology:
-    """BA(M): blocks are added one by one, each with `ba_m` edges, preferably to blocks that have many."""
+    """BA(M): blocks are added one by one, each with `ba_m` edges, preferably to blocks that already have many."""
     edges = options.ba_m
     check_range("ba_m", edges, 1)
     return _draw("ba", f"ba_m={edges}", num_nodes, edges + 1, lambda b: nx.barabasi_albert_graph(b, edges, seed=rng))
 
 
 def watts_strogatz(num_nodes: int, options: RandomGraphOptions, rng: Random) -> Topology:
-    """WS(K, P): a ring with `ws_k` neighbours each, every edge rewired with probability `ws_p`."""
+    """WS(K, P): a ring in which each block has `ws_k` neighbours; every edge is rewired with probability `ws_p`."""
     neighbours, probability = options.ws_k, options.ws_p
     check_range("ws_k", neighbours, 2)
     if neighbours % 2:
-        raise UsageError(f"ws_k must be even, half of the neighbours on each side, got {neighbours}")
+        raise UsageError(f"ws_k must be even (half of the neighbours are on each side), got {neighbours}")
     check_range("ws_p", probability, 0, 1)
     settings = f"ws_k={neighbours}, ws_p={probability}"
     return _draw(
@@ -215,15 +215,15 @@ def watts_strogatz(num_nodes: int, options: RandomGraphOptions, rng: Random) -> 
 _DRAWS = 100
 
 
-def _draw(name: str, settings: str, num_nodes: int, least: int, sample: Callable[[int], nx.Graph]) -> Topology:
-    """A random graph over the blocks, its edges directed from the lower to the higher index, as RandWire does.
+def _draw(name: str, settings: str, num_nodes: int, min_blocks: int, sample: Callable[[int], nx.Graph]) -> Topology:
+    """A random graph over the blocks. Edges are directed from the lower to the higher index, as in RandWire.
 
-    Blocks without an in-edge get one from the input node with weight 1; the output node takes the mean of the blocks without
-    an out-edge. A graph that is not connected is drawn again.
+    Blocks without an in-edge get one from the input node with weight 1; the output node computes the mean of the blocks without
+    an out-edge. A graph that is not connected is drawn again, at most `_DRAWS` times in all.
     """
     blocks = num_nodes - 2
-    if blocks < least:
-        raise UsageError(f"topology {name!r} with {settings} needs at least {least} blocks, the stage has {blocks}")
+    if blocks < min_blocks:
+        raise UsageError(f"topology {name!r} with {settings} needs at least {min_blocks} blocks, the stage has {blocks}")
     graph = next((g for g in (sample(blocks) for _ in range(_DRAWS)) if nx.is_connected(g)), None)
     if graph is None:
         raise UsageError(
@@ -243,14 +243,14 @@ def _draw(name: str, settings: str, num_nodes: int, least: int, sample: Callable
 TopologyLike = str | Tensor | Topology | Mapping[str, Any] | Callable[[int], "Topology | Tensor"]
 
 TOPOLOGIES: dict[str, Callable[[int], Topology]] = {"complete": complete, "residual": residual, "chain": chain}
-"""Topologies that follow from the number of nodes alone."""
+"""Topologies that depend on the number of nodes only."""
 
 RANDOM_TOPOLOGIES: dict[str, Callable[[int, RandomGraphOptions, Random], Topology]] = {
     "er": erdos_renyi,
     "ba": barabasi_albert,
     "ws": watts_strogatz,
 }
-"""Topologies that are drawn."""
+"""Topologies that are drawn at random."""
 
 TOPOLOGY_NAMES = (*TOPOLOGIES, *RANDOM_TOPOLOGIES)
 
@@ -260,7 +260,7 @@ def build_topology(
 ) -> Topology:
     """A stage's topology from a name, a mask, a Topology, its `to_dict`, or a callable from `num_nodes` to one of these.
 
-    `options`: of random graphs; `stage`, counted from 1: each stage draws its own graph.
+    `options`: for random graphs. `stage`: counted from 1; each stage draws its own random graph.
 
     Raises UsageError for an unknown name, a bad mask, or a size other than `num_nodes`.
     """
@@ -283,5 +283,5 @@ def build_topology(
 
 
 def node_names(num_nodes: int) -> list[str]:
-    """What pictures call a stage's nodes: `in`, the blocks from 1, `out`."""
+    """The labels of a stage's nodes in figures: `in`, the blocks from 1, `out`."""
     return ["in", *map(str, range(1, num_nodes - 1)), "out"]

@@ -21,24 +21,24 @@ from dgnet.graph._wiring import Wiring, imposed_on, observers_of
 
 
 class Walk:
-    """One forward pass through a stage, node by node. All state of the pass is here, so that a stage can run in many threads.
+    """One forward pass through a stage, node by node. It holds all state of the pass, so that a stage can run in many threads.
 
-    `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with what a node has computed, `compute` for each
-    node of `blocks`, then `finish`.
+    `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with the input node's feature, then `compute` and
+    `put` for each node of `blocks`, then `finish`.
 
-    Raises UsageError where a matrix is imposed for another number of samples than `x` holds.
+    Raises UsageError if the imposed matrix is for another number of samples than `x` has.
     """
 
     def __init__(self, stage: StageNodes, x: Tensor) -> None:
         self.stage, self.topology, self.x = stage, stage.topology, x
         self.observers = observers_of(stage)
-        self.imposed = imposed_on(stage)  # weights in place of the stage's own, (1 or B, N, N)
+        self.imposed = imposed_on(stage)  # weights instead of the stage's own, (1 or B, N, N)
         if self.imposed is not None and len(self.imposed) not in (1, x.shape[0]):
             raise UsageError(f"the imposed adjacency has {len(self.imposed)} samples, the batch {x.shape[0]}")
 
     @classmethod
     def in_graph(cls) -> type[Walk]:
-        """The walk to take in a compiled or exported graph, where Python cannot look at values."""
+        """The class of walks to use in a compiled or exported graph, where Python cannot read values."""
         return cls
 
     @property
@@ -47,11 +47,11 @@ class Walk:
         return self.topology.blocks
 
     def put(self, node: int, feature: Any) -> None:
-        """Distribute what a node has computed, and predict the weights of its out-edges from it (Eq. 4)."""
+        """Distribute the feature that a node has computed, and predict the weights of its out-edges from it (Eq. 4)."""
         raise NotImplementedError
 
     def compute(self, node: int) -> Any:
-        """Close the in-edges of a block (Eq. 5), aggregate what the open ones bring, and transform the sum (Eq. 3)."""
+        """The feature of a node: close in-edges (Eq. 5), aggregate over the open ones, and transform the sum (Eq. 3)."""
         raise NotImplementedError
 
     def finish(self) -> Tensor:
@@ -59,16 +59,16 @@ class Walk:
         raise NotImplementedError
 
     def report(self, wiring: Wiring) -> None:
-        """Tell the observers how this pass wired the stage."""
+        """Report to the observers how this pass wired the stage."""
         for index, observer in self.observers:
             observer.observe(index, wiring)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pass must predict, in view of the weights that are known before it begins.
+    """What a forward pass must predict. `alpha`: whether routers run; `gates`: whether block gates decide.
 
-    `alpha`: whether routers run; `gates`: whether block gates decide. Imposed weights make both unnecessary.
+    With imposed weights neither is needed.
     """
 
     alpha: bool
@@ -76,38 +76,39 @@ class Needs:
 
     @classmethod
     def of(cls, stage: StageNodes, imposed: Tensor | None) -> Needs:
-        """The needs of a pass through `stage` on which `imposed` is imposed."""
+        """What a pass through `stage` must predict; `imposed`: the weights imposed on it, or None."""
         is_free = imposed is None
         return cls(alpha=is_free and stage.weighting.reads_features, gates=is_free and stage.node_gates is not None)
 
     @property
     def are_weights_known(self) -> bool:
-        """Whether all weights are known beforehand: then nodes without an open path to the output node can be left out."""
+        """Whether all weights are known before the pass. Then nodes without an open path to the output node can be skipped."""
         return not (self.alpha or self.gates)
 
 
 class DenseWalk(Walk):
-    """Every node runs on every sample; what is closed weighs 0.
+    """Every node runs on every sample; a closed edge weighs 0.
 
     **Removal** (§3.3): a node without an open in-edge for a sample is *dead* for it. Its out-edges are closed, with α = 0, and
-    nothing reads what it computes. Input and output node always run; an output node without an open in-edge sums to 0.
+    nothing reads its feature. Input and output node always run; the sum of an output node without an open in-edge is 0.
 
-    Where gates train, a gated block computes for all samples, on what its in-edges bring, and its out-edges pass on those for
-    which it is open.
+    While gates train, a gated block runs on all samples. Its out-edges are closed for the samples for which its gate is closed.
     """
 
     skips_nodes = False
-    """Whether a node is left out for samples for which nothing needs it."""
+    """Whether a node is skipped for samples that do not need it."""
 
     def __init__(self, stage: StageNodes, x: Tensor) -> None:
         super().__init__(stage, x)
         self.area = current_area()
         self.needs = Needs.of(stage, self.imposed)
         self.features: list[Any] = []  # x_i of each node
-        self.alive: list[Tensor | None] = [None]  # (B,) a node, bool, or 0 and 1 where gates train; None: for all samples
+        self.alive: list[Tensor | None] = [
+            None
+        ]  # of each node, (B,): bool, or 0 and 1 while gates train; None: for all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
         self.alpha = self.new_predictions()  # α of each edge
-        self.votes = self.new_predictions()  # what nodes contribute to the gates of others
+        self.votes = self.new_predictions()  # of each edge, what the sender adds to the logit of the receiver's gate
         self.alpha_rows: list[Tensor] = []
         self.weight_rows: list[Tensor] = []
         self.needed = self.find_needed() if self.skips_nodes and self.needs.are_weights_known else None
@@ -137,7 +138,7 @@ class DenseWalk(Walk):
         return output
 
     def predict(self, node: int, feature: Tensor) -> None:
-        """Keep what a node predicts for its out-edges from its feature: α (Eq. 4), and its votes for block gates."""
+        """Store what a node predicts for its out-edges from its feature: α (Eq. 4), and its votes for block gates."""
         stage, gates = self.stage, self.stage.node_gates
         gated = gates.receivers(node) if gates is not None and self.needs.gates else ()
         if not (self.needs.alpha or gated):
@@ -158,12 +159,12 @@ class DenseWalk(Walk):
         if node in self.topology.pinned:
             weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node])
             return weights, weights, None
-        # Shared weights are not collected edge by edge: the compiler would index into the row for every element of the sum.
+        # Shared α is not collected edge by edge: the compiler would index into the row for every element of the sum.
         alpha = self.row(self.alpha, node) if self.needs.alpha else weighting.shared_alpha(node).expand(batch, -1)
         return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
 
     def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
-        """Whether the gate of a block is open, (B,); None where it has none."""
+        """Whether the gate of a block is open, (B,); None if it has none."""
         if not self.needs.gates or node == self.topology.output:
             return None
         assert self.stage.node_gates is not None
@@ -184,9 +185,9 @@ class DenseWalk(Walk):
         return find_needed(self.topology, opened)
 
     def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Any:
-        """What a node distributes; for the output node the stage's output, (B, C, H, W).
+        """The feature that a node distributes; for the output node the stage's output, (B, C, H, W).
 
-        `weights`, `is_open`: (B, E), the latter None for all open; `is_alive`: for which samples it must run, (B,), None: all.
+        `weights`, `is_open` (None: all open): (B, E); `is_alive`: for which samples it must run, (B,), None: all.
         """
         sources = self.sources(node)
         if self.stage.grad_checkpointing and self.stage.training and torch.is_grad_enabled():
@@ -194,18 +195,18 @@ class DenseWalk(Walk):
         return self.stage.compute(node, weights, is_open, *sources)
 
     def sources(self, node: int) -> tuple[Any, ...]:
-        """What a node reads: the features of its senders; before them, for an entry node, the raw stage input."""
+        """What a node reads: the features of its senders; for an entry node, the raw stage input before them."""
         senders = tuple(self.features[i] for i in self.topology.senders(node))
         return (self.x, *senders) if node in self.topology.entry else senders
 
-    # How predictions are kept. A walk whose nodes run on some samples only keeps them in another form.
+    # How predictions are stored. A walk whose nodes run on some of the samples stores them in another form.
 
     def new_predictions(self) -> Any:
-        """A place for one number for each sample and edge."""
+        """Storage for one number for each sample and edge."""
         return {}
 
     def keep(self, predictions: Any, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
-        """Keep `values`, (B, E), predicted for the edges from `node` to `receivers`."""
+        """Store `values`, (B, E), which were predicted for the edges from `node` to `receivers`."""
         for receiver, column in zip(receivers, values.unbind(1), strict=True):
             predictions[node, receiver] = column
 

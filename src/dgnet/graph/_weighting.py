@@ -1,4 +1,4 @@
-"""What the free edges of a stage weigh: fixed, learned, or routed (§3.2, §3.3).
+"""The weights of a stage's free edges: fixed, learned, or routed (§3.2, §3.3).
 
 Letters: B batch, N nodes of a stage, E edges, C channels.
 """
@@ -20,11 +20,11 @@ from dgnet.options import option
 
 
 class Weighting(nn.Module):
-    """The weights of a stage's free edges. A new weighting overrides `predict` or `shared_alpha`, and `weigh` if it needs to.
+    """The weights of a stage's free edges. A subclass overrides `predict` or `shared_alpha`, and what else it changes.
 
     α is predicted for each sample at the sending node (`predict`), or is the same for all samples (`shared_alpha`, with
-    `reads_features` False). `weigh` turns it into the weight that is aggregated. With a `threshold`, an edge closes in
-    evaluation where α is below it.
+    `reads_features = False`). `weigh` turns α into the weight that the sum uses. If there is a `threshold`, an edge is closed
+    in evaluation if its α is below that of the receiving node (`find_open`).
     """
 
     reads_features = True
@@ -37,7 +37,7 @@ class Weighting(nn.Module):
 
     @property
     def threshold(self) -> Tensor | None:
-        """τ of each receiving node, (N,); None for a weighting that closes nothing."""
+        """τ of each receiving node, (N,); None if the weighting closes no edges."""
         return None
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
@@ -48,21 +48,24 @@ class Weighting(nn.Module):
         raise NotImplementedError
 
     def shared_alpha(self, node: int) -> Tensor:
-        """α of the node's in-edges where features are not read, (E,), in the order of `topology.senders(node)`."""
+        """α of the node's in-edges for all samples, (E,), in the order of `topology.senders(node)`.
+
+        Used if `reads_features` is False.
+        """
         raise NotImplementedError
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
-        """The weights of the node's in-edges as aggregated where they are open, (B, E), from α, (B, E)."""
+        """The weights of the node's in-edges in the sum if they are open, (B, E), from their α, (B, E)."""
         return alpha
 
     def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
-        """Which in-edges of the node are open in evaluation, (B, E): those with α ≥ τ + `offset` (Eq. 5); None for all."""
+        """Which in-edges of the node are open, (B, E): in evaluation those with α ≥ τ + `offset` (Eq. 5); None: all."""
         if self.threshold is None or self.training:
             return None
         return is_above_threshold(alpha, self.threshold[node].to(alpha.dtype), offset)
 
     def reset_parameters(self) -> None:
-        """Reset the parameters to their start."""
+        """Reset the parameters to their initial values."""
 
 
 class FixedWeighting(Weighting):
@@ -73,7 +76,7 @@ class FixedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__(topology, channels)
         self.like: Tensor
-        self.register_buffer("like", torch.empty(0), persistent=False)  # says on which device and in which dtype weights are
+        self.register_buffer("like", torch.empty(0), persistent=False)  # gives the weights' device and dtype
 
     def shared_alpha(self, node: int) -> Tensor:
         return self.like.new_ones(len(self.topology.senders(node)))
@@ -83,16 +86,16 @@ class FixedWeighting(Weighting):
 class LearnedOptions:
     """Options of `LearnedWeighting`."""
 
-    learned_start: float = option(1.0, "α at start", used_by={"weighting": ("learned",)})
+    learned_start: float = option(1.0, "initial α", used_by={"weighting": ("learned",)})
     learned_activation: str = option(
         "identity",
-        "what is applied to a learned α; RandWire has a sigmoid",
+        "function that is applied to a learned α; RandWire uses a sigmoid",
         ("identity", "sigmoid"),
         {"weighting": ("learned",)},
     )
 
     def check(self) -> None:
-        """Raises UsageError for a value that makes no sense."""
+        """Raises UsageError for an invalid value."""
         check_choice("learned_activation", self.learned_activation, ("identity", "sigmoid"))
         check_range("learned_start", self.learned_start)
         if self.learned_start == 0 and self.learned_activation == "identity":
@@ -134,23 +137,23 @@ class RoutedOptions:
     router: Callable[[int, int], nn.Module] | None = option(
         None, "a router of your own: (channels, num_edges) -> module, (B, C) -> α (B, E); None: `Router`", used_by=_ROUTED
     )
-    router_bias: float = option(3.0, "b at start: +3 opens every edge (§6.4, Fig. 4)", used_by=_ROUTED)
-    router_std: float = option(0.01, "standard deviation of W at start", used_by=_ROUTED)
+    router_bias: float = option(3.0, "initial b: with +3 every edge starts open (§6.4, Fig. 4)", used_by=_ROUTED)
+    router_std: float = option(0.01, "standard deviation of the initial W", used_by=_ROUTED)
     router_start: str = option(
-        "complete", "the topology whose edges start open within a complete one; the others start closed", used_by=_ROUTED
+        "complete", "topology whose edges start open; the other edges of the complete graph start closed", used_by=_ROUTED
     )
     router_pool: Callable[[Tensor], Tensor] | None = option(
         None, "φ, (B, C, H, W) -> (B, C); None: global average pooling", used_by=_ROUTED
     )
     gate: str = option("psi", "weight in training: psi = α·σ(α - τ), or alpha", ("psi", "alpha"), _ROUTED)
-    threshold: float = option(0.0, "τ at start", used_by=_ROUTED)
+    threshold: float = option(0.0, "initial τ", used_by=_ROUTED)
     learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
     inference_weight: str = option(
-        "gated", "what an open edge weighs in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
+        "gated", "weight of an open edge in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
     )
 
     def check(self) -> None:
-        """Raises UsageError for a value that makes no sense."""
+        """Raises UsageError for an invalid value."""
         for name in ("router", "router_pool"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
@@ -167,10 +170,11 @@ class RoutedOptions:
 class RoutedWeighting(Weighting):
     """α predicted for every sample by a router on the sending node (Eq. 4), closed by τ of the receiving node (Eq. 5).
 
-    In training an edge weighs ψ(α); in evaluation an edge with α < τ is closed. `gate="alpha"` gives τ no gradient, so τ stays
-    at its start. A router gets pooled features in float32, under autocast too, and returns α in [0, 1].
+    In training an edge weighs ψ(α); in evaluation an edge with α < τ is closed. With `gate="alpha"` τ has no gradient and keeps
+    its initial value. A router receives pooled features in float32, under autocast too, and returns α in [0, 1].
 
-    `start`: the edges that begin at `router_bias`, the others at `CLOSED_BIAS`; None for all edges. For `Router` only.
+    `start`: the edges whose b starts at `router_bias`; b of the others starts at `CLOSED_BIAS`. None: all edges. Only `Router`
+    uses it.
     """
 
     def __init__(
@@ -191,7 +195,7 @@ class RoutedWeighting(Weighting):
                     if self.options.router is None
                     else self.options.router(channels, len(receivers))
                 )
-        # (N,), so that row j of an adjacency and tau[j] belong together; tau[0] has no edge to gate.
+        # (N,): tau[j] belongs to row j of an adjacency; tau[0] is unused.
         is_learned = self.options.learn_threshold and self.options.gate == "psi"
         self.tau = nn.Parameter(torch.full((topology.num_nodes,), float(self.options.threshold)), requires_grad=is_learned)
 
@@ -201,7 +205,7 @@ class RoutedWeighting(Weighting):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.tau, self.options.threshold)
-        for router in self.routers.values():  # a user's own router may initialise its layers as it likes
+        for router in self.routers.values():  # a user's own router may have no such method
             reset = getattr(router, "reset_parameters", None)
             if callable(reset):
                 reset()
@@ -209,7 +213,7 @@ class RoutedWeighting(Weighting):
     def predict(self, node: int, feature: Tensor) -> Tensor:
         if str(node) not in self.routers:  # every out-edge is pinned
             return feature.new_ones(feature.shape[0], 0)
-        # Float32 under autocast too: a rounding of α at a hard threshold flips an edge. (The meta device has no autocast.)
+        # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
             alpha: Tensor = self.routers[str(node)](pool_feature(feature, self.pool))
             return alpha

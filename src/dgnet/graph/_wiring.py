@@ -1,6 +1,6 @@
-"""What a forward pass through a stage reports to observers, and what is imposed on it.
+"""What a forward pass through a stage reports to observers, and the weights that are imposed on it.
 
-Both hold for one thread or task: passes of the same model in other threads are neither seen nor changed.
+Both apply to one thread or task: forward passes of the same model in other threads are not observed and not changed.
 
 Letters: B batch, N nodes of a stage, E in-edges of a node.
 """
@@ -21,8 +21,8 @@ from dgnet.graph._topology import Topology
 class Wiring:
     """How one forward pass wired a stage.
 
-    `alpha_rows`, `weight_rows`: (B, E) for each node from node 1 on, before and after closing. `ran`: whether each node but
-    the output node ran, (B,), bool, or 0 and 1 where gates train; None for all samples.
+    `alpha_rows`, `weight_rows`: α and the weights after closing, (B, E) for each node from node 1 on. `ran`: for each node
+    except the output node, whether it ran, (B,): bool, or 0 and 1 as floats while gates train; None: for all samples.
     """
 
     def __init__(
@@ -36,17 +36,17 @@ class Wiring:
 
     @property
     def alpha(self) -> Tensor:
-        """α of every edge, (B, N, N), detached; the imposed weights where a matrix was imposed."""
+        """α of every edge, (B, N, N), detached; the imposed weights if a matrix was imposed."""
         return to_matrix(self.topology, self.alpha_rows)
 
     @property
     def adjacency(self) -> Tensor:
-        """The weights as aggregated, (B, N, N), detached; 0 where an edge is closed."""
+        """The weights used in the aggregation, (B, N, N), detached; 0 where an edge is closed."""
         return to_matrix(self.topology, self.weight_rows)
 
     @property
     def ran(self) -> Tensor:
-        """Whether each node ran, (B, N): bool, or 0 and 1 with gradients where gates train. Without skipping: is alive."""
+        """Whether each node ran, (B, N): bool, or 0 and 1 with gradients while gates train. Dense mode: whether it is alive."""
         given = [column for column in self._ran if column is not None]
         like = given[0] if given else self.weight_rows[0][:, 0].bool()
         ones = torch.ones_like(like)
@@ -64,10 +64,10 @@ def to_matrix(topology: Topology, rows: Sequence[Tensor]) -> Tensor:
 
 
 class Observer(Protocol):
-    """What sees the wirings of stages."""
+    """Receives the wiring of each forward pass of the stages that it observes."""
 
     def observe(self, index: int, wiring: Wiring) -> None:
-        """Called at the end of a forward pass of the stage `index` of those that are observed."""
+        """Called at the end of each forward pass of a stage; `index`: its place among the observed stages, from 0."""
 
 
 _OBSERVERS: ContextValue[tuple[tuple[nn.Module, int, Observer], ...]] = ContextValue("observers", ())
@@ -80,17 +80,17 @@ def observe(stages: Sequence[nn.Module], observer: Observer) -> AbstractContextM
 
 
 def observers_of(stage: nn.Module) -> list[tuple[int, Observer]]:
-    """Who sees the wiring of `stage`, each with the stage's index among those that it observes."""
+    """The observers of `stage`, each with the stage's index among the stages that it observes."""
     return [(index, observer) for observed, index, observer in _OBSERVERS.get() if observed is stage]
 
 
 def impose(matrices: Sequence[tuple[nn.Module, Tensor]]) -> AbstractContextManager[None]:
-    """Inside the `with` block the edges of stages weigh what is given: pairs of a stage and (1 or B, N, N)."""
+    """Impose edge weights inside the `with` block. `matrices`: pairs of a stage and its weights, (1 or B, N, N)."""
     return _IMPOSED.set((*_IMPOSED.get(), *matrices))
 
 
 def imposed_on(stage: nn.Module) -> Tensor | None:
-    """The matrix that was last imposed on `stage`, (1 or B, N, N)."""
+    """The matrix that was last imposed on `stage`, (1 or B, N, N), or None."""
     found = None
     for changed, matrix in _IMPOSED.get():
         if changed is stage:

@@ -1,4 +1,4 @@
-"""Networks as they are deployed."""
+"""Run networks as they are deployed: sparse mode, folding, compilation, export, measured speed."""
 
 from dgnet.inference._compile import compile_network as compile_network
 from dgnet.inference._export import export_network as export_network

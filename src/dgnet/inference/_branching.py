@@ -1,4 +1,4 @@
-"""The sparse mode as one graph, compiled or exported, in which Python cannot look at values.
+"""The sparse mode as one compiled or exported graph, in which Python cannot read values.
 
 Letters: B batch, n samples for which a node runs, E in-edges of a node.
 """
@@ -14,11 +14,11 @@ from dgnet.graph import DenseWalk
 
 
 class BranchingWalk(DenseWalk):
-    """A node is a branch, taken where it is alive for some sample; a feature holds all samples.
+    """A node is a branch that runs if the node is alive for some sample. A feature holds all samples.
 
-    Exported, a node runs on the gathered samples for which it is alive instead, of which there may be none. Under
-    `torch.compile` the branch is exact for one image; of a batch, what no image needs is left out. What a feature holds where
-    its node is dead, nothing reads.
+    Compiled: the branch runs on the whole batch, so that a node is skipped only if no image of the batch needs it. Exported:
+    instead of a branch, the node runs on the gathered samples for which it is alive; there may be none. A feature's values are
+    not read for samples for which its node is dead.
     """
 
     skips_nodes = True
@@ -39,7 +39,7 @@ class BranchingWalk(DenseWalk):
 
     def _branch(self, node: int, weights: Tensor, opened: Tensor, is_alive: Tensor) -> Tensor:
         stage, sources = self.stage, self.sources(node)
-        # Output shape: that of the senders. For an entry node an empty batch gives it, of which the graph keeps the shape only.
+        # Output shape: that of the senders. For an entry node it is found by running an empty batch.
         like = stage.nodes[node - 1](self.x[:0]) if node in self.topology.entry else sources[0]
         shape, dtype = (self.x.shape[0], *like.shape[1:]), like.dtype
 

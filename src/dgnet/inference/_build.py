@@ -26,11 +26,11 @@ _VECTOR_FLAGS = {
 
 @cache
 def load_native() -> None:
-    """Build the extension if this machine has not yet, and load it; `torch.classes.dgnet` is there afterwards.
+    """Load the extension, which defines `torch.classes.dgnet`. If this machine has not built it yet, build it first.
 
-    It is kept in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions.
+    It is stored in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions.
 
-    Raises UsageError where there is no C++ compiler, or it fails.
+    Raises UsageError if there is no C++ compiler, or the compiler fails.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
     if not compiler:
@@ -48,12 +48,12 @@ def load_native() -> None:
         _build(command, library)
     try:
         torch.ops.load_library(library)
-    except OSError as error:  # built against other system libraries, in a home that machines share
-        raise UsageError(f"{library} cannot be loaded: {error}; remove it, it is built anew") from error
+    except OSError as error:  # such as: built against other system libraries, in a home folder that machines share
+        raise UsageError(f"{library} cannot be loaded: {error}; remove the file, and it will be built again") from error
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Write `library` whole or not at all: other processes may be loading it."""
+    """Compile `library`. It is never there incomplete, because other processes may load it."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -1,4 +1,4 @@
-"""Networks compiled for inference."""
+"""Compile networks for inference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dgnet.inference._sparse import set_mode
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {"freezing": True},
-    # A branch and what passes it by must write in one memory format.
+    # Both branches of a node must write in the same memory format.
     "sparse": {"freezing": True, "layout_optimization": False},
 }
 
 
 def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor], Tensor]:
-    """A copy of `network` in evaluation, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
+    """A copy of `network` in evaluation mode, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
 
-    `mode`: "sparse", or "dense", as which a network without dynamic stages counts. The sparse mode on the CPU takes any batch:
-    what lies between the convolutions is a compiled extension (`dgnet.inference._native`). Elsewhere it is one graph with a
-    branch a block, taken where the block is alive for some image: meant for one image at a time.
+    `mode`: "dense" or "sparse"; only "dense" for a network without dynamic stages. On the CPU the sparse mode takes any batch
+    size: the operations between the convolutions run in a compiled extension (`dgnet.inference._native`). On other devices it
+    is one graph with a branch for each block, which runs if the block is alive for some image: meant for one image at a time.
 
-    Raises UsageError where the sparse mode's extension cannot be built.
+    Raises UsageError if the extension cannot be built, or `mode` is not possible.
     """
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
@@ -35,13 +35,13 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
 
 
 def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
-    """`network`, whose parameters then take no gradients, as one graph; `mode`: the mode that it is in."""
+    """`network` as one compiled graph; its parameters no longer require gradients. `mode`: the mode that it is set to."""
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
 
     def run(images: Tensor) -> Tensor:
-        with torch.no_grad():  # the compiler takes no constants under inference_mode
+        with torch.no_grad():  # under inference_mode the compiler would not treat weights as constants
             logits: Tensor = compiled(images)
             return logits
 
@@ -49,7 +49,7 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
 
 
 def without_gradients(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`network` called under `torch.inference_mode`."""
+    """A function that calls `network` under `torch.inference_mode`."""
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():

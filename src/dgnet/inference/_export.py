@@ -1,4 +1,4 @@
-"""Networks as files that other runtimes take: torch.export and ONNX."""
+"""Export networks to files for other runtimes: torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._sparse import MODES, set_mode
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
-"""What can be written, and how files of it are called."""
+"""Format -> file name extension."""
 
 
 def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: str = "dense") -> ExportedProgram:
-    """`network` in evaluation as one graph with a symbolic batch: (B, C, H, W) -> (B, classes), normalisations folded.
+    """`network` in evaluation mode as one graph with a symbolic batch size: (B, C, H, W) -> (B, classes).
 
-    `mode`: "dense", every node on every sample, masked; "sparse", each node on the gathered samples for which it is alive.
+    Normalisations are folded. `mode`: "dense", every node on every sample, closed edges masked; "sparse", each node on the
+    gathered samples for which it is alive.
 
-    Raises UsageError for an unknown mode, for "sparse" of a network without dynamic stages, and where the exporter fails.
+    Raises UsageError for an unknown mode, for "sparse" if the network has no dynamic stages, and if the exporter fails.
     """
     check_choice("--mode", mode, MODES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -38,16 +39,16 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(folded, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
-    except Exception as error:  # whatever the exporter makes of a module of the user's own
+    except Exception as error:  # the exporter may raise anything for a module of the user's own
         raise UsageError(f"{type(network).__name__} cannot be exported in its {mode} form: {reason(error)}") from error
 
 
 def save_export(program: ExportedProgram, path: Path, format: str, carried: dict[str, Any]) -> None:
-    """Write an exported network with its description (class names, preprocessing, …) as metadata under "dgnet".
+    """Write an exported network. `carried`: its description (class names, preprocessing, …), stored as metadata under "dgnet".
 
     `format`: "onnx", with input `images` and output `logits`; "torch", which `torch.export.load` reads.
 
-    Raises UsageError for an unknown format, a file that cannot be written, and where a package is missing.
+    Raises UsageError for an unknown format, for a file that cannot be written, and if a package is missing.
     """
     check_choice("--format", format, FORMATS)
     text = json.dumps(carried, ensure_ascii=False)
@@ -77,9 +78,9 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 
 def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[int, int]) -> float:
-    """The largest difference from `network` in evaluation, as a share of its largest logit, over batches of 1, 3 and 8 images.
+    """The largest difference from `network`, relative to its largest logit, over batches of 1, 3 and 8 images of noise.
 
-    The images are noise. Raises UsageError where it is more than 1e-3: the file must not be used.
+    Raises UsageError if it is more than 1e-3: the file must not be used.
     """
     generator = torch.Generator().manual_seed(0)
     network = network.cpu().float().eval()
@@ -90,7 +91,7 @@ def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[
             expected = network(images)
             found = run_onnx(path, images) if format == "onnx" else torch.export.load(path).module()(images)
         difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if not difference <= 1e-3:  # or it is no number
+        if not difference <= 1e-3:  # also true for NaN
             raise UsageError(f"{path} differs from the checkpoint by {difference:.1e} of the largest logit; do not use it")
         worst = max(worst, difference)
     return worst
@@ -98,7 +99,7 @@ def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' advice to their own developers."""
+    """Suppress the exporters' log messages and warnings, which are meant for their developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

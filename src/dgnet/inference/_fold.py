@@ -1,4 +1,4 @@
-"""Batch normalisations folded into the convolutions before them."""
+"""Fold batch normalisations into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -> nn.Module:
-    """A copy of `model` in evaluation mode, each batch normalisation folded into the convolution whose output it reads.
+    """A copy of `model` in evaluation mode, with each batch normalisation folded into the convolution whose output it reads.
 
-    Which follows which is seen in one forward pass on the meta device with an image of `image_size` pixels.
+    One forward pass on the meta device, with an image of `image_size` pixels, finds these pairs.
     """
     folded = deepcopy(model).eval()
     for conv_name, norm_name in _find_pairs(model, image_size).items():
@@ -31,9 +31,9 @@ def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -
 
 @torch.no_grad()
 def _find_pairs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, str]:
-    """Names of convolutions and of the normalisations that read their outputs."""
+    """Name of a convolution -> name of the normalisation that reads its output."""
     traced = deepcopy(model).to("meta", torch.float32).eval()
-    written: dict[int, tuple[str, Tensor]] = {}  # the tensors are held: an id may be given again
+    written: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors: Python may reuse the id of a freed one
     pairs: dict[str, str] = {}
     for name, module in traced.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The sparse mode on the CPU with a compiled extension, `native.cpp`: which stages it takes, and its walk."""
+"""The sparse mode on the CPU with a compiled extension, `native.cpp`: its walk, and which stages it supports."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ EXECUTORS = ("recommended", "plain", "native")
 
 
 def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
-    """Set `network` to the sparse mode, in place, with an executor; returns the network.
+    """Set `network` to the sparse mode, in place, and choose its executor; returns the network.
 
-    "plain": in plain PyTorch, on any device. "native": with the compiled extension, for a CPU; see `use_native`.
-    "recommended": what is fastest where the network is, native on a CPU and plain elsewhere. If the extension cannot be built,
-    a line on stderr says why, and the plain one is used.
+    "plain": plain PyTorch, on any device. "native": the compiled extension, on a CPU only; see `use_native`. "recommended": the
+    faster one on the network's device, native on a CPU and plain elsewhere. If the extension cannot be built, a line on stderr
+    gives the reason, and the plain one is used.
 
-    Raises UsageError for an unknown executor, for a network without dynamic stages, and where "native" cannot be had.
+    Raises UsageError for an unknown executor, for a network without dynamic stages, and if "native" is not possible.
     """
     check_choice("--executor", executor, EXECUTORS)
     require_stages(network)
@@ -56,43 +56,44 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     except UsageError as error:
         if executor == "native":
             raise
-        _say_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
+        _warn_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
         return network
 
 
 @cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def use_native(network: nn.Module) -> nn.Module:
-    """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it takes.
+    """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it supports.
 
-    It takes routed weights (`Router`, average pooling), learned and fixed ones, with or without gates on blocks, in float32.
-    Weights, and which modules have hooks, are as they are now: call it again where they change. In plain PyTorch runs a stage
-    that has a weighting, router or pool of the user's own, hooks on these, or routers that read activations; so do padded
-    batches, autocast, other precisions.
+    It supports routed weights (`Router`, average pooling), learned and fixed ones, with or without block gates, in float32. A
+    stage runs in plain PyTorch if it has a weighting, router or pool of the user's own, hooks on these, or routers that read
+    activations. So does a pass with a padded batch, autocast or another precision.
 
-    Raises UsageError where the extension cannot be built.
+    Weights are copied, and hooks are looked up, now: call it again after changing either.
+
+    Raises UsageError if the extension cannot be built.
     """
     load_native()
     set_mode(network, "sparse")
     for stage in find_stages(network):
-        if _takes(stage):
+        if _supports(stage):
             stage.inference_walk = NativePlan(stage)
     return network
 
 
 class NativeWalk(Walk):
-    """A sparse walk whose decisions and sums are made by the compiled extension; the twin is `SparseWalk`.
+    """A sparse walk in which the compiled extension decides and sums; its twin is `SparseWalk`.
 
-    In a stage of plain blocks the extension runs the blocks too, in one call.
+    If all blocks of the stage are plain, the extension runs the blocks too, in one call.
     """
 
     def __init__(self, plan: NativePlan, stage: StageNodes, x: Tensor) -> None:
         super().__init__(stage, x)
         self.is_plain = plan.is_plain
-        self.rectifies = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
+        self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
         self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
         self.summed: Tensor | None = None  # x̂ of the output node
@@ -104,30 +105,30 @@ class NativeWalk(Walk):
     @torch.no_grad()
     def put(self, node: int, feature: Tensor | None) -> None:
         if self.is_plain:
-            self.summed = self.native.run(feature, self.rectifies)
+            self.summed = self.native.run(feature, self.applies_relu)
         elif feature is not None:
             self.native.put(node, feature)
 
     @torch.no_grad()
     def compute(self, node: int) -> Tensor | None:
         is_entry = node in self.topology.entry
-        summed: Tensor | None = self.native.take(node, self.rectifies and not is_entry)
+        summed: Tensor | None = self.native.take(node, self.applies_relu and not is_entry)
         if summed is None or len(summed) == 0:
             return None
         if is_entry:
             return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
-        return self.stage.transform(node, summed, is_activated=self.rectifies)
+        return self.stage.transform(node, summed, is_activated=self.applies_relu)
 
     @torch.no_grad()
     def finish(self) -> Tensor:
         output = self.topology.output
-        summed = self.summed if self.is_plain else self.native.take(output, self.rectifies)
+        summed = self.summed if self.is_plain else self.native.take(output, self.applies_relu)
         if self.observers:
             self._report()
         if summed is None:
             result = self.stage.transform(output, self.stage.empty_sum(self.x))
         else:
-            result = self.stage.transform(output, summed, is_activated=self.rectifies)
+            result = self.stage.transform(output, summed, is_activated=self.applies_relu)
         with torch.enable_grad():
             return refuse_gradients(result, self.x)
 
@@ -145,7 +146,7 @@ class NativeWalk(Walk):
 
 
 class NativePlan:
-    """Starts native walks through one stage: its weighting, gates and plain blocks as constants of the extension."""
+    """Starts native walks through one stage. It holds weighting, gates and plain blocks as constants of the extension."""
 
     def __init__(self, stage: StageNodes) -> None:
         topology, weighting, gates = stage.topology, stage.weighting, stage.node_gates
@@ -172,14 +173,14 @@ class NativePlan:
             routed is not None and routed.options.inference_weight == "raw",
         )
         steps = [_flatten(block) for block in stage.nodes]
-        # A stage of plain blocks is one call; in others each block is called as the module that it is.
+        # A stage of plain blocks is one call. In other stages each block is called as a module.
         self.is_plain = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
         if self.is_plain:
             for node, block in enumerate(steps, start=1):
                 self._add_block(node, block or [])
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
-        """A walk for the raw stage input `x`; in plain PyTorch where the extension does not take the pass."""
+        """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
         is_plain_pass = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if not is_plain_pass or current_area() is not None:
             return SparseWalk(stage, x)
@@ -190,13 +191,14 @@ class NativePlan:
         return SparseWalk.in_graph()
 
     def _add_block(self, node: int, steps: list[nn.Module]) -> None:
+        """Add the convolutions and ReLUs of a node's block to the constants."""
         for step in steps:
             if isinstance(step, nn.Conv2d):
                 options: Any = [list(step.padding), list(step.stride), list(step.dilation), step.groups]
                 bias = None if step.bias is None else step.bias.detach()
                 self.constants.add_convolution(node, step.weight.detach(), bias, *options)
             else:
-                self.constants.add_rectifier(node)
+                self.constants.add_relu(node)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _sparse_walk, ()  # a copy of the stage runs in plain PyTorch
@@ -207,7 +209,7 @@ def _sparse_walk() -> type[Walk]:
 
 
 def _flatten(block: nn.Module) -> list[nn.Module] | None:
-    """The convolutions and rectifiers that a block is a sequence of; None where it is more than that."""
+    """The steps of a plain block, which is a sequence of convolutions and ReLUs; None for any other block."""
     if has_forward_hooks(block):
         return None
     if type(block) in (nn.Sequential, Transform):
@@ -219,8 +221,8 @@ def _flatten(block: nn.Module) -> list[nn.Module] | None:
     return [block] if is_plain or type(block) is nn.ReLU else None
 
 
-def _takes(stage: StageNodes) -> bool:
-    """Whether the extension knows everything that the stage has."""
+def _supports(stage: StageNodes) -> bool:
+    """Whether the extension supports all parts of the stage."""
     weighting, gates = stage.weighting, stage.node_gates
     if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
         return False

@@ -1,4 +1,4 @@
-"""Inference that runs a block only on the samples for which it is alive (§3.3): modes, and the sparse walk.
+"""Inference that runs a block only on the samples for which it is alive (§3.3): the modes, and the sparse walk.
 
 Letters: B batch, n samples for which a node runs, N nodes of a stage, E in-edges of a node.
 """
@@ -18,15 +18,16 @@ MODES = ("dense", "sparse")
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
-    """Run the dynamic stages of `model`, in place, in evaluation as `mode` says; returns the model.
+    """Set how the dynamic stages of `model` run in evaluation, in place; returns the model.
 
-    "dense": every node runs on every sample, and what is closed weighs 0. "sparse": a node runs on the samples for which it is
-    alive, and not at all if there are none; the output is the same to rounding, and has no gradients. In both modes
-    connectivity can be recorded (`record.ran` says which nodes ran) and imposed. Training is always dense.
+    "dense": every node runs on every sample, and a closed edge weighs 0. "sparse": a node runs only on the samples for which it
+    is alive, and not at all if there are none. Its output is the same up to rounding; a backward pass through it raises
+    UsageError. In both modes connectivity can be recorded (`record.ran`: which nodes ran) and imposed. Training is always
+    dense.
 
-    The sparse mode runs in plain PyTorch here; see `set_sparse` for the executor that is recommended on a device.
+    "sparse" is set to plain PyTorch; `set_sparse` chooses the recommended executor of the device.
 
-    A model without dynamic stages has the mode "dense" only. Raises UsageError for another.
+    Raises UsageError for another mode, and for "sparse" if the model has no dynamic stages.
     """
     check_choice("mode", mode, MODES)
     for stage in require_stages(model) if mode == "sparse" else find_stages(model):
@@ -35,7 +36,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
 
 
 def can_skip(model: nn.Module) -> bool:
-    """Whether some block of `model` may be left out: there are block gates, or edges that close.
+    """Whether some block of `model` may be skipped: it has block gates, or edges that can close.
 
     Raises UsageError for a model without dynamic stages.
     """
@@ -47,9 +48,9 @@ def _can_close(stage: StageNodes) -> bool:
 
 
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
-    """Close edges under τ + `offset` and block gates under ½ + `offset` in evaluation, in place; returns the model.
+    """In evaluation, close edges below τ + `offset` and block gates below ½ + `offset`. In place; returns the model.
 
-    Raises UsageError for a model in which nothing can close.
+    Raises UsageError if the model has no edge or block that can close.
     """
     check_range("threshold offset", offset)
     if not can_skip(model):
@@ -60,26 +61,24 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
 
 
 def find_threshold_offset(model: nn.Module) -> float:
-    """The offset that `set_threshold_offset` or the model's options set; 0 where nothing can close."""
+    """The offset that `set_threshold_offset` or the model's options have set; 0 if nothing can close."""
     return next((stage.threshold_offset for stage in find_stages(model) if _can_close(stage)), 0.0)
 
 
 class SparseWalk(DenseWalk):
     """Each node runs on the samples for which it is alive. A feature holds those samples only, in ascending order.
 
-    If all weights are known beforehand (imposed, learned or fixed ones), nodes without an open path to the output node are
-    left out too.
-
-    The walk has no gradients: a backward pass through its output raises UsageError.
+    If all weights are known before the pass (imposed, learned or fixed), nodes without an open path to the output node are
+    skipped too. A backward pass through the output raises UsageError.
     """
 
     skips_nodes = True
 
     def __init__(self, stage: StageNodes, x: Tensor) -> None:
         super().__init__(stage, x)
-        # (B, N): a sample's row in a node's feature; any row where the node did not run for it.
+        # (B, N): each sample's row in each node's feature; any row if the node did not run for the sample.
         self.places = torch.arange(len(x), device=x.device)[:, None].repeat(1, self.topology.num_nodes)
-        self.rows: list[Tensor | None] = [None]  # of each node, the samples for which it ran, (n,); None: all
+        self.rows: list[Tensor | None] = [None]  # for each node, the samples for which it ran, (n,); None: all
 
     @classmethod
     def in_graph(cls) -> type[Walk]:
@@ -99,7 +98,7 @@ class SparseWalk(DenseWalk):
             return self._run_output(weights, is_open)
         rows = None
         if is_alive is not None:
-            rows = is_alive.nonzero().flatten()  # the CPU waits here: the number of samples decides what is launched
+            rows = is_alive.nonzero().flatten()  # here the CPU waits for the GPU: it needs the number of samples
             if len(rows) == len(self.x):
                 rows = None
         self.rows.append(rows)
@@ -122,20 +121,20 @@ class SparseWalk(DenseWalk):
     def sum(self, node: int, weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
         """x̂_j for the samples `rows`, (n,), None for all. `weights`, `is_open` (None: all open): (B, E)."""
         senders = self.topology.senders(node)
-        there = [edge for edge, sender in enumerate(senders) if self.features[sender] is not None]
-        features = [self.features[senders[edge]] for edge in there]
-        if rows is None and len(there) == len(senders) and all(self.rows[sender] is None for sender in senders):
+        present = [edge for edge, sender in enumerate(senders) if self.features[sender] is not None]
+        features = [self.features[senders[edge]] for edge in present]
+        if rows is None and len(present) == len(senders) and all(self.rows[sender] is None for sender in senders):
             return aggregate_rows(features, weights, is_open)
         places = self.places[:, _span(senders)]
         if rows is not None:
             weights, is_open, places = weights[rows], None if is_open is None else is_open[rows], places[rows]
-        opened = None if is_open is None else is_open[:, there]
-        return aggregate_rows(features, weights[:, there], opened, places[:, there].t().contiguous())
+        opened = None if is_open is None else is_open[:, present]
+        return aggregate_rows(features, weights[:, present], opened, places[:, present].t().contiguous())
 
     def finish(self) -> Tensor:
         return refuse_gradients(super().finish(), self.x)
 
-    # What nodes predict for the samples for which they run; 0 for the others: (sender, sample, receiver).
+    # Predictions are tensors (sender, sample, receiver), 0 where the sender did not run for the sample.
 
     def new_predictions(self) -> Tensor:
         nodes, dtype = self.topology.num_nodes, torch.promote_types(self.x.dtype, torch.float32)
@@ -151,7 +150,7 @@ class SparseWalk(DenseWalk):
 
 
 class _RefuseGradients(torch.autograd.Function):
-    """The output of a stage, through which no gradient passes."""
+    """The output of a stage. A backward pass through it raises UsageError."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ class _RefuseGradients(torch.autograd.Function):
 
 
 def refuse_gradients(output: Tensor, x: Tensor) -> Tensor:
-    """`output`, of which a backward pass to the stage's input `x` raises UsageError in place of giving no gradients."""
+    """`output`; if `x`, the stage's input, requires gradients, a backward pass through it raises UsageError."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return output
     refusing: Tensor = _RefuseGradients.apply(output, x)
@@ -171,14 +170,14 @@ def refuse_gradients(output: Tensor, x: Tensor) -> Tensor:
 
 
 def sum_nothing(walk: Walk) -> Tensor:
-    """x̂ of an output node that no sample reaches: zeros, (B, C, H, W)."""
+    """x̂ of an output node none of whose senders ran: zeros, (B, C, H, W)."""
     area = current_area()
     with select_samples(area, torch.empty(0, dtype=torch.long, device=walk.x.device)):
         return walk.stage.empty_sum(walk.x)
 
 
 def _span(nodes: tuple[int, ...]) -> slice | list[int]:
-    """An index of ascending nodes: if they are consecutive a slice, which copies nothing."""
+    """An index of ascending nodes: a slice, which copies nothing, if they are consecutive; otherwise a list."""
     if nodes and nodes[-1] - nodes[0] == len(nodes) - 1:
         return slice(nodes[0], nodes[-1] + 1)
     return list(nodes)

@@ -1,4 +1,4 @@
-"""Images/s of a network's modes, as it is deployed, side by side in one run."""
+"""Images/s of a network's modes as it is deployed, compared in one run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def measure_speed(
     rounds: int = 5,
     executor: str = "recommended",
 ) -> dict[str, float]:
-    """Images/s of `network` in its "dense" and "sparse" mode and of a "static" network, medians over alternating rounds.
+    """Images/s of `network` in "dense" and "sparse" mode, and of `static` as "static": medians over alternating rounds.
 
-    A network without dynamic stages has its "dense" mode only. Normalisations are folded on all sides, images are
+    A network without dynamic stages has only the "dense" mode. Normalisations are folded in all networks, images are
     channels_last. `compile`, `executor`: see `deploy`.
     """
     device = str(images.device)
@@ -53,9 +53,9 @@ def deploy(
 ) -> Callable[[Tensor], Tensor]:
     """A copy of `network` as it is deployed for one batch size and images in channels_last, (B, C, H, W) -> (B, classes).
 
-    Normalisations are folded. `mode`: "dense" or "sparse"; `compile`: with `compile_network`, the sparse mode on the CPU and
-    elsewhere at batch 1 only: larger batches are faster as they are. `executor`: of the sparse mode where it
-    is not compiled, see `set_sparse`.
+    Normalisations are folded. `mode`: "dense" or "sparse". `compile`: use `compile_network`; on a GPU the sparse mode is
+    compiled for batch size 1 only, because larger batches are faster uncompiled. `executor`: of a sparse mode that is not
+    compiled, see `set_sparse`.
     """
     folded = fold_batch_norms(network, image_size).to(memory_format=torch.channels_last)
     is_cpu = next(folded.parameters()).is_cpu

@@ -1,6 +1,6 @@
-// A stage's sparse mode on the CPU in float32: what a node predicts, whether a block runs, and the sums, in few passes.
+// The sparse mode of a stage on the CPU in float32: predictions (Eq. 4), which blocks run (Eq. 5), and sums (Eq. 3).
 //
-// What it computes is defined by dgnet.graph and dgnet.inference._sparse (SparseWalk), its twins in the tests.
+// dgnet.inference._sparse (SparseWalk) and dgnet.graph define the results; the tests compare both.
 // Letters: B samples, N nodes, E edges of a node, C channels.
 
 #include <ATen/ATen.h>
@@ -19,10 +19,10 @@ using Tensors = std::vector<std::optional<Tensor>>;
 using Ints = std::vector<int64_t>;
 using Nodes = Ints;
 
-constexpr int64_t kChunk = 2048;       // elements of a sum that stay in the first cache while its terms pass by
-constexpr int64_t kChannelBlock = 64;  // channels that one thread pools
-constexpr int64_t kPlaces = 64;        // places of a map whose sum is kept apart
-constexpr int64_t kGrain = 32 * 1024;  // elements below which waking another thread costs more than it brings
+constexpr int64_t kChunk = 2048;       // elements of a sum that are computed together: they stay in the level 1 cache
+constexpr int64_t kChannelBlock = 64;  // channels that one task pools
+constexpr int64_t kPositions = 64;     // positions of a map that are summed together before they are added to the total
+constexpr int64_t kGrain = 32 * 1024;  // fewest elements for which another thread pays off
 
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
@@ -31,8 +31,8 @@ struct Term {
   float weight;
 };
 
-// out = Σ weight · values over terms[0 … count), negative sums as 0 where `rectify`.
-void sum_terms(float* __restrict out, int64_t size, const Term* terms, size_t count, bool rectify) {
+// out = Σ weight · values over terms[0 … count); with `relu`, negative sums become 0.
+void sum_terms(float* __restrict out, int64_t size, const Term* terms, size_t count, bool relu) {
   if (count == 0) {
     std::fill(out, out + size, 0.0f);
     return;
@@ -44,20 +44,20 @@ void sum_terms(float* __restrict out, int64_t size, const Term* terms, size_t co
     const float weight = terms[t].weight;
     for (int64_t k = 0; k < size; ++k) out[k] += weight * values[k];
   }
-  if (rectify) {
+  if (relu) {
     for (int64_t k = 0; k < size; ++k) out[k] = out[k] < 0 ? 0 : out[k];  // NaN stays, as in torch.relu
   }
 }
 
-// The sum of each channel, from channel `begin` to `end`, at most kChannelBlock, of one sample.
+// The sums of the channels `begin` to `end` (exclusive, at most kChannelBlock of them) of one sample.
 void sum_channels(float* __restrict out, const float* __restrict map, int64_t channels, int64_t area, int64_t begin,
                   int64_t end, bool channels_last) {
   if (channels_last) {
     std::fill(out + begin, out + end, 0.0f);
-    for (int64_t start = 0; start < area; start += kPlaces) {  // in parts: one long sum would round more
+    for (int64_t start = 0; start < area; start += kPositions) {  // in parts: one long sum would round more
       float part[kChannelBlock] = {};
-      for (int64_t place = start; place < std::min(start + kPlaces, area); ++place) {
-        const float* __restrict at = map + place * channels + begin;
+      for (int64_t position = start; position < std::min(start + kPositions, area); ++position) {
+        const float* __restrict at = map + position * channels + begin;
         for (int64_t c = 0; c < end - begin; ++c) part[c] += at[c];
       }
       for (int64_t c = begin; c < end; ++c) out[c] += part[c - begin];
@@ -67,13 +67,13 @@ void sum_channels(float* __restrict out, const float* __restrict map, int64_t ch
   for (int64_t c = begin; c < end; ++c) {
     const float* __restrict at = map + c * area;
     float lanes[16] = {};
-    int64_t place = 0;
-    for (; place + 16 <= area; place += 16) {
-      for (int lane = 0; lane < 16; ++lane) lanes[lane] += at[place + lane];
+    int64_t position = 0;
+    for (; position + 16 <= area; position += 16) {
+      for (int lane = 0; lane < 16; ++lane) lanes[lane] += at[position + lane];
     }
     float total = 0;
     for (float lane : lanes) total += lane;
-    for (; place < area; ++place) total += at[place];
+    for (; position < area; ++position) total += at[position];
     out[c] = total;
   }
 }
@@ -90,28 +90,28 @@ float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
   return total;
 }
 
-// A convolution, or without a weight a rectifier.
+// A convolution; without a weight, a ReLU.
 struct Step {
   std::optional<Tensor> weight, bias;
   Ints padding, stride, dilation;
   int64_t groups = 1;
 
   Tensor operator()(Tensor x) const {
-    if (!weight) return at::relu_(x);  // in place: what a step reads is nobody else's
+    if (!weight) return at::relu_(x);  // in place: nothing else reads the input of a step
     return at::conv2d(x, *weight, bias, stride, padding, dilation, groups);
   }
 };
 
-// What does not change between forwards.
+// The constants of a stage, which are the same in all forward passes.
 struct Stage : torch::CustomClassHolder {
   Stage(std::vector<Nodes> senders, Nodes entry, std::vector<std::optional<double>> pinned, std::vector<Nodes> free_receivers,
-        std::vector<Nodes> gated_receivers, Tensors shares, Tensors router_weights, Tensors router_biases, Tensors gate_columns,
-        std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw)
+        std::vector<Nodes> gated_receivers, Tensors shared_alpha, Tensors router_weights, Tensors router_biases,
+        Tensors gate_columns, std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw)
       : senders(std::move(senders)),
         pinned(std::move(pinned)),
         free_receivers(std::move(free_receivers)),
         gated_receivers(std::move(gated_receivers)),
-        shares(std::move(shares)),
+        shared_alpha(std::move(shared_alpha)),
         router_weights(std::move(router_weights)),
         router_biases(std::move(router_biases)),
         gate_columns(std::move(gate_columns)),
@@ -128,31 +128,31 @@ struct Stage : torch::CustomClassHolder {
     }
   }
 
-  // What the block of a node does, step by step.
+  // Append a step to the block of a node.
   void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Ints padding, Ints stride,
                        Ints dilation, int64_t groups) {
     blocks[node].push_back({std::move(weight), std::move(bias), std::move(padding), std::move(stride), std::move(dilation),
                             groups});
   }
 
-  void add_rectifier(int64_t node) { blocks[node].emplace_back(); }
+  void add_relu(int64_t node) { blocks[node].emplace_back(); }
 
   const std::vector<Nodes> senders;
-  const std::vector<std::optional<double>> pinned;  // of each receiving node: what its in-edges weigh
+  const std::vector<std::optional<double>> pinned;  // of each receiving node: the weight of its in-edges, if pinned
   const std::vector<Nodes> free_receivers, gated_receivers;
-  const Tensors shares;  // of each receiving node: α of its in-edges, (E,), where features are not read
+  const Tensors shared_alpha;  // of each receiving node: α of its in-edges, (E,), if features are not read
   const Tensors router_weights, router_biases, gate_columns;  // of each sending node
   const std::optional<Tensor> threshold, gate_bias;
   const bool is_psi, is_raw;
   std::vector<bool> is_entry;
-  std::vector<int64_t> last_receiver;  // of each node: when its feature is no longer needed
+  std::vector<int64_t> last_receiver;  // of each node: after this node its feature is no longer needed
   std::vector<std::vector<Step>> blocks;
 };
 
-// One forward of a stage. The caller takes a node's input and puts what the node makes of it, node by node.
+// One forward pass of a stage. For each node the caller takes its input, runs its block, and puts its feature.
 struct Walk : torch::CustomClassHolder {
-  // `x`: the raw input of the stage; `imposed`: (1 or B, N, N) weights instead of the stage's own. Edges close under
-  // τ + `offset`, gates under `least_logit`.
+  // `x`: the raw stage input; `imposed`: (1 or B, N, N) weights instead of the stage's own. Edges close below
+  // τ + `offset`, gates below `least_logit`.
   Walk(c10::intrusive_ptr<Stage> given, Tensor x, std::optional<Tensor> imposed, double offset, double least_logit)
       : stage(std::move(given)),
         samples(x.size(0)),
@@ -176,12 +176,12 @@ struct Walk : torch::CustomClassHolder {
         std::copy_n(stage->gate_bias->const_data_ptr<float>(), nodes, logits.data() + b * nodes);
       }
     }
-    for (int64_t b = 0; b < samples; ++b) admit(0, b);
+    for (int64_t b = 0; b < samples; ++b) mark_run(0, b);
   }
 
-  // x̂ of a node for the samples for which it is alive, (n, C, H, W): the weighted sum of its in-edges, of an entry node that of
-  // the raw input. Samples without an open in-edge are there for the output node only; nothing where nothing was computed.
-  std::optional<Tensor> take(int64_t node, bool rectify) {
+  // x̂ of a node for the samples for which it runs, (n, C, H, W): the weighted sum of its senders' features, or, for an entry
+  // node, the weighted raw input. The output node has all samples. Nothing if none of its senders has run.
+  std::optional<Tensor> take(int64_t node, bool relu) {
     const bool is_output = node == nodes - 1;
     if (is_imposed) {
       gather_rows(node, is_output);
@@ -189,25 +189,25 @@ struct Walk : torch::CustomClassHolder {
       decide(node, is_output);
     }
     release(node - 1);
-    return sum(node, stage->is_entry[node], rectify);
+    return sum(node, stage->is_entry[node], relu);
   }
 
-  // The output node's x̂ from the input node's feature, where the stage knows what its blocks do.
-  std::optional<Tensor> run(Tensor feature, bool rectify) {
+  // The output node's x̂ from the input node's feature, for a stage whose blocks were added to its constants.
+  std::optional<Tensor> run(Tensor feature, bool relu) {
     put(0, std::move(feature));
     for (int64_t node = 1; node < nodes - 1; ++node) {
-      std::optional<Tensor> x = take(node, rectify && !stage->is_entry[node]);
+      std::optional<Tensor> x = take(node, relu && !stage->is_entry[node]);
       if (!x || x->size(0) == 0) continue;
       for (const Step& step : stage->blocks[node]) x = step(*x);
       put(node, *x);
     }
-    return take(nodes - 1, rectify);
+    return take(nodes - 1, relu);
   }
 
-  // What the input node's feature brings an entry node, for the samples for which it runs: its weighted shortcut.
+  // The weighted shortcut of an entry node, from the input node's feature, for the samples for which it runs.
   std::optional<Tensor> take_shortcut(int64_t node) { return sum(node, false, false); }
 
-  // Take in what a node has computed for those samples, and what follows for its out-edges.
+  // Store the feature of a node, for the samples for which it runs, and predict its out-edges from it.
   void put(int64_t node, Tensor feature) {
     TORCH_CHECK(feature.dim() == 4, "a block writes (B, C, H, W), got ", feature.sizes());
     TORCH_CHECK(feature.size(0) == static_cast<int64_t>(rows[node].size()), "a block was given ", rows[node].size(),
@@ -222,7 +222,7 @@ struct Walk : torch::CustomClassHolder {
   Tensor get_ran() { return at::tensor(ran).view({samples, nodes}).to(at::kBool); }
 
  private:
-  // α and weights are what was imposed; an edge that weighs 0 is closed. Nothing has to be predicted.
+  // Use the imposed weights, also as α; an edge that weighs 0 is closed. Nothing is predicted.
   void impose(const Tensor& imposed) {
     is_imposed = true;
     const float* given = imposed.const_data_ptr<float>();
@@ -256,7 +256,7 @@ struct Walk : torch::CustomClassHolder {
     }
   }
 
-  void admit(int64_t node, int64_t sample) {
+  void mark_run(int64_t node, int64_t sample) {
     alive[sample * nodes + node] = 1;
     ran[sample * nodes + node] = 1;
     rows[node].push_back(sample);
@@ -265,7 +265,7 @@ struct Walk : torch::CustomClassHolder {
   void gather_rows(int64_t node, bool is_output) {
     for (int64_t b = 0; b < samples; ++b) {
       const int64_t at = b * nodes + node;
-      if (is_output || (alive[at] && needed[at])) admit(node, b);
+      if (is_output || (alive[at] && needed[at])) mark_run(node, b);
     }
   }
 
@@ -277,7 +277,7 @@ struct Walk : torch::CustomClassHolder {
     const bool has_threshold = stage->threshold.has_value() && !pin;
     const float tau = has_threshold ? stage->threshold->const_data_ptr<float>()[node] : 0;
     const float least = tau + offset;
-    const float* share = stage->shares[node] ? stage->shares[node]->const_data_ptr<float>() : nullptr;
+    const float* shared = stage->shared_alpha[node] ? stage->shared_alpha[node]->const_data_ptr<float>() : nullptr;
     is_open.assign(samples * senders.size(), 0);
     for (int64_t b = 0; b < samples; ++b) {
       const bool is_gate_open = !is_gated || logits[b * nodes + node] >= least_logit;
@@ -288,17 +288,17 @@ struct Walk : torch::CustomClassHolder {
           alpha[at] = 0;
           continue;
         }
-        const float value = pin ? static_cast<float>(*pin) : share ? share[edge] : alpha[at];
+        const float value = pin ? static_cast<float>(*pin) : shared ? shared[edge] : alpha[at];
         alpha[at] = value;
         if (!is_gate_open || (has_threshold && !(value >= least))) continue;
         is_alive = is_open[b * senders.size() + edge] = 1;
         weights[at] = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
       }
-      if (is_alive || is_output) admit(node, b);
+      if (is_alive || is_output) mark_run(node, b);
     }
   }
 
-  // α of the out-edges, σ(Wᵀφ + b) (Eq. 4), and votes for the gates of blocks.
+  // α of the out-edges, σ(Wᵀφ + b) (Eq. 4), and votes for block gates, added to their logits.
   void predict(int64_t node) {
     const auto& router = stage->router_weights[node];
     const auto& columns = stage->gate_columns[node];
@@ -320,18 +320,18 @@ struct Walk : torch::CustomClassHolder {
                      std::min(channel + kChannelBlock, channels), is_last);
       }
     });
-    const Nodes &heard = stage->free_receivers[node], &gated = stage->gated_receivers[node];
+    const Nodes &routed = stage->free_receivers[node], &gated = stage->gated_receivers[node];
     const float* weight = router ? router->const_data_ptr<float>() : nullptr;
     const float* bias = router ? stage->router_biases[node]->const_data_ptr<float>() : nullptr;
     const float* column = columns ? columns->const_data_ptr<float>() : nullptr;
-    const int64_t work = channels * static_cast<int64_t>(heard.size() + gated.size());
+    const int64_t work = channels * static_cast<int64_t>(routed.size() + gated.size());
     at::parallel_for(0, count, grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t sample = rows[node][row];
         float* mean = pooled.data() + row * channels;
         for (int64_t c = 0; c < channels; ++c) mean[c] /= area;
-        for (size_t edge = 0; weight != nullptr && edge < heard.size(); ++edge) {
-          alpha[(sample * nodes + heard[edge]) * nodes + node] =
+        for (size_t edge = 0; weight != nullptr && edge < routed.size(); ++edge) {
+          alpha[(sample * nodes + routed[edge]) * nodes + node] =
               sigmoid(dot(mean, weight + edge * channels, channels) + bias[edge]);
         }
         for (size_t edge = 0; column != nullptr && edge < gated.size(); ++edge) {
@@ -341,7 +341,8 @@ struct Walk : torch::CustomClassHolder {
     });
   }
 
-  std::optional<Tensor> sum(int64_t node, bool reads_raw, bool rectify) {
+  // Σ_i w_ij x_i over the open in-edges of a node (Eq. 3), (n, C, H, W), or w · raw input; nothing if no sender has run.
+  std::optional<Tensor> sum(int64_t node, bool reads_raw, bool relu) {
     const Nodes& senders = stage->senders[node];
     const int64_t count = static_cast<int64_t>(rows[node].size());
     const Tensor* like = reads_raw ? &raw : nullptr;
@@ -381,13 +382,13 @@ struct Walk : torch::CustomClassHolder {
         const int64_t row = task / chunks, from = task % chunks * kChunk;
         moved.assign(terms.begin() + starts[row], terms.begin() + starts[row + 1]);
         for (Term& term : moved) term.values += from;
-        sum_terms(to + row * size + from, std::min(kChunk, size - from), moved.data(), moved.size(), rectify);
+        sum_terms(to + row * size + from, std::min(kChunk, size - from), moved.data(), moved.size(), relu);
       }
     });
     return out;
   }
 
-  // Features that no later node reads.
+  // Free the features that no later node reads.
   void release(int64_t before) {
     for (int64_t node = 0; node <= before; ++node) {
       if (stage->last_receiver[node] <= before) features[node] = Tensor();
@@ -405,9 +406,9 @@ struct Walk : torch::CustomClassHolder {
   std::vector<float> alpha, weights;        // (B, N, N)
   std::vector<uint8_t> ran, alive, needed;  // (B, N)
   std::vector<float> logits;                // (B, N), of the gates
-  std::vector<uint8_t> is_open;             // (B, E), of the node that is taken
+  std::vector<uint8_t> is_open;             // (B, E), of the node whose input was last taken
   std::vector<Tensor> features;             // of each node, (n, C, H, W)
-  std::vector<int64_t> places;              // (N, B): where a sample lies in them
+  std::vector<int64_t> places;              // (N, B): the row of each sample in them
   std::vector<Ints> rows;                   // of each node: the samples for which it runs, ascending
   bool is_imposed = false;
 };
@@ -417,7 +418,7 @@ TORCH_LIBRARY(dgnet, library) {
       .def(torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>,
                        Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool>())
       .def("add_convolution", &Stage::add_convolution)
-      .def("add_rectifier", &Stage::add_rectifier);
+      .def("add_relu", &Stage::add_relu);
   library.class_<Walk>("Walk")
       .def(torch::init<c10::intrusive_ptr<Stage>, Tensor, std::optional<Tensor>, double, double>())
       .def("run", &Walk::run)

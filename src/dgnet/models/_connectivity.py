@@ -1,4 +1,4 @@
-"""The two axes, which edges exist and what they weigh, and all their options in one value."""
+"""The two axes, topology (which edges exist) and weighting (what they weigh), with all their options in one value."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ WeightingLike = str | Callable[[Topology, int], Weighting]
 
 @dataclass(frozen=True)
 class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, RandomGraphOptions):
-    """How the nodes of each stage are connected. The defaults are DG-Net's; what the paper leaves open is an option.
+    """How the nodes of each stage are connected. The defaults are DG-Net's; what the paper does not specify is an option.
 
-    Each group of options stands in the module that uses it, and this class is passed to it whole.
+    Each base class is a group of options, defined in the module that uses it. That module receives this object whole.
 
     Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
@@ -62,12 +62,12 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
                 )
         if self.router_start != "complete":
             if self.topology != "complete":
-                raise UsageError(f"router_start={self.router_start!r} opens a part of topology='complete', which it needs")
+                raise UsageError(f"router_start={self.router_start!r} opens a part of topology='complete'; leave topology out")
             if self.router is not None:
                 raise UsageError(f"router_start={self.router_start!r} has no effect with a router of your own; leave it out")
 
     def _chosen(self) -> dict[str, list[str]]:
-        """The values of the axes that are in use."""
+        """For each axis, the values that are in use."""
         return {
             "topology": [*self._topology_names(), self.router_start],
             "weighting": [self.weighting] if isinstance(self.weighting, str) else [OWN_WEIGHTING],
@@ -80,7 +80,7 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
         return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list) else []
 
     def plain_options(self) -> dict[str, Any]:
-        """Every option that has an effect, with its value, so that a new default cannot change an old run.
+        """Every option that has an effect, with its value, also if it is the default: defaults may change later.
 
         A class or callable is left out: it has no plain form.
         """
@@ -95,13 +95,13 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
 
     @classmethod
     def take_from(cls, kwargs: dict[str, Any]) -> Connectivity:
-        """Remove the options of this class from a model's keyword arguments and make one of them."""
+        """Remove the options of this class from a model's keyword arguments, and build an object of this class from them."""
         return cls(**{name: kwargs.pop(name) for name in cls.names() if name in kwargs})
 
     def build_topologies(self, nodes: Sequence[int]) -> list[Topology]:
-        """The topology of each stage, from its number of nodes. A random one differs from stage to stage.
+        """The topology of each stage. `nodes`: their numbers of nodes. Each stage draws its own random graph.
 
-        Raises UsageError, naming the stage, where one does not fit.
+        Raises UsageError, which names the stage, if one does not fit.
         """
         listed = self.topology
         if isinstance(listed, str) and "," in listed:
@@ -118,9 +118,9 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
             raise UsageError(f"stage {stage}: {error}") from None
 
     def build_weighting(self, topology: Topology, channels: int, stage: int) -> Weighting:
-        """The weighting of one stage, counted from 1; a topology that pins all its edges leaves nothing to learn.
+        """The weighting of one stage, counted from 1; a fixed one if all edges are pinned.
 
-        Raises UsageError, naming the stage, where `router_start` does not fit its number of nodes.
+        Raises UsageError, which names the stage, if `router_start` does not fit its number of nodes.
         """
         if not isinstance(self.weighting, str):
             return self.weighting(topology, channels)
@@ -132,5 +132,5 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
         return RoutedWeighting(topology, channels, self, start)
 
     def build_node_gates(self, topology: Topology, channels: int) -> NodeGates | None:
-        """The block gates of one stage, if any."""
+        """The block gates of one stage, or None."""
         return None if self.node_gate == "none" else NodeGates(topology, channels, self)

@@ -1,4 +1,4 @@
-"""From a static network to a dynamic one: blocks taken apart, stages built as graphs, and the mixin that all families share."""
+"""From a static network to a dynamic one: take blocks apart, build stages as graphs; the mixin that all families share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dgnet.models._connectivity import Connectivity
 
 @dataclass(frozen=True)
 class BlockParts:
-    """A residual block taken apart: activation(transform(x) + shortcut(x)).
+    """The parts of a residual block: activation(transform(x) + shortcut(x)).
 
-    `shortcut`: None where the block has none; the identity or a projection otherwise.
+    `shortcut`: the identity or a projection; None if the block has no shortcut.
     """
 
     transform: Transform
@@ -37,14 +37,17 @@ class Transform(nn.Sequential):
 
     @property
     def takes_scale(self) -> bool:
-        """Whether f_j begins with a convolution that commutes with a scale and writes no more than it reads."""
+        """Whether f_j begins with a convolution without bias whose output has no more elements than its input.
+
+        Without bias it commutes with a scale. See `StageNodes.compute`.
+        """
         first, _ = self._split()
         if not isinstance(first, nn.Conv2d) or first.bias is not None:
             return False
         return first.out_channels <= first.in_channels * first.stride[0] * first.stride[1]
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """f_j(x), or f_j(scale · x) for `scale` (B,), without a scaled copy of x for the backward pass to keep."""
+        """f_j(x), or f_j(scale · x) for `scale` (B,). The backward pass then keeps no scaled copy of x."""
         if scale is None:
             return super().forward(x)
         first, rest = self._split()
@@ -54,21 +57,21 @@ class Transform(nn.Sequential):
         return x
 
     def _split(self) -> tuple[nn.Module, list[nn.Module]]:
-        """The first module and the others, timm's convolution with normalisation and activation taken apart."""
+        """The first module and the others. If the first is timm's `ConvNormAct`, it is taken apart too."""
         first, *rest = self
         if isinstance(first, ConvNormAct):
             first, *rest = [*first.children(), *rest]
         return first, rest
 
     def zero_init_last(self) -> None:
-        """Start the last normalisation at γ = 0, as timm's blocks do; timm's `init_weights` calls this."""
+        """Set γ of the last normalisation to 0, as timm's blocks do; timm's `init_weights` calls this."""
         norms = [module for module in self.children() if isinstance(module, nn.BatchNorm2d)]
         if norms:
             nn.init.zeros_(norms[-1].weight)
 
 
 def take_modules(block: nn.Module, names: Sequence[str]) -> Transform:
-    """The named children of `block` in this order, without those that are absent or do nothing."""
+    """The children of `block` with these names, in this order, without missing ones and identities."""
     transform = Transform()
     for name in names:
         module = getattr(block, name, None)
@@ -78,17 +81,17 @@ def take_modules(block: nn.Module, names: Sequence[str]) -> Transform:
 
 
 def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """1×1 convolution and normalisation: brings a stage's input to its output's shape."""
+    """1×1 convolution and normalisation, from the shape of a stage's input to that of its output."""
     projection: Any = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
     nn.init.kaiming_normal_(projection[0].weight, mode="fan_out", nonlinearity="relu")
     return projection
 
 
 def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity, stage: int) -> DynamicGraph:
-    """A stage of static blocks, counted from 1, as a graph of N = blocks + 2 nodes.
+    """Static blocks as a graph of N = blocks + 2 nodes. `stage`: counted from 1.
 
-    The first block's shortcut becomes the input node; where it has none and the shape changes, a projection is added. It is
-    built only if something reads it. Raises UsageError where blocks, topology and options do not fit together.
+    The first block's shortcut becomes the input node. If it has none and the shape changes, a projection is built, but only if
+    something reads it. Raises UsageError if blocks, topology and options do not fit together.
     """
     weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
     node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
@@ -102,10 +105,12 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
         if node in topology.entry and (part.in_channels, part.stride) != (first.in_channels, first.stride):
             raise UsageError(f"node {node} cannot read the raw stage input and must not be an entry node of the topology")
         if connectivity.shortcut == "node" and part.shortcut is None and node not in topology.entry:
-            raise UsageError("shortcut='node' cannot be had: the blocks of this network have no shortcut; leave it out")
+            raise UsageError("shortcut='node' is not possible: the blocks of this network have no shortcut; leave it out")
     activation = parts[-1].activation
     if connectivity.router_reads == "activation" and isinstance(activation, nn.Identity):
-        raise UsageError("router_reads='activation' has no effect: nothing follows the addition in this network; leave it out")
+        raise UsageError(
+            "router_reads='activation' has no effect: this network has no activation after additions; leave it out"
+        )
     entry_shortcut = first.shortcut is not None
     reads_features = weighting.reads_features and bool(topology.free_receivers(0))
     is_read = topology.reads_input_node or reads_features or node_gates is not None
@@ -128,7 +133,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
 
 
 def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain arguments of `create_model` that build `network` again, which was built with `options`."""
+    """Plain arguments of `create_model` that build `network` again. `options`: those that it was built with."""
     if not isinstance(network, DynamicNetwork):
         return dict(options)
     given = Connectivity.names()
@@ -136,13 +141,13 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
 
 
 class DynamicNetwork(nn.Module):
-    """What dynamic networks add to their static class, as a mixin before it: timm's interface over `DynamicGraph` stages."""
+    """Mixin before the static class of a dynamic network: timm's interface for stages that are a `DynamicGraph`."""
 
     stage_names: tuple[str, ...]
     connectivity_options: dict[str, Any]
     """`Connectivity.plain_options` of the network."""
     static_names: Mapping[str, str] = MappingProxyType({})
-    """How the static network's parameter names begin, and how the same parameters' names begin here."""
+    """Prefixes of the static network's parameter names -> prefixes of the same parameters here."""
 
     @property
     def stages(self) -> list[DynamicGraph]:
@@ -150,7 +155,7 @@ class DynamicNetwork(nn.Module):
         return find_stages(self)
 
     def build_stages(self, split_block: Callable[[nn.Module], BlockParts], connectivity: Connectivity) -> None:
-        """Replace the static stages, each a sequence of blocks, by graphs."""
+        """Replace the static stages, each of them a sequence of blocks, with graphs."""
         self.connectivity_options = connectivity.plain_options()
         static_names: dict[str, str] = {}
         stages = {name: dict(self.get_submodule(name).named_children()) for name in self.stage_names}
@@ -165,14 +170,14 @@ class DynamicNetwork(nn.Module):
         self.static_names = static_names
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A static checkpoint under timm's names; a family whose torchvision names differ overrides this."""
+        """A static checkpoint with timm's names. A family whose names in torchvision differ overrides this."""
         return state_dict
 
     def stored_options(self) -> dict[str, Any]:
-        """Plain arguments of `create_model` that give the same connectivity; graphs without a fixed name by their edges.
+        """Plain arguments of `create_model` that give the same connectivity.
 
-        They stand in place of the options of `Connectivity` that the network was built with. A weighting or router of the
-        user's own has no plain form and is left out.
+        Random graphs, and the user's own, are given by their edges instead of by options. A weighting or router of the user's
+        own has no plain form and is left out.
         """
         options = dict(self.connectivity_options)
         if options.get("topology") not in TOPOLOGIES:
@@ -182,10 +187,10 @@ class DynamicNetwork(nn.Module):
         return options
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """The static network's initialisation, then the weightings' own: it must not reach into routers."""
+        """The static network's initialisation, except for weightings and gates, which have their own."""
         static = getattr(super(), "init_weights", None)
         deciders = [part for stage in self.stages for part in (stage.weighting, stage.node_gates) if part is not None]
-        # A router of the user's own may have started its layers as it likes, and have no `reset_parameters`.
+        # A router of the user's own may initialise its layers differently, and have no `reset_parameters`.
         before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in deciders]
         if static is not None:
             static(*args, **kwargs)
@@ -194,16 +199,16 @@ class DynamicNetwork(nn.Module):
             part.reset_parameters()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each node in the backward pass: a stage keeps its N features and nothing inside the nodes."""
+        """Recompute each node in the backward pass: a stage keeps its N features, but nothing inside the nodes."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Thresholds and learned edge weights: decay would pull them towards 0."""
+        """The names of thresholds and learned edge weights: decay would pull them towards 0."""
         return {name for name, _ in self.named_parameters() if name.endswith(("weighting.tau", "weighting.alpha"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups: stem, then each node; a projection goes with its stage's first block."""
+        """timm's parameter groups: stem, then each node. A projection is in the group of its stage's first block."""
         matcher: dict[str, Any] = super().group_matcher(coarse=True)  # type: ignore[misc]
         if coarse:
             return matcher

@@ -32,7 +32,7 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     drop_path_rate, features_only, checkpoint_path, …). Raises UsageError for an unknown model, option or value.
     """
     if not timm.is_model(name.partition(".")[0]):
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}; names: dgnet models")
+        raise UsageError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}; see: dgnet models")
     for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
@@ -53,7 +53,10 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
 def build_model(
     cls: type[nn.Module], name: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any
 ) -> TimmNetwork:
-    """What each registered function calls: timm's builder. Raises UnknownOptionError for an option that `cls` does not have."""
+    """timm's builder, with checks; each registered function calls it.
+
+    Raises UnknownOptionError for an option that `cls` does not have, and UsageError for `pretrained`.
+    """
     if pretrained:
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
@@ -64,7 +67,7 @@ def build_model(
 
 
 def imagenet_cfg(**names: Any) -> dict[str, Any]:
-    """A default config for timm: ImageNet at 224 pixels as the paper evaluates it (§6.1). `names`: first_conv, classifier."""
+    """A default config for timm: ImageNet at 224 pixels, as the paper evaluates it (§6.1). `names`: first_conv, classifier."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -78,9 +81,9 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
     }
 
 
-# What a constructor may make of a value that it cannot use.
+# What a constructor may raise for a value that it cannot use.
 _BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
-# Options that timm's builder takes and no network sees.
+# Options that timm's builder takes and does not pass to the network.
 _BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
 
     class TimmNetwork(nn.Module):
-        """What the package uses of a network of timm's, or of its own: `create_model` returns one.
+        """The attributes and methods that the package uses of a network, timm's or its own. `create_model` returns one.
 
-        timm has no such class, so this one exists for type checkers only; they have no type for "nn.Module with a protocol".
+        It exists for type checkers only: timm has no such class, and Python has no type for "nn.Module with a protocol".
         """
 
         pretrained_cfg: dict[str, Any]
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         num_features: int
         """Channels before pooling."""
         feature_info: Any
-        """Of each feature map that the network gives: num_chs, reduction, module."""
+        """For each feature map that the network can return: num_chs, reduction, module."""
 
         def forward(self, x: Tensor) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""timm's interface for networks of our own: a stem, stages, what follows them, pooling, classifier."""
+"""timm's interface for networks of our own: stem, stages, neck (the layers after the stages), pooling, classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dgnet.models._protocol import TimmNetwork
 
 
 def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Indices of features as timm's networks take them: all for None, the last n for a number n, else counted from either end.
+    """Indices of features in timm's form: None for all, a number n for the last n, or indices, negative ones from the end.
 
     Raises ValueError for an index that no feature has.
     """
@@ -73,7 +73,7 @@ class StagedNetwork(TimmNetwork):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for `num_classes`; 0 leaves the pooled features."""
+        """Build a new last layer for `num_classes`; with 0 the network returns pooled features."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.build_head(num_classes, pool, self.drop_rate)
         self.global_pool.to(next(self.parameters()).device)
@@ -88,7 +88,7 @@ class StagedNetwork(TimmNetwork):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last feature, and stem and stage features, as timm's: index 0 is the stem, then come the stages."""
+        """The last feature, and those of stem and stages, as in timm: index 0 is the stem, the stages follow."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take = take_indices(len(self.feature_info), indices)
@@ -111,7 +111,7 @@ class StagedNetwork(TimmNetwork):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in `indices`, and the head, as timm's."""
+        """Remove the stages after the last one in `indices`, and the head, as in timm."""
         take = take_indices(len(self.feature_info), indices)
         last = max(take)
         is_cut = last < len(self.stage_names)
@@ -125,12 +125,12 @@ class StagedNetwork(TimmNetwork):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Everything before pooling: (B, num_features, H, W)."""
+        """The feature before pooling: (B, num_features, H, W)."""
         feature: Tensor = self.forward_intermediates(x, indices=[])[0]
         return feature
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling and classifier: (B, num_classes), or the pooled features."""
+        """Pooling and classifier: (B, num_classes), or the pooled features if `pre_logits`."""
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)

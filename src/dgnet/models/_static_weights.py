@@ -1,4 +1,4 @@
-"""Weights of a static network, mapped onto the nodes of its dynamic counterpart."""
+"""Load the weights of a static network into the nodes of its dynamic counterpart."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dgnet.models._protocol import TimmNetwork
 
 
 def load_static_weights(model: TimmNetwork, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Load a static checkpoint of timm's or torchvision's into the dynamic network of the same family, in place.
+    """Load a static checkpoint of timm or torchvision into the dynamic network of the same family, in place.
 
-    Blocks become nodes, a stage's projection becomes its input node. Returns the names that stayed as initialised: routers,
-    thresholds, edge weights, gates on blocks, projections that the static network lacks, a head of another number of classes.
+    Blocks become nodes, a stage's projection becomes its input node. Returns the names that keep their initial values: routers,
+    thresholds, edge weights, block gates, projections that the static network lacks, a head of another number of classes.
 
-    Raises UsageError, with the model untouched, for a model without stages and for weights of another family.
+    Raises UsageError, and leaves the model unchanged, for a model without stages and for weights of another family.
     """
     if not isinstance(model, DynamicNetwork) or not model.static_names:
         raise UsageError(f"{type(model).__name__} has no static counterpart to take weights from; load its own state dict")
@@ -37,30 +37,30 @@ def load_static_weights(model: TimmNetwork, state_dict: Mapping[str, Tensor]) ->
     optional = (*heads, *_parts_without_static_counterpart(model, loaded))
     missing = [name for name in untrained if not name.startswith(optional)]
     if unknown or missing:
-        first = f"it lacks {missing[0]}" if missing else f"{unknown[0]} has no place"
+        first = f"it lacks {missing[0]}" if missing else f"{unknown[0]} does not fit"
         raise UsageError(
-            f"these are not the weights of the static counterpart of {type(model).__name__}: {len(unknown)} have no place or"
-            f" another shape, {len(missing)} are missing ({first}); take those of the same family and size"
+            f"these are not the weights of the static counterpart of {type(model).__name__}: {len(unknown)} tensors are unknown"
+            f" or have another shape, {len(missing)} are missing ({first}); use weights of the same family and size"
         )
     model.load_state_dict({**own, **loaded})
     return untrained
 
 
 def classifier_prefixes(model: TimmNetwork) -> tuple[str, ...]:
-    """How the names of the classifier's parameters begin."""
+    """The prefixes of the names of the classifier's parameters."""
     classifier = model.pretrained_cfg["classifier"]
     return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
 
 
 def is_static(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether `state_dict` is of a static network while `model` is dynamic and has a static counterpart."""
+    """Whether `state_dict` is of a static network, and `model` is dynamic and has a static counterpart."""
     if not isinstance(model, DynamicNetwork) or not model.static_names:
         return False
     return not any(".nodes." in name for name in state_dict)
 
 
 def _rename(name: str, static_names: Mapping[str, str]) -> str:
-    for static, dynamic in static_names.items():  # a projection's prefix stands before its block's
+    for static, dynamic in static_names.items():  # a projection's prefix comes before that of its block
         if name.startswith(static):
             return dynamic + name.removeprefix(static)
     return name

@@ -1,6 +1,6 @@
 """The CIFAR form of ResNet (He et al., 2016, §4.2) and DG-ResNet: 6n + 2 layers, three stages of n basic blocks.
 
-Shortcuts are option B: a 1×1 convolution and BN where the shape changes, the identity elsewhere.
+Shortcuts are option B of that paper: a 1×1 convolution and BN if the shape changes, otherwise the identity.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dgnet.models.resnet import split_block
 
 
 class CifarResNet(StagedNetwork):
-    """Stem 3×3 convolution, three stages of basic blocks with strides 1, 2, 2, pooling, classifier.
+    """A 3×3 convolution as stem, three stages of basic blocks with strides 1, 2, 2, pooling, classifier.
 
-    `layers`: blocks of each stage; `channels`: C of each stage. Each block's last γ starts at 1 as in He et al. (2016): from 0,
-    as timm's ResNet has it, a run of few epochs learns more slowly.
+    `layers`: blocks of each stage; `channels`: C of each stage. Each block's last γ starts at 1, as in He et al. (2016). If it
+    starts at 0, as in timm's ResNet, a run of few epochs learns more slowly.
     """
 
     stem_names = ("conv1", "bn1", "act1")

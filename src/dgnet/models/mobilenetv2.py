@@ -1,4 +1,4 @@
-"""DG-MobileNetV2: timm's MobileNetV2 with a graph for each of its seven stages, each with a projection that it lacks."""
+"""DG-MobileNetV2: timm's MobileNetV2 with a graph for each of its seven stages. Each stage is given a projection."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dgnet.models._protocol import TimmNetwork
 
 
 def split_block(block: Any) -> BlockParts:
-    """Inverted bottleneck: nothing follows the addition, and a block that changes the shape has no shortcut."""
-    is_separable = not hasattr(block, "conv_pwl")  # of stage 1, without expansion
+    """Inverted bottleneck: no activation after the addition, and no shortcut if the block changes the shape."""
+    is_separable = not hasattr(block, "conv_pwl")  # the block of stage 1, which has no expansion
     if is_separable:
         path: tuple[str, ...] = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2")
         first, last = block.conv_dw, block.conv_pw
@@ -42,7 +42,7 @@ class DynamicMobileNetV2(DynamicNetwork, EfficientNet):
     def __init__(self, **kwargs: Any) -> None:
         connectivity = Connectivity.take_from(kwargs)
         nn.Module.__init__(self)
-        # How timm describes the stages to EfficientNet is private: take over modules and attributes of a network that it built.
+        # timm's description of the stages is private: take modules and attributes from a network that timm has built.
         vars(self).update(vars(mobilenetv2_100(**kwargs)))
         self.build_stages(split_block, connectivity)
 

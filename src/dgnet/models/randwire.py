@@ -1,6 +1,7 @@
-"""RandWire in the small regime (Xie et al., 2019): N = 32 nodes a stage, C = 78, and DG-Net on the same nodes (Table 4).
+"""RandWire in the small regime (Xie et al., 2019): N = 32 blocks in a stage, C = 78; and DG-Net on the same blocks (Table 4).
 
-A node is ReLU, 3×3 separable convolution, BN. A node that hears from nothing but the stage's input reads it raw, with stride 2.
+A block is ReLU, 3×3 separable convolution, BN. If its only in-edge is from the input node, it is an entry node: it reads the
+raw stage input, with stride 2.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def build_node(in_channels: int, out_channels: int, stride: int) -> Transform:
 
 
 def build_convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, act: bool = True) -> nn.Module:
-    """(ReLU,) convolution, BN: what stands before and after the wired stages."""
+    """(ReLU,) convolution, BN: the layers before and after the wired stages."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(*([nn.ReLU()] if act else []), convolution, nn.BatchNorm2d(out_channels))
 
@@ -39,8 +40,8 @@ def build_convolution(in_channels: int, out_channels: int, kernel_size: int, str
 class RandWire(DynamicNetwork, StagedNetwork):
     """Two strided convolutions, three wired stages of C, 2C and 4C channels, a 1×1 convolution, pooling, classifier.
 
-    `num_blocks`: blocks of each stage (N of Xie et al.); `channels`: C; `stem_stride`: of each of the two convolutions, 1 for
-    small images. Takes the options of `Connectivity`.
+    `num_blocks`: blocks of each stage (N of Xie et al.). `channels`: C. `stem_stride`: stride of each of the two convolutions;
+    use 1 for small images. Also takes the options of `Connectivity`.
     """
 
     stem_names = ("conv1", "conv2")
@@ -87,7 +88,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
 
 
 def build_wired_stage(topology: Topology, in_channels: int, channels: int, connectivity: Connectivity, stage: int) -> nn.Module:
-    """A stage whose entry nodes are all the nodes that hear from nothing but its input."""
+    """A stage whose entry nodes are all blocks whose only in-edge is from the input node."""
     blocks = range(1, topology.num_nodes - 1)
     entry = tuple(node for node in blocks if topology.senders(node) == (0,))
     parts = []
@@ -102,7 +103,7 @@ default_cfgs = generate_default_cfgs({name: imagenet_cfg(first_conv="conv1.0", c
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> TimmNetwork:
-    # As Xie et al. have it: one weight an edge, through a sigmoid.
+    # As in Xie et al.: one weight for each edge, through a sigmoid.
     options = {"topology": name.rpartition("_")[2], "weighting": "learned", **kwargs}
     if options["weighting"] == "learned":
         options.setdefault("learned_activation", "sigmoid")
@@ -129,5 +130,5 @@ def randwire_small_ws(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
 
 @register_model
 def dg_randwire_small(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
-    """DG-Net on RandWire's nodes: the complete graph with routed weights, 612 M multiply-adds (Table 4)."""
+    """DG-Net on RandWire's blocks: the complete graph with routed weights, 612 M multiply-adds (Table 4)."""
     return build_model(RandWire, "dg_randwire_small", pretrained, {"out_indices": (0, 1, 2, 3)}, **kwargs)

@@ -15,7 +15,7 @@ from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
 
-# What torchvision calls the modules of stem, block and head.
+# torchvision's names of the modules of stem, block and head -> timm's.
 _TORCHVISION = {
     "stem.0": "stem.conv",
     "stem.1": "stem.bn",
@@ -34,7 +34,7 @@ _TORCHVISION = {
 
 
 def split_block(block: Any) -> BlockParts:
-    """RegNet's bottleneck: ReLU after the addition; a projection where the shape changes."""
+    """RegNet's bottleneck: ReLU after the addition; a projection if the shape changes."""
     return BlockParts(
         take_modules(block, ("conv1", "conv2", "se", "conv3", "drop_path")),
         block.downsample,
@@ -57,7 +57,7 @@ class DynamicRegNet(DynamicNetwork, RegNet):
         self.build_stages(split_block, connectivity)
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """torchvision numbers stages and blocks as trunk_output.block1.block1-0, and has other names for what is in them."""
+        """torchvision numbers stages and blocks as trunk_output.block1.block1-0, and uses other names for their modules."""
         if "stem.0.weight" not in state_dict:
             return state_dict
         translated = {}

@@ -1,4 +1,4 @@
-"""DG-ResNet: timm's ResNet with a graph for each stage, without stem max-pool (the form that Table 1's costs imply)."""
+"""DG-ResNet: timm's ResNet with a graph for each stage and without the stem's max-pool (Table 1's costs imply this form)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATHS = {
 
 
 def split_block(block: Any) -> BlockParts:
-    """BasicBlock and Bottleneck: ReLU after the addition; a projection where the shape changes."""
+    """BasicBlock and Bottleneck: ReLU after the addition; a projection if the shape changes."""
     is_basic = isinstance(block, BasicBlock)
     strided, last = (block.conv1, block.conv2) if is_basic else (block.conv2, block.conv3)
     return BlockParts(
@@ -39,15 +39,15 @@ def split_block(block: Any) -> BlockParts:
 
 
 class StridedResNet(ResNet):
-    """timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool: DG-ResNet's static twin.
+    """DG-ResNet's static twin: timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool.
 
-    Raises UsageError for options of timm's ResNet-D kind, which change how a block strides.
+    Raises UsageError for timm's ResNet-D options, which change how a block applies its stride.
     """
 
     def __init__(self, block: Any, layers: tuple[int, ...], zero_init_last: bool = True, **kwargs: Any) -> None:
         for name, plain in _PLAIN.items():
             if kwargs.get(name, plain) != plain:
-                raise UsageError(f"{name}={kwargs[name]!r} cannot be had: stage 1 strides in a plain block; leave it out")
+                raise UsageError(f"{name}={kwargs[name]!r} is not possible with stride 2 in stage 1; leave it out")
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         self.set_submodule("maxpool", nn.Identity())
         stage: Any = self.layer1
@@ -120,23 +120,23 @@ def dg_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
 
 @register_model
 def strided_resnet18(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
-    """DG-ResNet-18's static twin: ResNet-18 with stride 2 in stage 1 in place of the stem's max-pool."""
+    """DG-ResNet-18's static twin: ResNet-18 with stride 2 in stage 1 instead of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet18", pretrained, **kwargs)
 
 
 @register_model
 def strided_resnet50(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
-    """DG-ResNet-50's static twin: ResNet-50 with stride 2 in stage 1 in place of the stem's max-pool."""
+    """DG-ResNet-50's static twin: ResNet-50 with stride 2 in stage 1 instead of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet50", pretrained, **kwargs)
 
 
 @register_model
 def strided_resnet101(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
-    """DG-ResNet-101's static twin: ResNet-101 with stride 2 in stage 1 in place of the stem's max-pool."""
+    """DG-ResNet-101's static twin: ResNet-101 with stride 2 in stage 1 instead of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnet101", pretrained, **kwargs)
 
 
 @register_model
 def strided_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
-    """DG-ResNeXt-50's static twin: ResNeXt-50 with stride 2 in stage 1 in place of the stem's max-pool."""
+    """DG-ResNeXt-50's static twin: ResNeXt-50 with stride 2 in stage 1 instead of the stem's max-pool."""
     return _create(StridedResNet, "strided_resnext50_32x4d", pretrained, **kwargs)
