@@ -145,7 +145,8 @@ def explained_share(values: Array, positions: Array) -> float | None:
     design = np.column_stack([np.ones(count), positions])
     solution = np.linalg.lstsq(design, values, rcond=None)[0]
     residual = float(np.square(values - design @ solution).sum())
-    return max(1 - (residual / (count - predictors - 1)) / (total / (count - 1)), 0.0)
+    adjusted: float = 1 - (residual / (count - predictors - 1)) / (total / (count - 1))
+    return max(adjusted, 0.0)
 
 
 def rank_correlation(first: Array, second: Array) -> float | None:

@@ -117,7 +117,8 @@ def run_evaluate(args: Namespace) -> None:
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     if args.sweep_threshold:
-        _sweep(args, checkpoint.path, network, dataset, loading)
+        if is_main_process():  # under torchrun the others have nothing to do: the sweep measures times
+            _sweep(args, checkpoint.path, network, dataset, loading)
         return
     if args.write and is_main_process():  # before the evaluation: a file that cannot be written is reported at once
         checkpoint.save(Path(args.write))

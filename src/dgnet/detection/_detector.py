@@ -43,7 +43,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"{name} must be a whole number, got {value}")
 
 
-class Detector(FasterRCNN):
+class Detector(FasterRCNN):  # type: ignore[misc]  # torchvision has no types
     """Faster R-CNN with a feature pyramid on `network`, whose classifier is removed.
 
     Inputs and outputs are those of torchvision's detectors. Inputs: a list of images, (3, H, W) in [0, 1], and in training a

@@ -40,7 +40,7 @@ def draw_detections(
     size = max(11, min(image.size) // 32)
     line = max(1, size // 7)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    drawn = to_pil_image(draw_bounding_boxes(pixels, boxes, colors=list(colours), width=line))
+    drawn: Image.Image = to_pil_image(draw_bounding_boxes(pixels, boxes, colors=list(colours), width=line))
     # Not with torchvision: it writes a label inside the box, where it hides small objects and is cut off at the border.
     canvas = ImageDraw.Draw(drawn)
     font = ImageFont.truetype(str(_FONT), size)

@@ -53,7 +53,7 @@ class DynamicGraph(StageNodes):
         self.mask: Tensor
         # In the state dict, so that weights of one random graph are not loaded into another.
         self.register_buffer("mask", topology.mask.clone())
-        self.register_load_state_dict_pre_hook(_check_mask)
+        nn.Module.register_load_state_dict_pre_hook(self, _check_mask)
         self.inference_walk = DenseWalk
 
     def forward(self, x: Tensor) -> Tensor:

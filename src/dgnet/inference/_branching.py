@@ -51,4 +51,5 @@ class BranchingWalk(DenseWalk):
         def skip(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=torch.channels_last)
 
-        return torch.cond(is_alive.any(), compute, skip, (weights, opened, *sources))
+        feature: Tensor = torch.cond(is_alive.any(), compute, skip, (weights, opened, *sources))
+        return feature

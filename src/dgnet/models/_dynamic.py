@@ -49,7 +49,9 @@ class Transform(nn.Sequential):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """f_j(x), or f_j(scale · x) for `scale` (B,). The backward pass then keeps no scaled copy of x."""
         if scale is None:
-            return super().forward(x)
+            for module in self:
+                x = module(x)
+            return x
         first, rest = self._split()
         x = aggregate([first(x)], scale[:, None])
         for module in rest:
@@ -84,7 +86,8 @@ def build_projection(in_channels: int, out_channels: int, stride: int) -> nn.Mod
     """1×1 convolution and normalisation, from the shape of a stage's input to that of its output."""
     projection: Any = downsample_conv(in_channels, out_channels, kernel_size=1, stride=stride)
     nn.init.kaiming_normal_(projection[0].weight, mode="fan_out", nonlinearity="relu")
-    return projection
+    built: nn.Module = projection
+    return built
 
 
 def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: Connectivity, stage: int) -> DynamicGraph:

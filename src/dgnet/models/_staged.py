@@ -88,7 +88,10 @@ class StagedNetwork(TimmNetwork):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last feature, and those of stem and stages, as in timm: index 0 is the stem, the stages follow."""
+        """The last feature, and those of stem and stages, as in timm: index 0 is the stem, the stages follow.
+
+        The stages run one after the other: T(X) = F_K(… F_2(F_1(X))), Eq. (2).
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take = take_indices(len(self.feature_info), indices)

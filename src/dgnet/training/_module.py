@@ -117,6 +117,7 @@ class RunModule(L.LightningModule):
         self.log_dict({**take_figures(self.train_metrics), **figures, **self.thresholds, "lr": self.lr}, **options)
 
     def configure_optimizers(self) -> Any:
+        # The updates of Eqs. (7) to (10): weights of nodes and routers, router biases, thresholds. Their gradients: dgnet.graph.
         config = self.config
         optimizer = create_optimizer_v2(
             build_parameter_groups(self.network, config),
@@ -177,6 +178,7 @@ class Classifier(RunModule):
         logits, figures = self.observe(images)
         update_means(self.train_metrics, accuracy_figures(logits, labels) | figures, labels != IGNORED)
         smoothing = self.config.label_smoothing
+        # L_t(T(x; W_n, W_r), y), Eq. (6), with label smoothing (§6.1).
         losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
         loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
         if self.budget is not None:

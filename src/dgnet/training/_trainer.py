@@ -48,6 +48,7 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
     if config.ema is not None:
         callbacks.insert(0, EMAWeightAveraging(decay=config.ema))  # before Checkpointing, because checkpoints hold the average
     asked = f"--accelerator {config.accelerator} --devices {config.devices} --precision {config.precision}"
+    loggers = [build_logger(described) for described in config.loggers]
     try:
         with quiet_lightning():
             trainer = L.Trainer(
@@ -67,7 +68,7 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
                     MetricsFile(folder / "metrics.csv", step),
                     # A resumed run writes the events from `step` on again.
                     TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
-                    *map(build_logger, config.loggers),
+                    *loggers,
                 ],
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -100,7 +101,8 @@ class SyncNorms(LayerSync):
     """Batch normalisation over all devices. timm's layers keep their activation, which Lightning's own conversion drops."""
 
     def apply(self, model: Module) -> Module:
-        return convert_sync_batchnorm(model)
+        converted: Module = convert_sync_batchnorm(model)
+        return converted
 
     def revert(self, model: Module) -> Module:
         return model
