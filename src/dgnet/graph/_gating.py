@@ -3,7 +3,7 @@
 In a complete graph a block is dead only if all its in-edges are closed at once. With a decision for each edge this is rare. A
 block gate closes all of them together.
 
-Letters: B batch, N nodes of a stage, E in-edges of a node (or out-edges, if it says so), C channels.
+Letters: B batch, N nodes of a stage, E in-edges of a node (out-edges in `NodeGates.predict`), C channels.
 """
 
 from __future__ import annotations

@@ -227,8 +227,7 @@ def _draw(name: str, settings: str, num_nodes: int, min_blocks: int, sample: Cal
     graph = next((g for g in (sample(blocks) for _ in range(_DRAWS)) if nx.is_connected(g)), None)
     if graph is None:
         raise UsageError(
-            f"topology {name!r} with {settings} gave no connected graph of {blocks} blocks in {_DRAWS} draws;"
-            " ask for more edges"
+            f"topology {name!r} with {settings} gave no connected graph of {blocks} blocks in {_DRAWS} draws; choose more edges"
         )
     mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device="cpu")
     for i, j in graph.edges:

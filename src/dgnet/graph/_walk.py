@@ -103,9 +103,7 @@ class DenseWalk(Walk):
         self.area = current_area()
         self.needs = Needs.of(stage, self.imposed)
         self.features: list[Any] = []  # x_i of each node
-        self.alive: list[Tensor | None] = [
-            None
-        ]  # of each node, (B,): bool, or 0 and 1 while gates train; None: for all samples
+        self.alive: list[Tensor | None] = [None]  # of each node, (B,): bool, or 0 and 1 while gates train; None: all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
         self.alpha = self.new_predictions()  # α of each edge
         self.votes = self.new_predictions()  # of each edge, what the sender adds to the logit of the receiver's gate

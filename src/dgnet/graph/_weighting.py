@@ -20,7 +20,7 @@ from dgnet.options import option
 
 
 class Weighting(nn.Module):
-    """The weights of a stage's free edges. A subclass overrides `predict` or `shared_alpha`, and what else it changes.
+    """The weights of a stage's free edges. A subclass overrides `predict` or `shared_alpha`, and others if needed.
 
     α is predicted for each sample at the sending node (`predict`), or is the same for all samples (`shared_alpha`, with
     `reads_features = False`). `weigh` turns α into the weight that the sum uses. If there is a `threshold`, an edge is closed

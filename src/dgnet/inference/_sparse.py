@@ -54,7 +54,7 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
     """
     check_range("threshold offset", offset)
     if not can_skip(model):
-        raise UsageError(f"{type(model).__name__} has no edge or block that can close: its weights do not follow the image")
+        raise UsageError(f"{type(model).__name__} has no edge or block that can close: its weights do not depend on the image")
     for stage in find_stages(model):
         stage.threshold_offset = float(offset)
     return model
