@@ -117,7 +117,7 @@ class RunModule(L.LightningModule):
         self.log_dict({**take_figures(self.train_metrics), **figures, **self.thresholds, "lr": self.lr}, **options)
 
     def configure_optimizers(self) -> Any:
-        # The updates of Eqs. (7) to (10): weights of nodes and routers, router biases, thresholds. Their gradients: dgnet.graph.
+        # The updates of Eqs. (7) to (10): weights of nodes, of routers, their biases, thresholds. The gradients: dgnet.graph.
         config = self.config
         optimizer = create_optimizer_v2(
             build_parameter_groups(self.network, config),
