@@ -167,6 +167,20 @@ def test_training_is_dense_and_modes_can_be_changed_back(tiny):
     assert len(launches) == 9
 
 
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["whole", "frozen stem"])
+def test_a_backward_pass_through_the_sparse_mode_is_refused(tiny, set_sparse, is_frozen):
+    network = set_sparse(tiny().eval())
+    for part in (network.conv1, network.bn1):
+        part.requires_grad_(not is_frozen)
+    output = network(torch.randn(2, 3, 12, 10))
+    with pytest.raises(UsageError, match="the sparse mode has no gradients"):
+        output.sum().backward()
+    with torch.no_grad():
+        assert not network(torch.randn(2, 3, 12, 10)).requires_grad
+    with torch.inference_mode():
+        network(torch.randn(2, 3, 12, 10))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layers", [(1, 1, 1), (4, 3, 2)], ids=str)

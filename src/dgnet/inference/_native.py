@@ -119,18 +119,18 @@ class NativeWalk(Walk):
             return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
         return self.stage.transform(node, summed, is_activated=self.applies_relu)
 
-    @torch.no_grad()
     def finish(self) -> Tensor:
+        return refuse_gradients(self._compute_output(), self.stage, self.x)
+
+    @torch.no_grad()
+    def _compute_output(self) -> Tensor:
         output = self.topology.output
         summed = self.summed if self.is_plain else self.native.take(output, self.applies_relu)
         if self.observers:
             self._report()
         if summed is None:
-            result = self.stage.transform(output, self.stage.empty_sum(self.x))
-        else:
-            result = self.stage.transform(output, summed, is_activated=self.applies_relu)
-        with torch.enable_grad():
-            return refuse_gradients(result, self.x)
+            return self.stage.transform(output, self.stage.empty_sum(self.x))
+        return self.stage.transform(output, summed, is_activated=self.applies_relu)
 
     def _report(self) -> None:
         alpha, weights, ran = self.native.alpha(), self.native.weights(), self.native.ran()

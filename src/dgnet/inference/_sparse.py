@@ -132,7 +132,7 @@ class SparseWalk(DenseWalk):
         return aggregate_rows(features, weights[:, present], opened, places[:, present].t().contiguous())
 
     def finish(self) -> Tensor:
-        return refuse_gradients(super().finish(), self.x)
+        return refuse_gradients(super().finish(), self.stage, self.x)
 
     # Predictions are tensors (sender, sample, receiver), 0 where the sender did not run for the sample.
 
@@ -153,7 +153,7 @@ class _RefuseGradients(torch.autograd.Function):
     """The output of a stage. A backward pass through it raises UsageError."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, wanted: Tensor) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
@@ -161,11 +161,13 @@ class _RefuseGradients(torch.autograd.Function):
         raise UsageError("the sparse mode has no gradients; call set_mode(model, 'dense') before the forward pass")
 
 
-def refuse_gradients(output: Tensor, x: Tensor) -> Tensor:
-    """`output`; if `x`, the stage's input, requires gradients, a backward pass through it raises UsageError."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+def refuse_gradients(output: Tensor, stage: StageNodes, x: Tensor) -> Tensor:
+    """`output` of a stage; a backward pass that would reach the stage's input `x` or parameters raises UsageError."""
+    wanted = (tensor for tensor in (x, *stage.parameters()) if tensor.requires_grad)
+    first = next(wanted, None) if torch.is_grad_enabled() else None
+    if first is None:
         return output
-    refusing: Tensor = _RefuseGradients.apply(output, x)
+    refusing: Tensor = _RefuseGradients.apply(output, first)
     return refusing
 
 
