@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -97,32 +98,35 @@ class NativeWalk(Walk):
         offset = stage.threshold_offset
         self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
         self.summed: Tensor | None = None  # x̂ of the output node
+        # Entered only if it changes something: at batch 1 a context costs as much as a small convolution.
+        self.without_gradients = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
     @property
     def blocks(self) -> Sequence[int]:
         return () if self.is_plain else self.topology.blocks
 
-    @torch.no_grad()
     def put(self, node: int, feature: Tensor | None) -> None:
-        if self.is_plain:
-            self.summed = self.native.run(feature, self.applies_relu)
-        elif feature is not None:
-            self.native.put(node, feature)
+        with self.without_gradients:
+            if self.is_plain:
+                self.summed = self.native.run(feature, self.applies_relu)
+            elif feature is not None:
+                self.native.put(node, feature)
 
-    @torch.no_grad()
     def compute(self, node: int) -> Tensor | None:
         is_entry = node in self.topology.entry
-        summed: Tensor | None = self.native.take(node, self.applies_relu and not is_entry)
-        if summed is None or len(summed) == 0:
-            return None
-        if is_entry:
-            return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
-        return self.stage.transform(node, summed, is_activated=self.applies_relu)
+        with self.without_gradients:
+            summed: Tensor | None = self.native.take(node, self.applies_relu and not is_entry)
+            if summed is None or len(summed) == 0:
+                return None
+            if is_entry:
+                return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
+            return self.stage.transform(node, summed, is_activated=self.applies_relu)
 
     def finish(self) -> Tensor:
-        return refuse_gradients(self._compute_output(), self.stage, self.x)
+        with self.without_gradients:
+            output = self._compute_output()
+        return refuse_gradients(output, self.stage, self.x)
 
-    @torch.no_grad()
     def _compute_output(self) -> Tensor:
         output = self.topology.output
         summed = self.summed if self.is_plain else self.native.take(output, self.applies_relu)

@@ -5,6 +5,7 @@ Letters: B batch, n samples for which a node runs, N nodes of a stage, E in-edge
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -163,8 +164,9 @@ class _RefuseGradients(torch.autograd.Function):
 
 def refuse_gradients(output: Tensor, stage: StageNodes, x: Tensor) -> Tensor:
     """`output` of a stage; a backward pass that would reach the stage's input `x` or parameters raises UsageError."""
-    wanted = (tensor for tensor in (x, *stage.parameters()) if tensor.requires_grad)
-    first = next(wanted, None) if torch.is_grad_enabled() else None
+    if not torch.is_grad_enabled():
+        return output
+    first = next((tensor for tensor in chain([x], stage.parameters()) if tensor.requires_grad), None)
     if first is None:
         return output
     refusing: Tensor = _RefuseGradients.apply(output, first)
