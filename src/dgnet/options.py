@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from dgnet.errors import check_choice, check_range
@@ -21,6 +21,22 @@ def option(
     if isinstance(default, dict | list):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A group of options. When one is made, choices are checked, then each class of the group by its own `check`.
+
+    Raises UsageError for an invalid value.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.metadata.get("choices"):
+                check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                vars(group)["check"](self)
 
 
 def flag(name: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dgnet.graph import Wiring, observe, record_connectivity, use_connectivity
+from dgnet.graph._context import ContextStack
 from dgnet.inference import set_mode
 
 
@@ -94,3 +95,34 @@ def test_an_observer_gets_a_wiring_for_each_stage_of_those_observed(tiny):
     for (_, adjacency, alpha, ran), *recorded in zip(seen, record.adjacency[1:], record.alpha[1:], record.ran[1:], strict=True):
         for one, other in zip((adjacency, alpha, ran), recorded, strict=True):
             assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_blocks_may_be_left_in_any_order_and_from_another_thread(tiny):
+    network = tiny().eval()
+    images = torch.randn(1, 3, 8, 8)
+    first, second = record_connectivity(network), record_connectivity(network)
+    outer, inner = first.__enter__(), second.__enter__()
+    network(images)
+    first.__exit__(None, None, None)
+    network(images)
+    assert (len(outer.adjacency[0]), len(inner.adjacency[0])) == (1, 2)
+    thread = threading.Thread(target=second.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    network(images)
+    assert (len(outer.adjacency[0]), len(inner.adjacency[0])) == (1, 2)
+
+
+def test_compiled_code_of_an_older_torch_sees_no_block_that_was_left(monkeypatch):
+    monkeypatch.setattr("dgnet.graph._context.DYNAMO_READS_CONTEXT_VARS", False)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    stack: ContextStack[int] = ContextStack("test")
+    one, two = stack.hold(1), stack.hold(2)
+    one.__enter__()
+    two.__enter__()
+    assert stack.values() == [1, 2]
+    one.__exit__(None, None, None)
+    assert stack.values() == [2]
+    two.__exit__(None, None, None)
+    assert stack.values() == []

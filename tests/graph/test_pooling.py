@@ -48,3 +48,5 @@ def test_gathered_samples_keep_their_own_part():
     expected = area.pool(feature, global_average_pool)
     selected = area.select(torch.tensor([0, 2]))
     torch.testing.assert_close(selected.pool(feature[[0, 2]], global_average_pool), expected[[0, 2]])
+    twice = area.select(torch.tensor([0, 2])).select(torch.tensor([1]))
+    torch.testing.assert_close(twice.pool(feature[[2]], global_average_pool), expected[[2]])

@@ -6,6 +6,8 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import (
+    FixedWeighting,
+    GateOptions,
     LearnedOptions,
     LearnedWeighting,
     RoutedOptions,
@@ -16,6 +18,8 @@ from dgnet.graph import (
 )
 from dgnet.graph._router import CLOSED_BIAS
 from dgnet.graph._topology import chain, complete
+from dgnet.inference import can_skip, set_threshold_offset
+from dgnet.models import Connectivity
 
 
 @pytest.mark.parametrize("num_edges", [1, 2, 5])
@@ -119,3 +123,37 @@ def test_only_the_edges_of_the_start_begin_open():
         for parameter in weighting.parameters():
             nn.init.zeros_(parameter)
         weighting.reset_parameters()
+
+
+@pytest.mark.parametrize("old", ["gate", "share"])
+def test_a_weighting_that_overrides_a_method_of_version_0_1_is_refused(old):
+    with pytest.raises(UsageError, match=f"Old overrides `{old}` of version 0.1"):
+        type("Old", (RoutedWeighting,), {old: lambda self, *arguments: None})
+
+
+@torch.no_grad()
+def test_a_weighting_that_only_says_what_is_open_can_close(tiny):
+    class Sparse(FixedWeighting):
+        def find_open(self, node: int, alpha: torch.Tensor, offset: float) -> torch.Tensor:
+            return alpha >= 1 + offset
+
+    network = tiny(weighting=Sparse).eval()
+    assert can_skip(network)
+    set_threshold_offset(network, 0.1)
+    with record_connectivity(network) as record:
+        network(torch.randn(1, 3, 8, 8))
+    assert not torch.cat([matrix.flatten() for matrix in record.adjacency]).any()
+    assert not can_skip(tiny(weighting=FixedWeighting))
+
+
+def test_each_group_of_options_checks_itself_alone_and_in_a_connectivity():
+    class Mine(Connectivity):
+        pass
+
+    for build in (lambda: Mine(gate="nonsense"), lambda: RoutedOptions(gate="nonsense")):
+        with pytest.raises(UsageError, match="unknown gate 'nonsense'"):
+            build()
+    with pytest.raises(UsageError, match="node_gate_bias must be a number"):
+        GateOptions("hard", float("nan"))
+    with pytest.raises(UsageError, match="learned_start must not be 0"):
+        Connectivity(weighting="learned", learned_start=0.0)

@@ -59,7 +59,7 @@ def test_without_a_compiler_the_plain_one_runs_and_a_line_says_so(tiny, monkeypa
         raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
 
     monkeypatch.setattr(native, "load_native", refuse)
-    native._say_once.cache_clear()
+    native._warn_once.cache_clear()
     network = tiny().eval()
     images = torch.randn(2, 3, 12, 10)
     with torch.no_grad():

@@ -206,7 +206,7 @@ def test_plain_blocks_run_inside_the_extension(tiny, threads, layout):
     """One call a stage: blocks with hooks, which other tests count, are called as modules."""
     network = fold_batch_norms(tiny(layers=(4, 3, 2), channels=(16, 80, 130), node_gate="hard", node_gate_bias=0.3), (20, 18))
     use_native(network.eval())
-    assert all(stage.inference_walk.is_plain for stage in find_stages(network))
+    assert all(stage.inference_walk.runs_blocks for stage in find_stages(network))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -14,30 +15,43 @@ from dgnet.compat.torch import DYNAMO_READS_CONTEXT_VARS
 T = TypeVar("T")
 
 
-class ContextValue(Generic[T]):
-    """A `ContextVar` that code under `torch.compile` can read too.
+class _Block(Generic[T]):
+    """A `with` block and its value."""
 
-    Older versions of torch cannot trace `ContextVar.get`. With them, `get` in compiled code returns the value that was set last
-    in the process.
+    def __init__(self, value: T) -> None:
+        self.value = value
+        self.is_open = True
+
+
+class ContextStack(Generic[T]):
+    """The values of the `with` blocks that are open in this thread or task, which compiled code can read too.
+
+    Blocks may be left in any order, and from another thread than they were entered in, as a generator that keeps a block open
+    may be. Older versions of torch cannot trace `ContextVar.get`. With them, compiled code sees the open blocks of all threads.
     """
 
-    def __init__(self, name: str, default: T) -> None:
-        self._value: ContextVar[T] = ContextVar(name, default=default)
-        self._last = default
+    def __init__(self, name: str) -> None:
+        self._here: ContextVar[tuple[_Block[T], ...]] = ContextVar(name, default=())
+        self._everywhere: tuple[_Block[T], ...] = ()
+        self._lock = Lock()
 
-    def get(self) -> T:
-        """The value of the innermost `with` block that is open in this context."""
-        if not DYNAMO_READS_CONTEXT_VARS and torch.compiler.is_compiling():
-            return self._last
-        return self._value.get()
+    def values(self) -> list[T]:
+        """The values of the open blocks, the innermost last."""
+        is_blind = not DYNAMO_READS_CONTEXT_VARS and torch.compiler.is_compiling()
+        blocks = self._everywhere if is_blind else self._here.get()
+        return [block.value for block in blocks if block.is_open]
 
     @contextmanager
-    def set(self, value: T) -> Iterator[None]:
-        """Set the value inside the `with` block."""
-        token, before = self._value.set(value), self._last
-        self._last = value
+    def hold(self, value: T) -> Iterator[None]:
+        """Add a value inside the `with` block."""
+        block = _Block(value)
+        self._here.set((*self._here.get(), block))
+        with self._lock:
+            self._everywhere = (*self._everywhere, block)
         try:
             yield
         finally:
-            self._value.reset(token)
-            self._last = before
+            block.is_open = False  # also where this context is not the one that the block was entered in
+            self._here.set(tuple(other for other in self._here.get() if other is not block))
+            with self._lock:
+                self._everywhere = tuple(other for other in self._everywhere if other is not block)

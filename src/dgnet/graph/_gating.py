@@ -19,7 +19,7 @@ from dgnet.errors import check_choice, check_range
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._topology import Topology
-from dgnet.options import option
+from dgnet.options import Options, option
 
 
 def psi(alpha: Tensor, tau: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ _GATED = {"node_gate": ("hard", "gumbel")}
 
 
 @dataclass(frozen=True)
-class GateOptions:
+class GateOptions(Options):
     """Options of block gates."""
 
     node_gate: str = option(
@@ -106,7 +106,6 @@ class GateOptions:
 
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
-        check_choice("node_gate", self.node_gate, ("none", *_GATED["node_gate"]))
         check_range("node_gate_bias", self.node_gate_bias)
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.errors import UsageError, check_range
 from dgnet.graph._aggregate import aggregate
 from dgnet.graph._gating import NodeGates
 from dgnet.graph._topology import Topology
 from dgnet.graph._weighting import Weighting
-from dgnet.options import option
+from dgnet.options import Options, option
 
 OWN_WEIGHTING = "<your own>"
 """The name of any weighting of the user's own among the values of the axis `weighting`."""
@@ -24,7 +26,7 @@ _READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbe
 
 
 @dataclass(frozen=True)
-class StageOptions:
+class StageOptions(Options):
     """Options of a stage that do not belong to topology or weighting."""
 
     shortcut: str = option("edge", "the residual shortcut is an edge of the graph, or stays in the node", ("edge", "node"))
@@ -37,8 +39,6 @@ class StageOptions:
 
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
-        check_choice("shortcut", self.shortcut, ("edge", "node"))
-        check_choice("router_reads", self.router_reads, ("feature", "activation"))
         check_range("threshold_offset", self.threshold_offset)
 
 
@@ -67,10 +67,13 @@ class StageNodes(nn.Module):
     ) -> None:
         super().__init__()
         options = options or StageOptions()
-        options.check()
         if len(nodes) != len(topology.blocks):
             raise UsageError(f"a topology of {topology.num_nodes} nodes has {len(topology.blocks)} blocks, got {len(nodes)}")
         self.topology = topology
+        self.mask: Tensor
+        # In the state dict, so that weights of one random graph are not loaded into another.
+        self.register_buffer("mask", topology.mask.clone())
+        nn.Module.register_load_state_dict_pre_hook(self, _check_mask)  # torch gives this method no types
         self.shortcut = options.shortcut
         self.router_reads = options.router_reads
         self.threshold_offset = options.threshold_offset
@@ -132,3 +135,22 @@ class StageNodes(nn.Module):
         entry = self.topology.entry
         first = self.nodes[entry[0] - 1] if entry else self.input
         return x.new_zeros(len(x), *first(x[:0]).shape[1:])
+
+
+def _check_mask(
+    stage: StageNodes,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_messages: list[str],
+) -> None:
+    """Refuse the weights of a stage with other edges. Weights of a static network hold no mask and are accepted."""
+    mask = stage.topology.mask  # the buffer may lie on the meta device
+    stored = state_dict.setdefault(f"{prefix}mask", mask)
+    if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
+        error_messages.append(
+            f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"
+        )

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dgnet.graph._context import ContextValue
+from dgnet.graph._context import ContextStack
 
 
 def global_average_pool(feature: Tensor) -> Tensor:
@@ -35,9 +35,12 @@ class ValidArea:
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def select(self, rows: Tensor | None) -> ValidArea:
-        """The area of maps that hold only the samples `rows`, (n,); None: all samples."""
+        """The area of maps that hold only the samples `rows`, (n,), of those that this area is of; None: all of them."""
+        if rows is None:
+            return self
         selected = ValidArea(self.sizes, self.padded)
-        selected.rows, selected._masks = rows, self._masks
+        selected.rows = rows if self.rows is None else self.rows[rows]
+        selected._masks = self._masks
         return selected
 
     def mask(self, feature: Tensor) -> Tensor:
@@ -70,17 +73,18 @@ class ValidArea:
         return torch.cat(parts)
 
 
-_AREA: ContextValue[ValidArea | None] = ContextValue("valid_area", None)
+_AREAS: ContextStack[ValidArea | None] = ContextStack("valid_area")
 
 
 def current_area() -> ValidArea | None:
     """The valid area of the current batch; None if no image is padded."""
-    return _AREA.get()
+    areas = _AREAS.values()
+    return areas[-1] if areas else None
 
 
 def use_area(area: ValidArea | None) -> AbstractContextManager[None]:
     """Set the valid area of the batch that is processed inside the `with` block; None: no image is padded."""
-    return _AREA.set(area)
+    return _AREAS.hold(area)
 
 
 def select_samples(area: ValidArea | None, rows: Tensor | None) -> AbstractContextManager[None]:

@@ -5,18 +5,14 @@ Letters: B batch, C channels, H and W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
-from dgnet.graph._gating import NodeGates
-from dgnet.graph._nodes import StageNodes, StageOptions
-from dgnet.graph._topology import Topology
+from dgnet.graph._nodes import StageNodes
 from dgnet.graph._walk import DenseWalk, Walk
-from dgnet.graph._weighting import Weighting
 
 
 class StartWalk(Protocol):
@@ -36,25 +32,7 @@ class DynamicGraph(StageNodes):
     (see `dgnet.inference.set_mode`).
     """
 
-    inference_walk: StartWalk
-
-    def __init__(
-        self,
-        topology: Topology,
-        weighting: Weighting,
-        input: nn.Module,
-        nodes: Sequence[nn.Module],
-        activation: nn.Module,
-        options: StageOptions | None = None,
-        entry_shortcut: bool = True,
-        node_gates: NodeGates | None = None,
-    ) -> None:
-        super().__init__(topology, weighting, input, nodes, activation, options, entry_shortcut, node_gates)
-        self.mask: Tensor
-        # In the state dict, so that weights of one random graph are not loaded into another.
-        self.register_buffer("mask", topology.mask.clone())
-        nn.Module.register_load_state_dict_pre_hook(self, _check_mask)
-        self.inference_walk = DenseWalk
+    inference_walk: StartWalk = DenseWalk
 
     def forward(self, x: Tensor) -> Tensor:
         walk = self.start_walk(x)
@@ -71,25 +49,6 @@ class DynamicGraph(StageNodes):
         if torch.compiler.is_compiling():
             start = start.in_graph()
         return start(self, x)
-
-
-def _check_mask(
-    stage: DynamicGraph,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_messages: list[str],
-) -> None:
-    """Refuse the weights of a stage with other edges. Weights of a static network hold no mask and are accepted."""
-    mask = stage.topology.mask  # the buffer may lie on the meta device
-    stored = state_dict.setdefault(f"{prefix}mask", mask)
-    if stored.shape != mask.shape or not torch.equal(stored.cpu(), mask):
-        error_messages.append(
-            f"{prefix.removesuffix('.')} has other edges than this model's; build the model with the same topology and seed"
-        )
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.options import option
+from dgnet.options import Options, option
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ def _all_edges(num_nodes: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RandomGraphOptions:
+class RandomGraphOptions(Options):
     """Options of the random topologies (Xie et al., 2019, §3.4)."""
 
     topology_seed: int = option(

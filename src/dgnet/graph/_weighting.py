@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from dgnet.graph._gating import is_above_threshold, psi
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import CLOSED_BIAS, Router
 from dgnet.graph._topology import TOPOLOGY_NAMES, Topology
-from dgnet.options import option
+from dgnet.options import Options, option
 
 
 class Weighting(nn.Module):
@@ -30,6 +31,12 @@ class Weighting(nn.Module):
     reads_features = True
     """Whether α depends on the features. If False and nothing else reads node 0, no projection is built."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in (("gate", "`weigh` and `find_open`"), ("share", "`shared_alpha`")):
+            if old in vars(cls):
+                raise UsageError(f"{cls.__name__} overrides `{old}` of version 0.1's weightings; override {new} instead")
+
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
         self.topology = topology
@@ -39,6 +46,11 @@ class Weighting(nn.Module):
     def threshold(self) -> Tensor | None:
         """τ of each receiving node, (N,); None if the weighting closes no edges."""
         return None
+
+    @property
+    def can_close(self) -> bool:
+        """Whether edges may close in evaluation: there is a threshold, or `find_open` is the weighting's own."""
+        return self.threshold is not None or type(self).find_open is not Weighting.find_open
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
         """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`.
@@ -83,7 +95,7 @@ class FixedWeighting(Weighting):
 
 
 @dataclass(frozen=True)
-class LearnedOptions:
+class LearnedOptions(Options):
     """Options of `LearnedWeighting`."""
 
     learned_start: float = option(1.0, "initial α", used_by={"weighting": ("learned",)})
@@ -96,7 +108,6 @@ class LearnedOptions:
 
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
-        check_choice("learned_activation", self.learned_activation, ("identity", "sigmoid"))
         check_range("learned_start", self.learned_start)
         if self.learned_start == 0 and self.learned_activation == "identity":
             raise UsageError(
@@ -112,7 +123,6 @@ class LearnedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None) -> None:
         super().__init__(topology, channels)
         self.options = options or LearnedOptions()
-        self.options.check()
         # Ordered by receiving node, so that a node's in-edges are one slice.
         degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
         self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
@@ -131,7 +141,7 @@ _ROUTED = {"weighting": ("routed",)}
 
 
 @dataclass(frozen=True)
-class RoutedOptions:
+class RoutedOptions(Options):
     """Options of `RoutedWeighting`. The defaults are DG-Net's."""
 
     router: Callable[[int, int], nn.Module] | None = option(
@@ -158,8 +168,6 @@ class RoutedOptions:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise UsageError(f"{name} must be a class or callable, got {getattr(self, name)!r}; see docs/extending.md")
         check_choice("router_start", self.router_start, TOPOLOGY_NAMES)
-        check_choice("gate", self.gate, ("psi", "alpha"))
-        check_choice("inference_weight", self.inference_weight, ("gated", "raw"))
         check_range("router_bias", self.router_bias)
         check_range("router_std", self.router_std, 0)
         check_range("threshold", self.threshold)
@@ -182,7 +190,6 @@ class RoutedWeighting(Weighting):
     ) -> None:
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
-        self.options.check()
         self.pool = self.options.router_pool or global_average_pool
         self.routers = nn.ModuleDict()
         for node in range(topology.output):

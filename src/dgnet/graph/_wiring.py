@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dgnet.graph._context import ContextValue
+from dgnet.graph._context import ContextStack
 from dgnet.graph._topology import Topology
 
 
@@ -70,29 +70,35 @@ class Observer(Protocol):
         """Called at the end of each forward pass of a stage; `index`: its place among the observed stages, from 0."""
 
 
-_OBSERVERS: ContextValue[tuple[tuple[nn.Module, int, Observer], ...]] = ContextValue("observers", ())
-_IMPOSED: ContextValue[tuple[tuple[nn.Module, Tensor], ...]] = ContextValue("imposed", ())
+_OBSERVED: ContextStack[tuple[list[nn.Module], Observer]] = ContextStack("observed")
+_IMPOSED: ContextStack[list[tuple[nn.Module, Tensor]]] = ContextStack("imposed")
 
 
 def observe(stages: Sequence[nn.Module], observer: Observer) -> AbstractContextManager[None]:
     """Report the wiring of each forward pass of `stages` inside the `with` block to `observer`."""
-    return _OBSERVERS.set((*_OBSERVERS.get(), *((stage, index, observer) for index, stage in enumerate(stages))))
+    return _OBSERVED.hold((list(stages), observer))
 
 
 def observers_of(stage: nn.Module) -> list[tuple[int, Observer]]:
     """The observers of `stage`, each with the stage's index among the stages that it observes."""
-    return [(index, observer) for observed, index, observer in _OBSERVERS.get() if observed is stage]
+    return [
+        (index, observer)
+        for stages, observer in _OBSERVED.values()
+        for index, observed in enumerate(stages)
+        if observed is stage
+    ]
 
 
 def impose(matrices: Sequence[tuple[nn.Module, Tensor]]) -> AbstractContextManager[None]:
     """Impose edge weights inside the `with` block. `matrices`: pairs of a stage and its weights, (1 or B, N, N)."""
-    return _IMPOSED.set((*_IMPOSED.get(), *matrices))
+    return _IMPOSED.hold(list(matrices))
 
 
 def imposed_on(stage: nn.Module) -> Tensor | None:
     """The matrix that was last imposed on `stage`, (1 or B, N, N), or None."""
     found = None
-    for changed, matrix in _IMPOSED.get():
-        if changed is stage:
-            found = matrix
+    for matrices in _IMPOSED.values():
+        for changed, matrix in matrices:
+            if changed is stage:
+                found = matrix
     return found

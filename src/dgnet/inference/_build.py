@@ -32,7 +32,11 @@ def load_native() -> None:
 
     Raises UsageError if there is no C++ compiler, or the compiler fails.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise UsageError(f"CXX={os.environ['CXX']!r} is not a command: {error}") from None
+    compiler = named or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
     if not compiler:
         raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
     command = [*compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]

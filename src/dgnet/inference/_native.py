@@ -49,16 +49,15 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     is_cpu = next(network.parameters()).is_cpu
     if executor == "native" and not is_cpu:
         raise UsageError("--executor native runs on a CPU only; use recommended or plain on other devices")
-    set_mode(network, "sparse")
     if executor == "plain" or not is_cpu:
-        return network
+        return set_mode(network, "sparse")
     try:
         return use_native(network)
     except UsageError as error:
         if executor == "native":
             raise
         _warn_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
-        return network
+        return set_mode(network, "sparse")
 
 
 @cache
@@ -93,21 +92,20 @@ class NativeWalk(Walk):
 
     def __init__(self, plan: NativePlan, stage: StageNodes, x: Tensor) -> None:
         super().__init__(stage, x)
-        self.is_plain = plan.is_plain
+        self.runs_blocks = plan.runs_blocks
         self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
         self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
         self.summed: Tensor | None = None  # x̂ of the output node
-        # Entered only if it changes something: at batch 1 a context costs as much as a small convolution.
         self.without_gradients = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
     @property
     def blocks(self) -> Sequence[int]:
-        return () if self.is_plain else self.topology.blocks
+        return () if self.runs_blocks else self.topology.blocks
 
     def put(self, node: int, feature: Tensor | None) -> None:
         with self.without_gradients:
-            if self.is_plain:
+            if self.runs_blocks:
                 self.summed = self.native.run(feature, self.applies_relu)
             elif feature is not None:
                 self.native.put(node, feature)
@@ -129,7 +127,7 @@ class NativeWalk(Walk):
 
     def _compute_output(self) -> Tensor:
         output = self.topology.output
-        summed = self.summed if self.is_plain else self.native.take(output, self.applies_relu)
+        summed = self.summed if self.runs_blocks else self.native.take(output, self.applies_relu)
         if self.observers:
             self._report()
         if summed is None:
@@ -178,15 +176,15 @@ class NativePlan:
         )
         steps = [_flatten(block) for block in stage.nodes]
         # A stage of plain blocks is one call. In other stages each block is called as a module.
-        self.is_plain = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
-        if self.is_plain:
+        self.runs_blocks = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
+        if self.runs_blocks:
             for node, block in enumerate(steps, start=1):
                 self._add_block(node, block or [])
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
         """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
-        is_plain_pass = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not is_plain_pass or current_area() is not None:
+        is_supported = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not is_supported or current_area() is not None:
             return SparseWalk(stage, x)
         return NativeWalk(self, stage, x)
 

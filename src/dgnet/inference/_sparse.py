@@ -45,7 +45,7 @@ def can_skip(model: nn.Module) -> bool:
 
 
 def _can_close(stage: StageNodes) -> bool:
-    return stage.node_gates is not None or stage.weighting.threshold is not None
+    return stage.node_gates is not None or stage.weighting.can_close
 
 
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:

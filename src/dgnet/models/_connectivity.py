@@ -24,14 +24,37 @@ from dgnet.graph import (
     Weighting,
     build_topology,
 )
-from dgnet.options import is_used, option
+from dgnet.options import Options, is_used, option
 
 WEIGHTING_NAMES = ("routed", "learned", "fixed")
 WeightingLike = str | Callable[[Topology, int], Weighting]
 
 
 @dataclass(frozen=True)
-class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, RandomGraphOptions):
+class Axes(Options):
+    """The two axes."""
+
+    topology: TopologyLike | list[Any] = option(
+        "complete", "a name, names with commas (one for each stage), a mask, a callable of num_nodes, or a list of these"
+    )
+    weighting: WeightingLike = option("routed", "routed, learned, fixed, or a callable (topology, channels) -> Weighting")
+
+    def check(self) -> None:
+        """Raises UsageError for an unknown name."""
+        if isinstance(self.weighting, str):
+            check_choice("weighting", self.weighting, WEIGHTING_NAMES)
+        for name in self.topology_names():
+            check_choice("topology", name, TOPOLOGY_NAMES)
+
+    def topology_names(self) -> list[str]:
+        """The topologies that are given by name, one for each stage or one for all."""
+        if isinstance(self.topology, str):
+            return [name.strip() for name in self.topology.split(",")]
+        return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list) else []
+
+
+@dataclass(frozen=True)
+class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOptions, StageOptions, Axes):
     """How the nodes of each stage are connected. The defaults are DG-Net's; what the paper does not specify is an option.
 
     Each base class is a group of options, defined in the module that uses it. That module receives this object whole.
@@ -39,18 +62,8 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
     Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
 
-    topology: TopologyLike | list[Any] = option(
-        "complete", "a name, names with commas (one for each stage), a mask, a callable of num_nodes, or a list of these"
-    )
-    weighting: WeightingLike = option("routed", "routed, learned, fixed, or a callable (topology, channels) -> Weighting")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weighting, str):
-            check_choice("weighting", self.weighting, WEIGHTING_NAMES)
-        for name in self._topology_names():
-            check_choice("topology", name, TOPOLOGY_NAMES)
-        for group in type(self).__bases__:
-            group.check(self)  # type: ignore[attr-defined]
+    def check(self) -> None:
+        """Raises UsageError for an option without effect."""
         chosen = self._chosen()
         for f in fields(self):
             if not is_used(f, chosen) and getattr(self, f.name) != f.default:
@@ -69,15 +82,10 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
     def _chosen(self) -> dict[str, list[str]]:
         """For each axis, the values that are in use."""
         return {
-            "topology": [*self._topology_names(), self.router_start],
+            "topology": [*self.topology_names(), self.router_start],
             "weighting": [self.weighting] if isinstance(self.weighting, str) else [OWN_WEIGHTING],
             "node_gate": [self.node_gate],
         }
-
-    def _topology_names(self) -> list[str]:
-        if isinstance(self.topology, str):
-            return [name.strip() for name in self.topology.split(",")]
-        return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list) else []
 
     def plain_options(self) -> dict[str, Any]:
         """Every option that has an effect, with its value, also if it is the default: defaults may change later.
@@ -105,7 +113,7 @@ class Connectivity(StageOptions, GateOptions, RoutedOptions, LearnedOptions, Ran
         """
         listed = self.topology
         if isinstance(listed, str) and "," in listed:
-            listed = self._topology_names()
+            listed = self.topology_names()
         if isinstance(listed, list) and len(listed) != len(nodes):
             raise UsageError(f"topology lists {len(listed)} stages, the network has {len(nodes)}")
         each = listed if isinstance(listed, list) else [listed] * len(nodes)
