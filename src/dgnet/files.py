@@ -23,9 +23,12 @@ def replace_file(path: Path) -> Iterator[Path]:
     """
     written = path.with_name(f".{path.name}.part")
     try:
+        written.touch()
+        mode = written.stat().st_mode  # as the user's umask has it; some libraries write files that nobody else may read
         yield written
         with open(written, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(written, mode)
         os.replace(written, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

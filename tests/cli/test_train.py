@@ -46,6 +46,13 @@ def test_a_run_folder_holds_what_is_promised(run):
     assert list((run / "tensorboard").glob("events*"))
 
 
+def test_every_file_of_a_run_may_be_read_as_the_umask_allows(run):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
 def test_training_says_how_it_went_and_how_to_evaluate(images, tmp_path, capsys):
     output = ask(capsys, "train", "--data", images, "--epochs", 1, "--output", tmp_path / "b", *QUICK)
     assert output.startswith("top-1 ")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dgnet.training._progress import Progress
+from dgnet.training._progress import Pace, Progress
 
 EPOCHS, BATCHES = 3, 4
 
@@ -57,3 +57,17 @@ def test_label_figures_and_position_of_the_bar_agree(interval: float, capsys: py
     for epoch, position, loss in bars:
         assert int(epoch) == (int(position) - 1) // BATCHES + 1
         assert float(loss) == int(position)
+
+
+def test_the_share_of_waiting_is_right_if_the_bar_is_drawn_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pace, waited, shown = Pace(), 0.0, []
+    for _ in range(4):  # each step: 0.5 s of waiting, then 0.5 s of work
+        now, waited = now + 0.5, waited + 0.5
+        pace.begin(waited)
+        now += 0.5
+        pace.add(8)
+        shown.append(str(pace))
+        pace.restart()
+    assert shown[1:] == ["8.0 images/s, 50 % waiting for data"] * 3

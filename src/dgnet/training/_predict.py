@@ -31,6 +31,8 @@ def predict(checkpoint: Checkpoint, images: Sequence[str], top_k: int = 5, devic
     transform = checkpoint.preprocessing.evaluation_transform()
     inputs = []
     for image in images:
+        if Path(image).is_dir():
+            raise UsageError(f"{image} is a folder; name image files, as in {image}/*.jpg")
         if not Path(image).is_file():
             raise UsageError(f"image {image} does not exist")
         inputs.append(transform(decode(read_image(Path(image)), image)))

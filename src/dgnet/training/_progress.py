@@ -29,10 +29,10 @@ class Progress(L.Callback):
         self.loss: Any = None  # of the last batch
         self.lately, self.overall = Pace(), Pace()
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step")
+            self.bar = tqdm(desc=module.describe_epoch(), total=total, initial=trainer.global_step, unit="step")
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.sums, self.seen = {}, 0
@@ -61,7 +61,7 @@ class Progress(L.Callback):
         bar.set_description(module.describe_epoch(), refresh=False)
         bar.set_postfix_str(", ".join([f"loss {float(self.loss):.3f}", *shares, str(self.lately)]), refresh=False)
         bar.n = trainer.global_step
-        self.lately = Pace()
+        self.lately.restart()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for pace in (self.lately, self.overall):
@@ -83,6 +83,8 @@ class Progress(L.Callback):
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.bar is not None:
+            if self.lately.images:  # an interrupted run ends between two drawings
+                self._set_bar(self.bar, trainer, module)
             self.bar.close()
             self.bar = None
 
@@ -111,6 +113,10 @@ class Pace:
             self.seconds += now - self._start
             self._start = now
 
+    def restart(self) -> None:
+        """Count from 0 again. The clock runs on: waiting for the next batch counts too."""
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
     def pause(self) -> None:
         """Stop the clock until the next batch."""
         self._start = None
@@ -118,4 +124,5 @@ class Pace:
     def __str__(self) -> str:
         if not self.seconds:
             return "0 images/s"
-        return f"{self.images / self.seconds:,.0f} images/s, {100 * self.waited / self.seconds:.0f} % waiting for data"
+        speed = self.images / self.seconds
+        return f"{speed:,.{0 if speed >= 10 else 1}f} images/s, {100 * self.waited / self.seconds:.0f} % waiting for data"

@@ -74,7 +74,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
-        f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epochs"
+        f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
     )
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
