@@ -39,9 +39,8 @@ def run_train(args: Namespace) -> None:
 
     result, config = run_training(args, TrainConfig, train)
     if result is not None:
-        print(
-            f"top-1 {result.metrics['val_top1']:.2f} % after {config.epochs} epoch{'s' * (config.epochs != 1)}; run folder: {result.folder}"
-        )
+        epochs = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
+        print(f"top-1 {result.metrics['val_top1']:.2f} % after {epochs}; run folder: {result.folder}")
         print(f"evaluate it: dgnet evaluate {result.folder}")
 
 
