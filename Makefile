@@ -27,7 +27,7 @@ test-slow: $(STAMP)  ## the slow tests (killed and resumed runs, several nodes, 
 
 # Old versions may give other warnings, so warnings are not errors here.
 test-oldest: $(OLDEST)/.installed  ## the tests, except the slow ones, with the lowest versions that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -m "not slow" -W default --disable-warnings
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default --disable-warnings
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
