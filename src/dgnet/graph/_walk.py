@@ -124,10 +124,11 @@ class DenseWalk(Walk):
             self.alpha_rows.append(close_edges(alpha, None, sender_is_alive)[0])
             self.weight_rows.append(weights)
         self.alive.append(is_alive)
+        runs = is_alive
         if self.needed is not None:
-            is_alive = self.needed[:, node] if is_alive is None else is_alive & self.needed[:, node]
-        self.ran.append(is_alive)
-        return self.run(node, weights, is_open, is_alive)
+            runs = self.needed[:, node] if is_alive is None else is_alive & self.needed[:, node]
+        self.ran.append(runs)
+        return self.run(node, weights, is_open, runs)
 
     def finish(self) -> Tensor:
         output: Tensor = self.compute(self.topology.output)
@@ -182,10 +183,10 @@ class DenseWalk(Walk):
                 opened[node] = is_open
         return find_needed(self.topology, opened)
 
-    def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Any:
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Any:
         """The feature that a node distributes; for the output node the stage's output, (B, C, H, W).
 
-        `weights`, `is_open` (None: all open): (B, E); `is_alive`: for which samples it must run, (B,), None: all.
+        `weights`, `is_open` (None: all open): (B, E); `runs`: for which samples it must run, (B,), None: all.
         """
         sources = self.sources(node)
         if self.stage.grad_checkpointing and self.stage.training and torch.is_grad_enabled():

@@ -23,21 +23,21 @@ class BranchingWalk(DenseWalk):
 
     skips_nodes = True
 
-    def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Any:
-        if is_alive is None or node == self.topology.output:
-            return super().run(node, weights, is_open, is_alive)
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Any:
+        if runs is None or node == self.topology.output:
+            return super().run(node, weights, is_open, runs)
         opened = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
         if torch.compiler.is_exporting():
-            return self._gather(node, weights, opened, is_alive)
-        return self._branch(node, weights, opened, is_alive)
+            return self._gather(node, weights, opened, runs)
+        return self._branch(node, weights, opened, runs)
 
-    def _gather(self, node: int, weights: Tensor, opened: Tensor, is_alive: Tensor) -> Tensor:
-        rows = is_alive.nonzero().squeeze(1)
+    def _gather(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
+        rows = runs.nonzero().squeeze(1)
         sources = [source.index_select(0, rows) for source in self.sources(node)]
         feature = self.stage.compute(node, weights[rows], opened[rows], *sources)
         return feature.new_zeros(self.x.shape[0], *feature.shape[1:]).index_copy(0, rows, feature)
 
-    def _branch(self, node: int, weights: Tensor, opened: Tensor, is_alive: Tensor) -> Tensor:
+    def _branch(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
         stage, sources = self.stage, self.sources(node)
         # Output shape: that of the senders. For an entry node it is found by running an empty batch.
         like = stage.nodes[node - 1](self.x[:0]) if node in self.topology.entry else sources[0]
@@ -51,5 +51,5 @@ class BranchingWalk(DenseWalk):
         def skip(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=torch.channels_last)
 
-        feature: Tensor = torch.cond(is_alive.any(), compute, skip, (weights, opened, *sources))
+        feature: Tensor = torch.cond(runs.any(), compute, skip, (weights, opened, *sources))
         return feature

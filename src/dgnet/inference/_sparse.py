@@ -94,12 +94,12 @@ class SparseWalk(DenseWalk):
             super().put(node, feature)
 
     @torch.no_grad()
-    def run(self, node: int, weights: Tensor, is_open: Tensor | None, is_alive: Tensor | None) -> Tensor | None:
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Tensor | None:
         if node == self.topology.output:
             return self._run_output(weights, is_open)
         rows = None
-        if is_alive is not None:
-            rows = is_alive.nonzero().flatten()  # here the CPU waits for the GPU: it needs the number of samples
+        if runs is not None:
+            rows = runs.nonzero().flatten()  # here the CPU waits for the GPU: it needs the number of samples
             if len(rows) == len(self.x):
                 rows = None
         self.rows.append(rows)
