@@ -90,3 +90,13 @@ def test_only_the_graph_touches_private_attributes_of_a_stage(package):
             if isinstance(node, ast.Attribute) and node.attr in private:
                 is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 assert is_own, f"{path.name}:{node.lineno} touches {node.attr}"
+
+
+def test_packages_take_only_public_names_of_each_other():
+    for path in SOURCE.rglob("*.py"):
+        package = path.relative_to(SOURCE).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dgnet."):
+                other, _, module = str(node.module).removeprefix("dgnet.").partition(".")
+                is_private = module.startswith("_") and other != package
+                assert not is_private, f"{path.relative_to(SOURCE)} imports {node.module}; take it from dgnet.{other}"

@@ -22,10 +22,7 @@ from dgnet.data import Preprocessing
 from dgnet.errors import UsageError, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
-from dgnet.models import create_model
-from dgnet.models._connectivity import Connectivity
-from dgnet.models._protocol import TimmNetwork
-from dgnet.models._static_weights import classifier_prefixes, is_static, load_static_weights
+from dgnet.models import Connectivity, TimmNetwork, classifier_prefixes, create_model, is_static, load_static_weights
 
 CLASSIFY, DETECT = "classify", "detect"
 """The tasks of checkpoints."""

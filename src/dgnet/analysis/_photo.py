@@ -16,9 +16,7 @@ from dgnet.checkpoint import Checkpoint
 from dgnet.data import decode, read_image
 from dgnet.errors import BadImageError, reason
 from dgnet.graph import find_stages, record_connectivity
-from dgnet.inference import set_sparse, time_alternating
-from dgnet.inference._sparse import MODES
-from dgnet.inference._speed import deploy
+from dgnet.inference import MODES, deploy, set_sparse, time_alternating
 
 TOP = 5
 """Number of classes shown."""

@@ -16,7 +16,7 @@ from dgnet.bench._memory import allocated_bytes, measure_peak
 from dgnet.bench._result import BenchResult, Measured
 from dgnet.bench._steps import prepare_step
 from dgnet.errors import UsageError, reason
-from dgnet.inference._timing import quartiles, time_alternating, time_step
+from dgnet.inference import quartiles, time_alternating, time_step
 from dgnet.memory import keep_freed_memory
 
 _ROUND_SECONDS = 0.5  # in each round a network's steps take about this long

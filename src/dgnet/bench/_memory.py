@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgnet.inference._timing import Step, synchronize
+from dgnet.inference import Step, synchronize
 
 
 def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor], allocated: int) -> int | None:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet.bench._config import BenchConfig, image_width
-from dgnet.inference import fold_batch_norms
-from dgnet.inference._timing import Step
+from dgnet.inference import Step, fold_batch_norms
 
 _CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
 

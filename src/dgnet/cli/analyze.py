@@ -56,7 +56,7 @@ def _parser() -> Parser:
 
 def run_analyze(args: Namespace) -> None:
     """`dgnet analyze`."""
-    from dgnet.analysis._analyze import read_curves, save_curves, save_document
+    from dgnet.analysis import read_curves, save_curves, save_document
 
     if args.checkpoint is None and not args.curves:
         raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
@@ -90,8 +90,7 @@ def _find_folder(args: Namespace) -> Path:
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
     """Analyse the checkpoint; returns the JSON document, the lines to print, and the files written."""
-    from dgnet.analysis._analyze import analyze
-    from dgnet.analysis._explorer_page import write_explorer
+    from dgnet.analysis import analyze, write_explorer
     from dgnet.checkpoint import load_checkpoint
     from dgnet.evaluation import describe_source, open_evaluation_data
     from dgnet.inference import can_skip

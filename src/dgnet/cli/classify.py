@@ -28,7 +28,7 @@ from dgnet.files import make_writable
 
 
 def _train_parser() -> Parser:
-    from dgnet.training._config import TrainConfig
+    from dgnet.training import TrainConfig
 
     return build_train_parser(TrainConfig, "Train a network; without arguments, a small DG-Net on handwritten digits.")
 
@@ -214,7 +214,7 @@ def _check_evaluate(args: Namespace) -> None:
 
 def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, int]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
-    from dgnet.analysis._sweep import OFFSETS, format_sweep, save_sweep, sweep_thresholds
+    from dgnet.analysis import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
     folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
     make_writable(folder)
@@ -243,7 +243,7 @@ def _predict_parser() -> Parser:
 def run_predict(args: Namespace) -> None:
     """`dgnet predict`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.training._predict import predict
+    from dgnet.training import predict
 
     check_range("--top-k", args.top_k, 1)
     checkpoint = load_checkpoint(args.checkpoint)

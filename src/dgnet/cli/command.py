@@ -17,8 +17,7 @@ from dgnet.files import without_nan
 from dgnet.options import flag
 
 if TYPE_CHECKING:
-    from dgnet.training._config import RunConfig
-    from dgnet.training._run import RunResult
+    from dgnet.training import RunConfig, RunResult
 
 C = TypeVar("C", bound="RunConfig")
 

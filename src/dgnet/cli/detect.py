@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def _train_parser() -> Parser:
-    from dgnet.detection._config import DetectConfig
+    from dgnet.detection import DetectConfig
 
     return build_train_parser(DetectConfig, "Train Faster R-CNN with a feature pyramid on data in COCO's format.")
 

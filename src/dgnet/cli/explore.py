@@ -24,7 +24,7 @@ def _explore_parser() -> Parser:
 
 def run_explore(args: Namespace) -> None:
     """`dgnet explore`; serves until it is interrupted."""
-    from dgnet.analysis._explorer_server import build_app, check_address, import_gradio, is_loopback, serve
+    from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, serve
     from dgnet.checkpoint import load_checkpoint
 
     import_gradio()

@@ -99,7 +99,7 @@ def _export_parser() -> Parser:
 def run_export(args: Namespace) -> None:
     """`dgnet export`."""
     from dgnet.checkpoint import describe_network, load_checkpoint
-    from dgnet.inference._export import FORMATS, check_export, export_network, save_export
+    from dgnet.inference import FORMATS, check_export, export_network, save_export
 
     check_choice("--format", args.format, FORMATS)
     checkpoint = load_checkpoint(args.checkpoint)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from dgnet.detection._coco import CocoAnnotations
 from dgnet.errors import UsageError, check_choice, reason
-from dgnet.evaluation import Batch, find_ranks
-from dgnet.evaluation._ranks import gather, is_distributed
+from dgnet.evaluation import Batch, find_ranks, gather, is_distributed
 from dgnet.files import replace_file, writing
 
 BACKENDS = ("pycocotools", "faster-coco-eval")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dgnet.data._images import seed_generators
+from dgnet.data import seed_generators
 from dgnet.detection._coco import CocoDetection, Target, flip
-from dgnet.training._loading import TrainingOrder
+from dgnet.training import TrainingOrder
 
 
 class AspectRatioOrder(TrainingOrder):

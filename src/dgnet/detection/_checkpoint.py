@@ -10,9 +10,7 @@ from typing import Any
 from dgnet.checkpoint import DETECT, Described, find_checkpoint, load_state, load_weights, read_tensors
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError
-from dgnet.models import create_model
-from dgnet.models._protocol import TimmNetwork
-from dgnet.models._static_weights import classifier_prefixes
+from dgnet.models import TimmNetwork, classifier_prefixes, create_model
 
 _BODY = "backbone.body."
 _HEADS = ("roi_heads.box_predictor.",)

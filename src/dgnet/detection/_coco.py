@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
-from dgnet.data._images import decode, read_image
-from dgnet.data._sources import map_labels
+from dgnet.data import decode, map_labels, read_image
 from dgnet.errors import UsageError, reason
 
 

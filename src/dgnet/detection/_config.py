@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dgnet.errors import UsageError, check_range
 from dgnet.options import check_bounds, flag, option
-from dgnet.training._config import RunConfig
+from dgnet.training import RunConfig
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
     "iterations": (1,),

@@ -18,11 +18,8 @@ from dgnet.detection._batching import AspectRatioOrder, DetectionItems, collate
 from dgnet.detection._coco import CocoDetection, Target
 from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
-from dgnet.evaluation import Batch, Means, observe_batch
-from dgnet.evaluation._means import build_means
-from dgnet.evaluation._wiring import edge_figure_names, edge_figures
-from dgnet.training._loading import EndlessOrder, TrainingLoader
-from dgnet.training._module import RunDataModule, RunModule, take_figures
+from dgnet.evaluation import Batch, Means, build_means, edge_figure_names, edge_figures, observe_batch
+from dgnet.training import EndlessOrder, RunDataModule, RunModule, TrainingLoader, take_figures
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 """The losses of torchvision's Faster R-CNN. `loss` is their sum."""

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from dgnet.data._images import decode, read_image
+from dgnet.data import decode, read_image
 from dgnet.detection._average_precision import write_results
 from dgnet.detection._checkpoint import DetectorCheckpoint
 from dgnet.detection._draw import draw_detections

@@ -12,10 +12,8 @@ from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
-from dgnet.models import create_model
-from dgnet.models._dynamic import stored_options
-from dgnet.training._run import Run, RunResult, open_run
-from dgnet.training._train import describe_untrained
+from dgnet.models import create_model, stored_options
+from dgnet.training import Run, RunResult, describe_untrained, open_run
 
 
 def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResult:

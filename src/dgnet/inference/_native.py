@@ -30,7 +30,7 @@ from dgnet.graph import (
 )
 from dgnet.inference._build import load_native
 from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
-from dgnet.models._dynamic import Transform
+from dgnet.models import Transform
 
 EXECUTORS = ("recommended", "plain", "native")
 

@@ -6,10 +6,22 @@ from dgnet._lazy import lazy_names
 
 if TYPE_CHECKING:
     from dgnet.training._checkpointing import Interrupted as Interrupted
+    from dgnet.training._config import RunConfig as RunConfig
     from dgnet.training._config import TrainConfig as TrainConfig
+    from dgnet.training._loading import EndlessOrder as EndlessOrder
+    from dgnet.training._loading import TrainingLoader as TrainingLoader
+    from dgnet.training._loading import TrainingOrder as TrainingOrder
+    from dgnet.training._module import RunDataModule as RunDataModule
+    from dgnet.training._module import RunModule as RunModule
+    from dgnet.training._module import take_figures as take_figures
+    from dgnet.training._predict import predict as predict
     from dgnet.training._processes import is_main_process as is_main_process
     from dgnet.training._processes import join_processes as join_processes
+    from dgnet.training._run import Run as Run
+    from dgnet.training._run import RunResult as RunResult
+    from dgnet.training._run import open_run as open_run
     from dgnet.training._run import read_run as read_run
+    from dgnet.training._train import describe_untrained as describe_untrained
     from dgnet.training._train import train as train
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -29,10 +29,18 @@ from dgnet.data import (
     worker_options,
 )
 from dgnet.errors import UsageError
-from dgnet.evaluation import Batch, Means, observe_batch
-from dgnet.evaluation._accuracy import ACCURACY, accuracy_figures
-from dgnet.evaluation._means import STATES, build_means, update_means
-from dgnet.evaluation._wiring import edge_figure_names, edge_figures
+from dgnet.evaluation import (
+    ACCURACY,
+    STATES,
+    Batch,
+    Means,
+    accuracy_figures,
+    build_means,
+    edge_figure_names,
+    edge_figures,
+    observe_batch,
+    update_means,
+)
 from dgnet.graph import find_stages
 from dgnet.training._budget import Budget
 from dgnet.training._cached import CachedLoader

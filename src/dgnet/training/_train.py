@@ -10,10 +10,7 @@ import torch
 from dgnet.checkpoint import describe_network, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import create_model
-from dgnet.models._dynamic import stored_options
-from dgnet.models._protocol import TimmNetwork
-from dgnet.models._static_weights import classifier_prefixes
+from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
