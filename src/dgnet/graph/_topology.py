@@ -33,6 +33,12 @@ class Topology:
     mask: Tensor
     entry: tuple[int, ...] = (1,)
     pinned: Mapping[int, float] = field(default_factory=dict)
+    num_nodes: int = field(init=False, repr=False)
+    """N, input and output node included."""
+    output: int = field(init=False, repr=False)
+    """The output node, N - 1."""
+    blocks: range = field(init=False, repr=False)
+    """The nodes that hold blocks, 1 to N - 2."""
     _senders: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
     _receivers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
@@ -54,6 +60,9 @@ class Topology:
         # Plain tuples: a compiled stage unrolls its loops over them.
         object.__setattr__(self, "_senders", tuple(tuple(row.nonzero().flatten().tolist()) for row in mask))
         object.__setattr__(self, "_receivers", tuple(tuple(row.nonzero().flatten().tolist()) for row in mask.T))
+        object.__setattr__(self, "num_nodes", len(mask))
+        object.__setattr__(self, "output", len(mask) - 1)
+        object.__setattr__(self, "blocks", range(1, len(mask) - 1))
         for node in self.entry:
             if not 0 < node < self.num_nodes - 1:
                 raise UsageError(f"an entry node is a block node, 1 to {self.num_nodes - 2}, got {node}")
@@ -78,21 +87,6 @@ class Topology:
         stranded = sorted(set(range(last + 1)) - (reached & reaching))
         if stranded:
             raise UsageError(f"node {stranded[0]} lies on no path from the input node 0 to the output node {last}")
-
-    @property
-    def num_nodes(self) -> int:
-        """N, input and output node included."""
-        return len(self._senders)
-
-    @property
-    def blocks(self) -> range:
-        """The nodes that hold blocks, 1 to N - 2."""
-        return range(1, self.output)
-
-    @property
-    def output(self) -> int:
-        """The output node, N - 1."""
-        return self.num_nodes - 1
 
     @property
     def num_edges(self) -> int:

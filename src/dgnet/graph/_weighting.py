@@ -72,9 +72,10 @@ class Weighting(nn.Module):
 
     def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
         """Which in-edges of the node are open, (B, E): in evaluation those with α ≥ τ + `offset` (Eq. 5); None: all."""
-        if self.threshold is None or self.training:
+        threshold = None if self.training else self.threshold
+        if threshold is None:
             return None
-        return is_above_threshold(alpha, self.threshold[node].to(alpha.dtype), offset)
+        return is_above_threshold(alpha, threshold[node].to(alpha.dtype), offset)
 
     def reset_parameters(self) -> None:
         """Reset the parameters to their initial values."""
