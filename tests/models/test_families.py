@@ -173,8 +173,7 @@ def check_step(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", DYNAMIC)
 @torch.no_grad()
 def test_features_have_the_promised_channels_and_strides(name):
-    with torch.device("meta"):
-        model = timm.create_model(name, features_only=True).eval()
+    model = timm.create_model(name, features_only=True).eval().to("meta")
     features = model(torch.empty(1, 3, 64, 96, device="meta"))
     assert len(features) == len(model.feature_info)
     for feature, channels, stride in zip(features, model.feature_info.channels(), model.feature_info.reduction(), strict=True):
