@@ -8,7 +8,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -67,6 +67,12 @@ class Described:
             fault = f"cannot be read ({reason(error)})"
         raise UsageError(f"{path} is damaged: the description of its network {fault}; use another checkpoint")
 
+    def load_into(self, network: nn.Module, misfit: str) -> None:
+        """Load the weights. Raises UsageError if they do not fit; `misfit`: how the message says so."""
+        difference = load_state(network, self.state_dict)
+        if difference:
+            raise UsageError(f"{self.path} is damaged: its weights {misfit} ({difference}); use another checkpoint")
+
     @staticmethod
     def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that only this kind of checkpoint has. Raises KeyError, TypeError or ValueError if they are damaged."""
@@ -88,11 +94,7 @@ class Checkpoint(Described):
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
         network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
-        difference = load_state(network, self.state_dict)
-        if difference:
-            raise UsageError(
-                f"{self.path} is damaged: its weights are not those of {self.model} ({difference}); use another checkpoint"
-            )
+        self.load_into(network, f"are not those of {self.model}")
         return network.eval()
 
     def build_dynamic(self) -> TimmNetwork:
@@ -110,7 +112,7 @@ class Checkpoint(Described):
         name = self.model.removeprefix("dg_")
         if name == self.model or not timm.is_model(name):
             return None
-        connectivity = {f.name for f in fields(Connectivity)}
+        connectivity = Connectivity.names()
         options = {option: value for option, value in self.model_kwargs.items() if option not in connectivity}
         return create_model(name, num_classes=len(self.class_names), **options).eval()
 
@@ -239,8 +241,7 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
         except UsageError as error:
             raise UsageError(f"{path} {_mismatch(carried, model)} ({error}); name its own model with --model") from None
     own = network.state_dict()
-    heads = classifier_prefixes(network)
-    reset = [n for n in state_dict if n.startswith(heads) and n in own and state_dict[n].shape != own[n].shape]
+    reset = find_resized(state_dict, own, classifier_prefixes(network))
     # A DG-Net that was trained without block gates is fine-tuned to a budget: its gates are new.
     new = [n for n in own if ".node_gates." in n and n not in state_dict]
     difference = load_state(network, {**state_dict, **{name: own[name] for name in (*reset, *new)}})
@@ -251,6 +252,11 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
             line = f"{path} {_mismatch(carried, model)} ({difference}); name its own model with --model"
         raise UsageError(line)
     return [*reset, *new]
+
+
+def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:
+    """The parameters of a head, by the `prefixes` of its names, whose shape differs from that in `own`: of other classes."""
+    return [n for n in state_dict if n.startswith(prefixes) and n in own and state_dict[n].shape != own[n].shape]
 
 
 def _mismatch(carried: dict[str, Any] | None, model: str) -> str:

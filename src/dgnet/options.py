@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -31,9 +31,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.metadata.get("choices"):
-                check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
+        check_choices(self, spell=str)
         for group in reversed(type(self).__mro__):
             if "check" in vars(group):
                 vars(group)["check"](self)
@@ -62,8 +60,11 @@ def check_bounds(config: Any, bounds: Mapping[str, tuple[float, ...]]) -> None:
             check_range(flag(name), getattr(config, name), *limits)
 
 
-def check_choices(config: Any) -> None:
-    """Raises UsageError for an option of the dataclass `config` that is not among its choices."""
+def check_choices(config: Any, spell: Callable[[str], str] = flag) -> None:
+    """Raises UsageError for an option of the dataclass `config` that is not among its choices.
+
+    `spell`: how messages write the name of an option, by default as it is typed on the command line.
+    """
     for f in fields(config):
         if f.metadata.get("choices"):
-            check_choice(flag(f.name), getattr(config, f.name), f.metadata["choices"])
+            check_choice(spell(f.name), getattr(config, f.name), f.metadata["choices"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgnet.checkpoint import DETECT, Described, find_checkpoint, load_state, load_weights, read_tensors
+from dgnet.checkpoint import DETECT, Described, find_checkpoint, find_resized, load_state, load_weights, read_tensors
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model
@@ -33,12 +33,7 @@ class DetectorCheckpoint(Described):
     def build(self) -> Detector:
         """The trained detector, in evaluation mode. Raises UsageError if the weights do not fit the described detector."""
         detector = Detector(create_model(self.model, **self.model_kwargs), len(self.class_names), **self.detector)
-        difference = load_state(detector, self.state_dict)
-        if difference:
-            raise UsageError(
-                f"{self.path} is damaged: its weights do not fit a detector on {self.model} ({difference});"
-                " use another checkpoint"
-            )
+        self.load_into(detector, f"do not fit a detector on {self.model}")
         detector.eval()
         return detector
 
@@ -91,9 +86,7 @@ def load_trained(detector: Detector, path: str | Path) -> list[str]:
     """
     state_dict, _ = read_tensors(find_checkpoint(Path(path)))
     own = detector.state_dict()
-    reset = [
-        name for name in own if name.startswith(_HEADS) and name in state_dict and state_dict[name].shape != own[name].shape
-    ]
+    reset = find_resized(state_dict, own, _HEADS)
     difference = load_state(detector, {**state_dict, **{name: own[name] for name in reset}})
     if difference:
         raise UsageError(

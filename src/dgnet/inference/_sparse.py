@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import DenseWalk, StageNodes, Walk, aggregate_rows, current_area, find_stages, require_stages, select_samples
+from dgnet.graph import DenseWalk, StageNodes, Walk, aggregate_rows, find_stages, require_stages, select_samples
 from dgnet.inference._branching import BranchingWalk
 
 MODES = ("dense", "sparse")
@@ -116,7 +116,8 @@ class SparseWalk(DenseWalk):
     def _run_output(self, weights: Tensor, is_open: Tensor | None) -> Tensor:
         output = self.topology.output
         if all(self.features[sender] is None for sender in self.topology.senders(output)):
-            return self.stage.transform(output, sum_nothing(self))
+            with select_samples(self.area, torch.empty(0, dtype=torch.long, device=self.x.device)):  # it runs an empty batch
+                return self.stage.transform(output, self.stage.empty_sum(self.x))
         return self.stage.transform(output, self.sum(output, weights, is_open, None))
 
     def sum(self, node: int, weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -171,13 +172,6 @@ def refuse_gradients(output: Tensor, stage: StageNodes, x: Tensor) -> Tensor:
         return output
     refusing: Tensor = _RefuseGradients.apply(output, first)
     return refusing
-
-
-def sum_nothing(walk: Walk) -> Tensor:
-    """x̂ of an output node none of whose senders ran: zeros, (B, C, H, W)."""
-    area = current_area()
-    with select_samples(area, torch.empty(0, dtype=torch.long, device=walk.x.device)):
-        return walk.stage.empty_sum(walk.x)
 
 
 def _span(nodes: tuple[int, ...]) -> slice | list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, cast
 
 import timm
@@ -91,7 +90,7 @@ def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
     """Raises UnknownOptionError for the first of `options` that a class of networks does not have."""
     if not inspect.isclass(network):
         return
-    connectivity = [f.name for f in fields(Connectivity)]
+    connectivity = Connectivity.names()
     is_dynamic = issubclass(network, DynamicNetwork)
     arguments = {argument for base in network.__mro__[:-1] for argument in inspect.signature(base).parameters}
     arguments -= {"self", "args", "kwargs", "options"}
