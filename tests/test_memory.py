@@ -16,8 +16,8 @@ def faults():
 faults()
 print(faults())
 if keep_freed_memory():
-    faults(), faults()  # blocks of the start of the process are joined first
-    print(faults())
+    # Until the heap holds a block of this size. Where the address space of a process begins decides after how many rounds.
+    print(min(faults() for _ in range(8)))
 """
 
 
