@@ -339,8 +339,9 @@ def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], pr
 
 
 def _mismatch(carried: dict[str, Any] | None, model: str) -> str:
-    of = f"is a checkpoint of {carried.get('model')}" if carried else "does not hold the weights of this model"
-    return f"{of}, not of {model} as asked for"
+    if carried:
+        return f"is a checkpoint of {carried.get('model')}, not of {model} as asked for"
+    return f"does not hold the weights of {model}"
 
 
 def _truncated(path: Path) -> UsageError:

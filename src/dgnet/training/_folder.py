@@ -112,6 +112,11 @@ def read_progress(checkpoint: Path) -> Progress:
         for name in ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"):
             if not content.get(name):
                 raise UsageError(f"{what} lacks {name}")
+        counts = content["loops"]
+        for name in ("fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"):
+            counts = read_entry(counts, name, dict[str, Any], f"{what}: loops")
+        if counts.get("completed") != step:
+            raise UsageError(f"{what}: global_step is {step}, and the optimizer took {counts.get('completed')} steps")
         description = content.get("dgnet", {})
         progress = Progress(
             step,
