@@ -18,7 +18,13 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the termi
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ends the command. Libraries that clean up after Ctrl-C do so after any other signal too."""
+    """A signal ends the command. Libraries that clean up after Ctrl-C do so after any other signal too.
+
+    `signum`: SIGINT, or SIGTERM for all others.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
 def status_after(signum: int) -> int:
@@ -98,7 +104,7 @@ class _Signals:
             # No exception: C code that is being imported may abort, and a library may take it for a missing package.
             self.report(is_direct=True)
             os._exit(status_after(self.received))
-        raise Ended
+        raise Ended(status_after(signum) - 128)
 
     def report(self, is_direct: bool = False) -> None:
         """Print the line about the signal once, in one process of a run. `is_direct`: past Python's streams."""
@@ -143,6 +149,12 @@ def _is_loading(frame: FrameType | None) -> bool:
         if module.startswith("dgnet.") and not module.startswith(("dgnet.cli", "dgnet._")):
             return False  # a part of the library is at work; what it imports in between does not count
     return False
+
+
+def report_end(line: str) -> None:
+    """Print a command's own line about the signal that ended it, instead of the general one."""
+    _signals.is_reported = True
+    say(line)
 
 
 def run_process(work: Callable[[], int]) -> NoReturn:

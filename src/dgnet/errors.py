@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -26,6 +27,22 @@ class UsageError(ValueError):
 
 class BadImageError(UsageError):
     """An image that cannot be read, does not decode, or does not match its annotations."""
+
+
+class WriteError(UsageError):
+    """A file that cannot be written. `problem`: which file and why; `is_full`: the disk has no space left for it.
+
+    The message is the problem and `advice`.
+    """
+
+    def __init__(self, problem: str, advice: str = "", error: OSError | None = None) -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
+        self.is_full = error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class MachineError(RuntimeError):
+    """An error whose cause is the machine, such as too little memory. The message is one line; the exit status is 1."""
 
 
 class UnknownOptionError(UsageError):
@@ -92,6 +109,8 @@ _ASK_FOR_LESS = "; lower --batch-size, or the size of the images"
 def describe_failure_of_machine(error: BaseException) -> str | None:
     """One line for an error whose cause is the machine: memory, disk, open files, network. None for any other."""
     text = " ".join(str(error).split())
+    if isinstance(error, MachineError):
+        return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         words = "not enough memory on the device" if "CUDA" in text else "not enough memory"
         return f"{words}{f' ({_first_sentence(text)})' if text else ''}{_ASK_FOR_LESS}"

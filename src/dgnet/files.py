@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError, WriteError, reason
 
 
 @contextmanager
@@ -42,12 +43,46 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replace_content(path: Path) -> Iterator[io.FileIO]:
+    """A file to write to inside the `with` block, whose content replaces that of `path` as with `replace_file`.
+
+    If a write fails, its OSError is raised, whatever the library that wrote makes of it.
+    """
+    with replace_file(path) as written, _Target(written) as file:
+        try:
+            yield file
+        except Exception:
+            if file.failure is not None:
+                raise file.failure from None
+            raise
+
+
+class _Target(io.FileIO):
+    """A file to write. `failure`: the error of the operating system, if a write failed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is almost full writes only a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        return size
+
+
+@contextmanager
 def writing(target: object, advice: str = "name another with --output") -> Iterator[None]:
-    """Raises UsageError, with `target` and `advice`, if something cannot be written inside the `with` block."""
+    """Raises WriteError, a UsageError with `target` and `advice`, if something cannot be written inside the `with` block."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
+        raise WriteError(f"{target} cannot be written: {reason(error)}", advice, error) from None
 
 
 def make_writable(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from dgnet._guard import report_end
 from dgnet.compat.argparse import as_typed
 from dgnet.errors import UsageError, reason
 from dgnet.files import without_nan
@@ -87,7 +88,9 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
             print(f"{resume} is finished; there is nothing to continue", file=sys.stderr)
     except Interrupted as error:
         if is_main_process():
-            print(f"dgnet: {error}; continue with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
+            is_kept = (error.folder / "config.yaml").exists()
+            how = f"; continue with: dgnet {kind.command} --resume {error.folder}" if is_kept else ""
+            report_end(f"dgnet: {error}{how}")
         raise SystemExit(128 + error.signum) from None
     return (result if is_main_process() else None), config
 

@@ -18,6 +18,7 @@ from dgnet.files import lock, read_table, replace_file, writing
 from dgnet.training._checkpointing import LAST
 from dgnet.training._config import RunConfig
 
+BAD_IMAGES = "bad_images.txt"
 PATIENCE = 10.0
 """Seconds to wait for the lock of a run folder: after a run is killed, its loading processes hold the lock a little longer."""
 
@@ -49,16 +50,18 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises UsageError if `folder`, named by `--output`, is not empty."""
-    if folder.is_dir() and any(folder.iterdir()):
+    """Raises UsageError if `folder`, named by `--output`, is not empty. A run that met too many bad images leaves their list."""
+    if folder.is_dir() and any(path.name != BAD_IMAGES for path in folder.iterdir()):
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove everything in `folder`."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove what a run without a checkpoint has written to `folder`, except the list of bad images."""
+    with suppress(OSError):  # a file system may refuse; the error that ended the run is the one to report
+        for path in folder.iterdir():
+            if path.name != BAD_IMAGES:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[None]:
