@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -47,12 +48,12 @@ def answer(work: Callable[[], int]) -> int:
             output.check()
             return status
         except Exception as error:
-            status, line = _judge(error, output)
-            if status is None:
+            judged, line = _judge(error, output)
+            if judged is None:
                 raise
             if line:
                 say(f"dgnet: {line}")
-            return status
+            return judged
         except KeyboardInterrupt:
             signum = _signals.received or signal.SIGINT
             _signals.report()
@@ -115,10 +116,8 @@ class _Signals:
         if not is_direct:
             say(line)
             return
-        try:
+        with suppress(OSError):
             os.write(2, f"{line}\n".encode())
-        except OSError:
-            pass
 
     def _note_swallowed(self, unraisable: Any) -> None:
         """An exception in a callback, which Python prints and forgets. A signal must not be forgotten: it is sent again."""

@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _is_pipe_closed = False
@@ -98,7 +98,7 @@ def safe_streams() -> Iterator[Stream]:
     """Inside the `with` block stdout and stderr are streams of this module. Yields stdout, whose failures are raised."""
     before = sys.stdout, sys.stderr
     output = before[0] if isinstance(before[0], Stream) else Stream(before[0] or _open_nothing(), raises=True)
-    sys.stdout, sys.stderr = output, error_stream()  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, error_stream()
     try:
         yield output
     finally:
@@ -137,10 +137,8 @@ def discard_rest(*streams: Any) -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            try:
+            with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            except (OSError, ValueError):
-                pass
 
 
 def _open_nothing() -> Any:

@@ -106,7 +106,10 @@ _OF_MACHINE = (  # in the words of torch, which has no class for them
     ("Disk quota exceeded", "the disk quota is exceeded; free some space"),
     ("inline_container.cc", "a file cannot be written; is the disk full?"),
     ("unable to write to file", "no space left in shared memory (/dev/shm); lower --workers or --batch-size"),
-    ("DataLoader worker (pid", "a process that loads images was ended from outside, perhaps for lack of memory; lower --workers"),
+    (
+        "DataLoader worker (pid",
+        "a process that loads images was ended from outside, perhaps for lack of memory; lower --workers",
+    ),
 )
 _ASK_FOR_LESS = "; lower --batch-size, or the size of the images"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -129,6 +130,16 @@ def without_nan(document: Any) -> Any:
     return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
+def to_json(document: Any, encoding: str = "utf-8", indent: int | None = None) -> str:
+    """`document` as JSON that can be written in `encoding`: escaped if it is not UTF-8, or holds a file name that is not."""
+    text = json.dumps(document, ensure_ascii=codecs.lookup(encoding).name != "utf-8", indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=indent)
+    return text
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none if there is no file."""
     if not path.exists():
@@ -141,7 +152,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
     """Write rows as a CSV file. `columns`: by default all, in order of appearance. A cell is empty if its row has no value."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

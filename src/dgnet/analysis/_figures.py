@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dgnet.files import replace_file
+from dgnet.files import replace_content
 
 WEIGHTS, SIGNED, VALUES = "viridis_r", "PuOr_r", "cividis_r"
 # The palette of Okabe and Ito.
@@ -48,8 +48,10 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         figure.set_layout_engine("none")  # lay out only once: it is slow, and the second result would differ slightly
         for ending in ("png", "svg"):
             path = folder / f"{name}.{ending}"
-            with replace_file(path) as written:
-                figure.savefig(written, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
+            figure.savefig(content, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            with replace_content(path) as file:
+                file.write(content.getbuffer())
             paths.append(path)
     return paths
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -15,7 +14,7 @@ from dgnet._guard import report_end
 from dgnet.compat.argparse import as_typed
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean, reason
-from dgnet.files import without_nan
+from dgnet.files import to_json, without_nan
 from dgnet.options import flag, hints_of
 from dgnet.paths import expand
 from dgnet.typed import Location, describe, read_value, read_word
@@ -219,12 +218,26 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document, with one line per item if it is a list; see `without_nan`."""
+    """Print one JSON document, with one line per item if it is a list; see `without_nan`. It is valid in any encoding."""
     plain = without_nan(document)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if isinstance(plain, list):
-        print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
+        print("[\n" + ",\n".join(f"  {to_json(item, encoding)}" for item in plain) + "\n]")
     else:
-        print(json.dumps(plain, ensure_ascii=False))
+        print(to_json(plain, encoding))
+
+
+def write_then_print(write: Callable[[], object], show: Callable[[], None]) -> None:
+    """Write the files of a command, then print what it found: a failing print loses no file, a failing file no figure.
+
+    Raises UsageError from `write`, after `show`.
+    """
+    try:
+        write()
+    except UsageError:
+        show()
+        raise
+    show()
 
 
 def find_device(name: str) -> str:

@@ -50,7 +50,7 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises UsageError if `folder`, named by `--output`, is not empty. A run that met too many bad images leaves their list."""
+    """Raises UsageError if `folder`, of `--output`, is not empty. The list of bad images of an earlier try does not count."""
     if folder.is_dir() and any(path.name != BAD_IMAGES for path in folder.iterdir()):
         held = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")

@@ -34,7 +34,9 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            self.bar = tqdm(desc=module.describe_epoch(), total=total, initial=trainer.global_step, unit="step", file=self.stream)
+            self.bar = tqdm(
+                desc=module.describe_epoch(), total=total, initial=trainer.global_step, unit="step", file=self.stream
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.sums, self.seen = {}, 0
