@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -94,6 +95,7 @@ class _Signals:
             if signum is not None and signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(signum, self.handle)
         sys.unraisablehook = self._note_swallowed
+        threading.excepthook = _leave_out_repeated
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """End at once while modules are imported, after a second signal, and in a process forked for a part of the work."""
@@ -109,9 +111,9 @@ class _Signals:
 
     def report(self, is_direct: bool = False) -> None:
         """Print the line about the signal once, in one process of a run. `is_direct`: past Python's streams."""
-        is_first, self.is_reported = not self.is_reported, True
-        if not is_first or os.environ.get("LOCAL_RANK", "0") != "0":
+        if self.is_reported or os.environ.get("LOCAL_RANK", "0") != "0":
             return
+        self.is_reported = bool(self.process)
         line = f"dgnet: {_WORDS[signal.Signals(self.received or signal.SIGINT).name]}"
         if not is_direct:
             say(line)
@@ -124,10 +126,8 @@ class _Signals:
         if not isinstance(unraisable.exc_value, Ended):
             sys.__unraisablehook__(unraisable)
             return
-        from threading import Timer
-
         signum, self.received = self.received, 0
-        repeat = Timer(0.05, signal.raise_signal, [signum])
+        repeat = threading.Timer(0.05, _send, [signum])
         repeat.daemon = True
         repeat.start()
 
@@ -150,9 +150,23 @@ def _is_loading(frame: FrameType | None) -> bool:
     return False
 
 
+def _send(signum: int) -> None:
+    """Send a signal to the main thread, which may be waiting for something. Windows can only raise it here."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
+    else:
+        signal.raise_signal(signum)
+
+
+def _leave_out_repeated(failed: threading.ExceptHookArgs) -> None:
+    """Do not print an exception of TensorBoard's thread: TensorBoard raises it again where something is logged."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failed)
+
+
 def report_end(line: str) -> None:
     """Print a command's own line about the signal that ended it, instead of the general one."""
-    _signals.is_reported = True
+    _signals.is_reported = bool(_signals.process)
     say(line)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
@@ -38,7 +39,7 @@ class WriteError(UsageError):
     def __init__(self, problem: str, advice: str = "", error: OSError | None = None) -> None:
         super().__init__(f"{problem}; {advice}" if advice else problem)
         self.problem = problem
-        self.is_full = error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        self.is_full = error is not None and error.errno in _FULL
 
 
 class MachineError(RuntimeError):
@@ -124,7 +125,8 @@ def describe_failure_of_machine(error: BaseException) -> str | None:
         return f"{words}{f' ({_first_sentence(text)})' if text else ''}{_ASK_FOR_LESS}"
     if isinstance(error, OSError) and not text.startswith("Caught "):
         where = "".join(f" {name}" for name in (error.filename, error.filename2) if name is not None)
-        return f"{reason(error)}{where and f':{where}'}"
+        is_full = error.errno in _FULL
+        return f"{'the disk is full: ' if is_full else ''}{reason(error)}{where and f':{where}'}"
     if isinstance(error, OSError | RuntimeError):
         for words, meaning in _OF_MACHINE:
             if words in text:

@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dgnet._streams import escape
 from dgnet.files import replace_content
 
 WEIGHTS, SIGNED, VALUES = "viridis_r", "PuOr_r", "cividis_r"
@@ -85,9 +86,9 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def escape_dollars(text: str) -> str:
-    """`text` with dollar signs escaped: matplotlib draws text between dollar signs as a formula."""
-    return text.replace("$", r"\$")
+def escape_text(text: str) -> str:
+    """`text` as matplotlib draws it: between dollar signs it would draw a formula; it refuses names that are not UTF-8."""
+    return escape(text).replace("$", r"\$")
 
 
 def shrink_text(axes: Axes, size: float) -> None:
