@@ -125,8 +125,9 @@ def describe_failure_of_machine(error: BaseException) -> str | None:
         return f"{words}{f' ({_first_sentence(text)})' if text else ''}{_ASK_FOR_LESS}"
     if isinstance(error, OSError) and not text.startswith("Caught "):
         where = "".join(f" {name}" for name in (error.filename, error.filename2) if name is not None)
-        is_full = error.errno in _FULL
-        return f"{'the disk is full: ' if is_full else ''}{reason(error)}{where and f':{where}'}"
+        before = "the disk is full: " if error.errno in _FULL else ""
+        after = "; raise the limit with `ulimit -n`, or lower --workers" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        return f"{before}{reason(error)}{where and f':{where}'}{after}"
     if isinstance(error, OSError | RuntimeError):
         for words, meaning in _OF_MACHINE:
             if words in text:

@@ -138,6 +138,7 @@ def check(words: list[str], kind: Kind, folder: Path) -> Any:
 def test_an_argument_that_is_no_utf8(capsys):
     assert "\\udcff" in refuse(capsys, "predict", ODD, "x.jpg")
     assert "\\udcff" in refuse(capsys, "train", f"--{ODD}")
+    assert "the name is not UTF-8" in refuse(capsys, "train", "--output", ODD)
     assert "\\udcff" in refuse(capsys, ODD)
 
 
@@ -198,7 +199,7 @@ def test_a_hangup_counts_as_sigterm_unless_it_is_ignored(is_ignored, odd, tmp_pa
 FAILURES = {
     "memory": (MemoryError(), 1, "not enough memory; lower --batch-size, or the size of the images; no checkpoint"),
     "torch's memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "not enough"),
-    "files": (OSError(24, "Too many open files", "x.jpg"), 1, "Too many open files: x.jpg; no checkpoint was written yet"),
+    "files": (OSError(24, "Too many open files", "x.jpg"), 1, "Too many open files: x.jpg; raise the limit with `ulimit -n`"),
     "norm": (ValueError("Expected more than 1 value per channel when training, got [1, 4]"), 2, "use a larger --batch-size"),
     "interrupt": (KeyboardInterrupt(), 130, "interrupted"),
 }

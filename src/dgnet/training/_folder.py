@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from dgnet._streams import escape
 from dgnet.checkpoint import read_tensors, save_tensors
 from dgnet.errors import UsageError
 from dgnet.files import lock, read_table, replace_file, writing
@@ -32,6 +33,8 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
         folder = Path(config.output)
         if folder.is_file():
             raise UsageError(f"--output {folder} is a file; name a folder")
+        if escape(str(folder.absolute())) != str(folder.absolute()):
+            raise UsageError(f"--output {folder}: the name is not UTF-8, which TensorBoard cannot write to; name another folder")
         check_empty(folder)
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         with writing(f"the run folder {folder}"):
