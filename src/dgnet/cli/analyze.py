@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from dgnet.cli.command import (
     write_then_print,
 )
 from dgnet.errors import UsageError, check_range
+from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 
@@ -110,7 +110,7 @@ def _find_folder(args: Namespace) -> Path:
         return Path(args.output)
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
-    return (Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+    return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
 
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:
