@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,7 +208,8 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str
         try:
             save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
         except SafetensorError as error:
-            raise OSError(reason(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason(error))) from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dgnet._guard import report_end
 from dgnet.compat.argparse import as_typed
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean, reason
-from dgnet.files import without_nan
+from dgnet.files import to_json, without_nan
 from dgnet.options import flag, hints_of
 from dgnet.typed import Location, describe, read_value, read_word
 
@@ -190,7 +190,9 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
             print(f"{resume} is finished; there is nothing to continue", file=sys.stderr)
     except Interrupted as error:
         if is_main_process():
-            print(f"dgnet: {error}; continue with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
+            is_kept = (error.folder / "config.yaml").exists()
+            how = f"; continue with: dgnet {kind.command} --resume {error.folder}" if is_kept else ""
+            report_end(f"dgnet: {error}{how}")
         raise SystemExit(128 + error.signum) from None
     return (result if is_main_process() else None), config
 
@@ -218,12 +220,26 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document, with one line per item if it is a list; see `without_nan`."""
+    """Print one JSON document, with one line per item if it is a list; see `without_nan`. It is valid in any encoding."""
     plain = without_nan(document)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if isinstance(plain, list):
-        print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
+        print("[\n" + ",\n".join(f"  {to_json(item, encoding)}" for item in plain) + "\n]")
     else:
-        print(json.dumps(plain, ensure_ascii=False))
+        print(to_json(plain, encoding))
+
+
+def write_then_print(write: Callable[[], object], show: Callable[[], None]) -> None:
+    """Write the files of a command, then print what it found: a failing print loses no file, a failing file no figure.
+
+    Raises UsageError from `write`, after `show`.
+    """
+    try:
+        write()
+    except UsageError:
+        show()
+        raise
+    show()
 
 
 def find_device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dgnet.detection._average_precision import write_results
 from dgnet.detection._checkpoint import DetectorCheckpoint
 from dgnet.detection._draw import draw_detections
 from dgnet.errors import BadImageError, UsageError
-from dgnet.files import replace_file, writing
+from dgnet.files import replace_content, writing
 
 RESULTS = "results.json"
 _BAR_FROM = 10  # a progress bar is shown for this many images or more
@@ -102,8 +103,10 @@ def predict_detections(
         drawing = draw_detections(image, boxes[shown], labels[shown], checkpoint.class_names, scores[shown])
         with writing(f"drawing {target}", "name another folder"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(target) as written:
-                drawing.save(written, format="JPEG", quality=90)
+            content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
+            drawing.save(content, format="JPEG", quality=90)
+            with replace_content(target) as file:
+                file.write(content.getbuffer())
         drawn.append(Drawn(str(path), str(target), int(shown.sum())))
     if drawn:
         write_results(output / RESULTS, results)
