@@ -9,7 +9,16 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
+from dgnet.cli.command import (
+    Command,
+    Parser,
+    add_json,
+    add_loader_options,
+    apply_max_pixels,
+    describe_wirings,
+    find_device,
+    print_json,
+)
 from dgnet.errors import UsageError, check_range
 from dgnet.typed import Location
 
@@ -95,9 +104,10 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     """Analyse the checkpoint; returns the JSON document, the lines to print, and the files written."""
     from dgnet.analysis import analyze, write_explorer
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.evaluation import describe_source, open_evaluation_data
+    from dgnet.evaluation import announce, describe_source, open_evaluation_data
     from dgnet.inference import can_skip
 
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
@@ -106,6 +116,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
+    announce(dataset)
     found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
     if args.explorer and not can_skip(network):
         print(

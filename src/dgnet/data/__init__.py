@@ -13,6 +13,7 @@ from dgnet.data._images import set_max_pixels as set_max_pixels
 from dgnet.data._ledger import Ledger as Ledger
 from dgnet.data._ledger import compose as compose
 from dgnet.data._ledger import escape as escape
+from dgnet.data._ledger import find_image_files as find_image_files
 from dgnet.data._ledger import find_images as find_images
 from dgnet.data._ledger import is_hidden as is_hidden
 from dgnet.data._ledger import is_image_name as is_image_name

@@ -188,12 +188,14 @@ _MOST_THIN = 2000
 _MOST_BYTES = 2**30  # of a file, unless the limit of pixels allows more
 
 
-def set_max_pixels(megapixels: float | None) -> None:
+def set_max_pixels(megapixels: float | None, is_default: bool = False) -> None:
     """Allow images of up to `megapixels` million pixels, in this process and those that it starts. None changes nothing.
 
-    By default the limit is Pillow's, 178.9 megapixels. Raises UsageError for a number that is not above 0.
+    `is_default`: only if no limit is set yet. By default the limit is Pillow's, 178.9 megapixels.
+
+    Raises UsageError for a number that is not above 0.
     """
-    if megapixels is not None:
+    if megapixels is not None and not (is_default and _LIMIT in os.environ):
         check_range("--max-pixels", megapixels, 1e-6, 1e9)
         os.environ[_LIMIT] = repr(float(megapixels))
 

@@ -14,6 +14,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dgnet.errors import UsageError, reason
+from dgnet.paths import find_kind
 
 # Names that systems and tools put beside images, besides those that begin with a dot.
 _SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db"}
@@ -35,6 +36,7 @@ _REASONS = {
     "links_in_shard": ("link inside a shard", "links inside a shard"),
     "special": ("file that is not regular", "files that are not regular"),
     "classes_without_images": ("class without images", "classes without images"),
+    "results": ("earlier result", "earlier results"),
     "unlisted_images": ("image that is not listed", "images that are not listed"),
 }
 _EXAMPLES = 3  # names in a line, at most
@@ -220,6 +222,37 @@ def find_images(root: Path, ledger: Ledger) -> list[Path]:
     found = Walk(root, ledger).images(root)
     ledger.images = len(found)
     return found
+
+
+def find_image_files(paths: Sequence[str | Path], besides: Path | None = None) -> tuple[list[tuple[Path, Path]], list[Ledger]]:
+    """Image files named on the command line, and those in folders with their subfolders: pairs (file, name in its folder).
+
+    A file is taken as it is, whatever its name. Also returns a ledger for each folder. Images in `besides`, a folder of results
+    below a folder of `paths`, are left out. Raises UsageError for a path that does
+    not exist, and for a folder that cannot be read or holds no images.
+    """
+    found: list[tuple[Path, Path]] = []
+    ledgers = []
+    for path in map(Path, paths):
+        kind = find_kind(path)
+        if kind is None:
+            raise UsageError(f"image {escape(str(path))} does not exist")
+        if kind != "folder":
+            found.append((path, Path(path.name)))
+            continue
+        ledger = Ledger(str(path))
+        files = find_images(path, ledger)
+        if besides is not None and besides.resolve() != path.resolve():
+            results = [file for file in files if besides.resolve() in file.resolve().parents]
+            for file in results:
+                ledger.leave_out("results", file.name)
+            files = [file for file in files if file not in set(results)]
+            ledger.images = len(files)
+        if not files:
+            raise UsageError(f"folder {path} holds no images; allowed extensions: {' '.join(IMG_EXTENSIONS)}")
+        found += [(file, file.relative_to(path)) for file in files]
+        ledgers.append(ledger)
+    return found, ledgers
 
 
 def subfolders(folder: Path) -> list[Path]:

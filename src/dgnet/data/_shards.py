@@ -9,7 +9,6 @@ import os
 import posixpath
 import random
 import re
-import stat
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from dgnet.data._ledger import Ledger, compose, escape, extension_of, is_hidden_
 from dgnet.data._open_stream import open_stream
 from dgnet.data._tars import TarReader, decompress
 from dgnet.errors import BadImageError, UsageError, reason
+from dgnet.paths import find_kind, is_file, read_text
 
 T = TypeVar("T")
 
@@ -41,9 +41,10 @@ def is_stream(source: str) -> bool:
 
 def is_shards(source: str) -> bool:
     """Whether a source names shards: a tar file, or a brace pattern or list of them. A folder is none, whatever its name is."""
-    if os.path.isdir(source):
+    kind = find_kind(source)
+    if kind == "folder":
         return False
-    source = source if os.path.exists(source) else source.removeprefix("wds/")
+    source = source if kind else source.removeprefix("wds/")
     if _TAR.search(source) or any(_TAR.search(part) for part in source.split("::")):
         return True
     return _TAR.search(re.sub(r"[{}]", "", source)) is not None or bool(re.search(r"\.tar[,}]", source, re.IGNORECASE))
@@ -53,7 +54,7 @@ def expand_shards(pattern: str) -> list[str]:
     """The paths, URLs or pipes of a brace pattern. Raises UsageError for a bad pattern or a file that does not exist."""
     from webdataset.shardlists import expand_urls
 
-    if not is_stream(pattern) and os.path.isfile(pattern):
+    if not is_stream(pattern) and is_file(pattern):
         return [pattern]
     if _count_shards(pattern) > _MOST_SHARDS:
         raise UsageError(f"shard pattern {pattern!r} stands for more than {_MOST_SHARDS:,} files; check its numbers")
@@ -63,18 +64,12 @@ def expand_shards(pattern: str) -> list[str]:
         raise UsageError(f"shard pattern {pattern!r} cannot be expanded ({error}); expected …{{000000..000004}}.tar") from None
     missing = []
     for path in paths:
-        if is_stream(path):
-            continue
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
+        kind = "file" if is_stream(path) else find_kind(path)
+        if kind is None:
             missing.append(path)
-            continue
-        except (OSError, ValueError) as error:
-            raise UsageError(f"shard {escape(path)} cannot be read: {reason(error)}") from None
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise UsageError(f"shard {escape(path)} is {kind}; expected tar files")
+        elif kind != "file":
+            what = "a folder" if kind == "folder" else "not a regular file"
+            raise UsageError(f"shard {escape(path)} is {what}; expected tar files")
     if missing:
         raise UsageError(f"shard {missing[0]} does not exist ({len(missing)} of {len(paths)} missing); check {pattern}")
     return paths
@@ -100,7 +95,7 @@ def read_classes(shards: list[str]) -> list[str] | None:
     found: dict[Path, list[str]] = {}
     for folder in dict.fromkeys(Path(shard).parent for shard in shards):
         path = folder / "classes.txt"
-        if os.path.isfile(path):
+        if is_file(path):
             found[path] = _read_names(path)
     for path, names in found.items():
         first = next(iter(found))
@@ -110,10 +105,7 @@ def read_classes(shards: list[str]) -> list[str] | None:
 
 
 def _read_names(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    lines = [line.strip() for line in read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

@@ -26,6 +26,7 @@ from dgnet.data._shards import ShardStream, expand_shards, is_shards, is_stream,
 from dgnet.data._splits import EVALUATION, NAMES, TRAIN, has_both, split_folder
 from dgnet.data._tars import TarReader, refuse_compressed
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
+from dgnet.paths import find_kind, is_folder
 
 _READERS = ("hfds", "torch", "tfds", "hfids")
 # torchvision's data sets with two parts only: the test set is the one that the field evaluates on.
@@ -328,22 +329,18 @@ def open_dataset(
     if is_stream(source):
         raise UsageError(f"{source} is a stream, allowed only as --data of training; use local shards, a folder or a data set")
     if is_shards(source):
-        return Shards(source if os.path.exists(source) else source.removeprefix("wds/"), class_names, needs_labels)
-    try:
-        exists = os.path.exists(source)
-        is_folder = os.path.isdir(source)
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        raise UsageError(f"data source {escape(source)[:200]} cannot be looked at: {reason(error)}") from None
-    if source.partition("/")[0] in _READERS and not exists:
+        return Shards(source if find_kind(source) else source.removeprefix("wds/"), class_names, needs_labels)
+    kind = find_kind(source)
+    if source.partition("/")[0] in _READERS and kind is None:
         if source.startswith(("hfids/", "tfds/")):
             raise UsageError(f"{source} is a stream; use a map-style source: hfds/…, torch/…, a folder, or shards")
         return TimmDataset(source, role, data_root, class_names, as_before)
-    if not exists:
+    if kind is None:
         raise UsageError(
             f"data source {source!r} does not exist{did_you_mean(source, ['digits'])}; a source is `digits`, a folder of class"
             " folders, shards ending in .tar, or a name like torch/cifar10"
         )
-    if not is_folder:
+    if kind != "folder":
         raise UsageError(f"data source {source!r} is a file; expected a folder of class folders, or shards ending in .tar")
     return Folder(split_folder(Path(source), role, as_before), class_names, needs_labels)
 
@@ -388,7 +385,7 @@ def open_train_and_evaluation(
     if val_source is None and not gives_both(source):
         open_dataset(source, TRAIN, data_root=data_root)  # reports a source that does not exist first
         raise UsageError(f"{source} has no evaluation images of its own; give them with --val-data SOURCE")
-    if val_source is None and os.path.isdir(source):
+    if val_source is None and is_folder(source):
         split_folder(Path(source), EVALUATION, as_before)  # reports that it has none before the training images are listed
     train = open_dataset(source, TRAIN, data_root=data_root)
     evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root, as_before=as_before)

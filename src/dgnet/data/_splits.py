@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dgnet.data._ledger import subfolders
 from dgnet.errors import UsageError
+from dgnet.paths import is_folder
 
 TRAIN, EVALUATION = "train", "evaluation"
 NAMES = {
@@ -47,7 +48,7 @@ def split_folder(root: Path, role: str, as_before: bool = False) -> Path:
         return root
     if role == EVALUATION and as_before:
         for name in _BEFORE:
-            if (root / name).is_dir():
+            if is_folder(root / name):
                 return root / name
     own = found.get(role, [])
     if len(own) == 1:
@@ -75,4 +76,4 @@ def split_folder(root: Path, role: str, as_before: bool = False) -> Path:
 
 def has_both(root: Path) -> bool:
     """Whether a folder is divided, so that it may have training and evaluation images."""
-    return root.is_dir() and TRAIN in find_splits(root)
+    return is_folder(root) and TRAIN in find_splits(root)

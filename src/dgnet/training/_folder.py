@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 import yaml
 
 from dgnet.checkpoint import read_tensors, save_tensors
+from dgnet.data import Ledger
 from dgnet.errors import UsageError
+from dgnet.evaluation import DATA
 from dgnet.files import lock, read_table, replace_file, writing
 from dgnet.training._checkpointing import LAST
 from dgnet.training._config import RunConfig
@@ -73,6 +77,13 @@ def write_config(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # another process that waited for the lock may have removed it
         with replace_file(folder / "config.yaml") as written:
             written.write_text(text, encoding="utf-8")
+
+
+def write_data(ledgers: Mapping[str, Ledger], folder: Path) -> None:
+    """Write data.json: what each data set gave and what was left out. Raises UsageError if it cannot be written."""
+    document = {name: ledger.document() for name, ledger in ledgers.items()}
+    with writing(f"the run folder {folder}"), replace_file(folder / DATA) as written:
+        written.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: Path) -> None:
