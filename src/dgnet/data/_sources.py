@@ -114,14 +114,13 @@ class Folder(ImageDataset):
                 empty.append(self.class_names[label])
                 line = f"{folder} holds no images; class {name!r} has none here"
                 self.ledger.warn("empty_class_folders", name, line)
-        if by_name:
-            for path in files:
-                if is_image_name(path.name):
-                    self.ledger.leave_out("outside_class_folders", path.name)
-                else:
-                    walk.leave_out_file(path)
-        else:
-            self.samples = [(path, IGNORED) for path in walk.images(root)]
+        for path in sorted(files):
+            if not is_image_name(path.name):
+                walk.leave_out_file(path)
+            elif by_name:
+                self.ledger.leave_out("outside_class_folders", path.name)
+            else:
+                self.samples.append((path, IGNORED))
         if not self.samples:
             where = f" in its {len(by_name)} class folders" if by_name else ""
             raise UsageError(f"{root} holds no images{where}; allowed extensions: {' '.join(IMG_EXTENSIONS)}")

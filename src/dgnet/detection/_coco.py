@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from dgnet.data import Ledger, compose, decode, escape, is_hidden, is_image_name, map_labels, read_image
-from dgnet.documents import read_json
+from dgnet.documents import parse_json
 from dgnet.errors import UsageError, reason
 from dgnet.paths import is_folder
 
@@ -90,6 +90,7 @@ class CocoAnnotations:
     is_target: np.ndarray  # (A,) bool
     offsets: np.ndarray  # (images + 1,) int64
     counts: AnnotationCounts
+    file_names: frozenset[str] = frozenset()  # of all images of the file, also of those that are left out
 
     def target(self, index: int) -> Target:
         """The boxes of image `index` to train on, clipped to the image."""
@@ -181,11 +182,20 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
         is_target=is_target[in_use],
         offsets=offsets,
         counts=counts,
+        file_names=frozenset(image["file_name"] for image in document["images"]),
     )
 
 
 def _read_document(path: Path) -> dict[str, list[Any]]:
-    document: dict[str, list[Any]] = read_json(path, "annotations")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
+    try:
+        document: dict[str, list[Any]] = parse_json(text, f"annotations {path}")
+    except UsageError as error:
+        message = str(error).replace("is not valid JSON", "is not JSON")
+        raise UsageError(f"{message}; expected annotations in COCO's format") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UsageError(
@@ -248,7 +258,7 @@ def _read_boxes(
             area = entry.get("area")
             area = width * height if area is None else float(area)
             is_crowd = bool(entry.get("iscrowd"))
-            if not max(map(abs, (left, top, width, height, area))) <= _LARGEST:  # false for NaN
+            if not all(abs(number) <= _LARGEST for number in (left, top, width, height, area)):  # false for NaN
                 raise ValueError
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             raise UsageError(
@@ -337,19 +347,19 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 def _find_files(folder: Path, annotations: CocoAnnotations) -> CocoAnnotations:
     """The annotations with the names of the files as they are stored, and with the number of image files that are not listed.
 
-    Names are equal if their Unicode is (NFC). Lists whole folders, which is faster than a check for each file. Raises UsageError
-    if an image file does not exist or a folder cannot be read.
+    Names are equal if their Unicode is (NFC). Lists whole folders, which is faster than a check for each file.
+
+    Raises UsageError if an image file does not exist or a folder cannot be read.
     """
     if not is_folder(folder):
         raise UsageError(f"image folder {folder} does not exist")
     stored: dict[Path, dict[str, str]] = {}  # of each folder the names by their composed form
-    images, missing, used = [], [], set()
+    images, missing = [], []
     for image in annotations.images:
         path = folder / image.file_name
         if path.parent not in stored:
             stored[path.parent] = _list_names(path.parent)
         name = stored[path.parent].get(compose(path.name), path.name)
-        used.add(path.parent / compose(name))
         if name == path.name:
             images.append(image)
         else:
@@ -362,8 +372,9 @@ def _find_files(folder: Path, annotations: CocoAnnotations) -> CocoAnnotations:
             f"image {escape(str(missing[0]))} does not exist ({len(missing):,} of the {len(annotations.images):,} that"
             f" {annotations.path} lists are missing); check the image folder"
         )
+    listed = {folder / compose(name) for name in annotations.file_names}
     names = [parent / name for parent, own in stored.items() for name in own if is_image_name(name) and not is_hidden(name)]
-    counts = replace(annotations.counts, unlisted_images=sum(name not in used for name in names))
+    counts = replace(annotations.counts, unlisted_images=sum(name not in listed for name in names))
     return replace(annotations, images=images, counts=counts)
 
 

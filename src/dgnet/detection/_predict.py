@@ -40,8 +40,8 @@ def find_images(paths: Sequence[str], output: Path) -> tuple[dict[Path, Path], l
 
     Files in `output`, from an earlier call, are left out. Also returns a ledger for each folder.
 
-    Raises UsageError for a path that does not exist, a folder without images, two images with the same drawing, and an image that
-    its drawing would overwrite.
+    Raises UsageError for a path that does not exist, a folder without images, two images with the same drawing, and an image
+    that its drawing would overwrite.
     """
     files, ledgers = find_image_files(paths, besides=output)
     found: dict[Path, Path] = {}
