@@ -35,7 +35,7 @@ def local_path(source: str) -> str:
     return url2pathname(urlparse(source).path) if source.startswith("file:") else source
 
 
-def open_stream(url: str, patience: float = PATIENCE) -> io.RawIOBase:
+def open_stream(url: str, patience: float | None = None) -> io.RawIOBase:
     """Open a URL, `pipe:COMMAND` or local path for reading from front to back.
 
     Raises UsageError if its command is not installed or there is none, and while reading, if the command fails or if nothing
@@ -43,6 +43,7 @@ def open_stream(url: str, patience: float = PATIENCE) -> io.RawIOBase:
     """
     from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
+    patience = PATIENCE if patience is None else patience
     url = rewrite_url(url)
     scheme = url.partition(":")[0].lower()
     if scheme == "pipe":

@@ -287,6 +287,11 @@ def no_label(path: str, key: str) -> UsageError:
     return UsageError(f"{path}, sample {key}: no label; expected {key}.cls beside the image")
 
 
+def _print_left_out(ledger: Ledger) -> None:
+    if ledger.left_out or ledger.warnings:
+        print("\n".join(ledger.lines()), file=sys.stderr)
+
+
 class ShardStream(IterableDataset[tuple[Tensor, int]]):
     """An endless stream of training images from URLs (`https://…`) or pipes (`pipe:aws s3 cp …`), read from front to back.
 
@@ -349,8 +354,8 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             own = order[consumer::consumers] if by_shard else order
             count = 0
             for index in own:
-                says = passes == 0 and (by_shard or consumer == 0)
-                for place, sample in enumerate(self._read(self.paths[index], says)):
+                report = _print_left_out if passes == 0 and (by_shard or consumer == 0) else None
+                for place, sample in enumerate(self._read(self.paths[index], report)):
                     if by_shard or place % consumers == consumer:
                         count += 1
                         yield sample
@@ -361,8 +366,8 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
                 )
             passes += 1
 
-    def _read(self, path: str, says: bool) -> Iterator[tuple[bytes, int, str]]:
-        """The samples of a shard. `says`: print a line if something was left out."""
+    def _read(self, path: str, report: Callable[[Ledger], object] | None = None) -> Iterator[tuple[bytes, int, str]]:
+        """The samples of a shard. `report`: is given the ledger at the end."""
         ledger = Ledger(path)
         try:
             with open_stream(path) as stream, decompress(stream) as content:
@@ -374,5 +379,5 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             if isinstance(error, UsageError) and str(error).startswith(path):
                 raise
             raise UsageError(f"{path} cannot be read as a stream of a tar file: {reason(error)}") from None
-        if says and (ledger.left_out or ledger.warnings):
-            print("\n".join(ledger.lines()), file=sys.stderr)
+        if report is not None:
+            report(ledger)
