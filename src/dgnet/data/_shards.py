@@ -117,20 +117,20 @@ def _read_names(path: Path) -> list[str]:
     return lines
 
 
-def read_label(content: bytes, where: str) -> int:
-    """A label from the content of a label file: ASCII digits, perhaps with white space around them. Begins errors with `where`.
+def read_label(content: bytes, shard: str, name: str) -> int:
+    """A label from the content of the label file `name` of a shard: ASCII digits, perhaps with white space around them.
 
     Raises UsageError for other content, or a number of more than 18 digits.
     """
     text = content.strip()
+    if text.isdigit() and len(text) <= _MOST_DIGITS:  # bytes: ASCII digits only
+        return int(text)
+    where = f"{shard}, sample {escape(split_key(name))}"
     if not re.fullmatch(rb"-?[0-9]+", text):
         raise UsageError(f"{where}: label {content[:20]!r} is not a whole number in digits 0 to 9")
     if len(text) > _MOST_DIGITS:
         raise UsageError(f"{where}: label {text[:20].decode()}… of {len(text):,} digits is out of range")
-    label = int(text)
-    if label < 0:
-        raise UsageError(f"{where}: label {label} is out of range; labels are 0 or more")
-    return label
+    raise UsageError(f"{where}: label {int(text)} is out of range; labels are 0 or more")
 
 
 def split_key(name: str, first_dot: bool = False) -> str:
@@ -156,7 +156,7 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
     for member in tar:
         if member.isdir():
             continue
-        name = re.sub(r"^(\./+)+", "", member.name)
+        name = member.name if member.name[:1] != "." else re.sub(r"^(\./+)+", "", member.name)
         is_label = extension_of(name) == ".cls"
         if is_hidden_path(name):
             ledger.leave_out("hidden", posixpath.basename(name))
@@ -178,12 +178,11 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
             ledger.leave_out("special", name)
             continue
         if tar.input.seekable():
-            images[posixpath.normpath(name)] = source
+            images[name] = source
         if is_label:
             if source.size > 1000:
                 raise UsageError(f"{tar.path}: label file {escape(name)} has {source.size:,} bytes; expected a whole number")
-            label = read_label(tar.read(source), f"{tar.path}, sample {escape(split_key(name))}")
-            yield Entry(name, label=label)
+            yield Entry(name, label=read_label(tar.read(source), tar.path, name))
         else:
             tar.check_content(source)
             yield Entry(name, load(source))

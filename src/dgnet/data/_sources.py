@@ -183,7 +183,7 @@ class Shards(ImageDataset):
 
     def _check_labels(self, classes: int) -> None:
         for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if label != IGNORED:
+            if label >= classes:
                 check_label(f"{self.paths[shard]}, sample {escape(key)}", label, classes)
 
     def _left_out(self) -> str:

@@ -107,24 +107,26 @@ class TarReader:
         self._check_end()
 
     def _check(self, member: tarfile.TarInfo) -> None:
-        name = escape(member.name)
         if member.size < 0:
+            name = escape(member.name)
             raise UsageError(f"{self.path} is damaged: its member {name} has a size of {member.size:,} bytes; copy it again")
         if member.isfile() and self.input.size is not None and not member.issparse():
             end = member.offset_data + member.size
             if end > self.input.size:
+                name = escape(member.name)
                 raise UsageError(
                     f"{self.path} is cut short: its member {name} ends at byte {end:,} of {self.input.size:,}; copy it again"
                 )
 
     def check_content(self, member: tarfile.TarInfo) -> None:
         """Raises UsageError if the content of `member` cannot be read as one block of bytes of a usual size."""
-        name = escape(member.name)
         if member.issparse():
+            name = escape(member.name)
             raise UsageError(
                 f"{self.path}: its member {name} is stored with holes (a sparse file); write the shard again without --sparse"
             )
         if member.size > _MOST_MEMBER:
+            name = escape(member.name)
             raise UsageError(f"{self.path}: its member {name} has {member.size:,} bytes, allowed are {_MOST_MEMBER:,}")
 
     def read(self, member: tarfile.TarInfo) -> bytes:
