@@ -153,6 +153,7 @@ class RunData:
     data_root: Location = "data"
     holdout: int = 0
     on_bad_image: str = "error"
+    max_pixels: float | None = None
 
     def __post_init__(self) -> None:
         check_range("holdout", self.holdout, 0)

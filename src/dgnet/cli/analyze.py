@@ -14,6 +14,7 @@ from dgnet.cli.command import (
     Parser,
     add_json,
     add_loader_options,
+    apply_max_pixels,
     describe_wirings,
     find_device,
     print_json,
@@ -117,9 +118,10 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     """Analyse the checkpoint; returns the JSON document, the lines to print, and functions that write files."""
     from dgnet.analysis import find_analysis, save_analysis, write_explorer
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.evaluation import describe_source, open_evaluation_data
+    from dgnet.evaluation import announce, describe_source, open_evaluation_data
     from dgnet.inference import can_skip
 
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
@@ -128,6 +130,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
+    announce(dataset)
     found = find_analysis(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
 
     def write() -> list[Path]:

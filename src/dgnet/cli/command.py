@@ -216,7 +216,25 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
     """Add the options for loading images in batches."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
+    add_max_pixels(parser)
     add_device(parser)
+
+
+def add_max_pixels(parser: Parser) -> None:
+    """Add `--max-pixels`; `apply_max_pixels` sets the limit."""
+    parser.add_argument(
+        "--max-pixels",
+        type=float | None,
+        default=None,
+        help="largest image, in million pixels; by default that of the run, or 178.9, Pillow's limit",
+    )
+
+
+def apply_max_pixels(args: Namespace) -> None:
+    """Allow images of up to `--max-pixels`. Raises UsageError for a number that is not above 0."""
+    from dgnet.data import set_max_pixels
+
+    set_max_pixels(args.max_pixels)
 
 
 def print_json(document: Any) -> None:

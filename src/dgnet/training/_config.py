@@ -22,7 +22,7 @@ _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 # Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
     *("data", "val_data", "data_root", "images", "val_images", "accelerator", "devices", "nodes", "workers", "threads"),
-    *("checkpoint_every", "max_bad_images"),
+    *("checkpoint_every", "max_bad_images", "max_pixels"),
 )
 
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
@@ -115,6 +115,7 @@ class RunConfig:
     )
     workers: int = option(0, "processes that load images; 0: the main process loads them")
     threads: int | None = option(None, "CPU threads of PyTorch; by default its own choice")
+    max_pixels: float | None = option(None, "largest image, in million pixels; by default 178.9, Pillow's limit")
 
     command: ClassVar[str]
     """The command that trains with this configuration, as typed after `dgnet`."""

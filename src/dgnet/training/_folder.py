@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ import yaml
 
 from dgnet._streams import escape
 from dgnet.checkpoint import DESCRIPTION, damaged, read_tensors, save_tensors
+from dgnet.data import Ledger
 from dgnet.errors import UsageError
+from dgnet.evaluation import DATA
 from dgnet.files import lock, replace_file, writing
 from dgnet.paths import expand, find_kind, is_file, is_folder, list_folder
 from dgnet.training._checkpointing import FINGERPRINT, LAST, fingerprint
@@ -84,6 +88,13 @@ def write_config(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # another process that waited for the lock may have removed it
         with replace_file(folder / "config.yaml") as written:
             written.write_text(text, encoding="utf-8")
+
+
+def write_data(ledgers: Mapping[str, Ledger], folder: Path) -> None:
+    """Write data.json: what each data set gave and what was left out. Raises UsageError if it cannot be written."""
+    document = {name: ledger.document() for name, ledger in ledgers.items()}
+    with writing(f"the run folder {folder}"), replace_file(folder / DATA) as written:
+        written.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: Path) -> None:

@@ -15,10 +15,12 @@ import lightning as L
 import torch
 
 from dgnet._streams import forget_closed_pipe, say
+from dgnet.data import Ledger, compose
 from dgnet.documents import read_yaml
 from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
+from dgnet.evaluation import DATA
 from dgnet.options import flag
-from dgnet.paths import is_file
+from dgnet.paths import find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
 from dgnet.training._folder import (
@@ -31,6 +33,7 @@ from dgnet.training._folder import (
     make_folder,
     read_progress,
     write_config,
+    write_data,
     write_weights,
 )
 from dgnet.training._history import read_history
@@ -93,6 +96,7 @@ class Run:
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
         self.class_names: list[str] | None = None  # of the resumed run
+        self.ledgers: dict[str, Ledger] = {}
         if resume and is_file(self.last):
             progress = read_progress(self.last)
             check_unchanged(config, progress, self.folder / "config.yaml")
@@ -108,11 +112,20 @@ class Run:
         if self.is_main:
             say(line)
 
+    @property
+    def is_of_old_version(self) -> bool:
+        """Whether the resumed run did not store what its data were, and may have been evaluated on test/."""
+        return self.resume is not None and find_kind(self.folder / DATA) is None
+
+    def record_data(self, training: Ledger, evaluation: Ledger) -> None:
+        """What the data sets of the run gave and left out: `fit` prints it and stores it in data.json."""
+        self.ledgers = {"training": training, "evaluation": evaluation}
+
     def check_data(self, images: int, class_names: Sequence[str], batch_size: int) -> None:
         """Raises UsageError for fewer training `images` than a batch, and if a resumed run was trained on other classes."""
         if images < batch_size:
             raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
-        if self.class_names is not None and list(class_names) != self.class_names:
+        if self.class_names is not None and list(map(compose, class_names)) != list(map(compose, self.class_names)):
             raise UsageError(
                 f"--resume {self.folder}: the run was trained on the classes {_listed(self.class_names)},"
                 f" and --data has {_listed(class_names)}"
@@ -130,6 +143,11 @@ class Run:
         folder = self.folder
         if self.is_main and not self.resume:
             write_config(module.config, folder)
+        if self.is_main and self.ledgers:
+            write_data(self.ledgers, folder)
+        for name, ledger in self.ledgers.items():
+            for line in ledger.lines(f"{name} data: "):
+                self.say(line)
         from_step = f" from step {self.step:,} on" if self.step is not None else ""
         self.say(f"{about}{from_step} -> {folder}")
         checkpointing = trainer.checkpoint_callback

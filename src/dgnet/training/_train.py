@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
 from dgnet.training._budget import Budget
@@ -32,9 +32,11 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
 
 
 def _train(config: TrainConfig, run: Run) -> RunResult:
+    set_max_pixels(config.max_pixels)
     train_set, val_set = open_train_and_evaluation(
-        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
+        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images, as_before=run.is_of_old_version
     )
+    run.record_data(train_set.ledger, val_set.ledger)
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     classes = len(train_set.class_names)
     try:
