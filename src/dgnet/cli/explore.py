@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event
+from types import FrameType
 
 from jsonargparse import Namespace
 
@@ -17,6 +21,14 @@ def _explore_parser() -> Parser:
         "--host", type=str, default="127.0.0.1", help="address to listen on; by default reachable from this machine only"
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--allowed-host",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further names of this machine under which the page is opened; by default its address, its host name, localhost",
+    )
     parser.add_argument("--max-megabytes", type=float, default=10.0, help="largest file accepted, in MiB")
     add_device(parser)
     return parser
@@ -24,21 +36,44 @@ def _explore_parser() -> Parser:
 
 def run_explore(args: Namespace) -> None:
     """`dgnet explore`; serves until it is interrupted."""
-    from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, serve
+    from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, own_uploads, serve
     from dgnet.checkpoint import load_checkpoint
 
-    import_gradio()
-    check_address(args.host, args.port)
-    checkpoint = load_checkpoint(args.checkpoint)
-    app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
-    app, address = serve(app, args.host, args.port, args.max_megabytes)
-    if not is_loopback(args.host):
-        print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
-    print(f"{checkpoint.model} at {address} (Ctrl+C ends it)", flush=True)
+    with signals_as_exits(), own_uploads():
+        import_gradio()
+        check_address(args.host, args.port)
+        checkpoint = load_checkpoint(args.checkpoint)
+        app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
+        server = serve(app, args.host, args.port, args.max_megabytes, args.allowed_host)
+        try:
+            if not is_loopback(args.host):
+                print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
+            print(f"{checkpoint.model} at {server.address} (Ctrl+C ends it)", flush=True)
+            Event().wait()  # until a signal
+        finally:
+            server.close()
+
+
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """Inside the `with` block, SIGTERM and SIGHUP end the command as Ctrl+C does: what it opened is closed and removed.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Windows has no SIGHUP.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {signum: signal.getsignal(signum) for signum in known}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, end)
     try:
-        Event().wait()  # until an interrupt
+        yield
     finally:
-        app.close(verbose=False)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 EXPLORE = Command(_explore_parser, run_explore)
