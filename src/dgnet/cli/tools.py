@@ -21,6 +21,7 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice
+from dgnet.typed import Location
 
 
 def _models_parser() -> Parser:
@@ -91,7 +92,9 @@ def _export_parser() -> Parser:
         default="dense",
         help="dense (all blocks run, closed edges masked), or sparse: a block runs only on the images for which it is alive",
     )
-    parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
+    parser.add_argument(
+        "--output", type=Location | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2"
+    )
     add_json(parser)
     return parser
 
