@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 
 LAYERS = (
-    ("errors", "compat", "memory", "_lazy", "_registration"),
+    ("errors", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
+    ("_guard",),
     ("files", "paths", "documents", "typed", "options"),
     ("graph",),
     ("models",),

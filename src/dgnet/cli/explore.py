@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Event
-from types import FrameType
 
 from jsonargparse import Namespace
 
@@ -39,7 +35,7 @@ def run_explore(args: Namespace) -> None:
     from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, own_uploads, serve
     from dgnet.checkpoint import load_checkpoint
 
-    with signals_as_exits(), own_uploads():
+    with own_uploads():  # also removed after a signal: it is an exception; see dgnet._guard
         import_gradio()
         check_address(args.host, args.port)
         checkpoint = load_checkpoint(args.checkpoint)
@@ -52,28 +48,6 @@ def run_explore(args: Namespace) -> None:
             Event().wait()  # until a signal
         finally:
             server.close()
-
-
-@contextmanager
-def signals_as_exits() -> Iterator[None]:
-    """Inside the `with` block, SIGTERM and SIGHUP end the command as Ctrl+C does: what it opened is closed and removed.
-
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Windows has no SIGHUP.
-    """
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {signum: signal.getsignal(signum) for signum in known}
-    for signum, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(signum, end)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 EXPLORE = Command(_explore_parser, run_explore)
