@@ -218,9 +218,11 @@ def test_text_is_read_and_written_in_a_named_encoding():
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             owner = getattr(getattr(node.func, "value", None), "id", "")
-            if name not in ("open", "read_text", "write_text") or owner in ("os", "tarfile", "Image"):
+            is_method = isinstance(node.func, ast.Attribute) and owner not in ("os", "tarfile", "Image")
+            is_builtin = isinstance(node.func, ast.Name) and name == "open"
+            if not is_builtin and not (is_method and name in ("open", "read_text", "write_text")):
                 continue
-            texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            texts = [part.value for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)]
             is_binary = any(isinstance(text, str) and "b" in text for text in texts)
             if not is_binary and "encoding" not in {keyword.arg for keyword in node.keywords}:
                 wrong.append(f"{path.relative_to(SOURCE)}:{node.lineno}")

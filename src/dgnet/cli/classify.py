@@ -261,6 +261,6 @@ def run_predict(args: Namespace) -> None:
         print(f"{prediction.image}: {classes}")
 
 
-TRAIN = Command(_train_parser, run_train, is_resumable=True)
-EVALUATE = Command(_evaluate_parser, run_evaluate)
+TRAIN = Command(_train_parser, run_train, is_resumable=True, has_processes=True)
+EVALUATE = Command(_evaluate_parser, run_evaluate, has_processes=True)
 PREDICT = Command(_predict_parser, run_predict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from threading import Event
+import time
 
 from jsonargparse import Namespace
 
@@ -45,7 +45,8 @@ def run_explore(args: Namespace) -> None:
             if not is_loopback(args.host):
                 print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
             print(f"{checkpoint.model} at {server.address} (Ctrl+C ends it)", flush=True)
-            Event().wait()  # until a signal
+            while True:  # until a signal; Windows does not interrupt a wait without end
+                time.sleep(1)
         finally:
             server.close()
 
