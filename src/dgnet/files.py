@@ -33,15 +33,21 @@ def replace_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(written, mode)
         os.replace(written, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # write the new name to the disk too
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)  # write the new name to the disk too
     except BaseException:
         with suppress(OSError):
             written.unlink()
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in `folder` to the disk. Windows cannot open a folder, and some file systems do not sync one."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -80,6 +80,10 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     parser = command.build()
     parser.prog = name
     _check_options(name, words, parser)
+    if command.has_processes:
+        from dgnet.training import check_launcher
+
+        check_launcher()
     if not command.sets_memory:
         keep_freed_memory()
     given = {word.partition("=")[0] for word in words}

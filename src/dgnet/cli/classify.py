@@ -279,6 +279,6 @@ def run_predict(args: Namespace) -> None:
         raise BadImageError(f"{bad[0]}" + (f" ({len(bad):,} of {images:,} images do not decode)" if images > 1 else ""))
 
 
-TRAIN = Command(_train_parser, run_train, is_resumable=True)
-EVALUATE = Command(_evaluate_parser, run_evaluate)
+TRAIN = Command(_train_parser, run_train, is_resumable=True, has_processes=True)
+EVALUATE = Command(_evaluate_parser, run_evaluate, has_processes=True)
 PREDICT = Command(_predict_parser, run_predict)

@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
 from dgnet.compat.argparse import as_typed
+from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
-from dgnet.errors import UsageError, did_you_mean, reason
+from dgnet.errors import UsageError, did_you_mean
 from dgnet.files import to_json, without_nan
 from dgnet.options import flag, hints_of
 from dgnet.typed import Location, describe, read_value, read_word
@@ -139,6 +140,7 @@ class Command:
     run: Callable[[Namespace], None]  # does the work
     is_resumable: bool = False  # if True, `run` gets only the options typed by the user, without defaults, for --resume
     sets_memory: bool = False  # if True, the command itself decides whether to call `keep_freed_memory`
+    has_processes: bool = False  # if True, launchers such as torchrun may start it: their variables are checked
 
 
 @dataclass(frozen=True)
@@ -258,19 +260,6 @@ def write_then_print(write: Callable[[], object], show: Callable[[], None]) -> N
         show()
         raise
     show()
-
-
-def find_device(name: str) -> str:
-    """The device for the value of `--device`. Raises UsageError if it cannot be used."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used on this machine: {reason(error)}") from None
-    return name
 
 
 def describe_wirings(figures: Mapping[str, Any], at_least: str = "") -> str:

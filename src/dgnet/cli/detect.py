@@ -179,8 +179,8 @@ def run_predict(args: Namespace) -> None:
 DETECT = Group(
     "Object detection: Faster R-CNN with a feature pyramid on any network.",
     {
-        "train": Command(_train_parser, run_train, is_resumable=True),
-        "evaluate": Command(_evaluate_parser, run_evaluate),
+        "train": Command(_train_parser, run_train, is_resumable=True, has_processes=True),
+        "evaluate": Command(_evaluate_parser, run_evaluate, has_processes=True),
         "predict": Command(_predict_parser, run_predict),
     },
 )

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from dgnet.devices import ACCELERATORS
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.options import check_bounds, check_choices, flag, option, read_options
 from dgnet.typed import Location
@@ -103,8 +104,10 @@ class RunConfig:
     clip_grad: float | None = option(None, "clip the norm of all gradients together at this value; by default no clipping")
     ema: float | None = option(None, "evaluate and save a moving average of the weights with this decay, for example 0.9999")
     precision: str = option("32", "number format: 32, bf16 or fp16; bf16 and fp16 use autocast", ("32", "bf16", "fp16"))
-    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("1", "number of devices of each machine to train on; auto: all of them; ignored under torchrun")
+    accelerator: str = option("auto", "what to train on: auto, cpu, gpu (CUDA or Apple's), cuda, mps", ACCELERATORS)
+    devices: str = option(
+        "1", "number of devices of each machine to train on; auto: all of them; 0,2: these GPUs; ignored under torchrun"
+    )
     nodes: int = option(1, "number of machines; ignored under torchrun")
     sync_bn: bool = option(False, "batch normalisation over the images of all devices (CUDA)")
     checkpoint_every: str = option(
