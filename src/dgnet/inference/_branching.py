@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from dgnet.errors import UsageError
 from dgnet.graph import DenseWalk
 
 
@@ -34,7 +36,13 @@ class BranchingWalk(DenseWalk):
     def _gather(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
         rows = runs.nonzero().squeeze(1)
         sources = [source.index_select(0, rows) for source in self.sources(node)]
-        feature = self.stage.compute(node, weights[rows], opened[rows], *sources)
+        try:
+            feature = self.stage.compute(node, weights[rows], opened[rows], *sources)
+        except GuardOnDataDependentSymNode:  # torch's normalisations ask whether there are samples at all
+            raise UsageError(
+                "the sparse mode can be exported only without normalisations: use dgnet.export_network(model, size, 'sparse'),"
+                " which folds them, or set_mode(model, 'dense')"
+            ) from None
         return feature.new_zeros(self.x.shape[0], *feature.shape[1:]).index_copy(0, rows, feature)
 
     def _branch(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
