@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 
 LAYERS = (
     ("errors", "compat", "memory", "_lazy", "_registration"),
-    ("files", "options"),
+    ("files", "paths", "documents", "typed", "options"),
     ("graph",),
     ("models",),
     ("_cost", "data"),

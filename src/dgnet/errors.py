@@ -66,6 +66,11 @@ def check_range(what: str, value: object, least: float = -math.inf, most: float 
         raise UsageError(f"{what} must be {allowed}, got {value}")
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """`text` with its middle left out if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
 def reason(error: BaseException) -> str:
     """The message of another library's exception, as one line of at most 200 characters."""
     if isinstance(error, OSError) and error.strerror:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from dgnet.errors import check_choice, check_range
+from dgnet.typed import read_value
 
 
 def option(
@@ -35,6 +36,24 @@ class Options:
         for group in reversed(type(self).__mro__):
             if "check" in vars(group):
                 vars(group)["check"](self)
+
+
+def hints_of(config: type[Any]) -> dict[str, Any]:
+    """Field -> its type, for `dgnet.typed`."""
+    return get_type_hints(config, include_extras=True)
+
+
+def read_options(config: Any) -> None:
+    """Read each option of the frozen dataclass `config` as its type; a default stays as it is.
+
+    All sources of options are read here: the command line, a recipe, a run's config.yaml, Python code. Raises UsageError for a
+    value of another type.
+    """
+    hints = hints_of(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is not f.default:
+            object.__setattr__(config, f.name, read_value(hints[f.name], value, flag(f.name)))
 
 
 def flag(name: str) -> str:

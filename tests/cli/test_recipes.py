@@ -75,4 +75,4 @@ def test_a_recipe_with_a_misspelt_option(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("{epochs: [\n")
     assert f"--config {tmp_path}/r.yaml is not valid YAML" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("lr: .inf\n")
-    assert "--lr must be a number, got inf" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")
+    assert "--lr must be a finite number, got inf" in refuse(capsys, "train", "--config", tmp_path / "r.yaml")

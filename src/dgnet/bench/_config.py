@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgnet.errors import UsageError
-from dgnet.options import check_bounds, check_choices, option
+from dgnet.options import check_bounds, check_choices, option, read_options
 
 DTYPES = ("float32", "bfloat16", "float16")  # as names, so that a help text needs no torch import
 TASKS = ("train", "infer", "detect-train", "detect-infer")
@@ -48,6 +48,7 @@ class BenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        read_options(self)
         check_choices(self)
         check_bounds(self, dict.fromkeys(("batch_size", "rounds", "image_size", "threads"), (1,)))
         if self.against is None and not self.model.startswith("dg_"):

@@ -11,14 +11,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import dgnet
 from dgnet.cli import analyze, classify, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
-from dgnet.errors import UsageError, did_you_mean, reason
+from dgnet.errors import UsageError, did_you_mean
 from dgnet.memory import keep_freed_memory
 
 COMMANDS: dict[str, Command | Group] = {
@@ -102,7 +101,7 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     given = {word.partition("=")[0] for word in words}
     if command.is_resumable and {"--resume", "--config"} <= given:
         raise UsageError("--resume continues with the run's own config.yaml; leave out --config")
-    command.run(parser.parse_args(words, defaults=not (command.is_resumable and "--resume" in given)))
+    command.run(parser.parse(words, defaults=not (command.is_resumable and "--resume" in given)))
 
 
 def _group_parser(group: Group, name: str) -> Parser:
@@ -118,24 +117,12 @@ def _group_parser(group: Group, name: str) -> Parser:
 
 
 def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
-    """Raises UsageError for an unknown option, with the closest known one, and for a `--config` file that is not YAML."""
+    """Raises UsageError for an unknown option, with the closest known one."""
     options = option_strings(parser)
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--config" and os.path.isfile(path := value or following):
-            _check_yaml(path)
-        name = name.partition(".")[0]
+    for word in words:
+        name = word.partition("=")[0].partition(".")[0]
         if name.startswith("--") and name != "--" and name not in options:
             raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: {command} --help")
-
-
-def _check_yaml(path: str) -> None:
-    import yaml
-
-    try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {reason(error)}") from None
 
 
 def entry_point() -> NoReturn:

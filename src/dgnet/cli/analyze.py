@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,20 @@ from jsonargparse import Namespace
 
 from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
 from dgnet.errors import UsageError, check_range
+from dgnet.paths import is_folder
+from dgnet.typed import Location
 
 
 def _parser() -> Parser:
     parser = Parser(description="Analyse a checkpoint's connectivity: statistics, the paper's figures, an interactive page.")
-    parser.add_argument("checkpoint", type=str, nargs="?", help="run folder, .ckpt file or model.safetensors")
-    parser.add_argument("--data", type=str | None, default=None, help="images; by default those the run was evaluated on")
-    parser.add_argument("--data-root", type=str | None, default=None, help="folder that holds the torch/… and hfds/… data sets")
+    parser.add_argument("checkpoint", type=Location, nargs="?", help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
+    parser.add_argument(
+        "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
+    )
     parser.add_argument(
         "--output",
-        type=str | None,
+        type=Location | None,
         default=None,
         help="folder to write to; by default `analysis` in the run folder or beside the checkpoint file",
     )
@@ -40,7 +43,7 @@ def _parser() -> Parser:
         " by default 3, or 0 with --images",
     )
     parser.add_argument(
-        "--curves", type=str, nargs="+", default=[], metavar="RUN", help="run folders whose training curves are drawn"
+        "--curves", type=Location, nargs="+", default=[], metavar="RUN", help="run folders whose training curves are drawn"
     )
     parser.add_argument(
         "--explorer",
@@ -85,7 +88,7 @@ def _find_folder(args: Namespace) -> Path:
         return Path(args.output)
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
-    return (Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+    return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
 
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:

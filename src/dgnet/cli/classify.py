@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,8 @@ from dgnet.cli.command import (
 )
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
+from dgnet.paths import is_folder
+from dgnet.typed import Location
 
 
 def _train_parser() -> Parser:
@@ -47,8 +48,10 @@ def run_train(args: Namespace) -> None:
 def _evaluate_parser() -> Parser:
     parser = Parser(description="Evaluate a checkpoint: accuracy, executed cost and connectivity.")
     add_checkpoint(parser)
-    parser.add_argument("--data", type=str | None, default=None, help="images; by default those the run was evaluated on")
-    parser.add_argument("--data-root", type=str | None, default=None, help="folder that holds the torch/… and hfds/… data sets")
+    parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
+    parser.add_argument(
+        "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
+    )
     add_loader_options(parser)
     parser.add_argument(
         "--adjacency-controls",
@@ -75,7 +78,7 @@ def _evaluate_parser() -> Parser:
     )
     parser.add_argument(
         "--write",
-        type=str | None,
+        type=Location | None,
         default=None,
         help="file to write a checkpoint to, with --threshold-offset or --inference-weight applied: FILE.safetensors",
     )
@@ -89,7 +92,7 @@ def _evaluate_parser() -> Parser:
         help="offsets of the sweep, such as [-0.1, 0, 0.1]; by default 11 from -0.5 to 0.5",
     )
     parser.add_argument(
-        "--output", type=str | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
+        "--output", type=Location | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
     )
     parser.add_argument(
         "--speed", action="store_true", help="also measure images/s of both modes and of the static baseline, in one run"
@@ -216,7 +219,7 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
-    folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
+    folder = Path(args.output or (args.checkpoint if is_folder(args.checkpoint) else path.parent))
     make_writable(folder)
     offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
     points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)
@@ -233,7 +236,7 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
 def _predict_parser() -> Parser:
     parser = Parser(description="Classify images: print the most probable classes of each.")
     add_checkpoint(parser)
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top-k", type=int, default=5, help="number of classes to print for each image")
     add_device(parser)
     add_json(parser)

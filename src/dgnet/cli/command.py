@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from dgnet.compat.argparse import as_typed
-from dgnet.errors import UsageError, reason
+from dgnet.documents import parse_yaml, read_yaml
+from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.files import without_nan
-from dgnet.options import flag
+from dgnet.options import flag, hints_of
+from dgnet.paths import expand
+from dgnet.typed import Location, describe, read_value, read_word
 
 if TYPE_CHECKING:
     from dgnet.training import RunConfig, RunResult
@@ -23,11 +26,107 @@ C = TypeVar("C", bound="RunConfig")
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, with errors of one line."""
+    """jsonargparse's parser, with `dgnet.typed` as the reader of all values, and errors of one line.
+
+    Values from `--config` files are defaults: what is typed decides over them, wherever it stands. Of an option that holds a
+    dict, one entry can be given, as in `--model-kwargs.router_bias 0`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe: dict[str, Any] = {}  # what a recipe may hold: destination -> type
+
+    def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
+        """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
+        if type is None:
+            return super().add_argument(*names, **settings)
+        what = names[0] if names[0].startswith("-") else settings.get("metavar", names[0])
+        return super().add_argument(*names, type=_Reader(type, what, settings.get("default")), **settings)
+
+    def parse(self, words: Sequence[str], defaults: bool = True) -> Namespace:
+        """The options in the `words` of the command line. `defaults`: also the options that are not given.
+
+        Raises UsageError for a mistake in the words or in a recipe.
+        """
+        words, recipes, entries = self._take_apart(words)
+        for path in recipes:
+            self.set_defaults(self._read_recipe(path))
+        args = self.parse_args(words, defaults=defaults)
+        for option, names, value in entries:
+            args[option] = _with_entry(args.get(option) or {}, names, value, flag(option))
+        return args
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UsageError instead of printing the usage and exiting."""
-        raise UsageError(as_typed(message))
+        cause = sys.exception()
+        while cause is not None and not isinstance(cause, UsageError):
+            cause = cause.__cause__ or cause.__context__
+        raise UsageError(str(cause) if cause is not None else as_typed(message)) from None
+
+    def _take_apart(self, words: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, list[str], Any]]]:
+        """The words without recipes and entries; the recipes' paths; and for each entry (destination, names, value)."""
+        rest: list[str] = []
+        recipes: list[str] = []
+        entries: list[tuple[str, list[str], Any]] = []
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            name, has_value, value = word.partition("=")
+            option, *names = name.removeprefix("--").split(".")
+            destination = option.replace("-", "_")
+            is_entry = name.startswith("--") and bool(names) and destination in self.recipe
+            is_recipe = name == "--config" and bool(self.recipe)
+            if word == "--" or not (is_entry or is_recipe) or not (has_value or left):
+                rest.append(word)
+                if word == "--":
+                    return [*rest, *left], recipes, entries
+                continue
+            value = value if has_value else left.pop(0)
+            if is_recipe:
+                recipes.append(value)
+            elif self.recipe[destination] != dict[str, Any] or not all(names):
+                raise UsageError(f"unknown option {name}; {flag(destination)} takes {describe(self.recipe[destination])}")
+            else:
+                entries.append((destination, names, parse_yaml(value, name) if value.strip() else value))
+        return rest, recipes, entries
+
+    def _read_recipe(self, path: str) -> dict[str, Any]:
+        values = read_yaml(expand(path), "--config")
+        if values is not None and not isinstance(values, dict):
+            raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
+        for name in values or {}:
+            if name not in self.recipe:
+                raise UsageError(f"--config {path}: unknown option {name!r}{did_you_mean(str(name), self.recipe)}")
+        return {
+            name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
+            for name, value in (values or {}).items()
+        }
+
+
+class _Reader:
+    """From a word of the command line, or a value that was read before, to a value of the type `hint`."""
+
+    def __init__(self, hint: Any, what: str, default: Any) -> None:
+        self.hint, self.what, self.default = hint, what, default
+
+    def __call__(self, value: Any) -> Any:
+        if value is self.default:
+            return value
+        read = read_word if isinstance(value, str) else read_value
+        return read(self.hint, value, self.what)
+
+    def __str__(self) -> str:  # help texts show it
+        return describe(self.hint)
+
+
+def _with_entry(values: Mapping[str, Any], names: Sequence[str], value: Any, option: str) -> dict[str, Any]:
+    """`values` with one more entry, under `names` from the outside to the inside."""
+    name, *inner = names
+    if inner:
+        if not isinstance(values.get(name, {}), Mapping):
+            raise UsageError(f"{option}.{name} is {values[name]!r}, which has no entry {'.'.join(inner)}")
+        value = _with_entry(values.get(name, {}), inner, value, f"{option}.{name}")
+    return {**values, name: value}
 
 
 @dataclass(frozen=True)
@@ -50,18 +149,20 @@ class Group:
 
 def add_fields(parser: Parser, config: type[Any]) -> None:
     """Add an option for each field of the dataclass `config` that was made with `dgnet.options.option`."""
-    hints = get_type_hints(config)
     for f in fields(config):
         if "help" in f.metadata:
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            parser.add_argument(flag(f.name), type=hints[f.name], default=default, help=f.metadata["help"])
+            hint = parser.recipe[f.name] = hints_of(config)[f.name]
+            parser.add_argument(flag(f.name), type=hint, default=default, help=f.metadata["help"])
 
 
 def build_train_parser(config: type[RunConfig], description: str) -> Parser:
     """The parser of a training command with the options of the dataclass `config`."""
     parser = Parser(description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    parser.add_argument("--resume", type=str | None, default=None, metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--config", type=Location | None, help="recipe: a YAML file of these options; typed options decide over it"
+    )
+    parser.add_argument("--resume", type=Location | None, metavar="RUN", help="continue the run in this folder")
     add_fields(parser, config)
     return parser
 
@@ -94,7 +195,7 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
 
 def add_checkpoint(parser: Parser) -> None:
     """Add the argument for the checkpoint."""
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("checkpoint", type=Location, help="run folder, .ckpt file or model.safetensors")
 
 
 def add_json(parser: Parser) -> None:

@@ -25,6 +25,7 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_range
+from dgnet.typed import Location
 
 if TYPE_CHECKING:
     from dgnet.detection import DetectionResult
@@ -49,15 +50,19 @@ def run_train(args: Namespace) -> None:
 
 def _evaluate_parser() -> Parser:
     parser = Parser(description="Compute COCO's average precision for a detector's checkpoint or for a file of results.")
-    parser.add_argument("checkpoint", type=str, help="run folder, .ckpt file or model.safetensors; or RESULTS.json")
-    parser.add_argument("--data", type=str | None, default=None, help="annotations; by default those the run was evaluated on")
-    parser.add_argument("--images", type=str | None, default=None, help="folder of the images; by default that of the run")
+    parser.add_argument("checkpoint", type=Location, help="run folder, .ckpt file or model.safetensors; or RESULTS.json")
+    parser.add_argument(
+        "--data", type=Location | None, default=None, help="annotations; by default those the run was evaluated on"
+    )
+    parser.add_argument("--images", type=Location | None, default=None, help="folder of the images; by default that of the run")
     add_loader_options(parser, batch_size=1)
     parser.add_argument("--mode", type=str, default="dense", help="dense, or sparse: blocks run only where they are alive")
     parser.add_argument(
         "--backend", type=str, default="pycocotools", help="pycocotools, or faster-coco-eval: the same figures, faster"
     )
-    parser.add_argument("--output", type=str | None, default=None, help="JSON file to write the results to, in COCO's format")
+    parser.add_argument(
+        "--output", type=Location | None, default=None, help="JSON file to write the results to, in COCO's format"
+    )
     add_json(parser)
     return parser
 
@@ -88,8 +93,8 @@ def run_evaluate(args: Namespace) -> None:
         title = f"{args.checkpoint} on {args.data}"
     else:
         checkpoint = load_detector(args.checkpoint)
-        data = args.data or checkpoint.config["val_data"]
-        images = args.images or checkpoint.config["val_images"] or checkpoint.config["images"]
+        data = args.data or checkpoint.data.val_data
+        images = args.images or checkpoint.data.evaluation_images
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
         if args.mode == "sparse":
@@ -135,8 +140,8 @@ def _percent(value: float | None) -> str:
 def _predict_parser() -> Parser:
     parser = Parser(description="Detect objects in images: draw them on the images, and write them in COCO's format.")
     add_checkpoint(parser)
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--output", type=str, default="detections", help="folder for the drawings and results.json")
+    parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--output", type=Location, default="detections", help="folder for the drawings and results.json")
     parser.add_argument("--score", type=float, default=0.5, help="lowest score of the objects drawn, 0 to 1")
     add_device(parser)
     add_json(parser)

@@ -21,6 +21,8 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice
+from dgnet.paths import is_folder
+from dgnet.typed import Location
 
 
 def _models_parser() -> Parser:
@@ -91,7 +93,9 @@ def _export_parser() -> Parser:
         default="dense",
         help="dense (all blocks run, closed edges masked), or sparse: a block runs only on the images for which it is alive",
     )
-    parser.add_argument("--output", type=str | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2")
+    parser.add_argument(
+        "--output", type=Location | None, default=None, help="file to write; by default MODEL-MODE.onnx or .pt2"
+    )
     add_json(parser)
     return parser
 
@@ -108,7 +112,7 @@ def run_export(args: Namespace) -> None:
     path = Path(args.output or f"{checkpoint.model}-{args.mode}{FORMATS[args.format]}")
     if path.suffix != FORMATS[args.format]:
         raise UsageError(f"--output {path} must end in {FORMATS[args.format]} for --format {args.format}")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise UsageError(f"--output {path}: the folder {path.parent} does not exist; create it first")
     print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
     program = export_network(network, size, args.mode)

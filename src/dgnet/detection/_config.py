@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from dgnet.errors import UsageError, check_range
 from dgnet.options import check_bounds, flag, option
 from dgnet.training import RunConfig
+from dgnet.typed import Location
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
     "iterations": (1,),
@@ -34,10 +35,10 @@ class DetectConfig(RunConfig):
     optimizer: str = option("momentum", "timm optimiser name; momentum is SGD with momentum, sgd has Nesterov momentum")
     lr: float = option(0.02, "learning rate after warm-up")
     weight_decay: float = option(1e-4, "weight decay; never on learned edge weights")
-    data: str = option("", "training annotations: a JSON file in COCO's format, such as instances_train2017.json")
-    images: str = option("", "folder of the training images")
-    val_data: str = option("", "evaluation annotations: a JSON file in COCO's format")
-    val_images: str | None = option(None, "folder of the evaluation images; by default --images")
+    data: Location = option("", "training annotations: a JSON file in COCO's format, such as instances_train2017.json")
+    images: Location = option("", "folder of the training images")
+    val_data: Location = option("", "evaluation annotations: a JSON file in COCO's format")
+    val_images: Location | None = option(None, "folder of the evaluation images; by default --images")
     iterations: int = option(90_000, "training steps")
     evaluate_every: int = option(5_000, "number of iterations between evaluations; must divide --iterations")
     evaluation_batch_size: int = option(1, "images per device in an evaluation batch, padded to the largest")

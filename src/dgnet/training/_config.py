@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dgnet.errors import UsageError, check_choice, check_range, reason
-from dgnet.options import check_bounds, check_choices, option
+from dgnet.options import check_bounds, check_choices, option, read_options
+from dgnet.typed import Location
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,14 +53,6 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
 }
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, str | bool | int | float)
-
-
 def _check_optimizer(name: str) -> None:
     """Raises UsageError for an optimiser that timm does not have or that cannot be used here."""
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
@@ -87,8 +80,8 @@ class RunConfig:
     model_kwargs: dict[str, Any] = option(
         {}, "further model options, as a dict; to add one to those of a recipe: --model-kwargs.router_bias 0"
     )
-    weights: str | None = option(None, "start from the weights in this file or run folder")
-    output: str | None = option(None, "run folder, new or empty; by default the next free runs/MODEL-N")
+    weights: Location | None = option(None, "start from the weights in this file or run folder")
+    output: Location | None = option(None, "run folder, new or empty; by default the next free runs/MODEL-N")
     batch_size: int = option(32, "images in a training step, on all devices together")
     seed: int = option(0, "seed of initialisation, order and augmentation")
     hflip: float = option(0.5, "probability of a horizontal flip")
@@ -127,6 +120,7 @@ class RunConfig:
     """The command that trains with this configuration, as typed after `dgnet`."""
 
     def __post_init__(self) -> None:
+        read_options(self)
         check_choices(self)
         _check_optimizer(self.optimizer)
         check_bounds(self, _BOUNDS)
@@ -142,12 +136,6 @@ class RunConfig:
             raise UsageError("--lr must be above 0, got 0")
         for name in _TAKEN.keys() & self.model_kwargs.keys():
             raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
-        for name, value in self.model_kwargs.items():
-            if not _is_plain(value):
-                raise UsageError(
-                    f"--model-kwargs {name} must be a number, text, truth value, or a list or dict of these,"
-                    f" got {type(value).__name__}: a checkpoint carries plain values only"
-                )
 
     @property
     def peak_lr(self) -> float:
@@ -198,17 +186,17 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
 class TrainConfig(RunConfig):
     """Options of a training run of a classifier. Raises UsageError for a value that is not allowed."""
 
-    data: str = option(
+    data: Location = option(
         "digits",
         "training data: digits (never flipped), a folder of class folders, shards (…{000..004}.tar, also URLs and pipe:),"
         " torch/…, hfds/…",
     )
-    val_data: str | None = option(
+    val_data: Location | None = option(
         None, "evaluation data; not needed if --data has its own (train/ and val/, digits, torch/…, hfds/…)"
     )
     epoch_images: int | None = option(None, "number of images in an epoch of a stream (--data URL or pipe:)")
     holdout: int = option(0, "evaluate on this many of the training images instead of --val-data, and train on the others")
-    data_root: str = option("data", "folder of the torch/… and hfds/… data sets")
+    data_root: Location = option("data", "folder of the torch/… and hfds/… data sets")
     epochs: int = option(20, "passes over the training images")
     evaluate_every: int = option(1, "number of epochs between evaluations; must divide --epochs")
     image_size: int | None = option(None, "side of the square input in pixels; by default the model's own, 16 for digits")
