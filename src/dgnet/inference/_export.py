@@ -16,6 +16,8 @@ from torch.export import Dim, ExportedProgram
 
 from dgnet.errors import UsageError, check_choice, reason
 from dgnet.files import replace_content, replace_file, writing
+from dgnet.graph import find_stages
+from dgnet.inference._branching import has_batch_norms
 from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._sparse import MODES, set_mode
 
@@ -30,12 +32,17 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     Normalisations are folded. `mode`: "dense", every node on every sample, closed edges masked; "sparse", each node on the
     gathered samples for which it is alive.
 
-    Raises UsageError for an unknown mode, for "sparse" if the network has no dynamic stages, and if the exporter fails.
+    Raises UsageError for an unknown mode, for "sparse" if the network has no dynamic stages or normalisations that cannot be
+    folded, and if the exporter fails.
     """
     check_choice("--mode", mode, MODES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     folded = fold_batch_norms(network, (height, width)).cpu().float()
     set_mode(folded, mode)
+    if mode == "sparse" and any(has_batch_norms(stage.nodes) for stage in find_stages(folded)):
+        raise UsageError(
+            f"{type(network).__name__} has batch normalisations that no convolution takes in; export it with --mode dense"
+        )
     images = torch.randn(5, getattr(network, "in_chans", 3), height, width)
     try:
         with torch.no_grad(), _quiet():
