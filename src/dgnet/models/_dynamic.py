@@ -17,7 +17,6 @@ from dgnet.graph import TOPOLOGIES, DynamicGraph, RandomGraphOptions, Topology, 
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._state import LoadsWrapped
 
-
 register_notrace_module(DynamicGraph)  # timm's tools for torch.fx do not look inside a stage
 
 
