@@ -211,7 +211,7 @@ class Walk:
 
     def leave_out_file(self, path: Path) -> None:
         """Count a file that is no image."""
-        if path.is_symlink() and not os.path.exists(path):
+        if path.is_symlink() and find_kind(path) is None:
             self.ledger.leave_out("broken_links", path.name)
         else:
             self.ledger.leave_out("other_files", extension_of(path.name))
