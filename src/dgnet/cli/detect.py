@@ -81,6 +81,7 @@ def run_evaluate(args: Namespace) -> None:
         read_results,
         write_results,
     )
+    from dgnet.evaluation import announce
     from dgnet.training import is_main_process, join_processes
 
     apply_max_pixels(args)
@@ -97,8 +98,8 @@ def run_evaluate(args: Namespace) -> None:
         title = f"{args.checkpoint} on {args.data}"
     else:
         checkpoint = load_detector(args.checkpoint)
-        data = args.data or checkpoint.config["val_data"]
-        images = args.images or checkpoint.config["val_images"] or checkpoint.config["images"]
+        data = args.data or checkpoint.data.val_data
+        images = args.images or checkpoint.data.evaluation_images
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
         set_max_pixels(checkpoint.config.get("max_pixels"), is_default=True)
@@ -111,6 +112,8 @@ def run_evaluate(args: Namespace) -> None:
         precision, connectivity, results = found.precision, found.connectivity, found.results
         title = f"{checkpoint.path}: Faster R-CNN on {checkpoint.model}, {data}, {dataset.counts}"
     if args.json:
+        if results is not None:
+            announce(dataset)
         print_json({**asdict(precision), **connectivity})
     else:
         _print_precision(title, precision, connectivity)

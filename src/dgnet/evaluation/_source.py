@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Protocol
 
-from dgnet.checkpoint import Checkpoint
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset, set_max_pixels
+from dgnet.checkpoint import Checkpoint, RunData
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, hold_out, open_dataset, set_max_pixels
 from dgnet.paths import find_kind
 
 DATA = "data.json"
@@ -16,10 +17,10 @@ DATA = "data.json"
 
 def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
     """A description of the images that a checkpoint is evaluated on; see `open_evaluation_data`."""
-    config = checkpoint.config
-    if source is None and config.get("holdout"):
-        return f"{config['holdout']} held-out images of {config['data']}"
-    return str(source or config.get("val_data") or config["data"])
+    if source is not None:
+        return source
+    run = checkpoint.data
+    return f"{run.holdout} held-out images of {run.data}" if run.holdout else run.val_data or run.data
 
 
 def open_evaluation_data(
@@ -33,23 +34,30 @@ def open_evaluation_data(
 
     Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
-    config = checkpoint.config
-    set_max_pixels(config.get("max_pixels"), is_default=True)
-    root = data_root or config.get("data_root", "data")
-    if source is None and config.get("holdout"):
-        whole = open_dataset(config["data"], TRAIN, checkpoint.class_names, root)
-        dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
+    run = checkpoint.data if checkpoint.config or source is None else RunData(source)
+    set_max_pixels(run.max_pixels, is_default=True)
+    root = data_root or run.data_root
+    if source is None and run.holdout:
+        whole = open_dataset(run.data, TRAIN, checkpoint.class_names, root)
+        dataset: ImageDataset = hold_out(whole, run.holdout)[1]
     else:
         as_before = source is None and _is_of_old_run(checkpoint.path)
-        source = source or config.get("val_data") or config["data"]
+        source = source or run.val_data or run.data
         dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels, as_before)
-    if config.get("on_bad_image") == "skip":
+    if run.on_bad_image == "skip":
         dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
 
 
-def announce(dataset: ImageDataset) -> None:
+class HasLedger(Protocol):
+    """A data set that tells what it gave and left out."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+
+def announce(dataset: HasLedger) -> None:
     """Print what the data set gave and left out on stderr, in the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(dataset.ledger.lines("evaluation data: ")), file=sys.stderr)
@@ -60,9 +68,8 @@ def _is_of_old_run(path: Path) -> bool:
 
     Such a run may have been evaluated on test/, which versions of that time took if there was no val/.
     """
-    return any(
-        find_kind(folder / "config.yaml") and not find_kind(folder / DATA) for folder in (path.parent, path.parent.parent)
-    )
+    folders = [folder for folder in (path.parent, path.parent.parent) if find_kind(folder / "config.yaml")]
+    return bool(folders) and not find_kind(folders[0] / DATA)
 
 
 def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:
