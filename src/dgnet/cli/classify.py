@@ -23,6 +23,7 @@ from dgnet.cli.command import (
     print_json,
     run_training,
     warn_if_nothing_skips,
+    write_then_print,
 )
 from dgnet.errors import BadImageError, UsageError, check_choice, check_range
 from dgnet.files import make_writable
@@ -230,14 +231,19 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
     offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
     announce(dataset)
     points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)
-    paths = save_sweep(points, folder)
-    if args.json:
-        print_json([asdict(point) for point in points])
-        return
-    print(format_sweep(points))
-    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
-    print(f"written: {', '.join(map(str, paths))}")
-    print(f"to use an offset: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+    paths: list[Path] = []
+
+    def show() -> None:
+        if args.json:
+            print_json([asdict(point) for point in points])
+            return
+        print(format_sweep(points))
+        print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
+        if paths:
+            print(f"written: {', '.join(map(str, paths))}")
+        print(f"to use an offset: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+
+    write_then_print(lambda: paths.extend(save_sweep(points, folder)), show)
 
 
 def _predict_parser() -> Parser:
@@ -273,6 +279,6 @@ def run_predict(args: Namespace) -> None:
         raise BadImageError(f"{bad[0]}" + (f" ({len(bad):,} of {images:,} images do not decode)" if images > 1 else ""))
 
 
-TRAIN = Command(_train_parser, run_train, is_resumable=True)
-EVALUATE = Command(_evaluate_parser, run_evaluate)
+TRAIN = Command(_train_parser, run_train, is_resumable=True, has_processes=True)
+EVALUATE = Command(_evaluate_parser, run_evaluate, has_processes=True)
 PREDICT = Command(_predict_parser, run_predict)

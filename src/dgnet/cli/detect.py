@@ -25,6 +25,7 @@ from dgnet.cli.command import (
     print_json,
     run_training,
     warn_if_nothing_skips,
+    write_then_print,
 )
 from dgnet.errors import UsageError, check_range
 from dgnet.typed import Location
@@ -111,15 +112,21 @@ def run_evaluate(args: Namespace) -> None:
                 return
         precision, connectivity, results = found.precision, found.connectivity, found.results
         title = f"{checkpoint.path}: Faster R-CNN on {checkpoint.model}, {data}, {dataset.counts}"
-    if args.json:
-        if results is not None:
-            announce(dataset)
-        print_json({**asdict(precision), **connectivity})
-    else:
-        _print_precision(title, precision, connectivity)
-    if args.output and results is not None:  # last: the figures are printed even if the file cannot be written
-        write_results(args.output, results)
-        print(f"results: {args.output}", file=sys.stderr)
+
+    def write() -> None:
+        if args.output and results is not None:
+            write_results(args.output, results)
+            print(f"results: {args.output}", file=sys.stderr)
+
+    def show() -> None:
+        if args.json:
+            print_json({**asdict(precision), **connectivity})
+        else:
+            _print_precision(title, precision, connectivity)
+
+    if args.json and results is not None:
+        announce(dataset)
+    write_then_print(write, show)
 
 
 def _print_precision(title: str, precision: DetectionResult, connectivity: dict[str, Any]) -> None:
@@ -175,8 +182,8 @@ def run_predict(args: Namespace) -> None:
 DETECT = Group(
     "Object detection: Faster R-CNN with a feature pyramid on any network.",
     {
-        "train": Command(_train_parser, run_train, is_resumable=True),
-        "evaluate": Command(_evaluate_parser, run_evaluate),
+        "train": Command(_train_parser, run_train, is_resumable=True, has_processes=True),
+        "evaluate": Command(_evaluate_parser, run_evaluate, has_processes=True),
         "predict": Command(_predict_parser, run_predict),
     },
 )

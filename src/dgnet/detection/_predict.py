@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+from dgnet._streams import say
 from dgnet.data import Ledger, decode, find_image_files, read_image
 from dgnet.detection._average_precision import write_results
 from dgnet.detection._checkpoint import DetectorCheckpoint
 from dgnet.detection._detector import Detector
 from dgnet.detection._draw import draw_detections
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import replace_file, writing
+from dgnet.files import replace_content, writing
 
 RESULTS = "results.json"
 _BAR_FROM = 10  # a progress bar is shown for this many images or more
@@ -95,8 +97,10 @@ def predict_detections(
         drawing = draw_detections(image, boxes[shown], labels[shown], checkpoint.class_names, scores[shown])
         with writing(f"drawing {target}", "name another folder"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(target) as written:
-                drawing.save(written, format="JPEG", quality=90)
+            content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
+            drawing.save(content, format="JPEG", quality=90)
+            with replace_content(target) as file:
+                file.write(content.getbuffer())
         drawn.append(Drawn(str(path), str(target), int(shown.sum())))
     if drawn:
         write_results(output / RESULTS, results)
@@ -105,7 +109,7 @@ def predict_detections(
         left_out = "".join(f"; {ledger.source}: {ledger.describe()}" for ledger in ledgers if ledger.left_out)
         raise BadImageError(f"{bad[0]} ({len(bad):,} of {len(images):,} images do not decode{others}{left_out})")
     for line in (line for ledger in ledgers for line in ledger.lines()):
-        print(line, file=sys.stderr)
+        say(line)
     return drawn
 
 
