@@ -154,7 +154,7 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
     """
     ledger, images = tar.ledger, dict[str, tarfile.TarInfo]()
     for member in tar:
-        if member.isdir():
+        if member.type == tarfile.DIRTYPE:
             continue
         name = member.name if member.name[:1] != "." else re.sub(r"^(\./+)+", "", member.name)
         is_label = extension_of(name) == ".cls"
@@ -174,7 +174,7 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
                 )
                 continue
             source = target
-        elif not member.isfile():
+        elif not member.isreg():
             ledger.leave_out("special", name)
             continue
         if tar.input.seekable():

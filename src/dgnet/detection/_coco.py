@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_tensor
 from dgnet.data import Ledger, compose, decode, escape, is_hidden, is_image_name, map_labels, read_image
 from dgnet.documents import parse_json
 from dgnet.errors import UsageError, reason
-from dgnet.paths import is_folder
+from dgnet.paths import find_kind, is_folder
 
 
 class Target(TypedDict):
@@ -366,7 +366,7 @@ def _find_files(folder: Path, annotations: CocoAnnotations) -> tuple[CocoAnnotat
         else:
             images.append(image._replace(file_name=str(Path(image.file_name).with_name(name))))
         # The second check is for file systems that ignore upper and lower case.
-        if compose(name) not in stored[path.parent] and not os.path.lexists(path):
+        if compose(name) not in stored[path.parent] and find_kind(path) is None:
             missing.append(path)
     if missing:
         raise UsageError(
