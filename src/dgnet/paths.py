@@ -71,6 +71,28 @@ def list_folder(path: str | Path) -> list[Path]:
         return sorted(Path(path).iterdir())
 
 
+def scan_folder(path: str | Path) -> list[tuple[str, bool]]:
+    """The names in a folder, in no particular order, and whether each is a folder, links followed. Does not look at each file.
+
+    A link that leads nowhere is no folder. Raises UsageError if the folder cannot be read.
+    """
+    found = []
+    with reading(path), os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found.append((entry.name, entry.is_dir()))
+            except OSError:
+                if not entry.is_symlink():  # a link may lead to itself
+                    raise
+                found.append((entry.name, False))
+    return found
+
+
+def is_broken_link(path: str | Path) -> bool:
+    """Whether a link is at `path` that leads nowhere."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 @contextmanager
 def reading(source: object) -> Iterator[None]:
     """Raises UsageError, with `source`, if something cannot be read inside the `with` block."""
