@@ -106,17 +106,25 @@ _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 """Where a shell puts the pipe of `command <(…)`; somebody writes to it. Other pipes may never be written to."""
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. Raises UsageError if it cannot be read, or is a pipe or device that a shell did not open."""
+def read_bytes(path: str | Path, what: str = "") -> bytes:
+    """The content of a file. `what`: how messages call it, before its path.
+
+    Raises UsageError if it cannot be read, or is a pipe or device that a shell did not open.
+    """
+    source = f"{what} {shorten(str(path))}".strip()
     if find_kind(path) == "special" and not str(path).startswith(_STREAMS):
-        raise UsageError(f"{shorten(str(path))} cannot be read: it is no regular file")
-    with reading(path):
+        raise UsageError(f"{source} cannot be read: it is no regular file")
+    with reading(source):
         return Path(path).read_bytes()
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises UsageError if it cannot be read or is not UTF-8."""
+def read_text(path: str | Path, what: str = "") -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. `what`: as for `read_bytes`.
+
+    Raises UsageError if it cannot be read or is not UTF-8.
+    """
     try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{shorten(str(path))} cannot be read: it is not UTF-8 text") from None
+        return read_bytes(path, what).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        source = f"{what} {shorten(str(path))}".strip()
+        raise UsageError(f"{source} cannot be read: it is not UTF-8 text (byte {error.start:,})") from None

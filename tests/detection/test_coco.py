@@ -178,7 +178,7 @@ def test_images_may_lie_in_folders_of_the_folder(tmp_path):
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "is not JSON"),
+    "no JSON": ("{", "is not valid JSON"),
     "a list": ([], "is not in COCO's format: it lacks the list 'images'"),
     "no annotations": ({"images": [image_entry(1)], "categories": CATEGORIES}, "it lacks the list 'annotations'"),
     "no images": ({"images": [], "annotations": [], "categories": CATEGORIES}, "lists no images"),

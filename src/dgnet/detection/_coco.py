@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from dgnet.data import Ledger, compose, decode, escape, is_hidden, is_image_name, map_labels, read_image
-from dgnet.documents import parse_json
+from dgnet.documents import read_json
 from dgnet.errors import UsageError, reason
 from dgnet.paths import find_kind, is_folder
 
@@ -185,15 +185,7 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
 
 
 def _read_document(path: Path) -> dict[str, list[Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
-    try:
-        document: dict[str, list[Any]] = parse_json(text, f"annotations {path}")
-    except UsageError as error:
-        message = str(error).replace("is not valid JSON", "is not JSON")
-        raise UsageError(f"{message}; expected annotations in COCO's format") from None
+    document: dict[str, list[Any]] = read_json(path, "annotations")
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UsageError(
