@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -53,7 +52,8 @@ class Fuzzer:
                 places = self.bases.fill(box, given.run)
                 if given.edits and not [change for change in given.edits if apply(box, change)]:
                     return None
-                return self.worker.run([fill_in(word, places) for word in given.words], box, limit)
+                found = self.worker.run([fill_in(word, places) for word in given.words], box, limit)
+                return replace(found, files=_read_results(box))
             finally:
                 os.rename(box, name)
 
@@ -65,7 +65,7 @@ class Fuzzer:
         if found is None:
             return []
         reference = None
-        if (given.edits and (given.is_neutral or given.kind in ("run", "checkpoint")) and not found.status) or given.is_neutral:
+        if given.is_neutral or (given.edits and given.kind in ("run", "checkpoint") and not found.status):
             reference = self._reference(given)
         return judge(given, found, reference)
 
@@ -90,6 +90,17 @@ class Fuzzer:
         return given
 
 
+def _read_results(box: Path) -> dict[str, str]:
+    """The metrics and the options of the run in a box."""
+    texts = {}
+    for name in ("made", "run"):
+        for file in ("metrics.csv", "config.yaml"):
+            path = box / name / file
+            if path.is_file():
+                texts[f"{name}/{file}"] = path.read_bytes().decode("utf-8", "replace")
+    return texts
+
+
 def _smaller(given: Input) -> Iterator[Input]:
     for place in range(len(given.edits)) if len(given.edits) > 1 else ():
         yield replace(given, edits=given.edits[:place] + given.edits[place + 1 :])
@@ -99,35 +110,43 @@ def _smaller(given: Input) -> Iterator[Input]:
                 yield replace(given, words=given.words[:place] + given.words[place + count :])
 
 
-def generate(kind: str, count: int, start: int) -> list[Input]:
-    """`count` inputs of a kind; the same ones for the same `start`."""
-    found: list[Input] = []
+def generate(kind: str, count: int, start: int) -> Iterator[Input]:
+    """`count` different inputs of a kind; the same ones for the same `start`."""
+    seen: set[str] = set()
+    last: list[Input] = []
 
-    @seed(f"{kind} {start}")
-    @settings(
-        max_examples=count, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=2, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(KINDS[kind])
-    def collect(value: Input) -> None:
-        found.append(value)
+    def draw(value: Input) -> None:
+        last.append(value)
 
-    collect()
-    return found
+    number = 0
+    while len(seen) < count:
+        # One search for each input, as a long search repeats its parts. Its first input is the simplest there is.
+        seed(f"{kind} {start} {number}")(draw)()
+        number += 1
+        if (text := json.dumps(asdict(last[-1]))) not in seen:
+            seen.add(text)
+            yield last[-1]
 
 
-def read_found() -> dict[str, Input]:
-    """The kept inputs, by file name."""
-    files = sorted(FOUND.glob("*.json"))
-    return {path.stem: Input(**json.loads(path.read_text())) for path in files}
+def read_kept() -> dict[str, list[Input]]:
+    """The kept inputs of each file in found/, a JSON list with one input on each line."""
+    return {path.stem: [Input(**row) for row in json.loads(path.read_text())] for path in sorted(FOUND.glob("*.json"))}
+
+
+def write_kept(path: Path, inputs: list[Input]) -> None:
+    """Write a file of kept inputs; fields with their default are left out."""
+    plain = Input("", [])
+    rows = [{k: v for k, v in asdict(row).items() if v != getattr(plain, k)} for row in inputs]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def keep(folder: Path, given: Input, fault: Fault) -> Path:
-    """Write an input to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = next(number for number in range(10**6) if not (folder / f"{given.kind}-{number:03}.json").exists())
-    path = folder / f"{given.kind}-{number:03}.json"
-    document: dict[str, Any] = {**asdict(given), "what": f"{fault.name}; {fault.detail}"[:400]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    """Write an input to a new file in a folder."""
+    path = next(path for n in range(10**6) if not (path := folder / f"{given.kind}-{n:03}.json").exists())
+    write_kept(path, [replace(given, what=f"{fault.name}; {fault.detail}"[:300])])
     return path
 
 
@@ -136,26 +155,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run random inputs through dgnet; keep those that it answers badly.")
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--file", type=Path, help="instead of random inputs: those in a kept file")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--keep", type=Path, default=FOUND / "new", help="folder for inputs that are answered badly")
     args = parser.parse_args()
     start = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    print(f"seed {start}; repeat with: --seed {start}", flush=True)
+    if args.file is None:
+        print(f"seed {start}; repeat with: --seed {start}", flush=True)
+        values = (value for kind in args.kinds for value in generate(kind, args.inputs // len(args.kinds), start))
+    else:
+        values = (Input(**row) for row in json.loads(args.file.read_text()))
     fuzzer = Fuzzer()
     seen: Counter[str] = Counter()
     count = 0
     begin = time.monotonic()
     try:
-        for kind in args.kinds:
-            for value in generate(kind, args.inputs // len(args.kinds), start):
-                count += 1
-                for fault in fuzzer.find_faults(value):
-                    seen[fault.name] += 1
-                    if seen[fault.name] == 1:
-                        small = fuzzer.reduce(value, fault)
-                        print(f"\n{fault.name}\n  {keep(args.keep, small, fault)}\n  {fault.detail[:300]}", flush=True)
-                if sys.stderr.isatty() or count % 50 == 0:
-                    print(f"{count} inputs, {len(seen)} kinds of faults, {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        for value in values:
+            count += 1
+            for fault in fuzzer.find_faults(value):
+                seen[fault.name] += 1
+                if seen[fault.name] == 1:
+                    where = args.file or keep(args.keep, fuzzer.reduce(value, fault), fault)
+                    print(f"\n{fault.name}\n  {where}\n  {fault.detail[:300]}", flush=True)
+            if sys.stderr.isatty() or count % 50 == 0:
+                print(f"{count} inputs, {len(seen)} kinds of faults, {time.monotonic() - begin:.0f} s", file=sys.stderr)
     finally:
         fuzzer.close()
     print(f"{count} inputs, {len(seen)} kinds of faults, seed {start}")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Outcome:
     seconds: float
     stdout: str
     stderr: str
+    files: dict[str, str] = field(default_factory=dict)  # the metrics and options of a run that it wrote
 
 
 class Worker:
