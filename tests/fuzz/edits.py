@@ -177,7 +177,10 @@ def drop_yaml(path: Path, key: str) -> None:
 
 @edit(neutral=True)
 def reorder_yaml(path: Path) -> None:
-    path.write_text("".join(reversed(_blocks(path.read_text()).values())))
+    blocks = _blocks(path.read_text())
+    if "".join(blocks.values()) != path.read_text():
+        raise ValueError  # it is in another form
+    path.write_text("".join(reversed(blocks.values())))
 
 
 @edit(neutral=True)
@@ -303,9 +306,15 @@ def drop_item(path: Path, keys: list[Any]) -> None:
 
 
 @edit(neutral=True)
-def save_again(path: Path, is_zip: bool) -> None:
-    """The same content in the current or in the old format of torch."""
-    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=is_zip)
+def save_again(path: Path) -> None:
+    """The same content, loaded and saved."""
+    torch.save(torch.load(path, weights_only=True), path)
+
+
+@edit()
+def save_old(path: Path) -> None:
+    """The same content in the format of torch up to 1.5."""
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
 
 
 @edit()

@@ -440,7 +440,7 @@ def checkpoints(draw: Callable[[Any], Any]) -> Input:
             st.tuples(st.just("set_item"), st.sampled_from(IN_CKPT), st.sampled_from(LITERALS)),
             st.tuples(st.just("set_item"), st.sampled_from(IN_CKPT), st.sampled_from(LITERALS)),
             st.tuples(st.just("drop_item"), st.sampled_from(IN_CKPT)),
-            st.tuples(st.just("save_again"), st.booleans()),
+            st.sampled_from([("save_again",), ("save_old",)]),
             BYTES,
         )
         edits = [_at(file, draw(changes))]

@@ -161,9 +161,11 @@ def may_change(given: Input, change: list[Any]) -> bool:
 def _is_plausible(keys: list[Any], text: str) -> bool:
     """Whether a value of a description might be what somebody trained with."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.replace("'", '"'))
     except ValueError:
         return False
+    if keys == ["class_names"] or keys == ["dgnet", "class_names"]:
+        return isinstance(value, list) and len(value) == len(set(map(str, value))) and all(isinstance(v, str) for v in value)
     if keys[-1] == "interpolation":
         return value in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
     numbers = value if isinstance(value, list) else [value]
