@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dgnet.errors import UsageError, reason
+from dgnet.paths import find_kind, read_text
 
 
 @contextmanager
@@ -94,12 +96,25 @@ def without_nan(document: Any) -> Any:
     return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if there is no file."""
-    if not path.exists():
+def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no file. `needed`: the columns that it must have.
+
+    Raises UsageError for a file that is not such a table.
+    """
+    if find_kind(path) is None:
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        rows, columns = list(table), table.fieldnames or ()
+    except csv.Error as error:
+        raise UsageError(f"{path} is no table of comma-separated values: {reason(error)}") from None
+    for name in needed:
+        if name not in columns:
+            raise UsageError(f"{path} lacks the column {name}")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UsageError(f"{path}: row {number} has another number of cells than the header")
+    return rows
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dgnet.data import EVALUATION, TRAIN, Preprocessing, open_dataset, open_train_and_evaluation
 from dgnet.errors import UsageError
+from dgnet.typed import read_fields
 from tests.helpers.data import SHARED_DATA, jpeg, write_folder, write_shard
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -176,7 +177,7 @@ def test_flips_follow_their_probability():
 
 
 def test_preprocessing_survives_as_plain_values():
-    assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
+    assert read_fields(Preprocessing, PREPROCESSING.to_dict(), "stored") == PREPROCESSING
 
 
 @pytest.mark.parametrize(

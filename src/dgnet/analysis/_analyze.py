@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dgnet._cost import cost_model
@@ -20,10 +20,12 @@ from dgnet.analysis._observations import Observation, judge
 from dgnet.analysis._plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
 from dgnet.analysis._statistics import ImageResult, Statistics
 from dgnet.data import EvaluationLoader, ImageDataset
-from dgnet.errors import UsageError, check_range, reason
+from dgnet.documents import read_yaml
+from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import find_image_size, flatten_edges, run_pass
-from dgnet.files import make_writable, read_table, replace_file, without_nan, write_table, writing
+from dgnet.files import make_writable, replace_file, without_nan, write_table, writing
 from dgnet.graph import find_stages, require_stages
+from dgnet.training import read_history
 
 SAMPLED = 2000
 """Most images in the embedding."""
@@ -332,14 +334,10 @@ def save_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
 
 def read_curve(run: Path, name: str) -> Curve:
     """Read a run's metrics.csv. Raises UsageError if it is missing or not such a table."""
-    path = run / "metrics.csv"
-    try:
-        rows = read_table(path)
-        epochs = [int(row["epoch"]) + 1 for row in rows]
-        losses = [float(row["train_loss"]) for row in rows]
-        evaluated = [(int(row["epoch"]) + 1, float(row["val_top1"])) for row in rows if row.get("val_top1")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a table of a run's metrics ({reason(error)}); --curves takes run folders") from None
+    rows = read_history(run)
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+    losses = [row.get("train_loss", math.nan) for row in rows]
+    evaluated = [(int(row["epoch"]) + 1, row["val_top1"]) for row in rows if "val_top1" in row]
     if not rows:
         raise UsageError(
             f"{run} is not a run folder, or its metrics.csv holds no epoch; --curves takes run folders of dgnet train"
@@ -353,10 +351,10 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
     configs, kwargs = [], []
     for run in runs:
         try:
-            config = dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            config = dict(read_yaml(run / "config.yaml"))
+            kwargs.append(dict(config.pop("model_kwargs", None) or {}))
+        except (UsageError, ValueError, TypeError):
             return folders
-        kwargs.append(config.pop("model_kwargs", None) or {})
         configs.append({name: value for name, value in config.items() if name not in _NO_CHOICE})
     both = [{**config, **more} for config, more in zip(configs, kwargs, strict=True)]
     for options in (configs, both):  # first without the model's options, which often follow from the others

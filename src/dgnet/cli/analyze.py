@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jsonargparse import Namespace
 
 from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
 from dgnet.errors import UsageError, check_range
+from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 
@@ -88,7 +88,7 @@ def _find_folder(args: Namespace) -> Path:
         return Path(args.output)
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
-    return (Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+    return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
 
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from dgnet.cli.command import (
 )
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import make_writable
+from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 
@@ -219,7 +219,7 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis import OFFSETS, format_sweep, save_sweep, sweep_thresholds
 
-    folder = Path(args.output or (args.checkpoint if os.path.isdir(args.checkpoint) else path.parent))
+    folder = Path(args.output or (args.checkpoint if is_folder(args.checkpoint) else path.parent))
     make_writable(folder)
     offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
     points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)

@@ -93,8 +93,8 @@ def run_evaluate(args: Namespace) -> None:
         title = f"{args.checkpoint} on {args.data}"
     else:
         checkpoint = load_detector(args.checkpoint)
-        data = args.data or checkpoint.config["val_data"]
-        images = args.images or checkpoint.config["val_images"] or checkpoint.config["images"]
+        data = args.data or checkpoint.data.val_data
+        images = args.images or checkpoint.data.evaluation_images
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
         if args.mode == "sparse":

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dgnet.checkpoint import Checkpoint
+from dgnet.checkpoint import Checkpoint, RunData
 from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset
 
 
 def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
     """A description of the images that a checkpoint is evaluated on; see `open_evaluation_data`."""
-    config = checkpoint.config
-    if source is None and config.get("holdout"):
-        return f"{config['holdout']} held-out images of {config['data']}"
-    return str(source or config.get("val_data") or config["data"])
+    if source is not None:
+        return source
+    run = checkpoint.data
+    return f"{run.holdout} held-out images of {run.data}" if run.holdout else run.val_data or run.data
 
 
 def open_evaluation_data(
@@ -27,15 +27,15 @@ def open_evaluation_data(
 
     Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
-    config = checkpoint.config
-    root = data_root or config.get("data_root", "data")
-    if source is None and config.get("holdout"):
-        whole = open_dataset(config["data"], TRAIN, checkpoint.class_names, root)
-        dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
+    run = checkpoint.data if checkpoint.config or source is None else RunData(source)
+    root = data_root or run.data_root
+    if source is None and run.holdout:
+        whole = open_dataset(run.data, TRAIN, checkpoint.class_names, root)
+        dataset: ImageDataset = hold_out(whole, run.holdout)[1]
     else:
-        source = source or config.get("val_data") or config["data"]
+        source = source or run.val_data or run.data
         dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels)
-    if config.get("on_bad_image") == "skip":
+    if run.on_bad_image == "skip":
         dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +37,27 @@ class Interrupted(Exception):  # noqa: N818, it is not an error
         self.signum, self.folder = signum, folder
 
 
+FINGERPRINT = "fingerprint"
+"""The key of a checkpoint's fingerprint. Checkpoints of dgnet 0.1 have none."""
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """A digest of everything in a run's checkpoint but the values of its tensors.
+
+    A run that continues from other counts, rates or figures would silently give another result.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return [str(value.dtype), list(value.shape)]
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    values = plain({key: value for key, value in content.items() if key != FINGERPRINT})
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file beside the target, syncs it, and renames it: there is always a whole old or new checkpoint.
 
@@ -46,7 +70,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(path) as written, _Target(written) as file:
                 try:
-                    torch.save(checkpoint, file)
+                    torch.save({**checkpoint, FINGERPRINT: fingerprint(checkpoint)}, file)
                 except RuntimeError:  # torch's writer does not give the reason
                     if file.failure is not None:
                         raise file.failure from None
@@ -101,6 +125,7 @@ class Checkpointing(CheckpointCallback):
         self.is_postponed = False  # whether to write a checkpoint after the next step
         self.signum = 0
         self._group: Any = None
+        self.has_started = False  # whether the state of a resumed run has been restored
 
     @property
     def path(self) -> Path:
@@ -108,6 +133,7 @@ class Checkpointing(CheckpointCallback):
         return self.folder / LAST
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.has_started = True
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))  # the first process chose it
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: it does not wait for a GPU

@@ -6,34 +6,36 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch
-import yaml
 
+from dgnet.documents import read_yaml
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import read_table
 from dgnet.options import flag
+from dgnet.paths import is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
 from dgnet.training._folder import (
+    Progress,
     best_metric,
     check_empty,
     clear_folder,
-    last_metrics,
     lock_folder,
     make_folder,
     read_progress,
     write_config,
     write_weights,
 )
+from dgnet.training._history import read_history
 from dgnet.training._module import RunModule
 from dgnet.training._processes import end_other_processes, is_main_process
-from dgnet.training._progress import Progress
+from dgnet.training._progress import Progress as ProgressBar
 from dgnet.training._trainer import build_trainer, quiet_lightning
+from dgnet.typed import read_fields
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -80,17 +82,20 @@ class Run:
             torch.set_num_threads(config.threads)
             os.environ["OMP_NUM_THREADS"] = str(config.threads)  # otherwise Lightning's launcher chooses a number
         self.is_main = is_main_process(config.nodes)
-        self.progress = Progress()
+        self.progress = ProgressBar()
         self.resume = resume
         self.folder = folder
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
         self.class_names: list[str] | None = None  # of the resumed run
-        if resume and self.last.exists():
-            self.step, self.class_names = read_progress(self.last)
+        if resume and is_file(self.last):
+            progress = read_progress(self.last)
+            check_unchanged(config, progress, self.folder / "config.yaml")
+            self.step, self.class_names = progress.step, progress.class_names
         if resume and self.is_main:
             for part in self.folder.rglob(".*.part"):  # left over if the run was killed while it wrote a file
-                part.unlink()
+                if is_file(part):
+                    part.unlink()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
     def say(self, line: str) -> None:
@@ -130,6 +135,11 @@ class Run:
         except Interrupted:
             raise
         except BaseException as error:
+            is_restoring = self.step is not None and not checkpointing.has_started
+            if is_restoring and isinstance(error, _MISFIT) and not isinstance(error, UsageError):
+                raise UsageError(
+                    f"{self.last} is damaged: its state does not fit the run ({reason(error)}); replace it with another"
+                ) from error
             self._end(error, trainer, checkpointing)
         if not self.is_main:
             return RunResult(folder, {})
@@ -137,7 +147,7 @@ class Run:
         if pace.images:
             self.say(f"trained at {pace}; best {module.best_title} {best_metric(folder, module.best):.2f} %")
         write_weights(folder)
-        return RunResult(folder, last_metrics(folder))
+        return RunResult(folder, read_history(folder)[-1])
 
     def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing) -> NoReturn:
         """End the other processes, clear a folder that has no result, and raise the exception that ends the command."""
@@ -155,6 +165,10 @@ class Run:
         raise error
 
 
+# What torch and Lightning raise when they restore a state that does not fit.
+_MISFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])}, … ({len(names)})"
 
@@ -167,31 +181,47 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     Raises UsageError for a folder that holds no run, and for a change of any other option.
     """
     path = folder / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        unknown = sorted(set(values) - {f.name for f in fields(kind)})
-        if unknown:
-            raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
-        config = kind(**values)
-    except FileNotFoundError:
-        raise UsageError(f"--resume {folder} is not a run folder: it holds no config.yaml") from None
-    except UsageError:
-        raise
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    if not is_file(path):
+        raise UsageError(f"--resume {folder} is not a run folder: it holds no config.yaml")
+    values = read_yaml(path)
+    unknown = sorted(map(str, set(values) - {f.name for f in fields(kind)})) if isinstance(values, dict) else []
+    if unknown:
+        raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
+    config = read_fields(kind, values, str(path), flag)
     for name in changes:
         if name not in RESUME_OPTIONS:
             own = {f.name for f in fields(kind)}
             allowed = ", ".join(flag(option) for option in RESUME_OPTIONS if option in own)
             raise UsageError(f"--resume uses the options in {path}: leave out {flag(name)}; these may differ: {allowed}")
     config = replace(config, **changes)
-    rows = read_table(folder / "metrics.csv")
+    rows = read_history(folder)
     last = folder / "checkpoints" / LAST
-    is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.schedule()[0] and last.exists()
-    if not is_done or read_progress(last)[0] <= int(rows[-1]["step"]):
+    is_done = bool(rows) and rows[-1]["epoch"] + 1 >= config.schedule()[0] and is_file(last)
+    if not is_done:
         return config, None
-    if is_main_process() and not (folder / "model.safetensors").exists():
+    progress = read_progress(last)
+    check_unchanged(config, progress, path)
+    if progress.step <= rows[-1]["step"]:
+        return config, None
+    if is_main_process() and not is_file(folder / "model.safetensors"):
         with lock_folder(folder):
-            if not (folder / "model.safetensors").exists():
+            if not is_file(folder / "model.safetensors"):
                 write_weights(folder)
-    return config, RunResult(folder, last_metrics(folder))
+    return config, RunResult(folder, rows[-1])
+
+
+def check_unchanged(config: RunConfig, progress: Progress, path: Path) -> None:
+    """Raises UsageError if `config`, from the file `path`, differs from what the checkpoint was trained with.
+
+    The options of RESUME_OPTIONS may differ, and those that the run's version of dgnet did not have.
+    """
+    kind = type(config)
+    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output"}
+    stored = {name: value for name, value in progress.config.items() if name in known}
+    trained = read_fields(kind, {**asdict(config), **stored}, str(path), flag)
+    for name in stored:
+        if getattr(trained, name) != getattr(config, name):
+            raise UsageError(
+                f"{path} was changed: {flag(name)} is {getattr(config, name)!r}, and the run was trained with"
+                f" {getattr(trained, name)!r}; change it back, or start a new run with --config {path} and --output"
+            )

@@ -65,7 +65,7 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
                 callbacks=callbacks,
                 plugins=[WholeCheckpointIO(), *([SyncNorms()] if config.sync_bn else [])],
                 logger=[
-                    MetricsFile(folder / "metrics.csv", step),
+                    MetricsFile(folder, step),
                     # A resumed run writes the events from `step` on again.
                     TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step),
                     *loggers,
