@@ -38,7 +38,7 @@ class UnknownOptionError(UsageError):
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A hint like "; did you mean 'resnet50'?"; empty if no name is similar."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -47,8 +47,10 @@ def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if name not in allowed:
         hint = did_you_mean(str(name), allowed)
-        listing = f" allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
-        raise UsageError(f"unknown {what} {name!r}{hint or ';'}{listing}")
+        listing = f"; allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
+        if not hint and not listing:
+            listing = f"; {len(allowed)} are allowed, such as {', '.join(allowed[:: len(allowed) // 5])}"
+        raise UsageError(f"unknown {what} {name!r}{hint}{listing}")
 
 
 def lookup(what: str, name: str, table: Mapping[str, T]) -> T:

@@ -29,7 +29,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--images",
-        type=str,
+        type=Location,
         nargs="+",
         default=[],
         metavar="IMAGE",

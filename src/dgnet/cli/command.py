@@ -16,7 +16,6 @@ from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.files import without_nan
 from dgnet.options import flag, hints_of
-from dgnet.paths import expand
 from dgnet.typed import Location, describe, read_value, read_word
 
 if TYPE_CHECKING:
@@ -35,12 +34,15 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}  # what a recipe may hold: destination -> type
+        self.hints: dict[str, Any] = {}  # option as typed -> type
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
         """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
         if type is None:
             return super().add_argument(*names, **settings)
         what = names[0] if names[0].startswith("-") else settings.get("metavar", names[0])
+        if names[0].startswith("-"):
+            self.hints[names[0]] = type
         return super().add_argument(*names, type=_Reader(type, what, settings.get("default")), **settings)
 
     def parse(self, words: Sequence[str], defaults: bool = True) -> Namespace:
@@ -91,7 +93,7 @@ class Parser(ArgumentParser):
         return rest, recipes, entries
 
     def _read_recipe(self, path: str) -> dict[str, Any]:
-        values = read_yaml(expand(path), "--config")
+        values = read_yaml(read_value(Location, path, "--config"), "--config")
         if values is not None and not isinstance(values, dict):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
