@@ -11,8 +11,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 
 LAYERS = (
-    ("errors", "compat", "memory", "_lazy", "_registration"),
-    ("files", "paths", "documents", "typed", "options"),
+    ("errors", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
+    ("_guard",),
+    ("files", "paths", "documents", "typed", "options", "devices"),
     ("graph",),
     ("models",),
     ("_cost", "data"),

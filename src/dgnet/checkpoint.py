@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +26,15 @@ from dgnet.documents import parse_json
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
-from dgnet.models import Connectivity, TimmNetwork, classifier_prefixes, create_model, is_static, load_static_weights
+from dgnet.models import (
+    Connectivity,
+    TimmNetwork,
+    classifier_prefixes,
+    create_model,
+    is_static,
+    load_static_weights,
+    unwrap_names,
+)
 from dgnet.paths import expand, find_kind, is_file
 from dgnet.typed import Label, Location, read_entry, read_fields
 
@@ -151,6 +162,7 @@ class RunData:
     data_root: Location = "data"
     holdout: int = 0
     on_bad_image: str = "error"
+    max_pixels: float | None = None
 
     def __post_init__(self) -> None:
         check_range("holdout", self.holdout, 0)
@@ -206,7 +218,8 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str
         try:
             save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
         except SafetensorError as error:
-            raise OSError(reason(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason(error))) from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -261,20 +274,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The state dict in a checkpoint of dgnet, timm or torchvision, and the description that dgnet's checkpoints have."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        if _has_pickled_code(path):
-            raise UsageError(
-                f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
-                " save the state dict, or use safetensors"
-            ) from None
-        raise _truncated(path) from None
-    except Exception:  # torch may raise anything for such bytes
-        raise _truncated(path) from None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options that timm's training stores
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if _has_pickled_code(path):
+                raise UsageError(
+                    f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
+                    " save the state dict, or use safetensors"
+                ) from None
+            raise _truncated(path) from None
+        except Exception:  # torch may raise anything for such bytes
+            raise _truncated(path) from None
     content = content if isinstance(content, dict) else {}
     carried = content.get("dgnet")
-    state = content.get("state_dict", content.get("model", content))
+    state = next((content[key] for key in _STATES if isinstance(content.get(key), dict)), content)
     if carried is not None and isinstance(state, dict):
         prefix = "network."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if str(name).startswith(prefix)}
@@ -282,10 +296,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
     if not all(isinstance(name, str) for name in state):
         raise UsageError(f"{path} holds no state dict: the names of its tensors must be text")
+    state = state if carried is not None else unwrap_names(state)
     with damaged(path):
         if carried is not None and not isinstance(carried, dict):
             raise UsageError(f"{DESCRIPTION} is no dict")
     return dict(state), carried
+
+
+_STATES = ("state_dict_ema", "state_dict", "model")
+"""Where checkpoints keep a state dict. timm's training stores averaged weights too, which timm prefers when it loads them."""
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -296,7 +315,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     except (SafetensorError, OSError, ValueError, TypeError, OverflowError):
         raise _truncated(path) from None
     if not carried:
-        return tensors, None
+        return dict(unwrap_names(tensors)), None
     with damaged(path):
         description = parse_json(carried, DESCRIPTION)
         if not isinstance(description, dict):
@@ -353,14 +372,16 @@ def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
 
     If there is a difference, some of the tensors may have been loaded.
     """
+    try:
+        state_dict = unwrap_names(state_dict)
+    except UsageError as error:
+        return str(error)
     for name, stage in network.named_modules():
         mask = state_dict.get(f"{name}.mask") if isinstance(stage, DynamicGraph) else None
         if mask is not None and not torch.equal(mask.cpu(), stage.topology.mask):
             return f"{name} has other edges"
     own = network.state_dict()
     for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            return f"{name} is no tensor"
         if name in own and own[name].shape != tensor.shape:
             return f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
     try:

@@ -18,7 +18,9 @@ def describe_hardware(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     flags = ""
     if cpuinfo.exists():
-        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1) for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if ":" in line
+        )
         lines = {key.strip(): value.strip() for key, value in lines.items()}
         name = lines.get("model name", name)
         wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
