@@ -74,6 +74,7 @@ class Bases:
         """Copy the files that an input may change to the folder `box`. Returns the path for each name in `@…@`."""
         shutil.copytree(self.root / run, box / "run", ignore=shutil.ignore_patterns("tensorboard"))
         shutil.copytree(self.root / "coco", box / "coco", ignore=shutil.ignore_patterns("images"))
+        shutil.copytree(self.root / "data", box / "own")
         (box / "shards").mkdir()
         (box / "shards" / "classes.txt").write_text("\n".join(CLASSES) + "\n")
         with tarfile.open(box / "shards" / "val.tar", "w") as tar:
@@ -88,6 +89,7 @@ class Bases:
         return {
             "box": box,
             "data": self.root / "data",
+            "own": box / "own",  # a copy of it
             "image": self.root / "data" / "val" / "ant" / "0.png",
             "images": self.root / "coco" / "images",
             "run": box / "run",

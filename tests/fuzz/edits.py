@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,41 @@ def make_link(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
+@edit()
+def write_bytes(path: Path, text: str) -> None:
+    """Replace the content by bytes in hexadecimal digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes.fromhex(text))
+
+
+@edit()
+def rename(path: Path, name: str) -> None:
+    """Another name, with a surrogate for a byte that is no UTF-8."""
+    os.rename(path, os.fsencode(path.parent) + b"/" + name.encode("utf-8", "surrogateescape"))
+
+
+@edit()
+def copy_to(path: Path, name: str) -> None:
+    """A copy beside the file or folder."""
+    if path.is_dir():
+        shutil.copytree(path, path.parent / name)
+    else:
+        shutil.copy(path, os.fsencode(path.parent) + b"/" + name.encode("utf-8", "surrogateescape"))
+
+
+@edit()
+def claim_pixels(path: Path, width: int, height: int) -> None:
+    """Claim another size in the header of a PNG file."""
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 @edit(neutral=True)
 def through_link(path: Path) -> None:
     """The same file through a link."""
-    moved = path.with_name(f"moved-{path.name}")
+    moved = path.with_name(f".moved-{path.name}")  # a hidden name is read by nobody
     path.rename(moved)
     path.symlink_to(moved.name)
 

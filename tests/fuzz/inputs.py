@@ -6,85 +6,33 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import hypothesis.strategies as st
+from hypothesis.strategies import (
+    SearchStrategy,
+    booleans,
+    composite,
+    floats,
+    integers,
+    just,
+    lists,
+    one_of,
+    sampled_from,
+    text,
+    tuples,
+)
 
 from dgnet.cli import COMMANDS
 from dgnet.cli.command import Command, Group
 from dgnet.compat.argparse import option_strings
+from tests.fuzz import values
 from tests.fuzz.bases import QUICK
 from tests.fuzz.judge import Input
 
-TEXTS = [
-    *("", " ", "0", "-1", "1", "2", "1.0", "0.5", "-0.5", "1e3", "5e-4", "1e400", "nan", "inf", "-inf", ".nan", "-.inf"),
-    *("0x10", "010", "1_0", "1,5", "1e-400", "9" * 25, "-" + "9" * 400, "9223372036854775808", "true", "True", "no", "null"),
-    *("None", "~", "[]", "[1", "[null]", "[1, 2]", "[nan]", "[[1]]", "{}", "{a: 1}", "{1: 2}", "{a: {b: [c]}}", "a: b", "- a"),
-    *(
-        "[" * 3000,
-        "{a: " * 500,
-        "&a [*a]",
-        "&a [x, x]",
-        "*a",
-        "!!python/object:os.system {}",
-        "!!binary aGk=",
-        "!x y",
-        "'",
-        '"',
-    ),
-    *("é", "e\u0301", "💥", "\u202e", "\ud800", "a\x00b", "a\nb", "a\tb", "\x1b[31m", "a" * 300, "a" * 70000, "%s %d", "{0}"),
-    *("auto", "cpu", "cuda", "mps", "meta", "all", "none", "2001-01-01", "1:30", "1 step", "0 steps", "1e9 minutes"),
-]
-PATHS = [
-    *("@run@", "@data@", "@image@", "@safetensors@", "@last@", "@ann@", "@res@", "@tar@", "@recipe@", "@images@", "@box@"),
-    *(
-        "@run@/config.yaml",
-        "@run@/nothing",
-        "@image@/x",
-        "@data@/train",
-        "~",
-        "~/x",
-        "~nobody/x",
-        ".",
-        "..",
-        "",
-        "-",
-        "a" * 300,
-    ),
-    *(
-        "/dev/null",
-        "/dev/full",
-        "/proc/self/mem",
-        "/nowhere/x",
-        "x\x00y",
-        "\udcff.png",
-        "é.yaml",
-        "a/" * 2100,
-        "@run@/",
-        "@run@//..",
-    ),
-    *(
-        "{0..2}.tar",
-        "{0..99999999999}.tar",
-        "{a..",
-        "{}.tar",
-        "x.tar.gz",
-        "pipe:false",
-        "pipe:",
-        "http://127.0.0.1:9/x.tar",
-        "://",
-    ),
-    *("torch/cifar10", "torch/x", "torch/", "hfds/", "tfds/mnist", "wds/@tar@", "digits", "DIGITS", "digits/"),
-]
-WORDS = st.one_of(
-    st.sampled_from(TEXTS), st.sampled_from(PATHS), st.text(max_size=8), st.integers().map(str), st.floats().map(str)
-)
+Draw = Callable[[SearchStrategy[Any]], Any]
 
-SMALL = {"--workers", "--devices", "--nodes", "--threads"}
-"""Options that start as many processes as they say: large numbers of them are left out."""
-SLOW = {"--compile", "--speed"}
-"""Options that take minutes."""
-
+WORDS = one_of(sampled_from(values.TEXTS), sampled_from(values.PATHS), text(max_size=8), integers().map(str), floats().map(str))
+TRAIN = ["train", *QUICK, "--epochs", "1", "--output", "@box@/made"]
 STARTS = {
-    "train": ["--data", "@data@", *QUICK, "--epochs", "1", "--output", "@box@/made"],
+    "train": [*TRAIN[1:], "--data", "@data@"],
     "evaluate": ["@run@"],
     "predict": ["@run@", "@image@"],
     "analyze": ["--curves", "@run@", "--output", "@box@/made"],
@@ -97,6 +45,12 @@ STARTS = {
     "detect predict": ["@run@", "@image@"],
 }
 """Words with which a command runs, quickly. A command that is not listed begins with no words."""
+
+PROCESSES = {"--workers", "--devices", "--nodes", "--threads"}
+"""Options that start as many processes or threads as they say: large numbers of them are left out."""
+
+SLOW = {"--compile", "--speed"}
+"""Options that take minutes."""
 
 
 @cache
@@ -115,131 +69,81 @@ def commands() -> dict[str, tuple[str, ...]]:
     return found
 
 
-@st.composite
-def command_lines(draw: Callable[[Any], Any]) -> Input:
+@composite
+def command_lines(draw: Draw) -> Input:
     """Options of every command with all kinds of values, forms and repetitions."""
-    name = draw(st.sampled_from(sorted(commands())))
+    name = draw(sampled_from(sorted(commands())))
     words = [*name.split(), *STARTS.get(name, [])]
-    for _ in range(draw(st.integers(1, 3))):
-        option = draw(st.sampled_from(commands()[name]))
-        if option in ("-h", "--help") and draw(st.integers(0, 4)):
+    for _ in range(draw(integers(1, 3))):
+        option = draw(sampled_from(commands()[name]))
+        if option in ("-h", "--help") and draw(integers(0, 4)):
             continue
-        value = draw(WORDS)
-        if option in SMALL and len(value.strip()) > 1 and value.strip().lstrip("+-").isdigit() and len(value) < 12:
-            value = "3"
-        form = draw(
-            st.sampled_from(["apart", "apart", "apart", "joined", "joined", "alone", "short", "dotted", "twice", "front"])
-        )
+        is_special = option in values.SPECIAL and draw(booleans())
+        value = draw(sampled_from(values.SPECIAL[option])) if is_special else draw(WORDS)
+        if option in PROCESSES:
+            value = _few(value.strip())
+        form = draw(sampled_from(["apart", "apart", "apart", "joined", "joined", "alone", "short", "dotted", "twice", "front"]))
         given = {
             "apart": [option, value],
             "joined": [f"{option}={value}"],
             "alone": [option],
             "short": [option[: max(4, len(option) // 2)], value],
-            "dotted": [f"{option}.{draw(st.sampled_from(['x', 'layers', '1', '', 'a.b', 'é']))}", value],
+            "dotted": [f"{option}.{draw(sampled_from(['x', 'layers', '1', '', 'a.b', 'é']))}", value],
             "twice": [option, value, option, draw(WORDS)],
+            "front": [],
         }
+        words += given[form]
         if form == "front":
-            words = [words[0], option, value, *words[1:]]
-        else:
-            words += given[form]
-    if draw(st.integers(0, 9)) == 0:
-        words.insert(draw(st.integers(0, len(words))), draw(WORDS))
+            words[1:1] = [option, value]
+    if draw(integers(0, 9)) == 0:
+        words.insert(draw(integers(0, len(words))), draw(WORDS))
     return Input("command", words)
 
 
-KEYS = (
-    *(
-        "data",
-        "val_data",
-        "data_root",
-        "model",
-        "model_kwargs",
-        "weights",
-        "output",
-        "batch_size",
-        "seed",
-        "hflip",
-        "optimizer",
-    ),
-    *(
-        "accumulate",
-        "lr",
-        "lr_batch_size",
-        "threshold_lr",
-        "momentum",
-        "weight_decay",
-        "norm_decay",
-        "routing_decay",
-        "clip_grad",
-    ),
-    *("ema", "precision", "accelerator", "devices", "sync_bn", "checkpoint_every", "loggers", "workers", "threads", "holdout"),
-    *("epoch_images", "epochs", "evaluate_every", "image_size", "crop_pct", "augment", "warmup_epochs", "label_smoothing"),
-    *("budget", "budget_per", "budget_strength", "budget_warmup", "channels_last", "grad_checkpointing"),
-    *("on_bad_image", "max_bad_images", "cache", "weighting", "topology", "shortcut", "unknown_key", "é", "1", "<<"),
+def _few(value: str) -> str:
+    """A number of processes that a test may start."""
+    is_many = len(value) > 1 and value.lstrip("+-").isdigit() and len(value) < 12
+    return "3" if is_many else value
+
+
+BYTES = one_of(
+    tuples(just("flip"), floats(0, 1), integers(0, 7)),
+    tuples(just("cut"), floats(0, 1)),
+    tuples(just("insert"), floats(0, 1), sampled_from(["\0", "\xff", "\t", "\r", "é", "[" * 2000, "a" * 500])),
 )
-VALUES = st.one_of(
-    st.sampled_from([text for text in TEXTS if "\n" not in text]),
-    st.sampled_from(["[a, b]", '"text"', "'1'", "0o17", "1e5", "[1, [2, [3]]]", "{a: null}", "1.0", "8.0", "8", "99", "0.1"]),
-)
-NEUTRAL_YAML = [["use_crlf"], ["add_mark"], ["reorder_yaml"], ["comment_yaml"], ["flow_yaml"], ["through_link"]]
-BYTES = st.one_of(
-    st.tuples(st.just("flip"), st.floats(0, 1), st.integers(0, 7)),
-    st.tuples(st.just("cut"), st.floats(0, 1)),
-    st.tuples(st.just("insert"), st.floats(0, 1), st.sampled_from(["\0", "\xff", "\t", "\r", "é", "[" * 2000, "a" * 500])),
-)
-PLACES = st.sampled_from([("delete",), ("make_folder",), ("make_pipe",), ("make_link", "nowhere"), ("make_link", "/dev/full")])
+PLACES = sampled_from([("delete",), ("make_folder",), ("make_pipe",), ("make_link", "nowhere"), ("make_link", "/dev/full")])
+NEUTRAL_YAML = sampled_from([["use_crlf"], ["add_mark"], ["reorder_yaml"], ["comment_yaml"], ["flow_yaml"], ["through_link"]])
+YAML_VALUES = one_of(sampled_from([text for text in values.TEXTS if "\n" not in text]), sampled_from(values.YAML_VALUES))
 
 
 def _at(file: str, change: Any) -> list[Any]:
     """The change of a file."""
-    name, *values = change
-    return [name, file, *values]
+    name, *rest = change
+    return [name, file, *rest]
 
 
-@st.composite
-def _yaml_edits(draw: Callable[[Any], Any], file: str) -> list[list[Any]]:
-    pick = draw(st.integers(0, 9))
+@composite
+def _yaml_edits(draw: Draw, file: str) -> list[list[Any]]:
+    pick = draw(integers(0, 9))
     if pick < 6:
-        names = ["set_yaml", "set_yaml", "set_yaml", "repeat_yaml"]
-        return [
-            [draw(st.sampled_from(names)), file, draw(st.sampled_from(KEYS)), _few(draw(VALUES))]
-            for _ in range(draw(st.integers(1, 2)))
-        ]
+        edits = []
+        for _ in range(draw(integers(1, 2))):
+            name, key = draw(sampled_from(["set_yaml", "set_yaml", "set_yaml", "repeat_yaml"])), draw(sampled_from(values.KEYS))
+            value = draw(YAML_VALUES)
+            edits.append([name, file, key, _few(value) if key in ("workers", "devices", "threads", "epochs") else value])
+        return edits
     if pick == 6:
-        return [["drop_yaml", file, draw(st.sampled_from(KEYS))]]
+        return [["drop_yaml", file, draw(sampled_from(values.KEYS))]]
     if pick == 7:
-        return [
-            _at(file, change)
-            for change in draw(st.lists(st.sampled_from(NEUTRAL_YAML), min_size=1, max_size=2, unique_by=lambda x: x[0]))
-        ]
+        changes = draw(lists(NEUTRAL_YAML, min_size=1, max_size=2, unique_by=lambda change: change[0]))
+        return [_at(file, change) for change in changes]
     if pick == 8:
-        whole = [
-            "",
-            "[]",
-            "a",
-            "- a\n- b\n",
-            "\t",
-            "{",
-            "[" * 5000,
-            "---\na: 1\n---\nb: 2\n",
-            "&a {b: *a}",
-            "%YAML 1.2",
-            "null",
-            "1",
-        ]
-        bomb = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
-            f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 10)
-        )
-        return [["write", file, draw(st.sampled_from([*whole, bomb]))]]
-    return [_at(file, draw(st.one_of(BYTES, st.tuples(st.just("recode"), st.sampled_from(["utf-16", "latin-1", "cp1252"])))))]
+        return [["write", file, draw(sampled_from(values.YAML_FILES))]]
+    return [_at(file, draw(one_of(BYTES, tuples(just("recode"), sampled_from(["utf-16", "latin-1", "cp1252"])))))]
 
 
-def _few(value: str) -> str:
-    return value if len(value) < 3 or not value.isdigit() or len(value) > 12 else "3"
-
-
-@st.composite
-def recipes(draw: Callable[[Any], Any]) -> Input:
+@composite
+def recipes(draw: Draw) -> Input:
     """Changes of a recipe."""
     edits = draw(_yaml_edits("recipe.yaml"))
     words = ["train", "--config", "@recipe@"]
@@ -256,401 +160,136 @@ READERS = [
     ["analyze", "--curves", "@run@", "--output", "@box@/made", "--json"],
     ["evaluate", "@safetensors@", "--json"],
 ]
-COLUMNS = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
 
 
-@st.composite
-def run_folders(draw: Callable[[Any], Any]) -> Input:
+@composite
+def run_folders(draw: Draw) -> Input:
     """Changes of the files of a run, and what reads a run."""
-    words = draw(st.sampled_from(READERS))
-    run = "half" if words[0] == "train" and draw(st.booleans()) else "finished"
-    pick = draw(st.integers(0, 9))
-    file = draw(
-        st.sampled_from(["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model.safetensors", "checkpoints/best.ckpt"])
-    )
+    words = draw(sampled_from(READERS))
+    run = "half" if words[0] == "train" and draw(booleans()) else "finished"
+    pick = draw(integers(0, 9))
     if pick < 3:
         edits = draw(_yaml_edits("run/config.yaml"))
     elif pick < 6:
-        text = draw(st.sampled_from(["", "nan", "inf", "-1", "1e400", "x", "99", "0.5", "9" * 300, '"', "é", "a\nb", "\0"]))
-        row, column = draw(st.integers(0, 2)), draw(st.sampled_from(COLUMNS))
-        change = st.sampled_from(
-            [
-                ["set_cell", row, column, text],
-                ["drop_column", column],
-                ["drop_row", row],
-                ["use_crlf"],
-                ["write", "a,b\n1,2\n"],
-                ["write", ""],
-            ]
-        )
-        edits = [_at("run/metrics.csv", draw(st.one_of(change, BYTES)))]
+        row, column = draw(integers(0, 2)), draw(sampled_from(values.COLUMNS))
+        cell = ("set_cell", row, column, draw(sampled_from(values.CELLS)))
+        whole = [("drop_column", column), ("drop_row", row), ("use_crlf",), ("write", "a,b\n1,2\n"), ("write", "")]
+        edits = [_at("run/metrics.csv", draw(one_of(sampled_from([cell, *whole]), BYTES)))]
     elif pick < 8:
-        edits = [_at(f"run/{file}", draw(st.one_of(PLACES, st.just(("through_link",)))))]
+        file = draw(sampled_from(values.RUN_FILES))
+        edits = [_at(f"run/{file}", draw(one_of(PLACES, just(("through_link",)))))]
     else:
-        names = ["bad_images.txt", ".x.part/x", "checkpoints/.last.ckpt.part", "notes.txt", ".DS_Store", "run.lock", ".lock"]
-        edits = [["add_file", f"run/{draw(st.sampled_from(names))}", draw(st.sampled_from(["", "a\tb\n", "a\n", "\udcff\n"]))]]
+        file = draw(sampled_from(values.FURTHER_FILES))
+        edits = [["add_file", f"run/{file}", draw(sampled_from(["", "a\tb\n", "a\n", "\udcff\n"]))]]
     return Input("run", words, edits, run)
 
 
-LITERALS = [
-    *(
-        "null",
-        "0",
-        "-1",
-        "1",
-        "10**9",
-        "10**30",
-        "nan",
-        "inf",
-        "0.5",
-        "true",
-        "''",
-        "'x'",
-        "[]",
-        "[1]",
-        "[1, 2, 3]",
-        "[8, 8, 8]",
-    ),
-    *(
-        "{}",
-        "{'a': 1}",
-        "{1: 2}",
-        "{'num_classes': 5}",
-        "{'pretrained': True}",
-        "{'drop_rate': 'x'}",
-        "[null]",
-        "['a']",
-        "['a'] * 3",
-    ),
-    *(
-        "[0, 0]",
-        "[10**9, 10**9]",
-        "[-8, 8]",
-        "[nan] * 3",
-        "[0.0] * 3",
-        "[0.5] * 3",
-        "[inf, 1, 1]",
-        "torch.zeros(2)",
-        "b'x'",
-        "(1, 2)",
-    ),
-    *(
-        "'resnet18'",
-        "'dg_resnet18'",
-        "'bilinear'",
-        "'x' * 5000",
-        "'\\ud800'",
-        "'a\\0b'",
-        "['ant', 'ant', 'cat']",
-        "['ant'] * 4",
-    ),
-    *(
-        "torch.full((4,), nan)",
-        "torch.zeros(3, 4, dtype=torch.int8)",
-        "torch.zeros(0)",
-        "torch.zeros(2, dtype=torch.complex64)",
-    ),
-]
-DESCRIBED = [
-    [],
-    *([name] for name in ("model", "model_kwargs", "class_names", "preprocessing", "config", "task", "é")),
-    *(["preprocessing", name] for name in ("image_size", "mean", "std", "crop_pct", "interpolation", "x")),
-    *(["model_kwargs", name] for name in ("channels", "num_classes", "threshold_offset", "inference_weight", "x", "drop_rate")),
-    *(["config", name] for name in ("data", "val_data", "data_root", "holdout", "image_size", "lr", "x")),
-    ["class_names", 0],
-]
-IN_CKPT = [
-    *(["dgnet", *keys] for keys in DESCRIBED),
-    *(
-        [name]
-        for name in ("state_dict", "epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "callbacks", "x")
-    ),
-    *(["state_dict", name] for name in ("network.fc.weight", "network.conv1.weight", "network.x", "x")),
-    *(
-        ["optimizer_states", 0],
-        ["optimizer_states", 0, "param_groups"],
-        ["optimizer_states", 0, "state"],
-        ["loops", "fit_loop"],
-    ),
-    *(["optimizer_states", 0, "state", 0], ["lr_schedulers", 0], ["pytorch-lightning_version"], ["hyper_parameters"]),
-    ["loops", "fit_loop", "epoch_progress", "current", "completed"],
-]
-JSONS = [
-    *(
-        "null",
-        "0",
-        "-1",
-        "1",
-        "1e400",
-        "NaN",
-        "Infinity",
-        "0.5",
-        "true",
-        '""',
-        '"x"',
-        "[]",
-        "[1]",
-        "[1, 2, 3]",
-        "{}",
-        '{"a": 1}',
-    ),
-    *(
-        "9" * 30,
-        "9" * 5000,
-        "[" * 100000,
-        "{",
-        '"\\ud800"',
-        '"a\\u0000b"',
-        "[null]",
-        "[0, 0]",
-        "[NaN, 1, 1]",
-        "[8, 8]",
-        "[0.5, 0.5, 0.5]",
-    ),
-    *(
-        "[1, 1, -5, 5]",
-        "[1e30, 0, 5, 5]",
-        "[1, 1, 5]",
-        '["1", "1", "5", "5"]',
-        "[1, 1, 0, 5]",
-        '"1"',
-        "1.5",
-        "1.0",
-        "-0.0",
-        "1e-320",
-        "2",
-    ),
-]
-
-
-@st.composite
-def checkpoints(draw: Callable[[Any], Any]) -> Input:
+@composite
+def checkpoints(draw: Draw) -> Input:
     """Changes of checkpoints, and what reads them."""
-    run = draw(st.sampled_from(["finished", "half"]))
-    last = [
+    if draw(integers(0, 2)) == 0:
+        words = draw(sampled_from([["evaluate", "@safetensors@", "--json"], ["predict", "@safetensors@", "@image@", "--json"]]))
+        changes = one_of(
+            tuples(just("set_description"), sampled_from(values.DESCRIBED), sampled_from(values.JSONS)),
+            tuples(just("set_header"), sampled_from(values.IN_HEADER), sampled_from([*values.JSONS, '"F64"', '"BF16"'])),
+            tuples(just("claim_header"), sampled_from([0, 1, 2**20, 2**40, -1])),
+            BYTES,
+        )
+        return Input("checkpoint", words, [_at("run/model.safetensors", draw(changes))])
+    readers = [
         ["evaluate", "@last@", "--json"],
         ["predict", "@run@", "@image@", "--json"],
         ["train", "--resume", "@run@"],
-        ["train", "--data", "@data@", *QUICK, "--epochs", "1", "--weights", "@last@", "--output", "@box@/made"],
+        [*TRAIN, "--data", "@data@", "--weights", "@last@"],
     ]
-    whole = [["evaluate", "@safetensors@", "--json"], ["predict", "@safetensors@", "@image@", "--json"]]
-    if draw(st.integers(0, 2)):
-        words, file = draw(st.sampled_from(last)), "run/checkpoints/last.ckpt"
-        changes = st.one_of(
-            st.tuples(st.just("set_item"), st.sampled_from(IN_CKPT), st.sampled_from(LITERALS)),
-            st.tuples(st.just("set_item"), st.sampled_from(IN_CKPT), st.sampled_from(LITERALS)),
-            st.tuples(st.just("drop_item"), st.sampled_from(IN_CKPT)),
-            st.sampled_from([("save_again",), ("save_old",)]),
-            BYTES,
-        )
-        edits = [_at(file, draw(changes))]
-        if draw(st.integers(0, 7)) == 0:
-            edits.insert(0, ["keep_weights", file])
-            edits[1:] = [_at(file, draw(BYTES))]
-    else:
-        run = "finished"
-        words, file = draw(st.sampled_from(whole)), "run/model.safetensors"
-        header = [
-            ["fc.weight"],
-            ["fc.weight", "dtype"],
-            ["fc.weight", "shape"],
-            ["fc.weight", "data_offsets"],
-            ["__metadata__"],
-            ["x"],
-        ]
-        changes = st.one_of(
-            st.tuples(st.just("set_description"), st.sampled_from(DESCRIBED[1:]), st.sampled_from(JSONS)),
-            st.tuples(
-                st.just("set_header"),
-                st.sampled_from([*header, ["__metadata__", "dgnet"]]),
-                st.sampled_from([*JSONS, '"F64"', '"BF16"']),
-            ),
-            st.tuples(st.just("claim_header"), st.sampled_from([0, 1, 2**20, 2**40, -1])),
-            BYTES,
-        )
-        edits = [_at(file, draw(changes))]
-    return Input("checkpoint", words, edits, run)
+    file = "run/checkpoints/last.ckpt"
+    item = tuples(just("set_item"), sampled_from(values.IN_CHECKPOINT), sampled_from(values.LITERALS))
+    drop = tuples(just("drop_item"), sampled_from(values.IN_CHECKPOINT))
+    edits = [_at(file, draw(one_of(item, item, drop, sampled_from([("save_again",), ("save_old",)]), BYTES)))]
+    if draw(integers(0, 7)) == 0:
+        edits = [["keep_weights", file], _at(file, draw(BYTES))]
+    return Input("checkpoint", draw(sampled_from(readers)), edits, draw(sampled_from(["finished", "half"])))
 
 
-@st.composite
-def tars(draw: Callable[[Any], Any]) -> Input:
+@composite
+def tars(draw: Draw) -> Input:
     """Changes of shards, and what reads them."""
-    words = draw(
-        st.sampled_from(
-            [
-                ["evaluate", "@run@", "--data", "@tar@", "--json"],
-                ["evaluate", "@run@", "--data", "@tar@", "--json"],
-                ["train", "--data", "@tar@", "--val-data", "@tar@", *QUICK, "--epochs", "1", "--output", "@box@/made"],
-                [
-                    "train",
-                    "--data",
-                    "pipe:cat @tar@",
-                    "--epoch-images",
-                    "8",
-                    "--val-data",
-                    "@tar@",
-                    *QUICK,
-                    "--epochs",
-                    "1",
-                    "--output",
-                    "@box@/made",
-                ],
-            ]
-        )
-    )
-    number = draw(st.integers(0, 17))
-    names = [
-        "",
-        "/",
-        "..",
-        "../../x.png",
-        "a.b.png",
-        "a/b.c/0.png",
-        "a" * 300 + ".png",
-        "é.png",
-        "\udcff.png",
-        "x.PNG",
-        "x.cls",
-        ".png",
-        "._0.png",
-        "a\nb.png",
-        "__x.png",
+    readers = [
+        ["evaluate", "@run@", "--data", "@tar@", "--json"],
+        ["evaluate", "@run@", "--data", "@tar@", "--json"],
+        [*TRAIN, "--data", "@tar@", "--val-data", "@tar@"],
+        [*TRAIN, "--data", "pipe:cat @tar@", "--epoch-images", "8", "--val-data", "@tar@"],
     ]
-    labels = [
-        "",
-        "x",
-        "-1",
-        "3",
-        "99999",
-        "1" + "0" * 100,
-        "1_0",
-        " 1\r\n",
-        "1.0",
-        "0x1",
-        "１",
-        "\ufeff1",
-        "1\n2",
-        "true",
-        "é",
-        "\0",
-    ]
-    paxes = [
-        '{"size": "-5"}',
-        '{"size": "99999999999"}',
-        '{"path": ""}',
-        '{"size": "x"}',
-        '{"mtime": "nan"}',
-        '{"comment": "x"}',
-        '{"hdrcharset": "x"}',
-    ]
-    member = st.one_of(
-        st.tuples(st.just("set_member"), st.just(number), st.just("name"), st.sampled_from(names)),
-        st.tuples(st.just("set_member"), st.just(number | 1), st.just("content"), st.sampled_from(labels)),
-        st.tuples(
-            st.just("set_member"), st.just(number), st.just("content"), st.sampled_from(["", "x", "GIF89a", "\x89PNG\r\n"])
-        ),
-        st.tuples(
-            st.just("set_member"),
-            st.just(number),
-            st.just("type"),
-            st.sampled_from(["1", "2", "3", "5", "6", "7", "x", "g", "L", "S", "Z"]),
-        ),
-        st.tuples(st.just("set_member"), st.just(number), st.just("pax"), st.sampled_from(paxes)),
-        st.tuples(st.just("set_member"), st.just(number), st.just("mtime"), st.sampled_from(["-1", "2**40", "0.5"])),
-        st.tuples(
-            st.just("claim_size"),
-            st.just(number),
-            st.sampled_from(["77777777777", "-1", "x", "\x80\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff", "", " 0"]),
-        ),
-        st.tuples(st.just("double_member"), st.just(number)),
-        st.tuples(st.just("drop_member"), st.just(number)),
-        st.tuples(st.just("sparse_member"), st.just(number & ~1), st.sampled_from([8, 2**33, 2**60])),
-    )
-    neutral = st.sampled_from(
-        [
-            ("labels_last",),
-            ("below_folder", "a.b"),
-            ("below_folder", "./x"),
-            ("use_format", 0),
-            ("use_format", 1),
-            ("through_link",),
-        ]
-    )
-    edits = [_at("shards/val.tar", draw(st.one_of(member, member, member, neutral, BYTES)))]
-    if draw(st.integers(0, 5)) == 0:
-        classes = [
-            "",
-            "ant\n",
-            "ant\nbee\ncat\ncat\n",
-            "ant\nant\ncat\n",
-            "bee\nant\ncat\n",
-            "\ufeffant\nbee\ncat\n",
-            "ant\r\nbee\r\ncat\r\n",
-            "\n\n",
-            "x\n" * 4000,
-        ]
-        edits = [
-            draw(
-                st.sampled_from(
-                    [
-                        ["write", "shards/classes.txt", draw(st.sampled_from(classes))],
-                        ["delete", "shards/classes.txt"],
-                        ["make_folder", "shards/classes.txt"],
-                    ]
-                )
-            )
-        ]
-    return Input("tar", words, edits)
+    number = draw(integers(0, 17))
 
+    def member(field: str, texts: list[str], number: int = number) -> SearchStrategy[Any]:
+        return tuples(just("set_member"), just(number), just(field), sampled_from(texts))
 
-@st.composite
-def coco_files(draw: Callable[[Any], Any]) -> Input:
-    """Changes of annotations and results in COCO's format, and what reads them."""
-    words = draw(
-        st.sampled_from(
-            [
-                ["detect", "evaluate", "@res@", "--data", "@ann@", "--json"],
-                ["detect", "evaluate", "@res@", "--data", "@ann@"],
-                ["detect", "train", *STARTS["detect train"], "--output", "@box@/made"],
-            ]
-        )
-    )
-    if words[1] == "evaluate" and draw(st.booleans()):
-        file, keys = (
-            "coco/res.json",
-            [[3], *([3, name] for name in ("image_id", "category_id", "bbox", "score", "segmentation")), [3, "bbox", 2]],
-        )
-    else:
-        file = "coco/ann.json"
-        keys = [
-            *(["images"], ["annotations"], ["categories"], ["info"], ["images", 1], ["annotations", 2], ["categories", 0]),
-            *(["images", 1, name] for name in ("id", "file_name", "width", "height")),
-            *(
-                ["annotations", 2, name]
-                for name in ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
-            ),
-            *(["categories", 0, name] for name in ("id", "name", "supercategory")),
-            ["annotations", 2, "bbox", 0],
-        ]
-    place = draw(st.sampled_from(keys))
-    change = st.one_of(
-        st.tuples(st.just("set_json"), st.just(place), st.sampled_from(JSONS)),
-        st.tuples(st.just("set_json"), st.just(place), st.sampled_from(JSONS)),
-        st.tuples(
-            st.just("set_json"),
-            st.just(place),
-            st.sampled_from(['"../1.png"', '"/etc/passwd"', '"a\\tb"', '"1.png"', "3", "7", "true"]),
+    changes = one_of(
+        member("name", values.MEMBERS),
+        member("content", values.LABELS, number | 1),
+        member("content", values.CONTENTS),
+        member("type", values.TYPES),
+        member("pax", values.PAX),
+        member("mtime", ["-1", "2**40", "0.5"]),
+        tuples(just("claim_size"), just(number), sampled_from(values.SIZES)),
+        sampled_from([("double_member", number), ("drop_member", number)]),
+        tuples(just("sparse_member"), just(number & ~1), sampled_from([8, 2**33, 2**60])),
+        sampled_from(
+            [("labels_last",), ("below_folder", "a.b"), ("below_folder", "./x"), ("use_format", 0), ("use_format", 1)]
         ),
-        st.tuples(st.just("repeat_json"), st.just(place), st.sampled_from(JSONS)),
-        st.tuples(st.just("drop_json"), st.just(place)),
-        st.tuples(st.just("double_json"), st.just(place)),
         BYTES,
-        st.sampled_from([("use_crlf",), ("add_mark",), ("indent_json",), ("add_to_json", "x"), ("through_link",)]),
-        st.sampled_from(
-            [("write", ""), ("write", "[]"), ("write", "{}"), ("write", "null"), ("make_folder",), ("make_pipe",), ("delete",)]
-        ),
     )
-    return Input("coco", words, [_at(file, draw(change))])
+    edits = [_at("shards/val.tar", draw(changes))]
+    if draw(integers(0, 5)) == 0:
+        texts = tuples(just("write"), sampled_from(values.CLASS_FILES))
+        edits = [_at("shards/classes.txt", draw(one_of(texts, PLACES)))]
+    return Input("tar", draw(sampled_from(readers)), edits)
+
+
+@composite
+def coco_files(draw: Draw) -> Input:
+    """Changes of annotations and results in COCO's format, and what reads them."""
+    readers = [
+        ["detect", "evaluate", "@res@", "--data", "@ann@", "--json"],
+        ["detect", "evaluate", "@res@", "--data", "@ann@"],
+        ["detect", "train", *STARTS["detect train"], "--output", "@box@/made"],
+    ]
+    words = draw(sampled_from(readers))
+    is_results = words[1] == "evaluate" and draw(booleans())
+    place = just(draw(sampled_from(values.IN_RESULTS if is_results else values.IN_ANNOTATIONS)))
+    change = one_of(
+        tuples(just("set_json"), place, sampled_from(values.JSONS)),
+        tuples(just("set_json"), place, sampled_from([*values.JSONS, *values.ENTRIES])),
+        tuples(just("repeat_json"), place, sampled_from(values.JSONS)),
+        tuples(sampled_from(["drop_json", "double_json"]), place),
+        sampled_from([("use_crlf",), ("add_mark",), ("indent_json",), ("add_to_json", "x"), ("through_link",)]),
+        tuples(just("write"), sampled_from(["", "[]", "{}", "null"])),
+        PLACES,
+        BYTES,
+    )
+    return Input("coco", words, [_at("coco/res.json" if is_results else "coco/ann.json", draw(change))])
+
+
+@composite
+def folders(draw: Draw) -> Input:
+    """Changes of a folder of images, and what reads it."""
+    readers = [
+        ["evaluate", "@run@", "--data", "@own@", "--json"],
+        [*TRAIN, "--data", "@own@"],
+        [*TRAIN, "--data", "@own@", "--on-bad-image", "skip"],
+        ["predict", "@run@", "@own@/val/ant/0.png", "--json"],
+        ["predict", "@run@", "@own@/val/ant", "--json"],
+    ]
+    change = one_of(
+        tuples(sampled_from(["rename", "copy_to"]), sampled_from(values.NAMES)),
+        tuples(just("write"), sampled_from(values.CONTENTS)),
+        sampled_from(values.PIXELS).map(lambda size: ("claim_pixels", *size)),
+        sampled_from([("make_link", "."), ("make_link", ".."), ("make_link", "/dev/zero"), ("through_link",)]),
+        PLACES,
+        BYTES,
+    )
+    return Input("folder", draw(sampled_from(readers)), [_at(draw(sampled_from(values.IMAGES)), draw(change))])
 
 
 KINDS = {
@@ -660,4 +299,5 @@ KINDS = {
     "checkpoint": checkpoints(),
     "tar": tars(),
     "coco": coco_files(),
+    "folder": folders(),
 }

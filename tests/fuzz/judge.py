@@ -202,4 +202,5 @@ def _normal(line: str) -> str:
     """A line without what differs between inputs."""
     line = re.sub(r"(/[^\s:,;'\"]+)+", "PATH", line)
     line = re.sub(r"'[^']*'|\"[^\"]*\"|‘[^’]*’", "'…'", line)
+    line = re.sub(r"0x[0-9a-f]+|#x[0-9a-f]+", "N", line)
     return re.sub(r"-?\d[\d.,e+]*", "N", line)[:160]
