@@ -24,7 +24,7 @@ from tests.fuzz.worker import Outcome, Worker
 
 FOUND = Path(__file__).parent / "found"
 LIMIT = 10.0
-"""Seconds for one input. One that takes longer is tried once more with five times as many, as the machine may be busy."""
+"""Seconds for one input. One that takes longer is tried once more with three times as many, as the machine may be busy."""
 
 
 class Fuzzer:
@@ -61,7 +61,7 @@ class Fuzzer:
         """The faults of the answer to an input."""
         found = self.run(given)
         if found is not None and found.hangs:
-            found = self.run(given, 5 * LIMIT)
+            found = self.run(given, 3 * LIMIT)
         if found is None:
             return []
         reference = None
