@@ -13,7 +13,7 @@ OLDEST_PYTHON ?= python3.11
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow test-oldest check costs format clean
+.PHONY: demo test test-slow test-oldest fuzz check costs format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits
 	$(BIN)/dgnet train
@@ -24,6 +24,10 @@ test: $(STAMP)  ## format, lint and type checks, then the tests, except the slow
 
 test-slow: $(STAMP)  ## the slow tests (killed and resumed runs, several nodes, exports, compilation), and properties with more examples
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or hypothesis" --hypothesis-profile thorough
+
+INPUTS ?= 1000
+fuzz: $(STAMP)  ## random inputs of all kinds; those that are answered badly are kept in tests/fuzz/found/new (SEED=, INPUTS=, KEEP=)
+	$(BIN)/python -m tests.fuzz.campaign --inputs $(INPUTS) $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep $(KEEP))
 
 # Old versions may give other warnings, so warnings are not errors here.
 test-oldest: $(OLDEST)/.installed  ## the tests, except the slow ones, with the lowest versions that pyproject.toml allows
