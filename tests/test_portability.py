@@ -180,6 +180,29 @@ def test_without_proc_there_is_no_peak_and_less_is_known_of_the_processor(monkey
     assert describe_hardware("cpu").endswith("threads")
 
 
+def run_in(folder, arguments, log):
+    """One process: the command, in a folder that is then removed."""
+    os.chdir(folder)
+    folder.rmdir()
+    run_without([], arguments, log)
+
+
+def test_a_current_folder_that_was_removed(tmp_path):
+    (tmp_path / "gone").mkdir()
+    process = FORK.Process(target=run_in, args=(tmp_path / "gone", ["models"], tmp_path / "log"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2
+    line = "dgnet: the current folder cannot be used: No such file or directory; change to another with cd\n"
+    assert (tmp_path / "log").read_text() == line
+
+
+def test_the_command_draws_without_a_window(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "no such backend")
+    monkeypatch.setattr("dgnet.cli.main", lambda: int(os.environ["MPLBACKEND"] != "agg"))
+    assert importlib.import_module("dgnet.__main__")._run() == 0
+
+
 def find_uses():
     """(file, "module.name") for each name of the modules in PORTABLE, and (file, module) for each import, in the package."""
     for path in SOURCE.rglob("*.py"):
