@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,7 +20,13 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the termi
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ends the command. Libraries that clean up after Ctrl-C do so after any other signal too."""
+    """A signal ends the command. Libraries that clean up after Ctrl-C do so after any other signal too.
+
+    `signum`: SIGINT, or SIGTERM for all others.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
 def status_after(signum: int) -> int:
@@ -41,12 +49,12 @@ def answer(work: Callable[[], int]) -> int:
             output.check()
             return status
         except Exception as error:
-            status, line = _judge(error, output)
-            if status is None:
+            judged, line = _judge(error, output)
+            if judged is None:
                 raise
             if line:
                 say(f"dgnet: {line}")
-            return status
+            return judged
         except KeyboardInterrupt:
             signum = _signals.received or signal.SIGINT
             _signals.report()
@@ -87,6 +95,7 @@ class _Signals:
             if signum is not None and signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(signum, self.handle)
         sys.unraisablehook = self._note_swallowed
+        threading.excepthook = _leave_out_repeated
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """End at once while modules are imported, after a second signal, and in a process forked for a part of the work."""
@@ -98,31 +107,27 @@ class _Signals:
             # No exception: C code that is being imported may abort, and a library may take it for a missing package.
             self.report(is_direct=True)
             os._exit(status_after(self.received))
-        raise Ended
+        raise Ended(status_after(signum) - 128)
 
     def report(self, is_direct: bool = False) -> None:
         """Print the line about the signal once, in one process of a run. `is_direct`: past Python's streams."""
-        is_first, self.is_reported = not self.is_reported, True
-        if not is_first or os.environ.get("LOCAL_RANK", "0") != "0":
+        if self.is_reported or os.environ.get("LOCAL_RANK", "0") != "0":
             return
+        self.is_reported = bool(self.process)
         line = f"dgnet: {_WORDS[signal.Signals(self.received or signal.SIGINT).name]}"
         if not is_direct:
             say(line)
             return
-        try:
+        with suppress(OSError):
             os.write(2, f"{line}\n".encode())
-        except OSError:
-            pass
 
     def _note_swallowed(self, unraisable: Any) -> None:
         """An exception in a callback, which Python prints and forgets. A signal must not be forgotten: it is sent again."""
         if not isinstance(unraisable.exc_value, Ended):
             sys.__unraisablehook__(unraisable)
             return
-        from threading import Timer
-
         signum, self.received = self.received, 0
-        repeat = Timer(0.05, signal.raise_signal, [signum])
+        repeat = threading.Timer(0.05, _send, [signum])
         repeat.daemon = True
         repeat.start()
 
@@ -143,6 +148,26 @@ def _is_loading(frame: FrameType | None) -> bool:
         if module.startswith("dgnet.") and not module.startswith(("dgnet.cli", "dgnet._")):
             return False  # a part of the library is at work; what it imports in between does not count
     return False
+
+
+def _send(signum: int) -> None:
+    """Send a signal to the main thread, which may be waiting for something. Windows can only raise it here."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
+    else:
+        signal.raise_signal(signum)
+
+
+def _leave_out_repeated(failed: threading.ExceptHookArgs) -> None:
+    """Do not print an exception of TensorBoard's thread: TensorBoard raises it again where something is logged."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failed)
+
+
+def report_end(line: str) -> None:
+    """Print a command's own line about the signal that ended it, instead of the general one."""
+    _signals.is_reported = bool(_signals.process)
+    say(line)
 
 
 def run_process(work: Callable[[], int]) -> NoReturn:

@@ -6,10 +6,11 @@ It imports nothing else of dgnet, and little of Python.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _is_pipe_closed = False
@@ -28,13 +29,8 @@ class Stream:
 
     def write(self, text: str) -> int:
         """Write `text`."""
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         try:
-            text.encode(encoding)
-        except UnicodeEncodeError:
-            text = text.encode(encoding, "backslashreplace").decode(encoding)
-        try:
-            return int(self.stream.write(text) or 0)
+            return int(self.stream.write(escape(text, getattr(self.stream, "encoding", None) or "utf-8")) or 0)
         except (OSError, ValueError) as error:  # ValueError: it is closed
             self._note(error)
             return len(text)
@@ -70,6 +66,24 @@ class Stream:
         return getattr(self.stream, name)
 
 
+def escape(text: str, encoding: str = "utf-8") -> str:
+    """`text` with escapes in place of what `encoding` does not have. UTF-8 lacks the bytes of a file name that is no UTF-8."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+class _Missing(io.TextIOBase):
+    """In place of a stream that is None."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
 def is_pipe_closed() -> bool:
     """Whether the reader of a pipe that this process prints to has closed it, since `forget_closed_pipe`."""
     return _is_pipe_closed
@@ -83,7 +97,7 @@ def forget_closed_pipe() -> None:
 
 def error_stream() -> Stream:
     """`sys.stderr` as a stream that loses what cannot be written: a message never ends the work that it is about."""
-    return sys.stderr if isinstance(sys.stderr, Stream) else Stream(sys.stderr or _open_nothing(), raises=False)
+    return sys.stderr if isinstance(sys.stderr, Stream) else Stream(sys.stderr or _Missing(), raises=False)
 
 
 def say(line: str) -> None:
@@ -97,8 +111,8 @@ def say(line: str) -> None:
 def safe_streams() -> Iterator[Stream]:
     """Inside the `with` block stdout and stderr are streams of this module. Yields stdout, whose failures are raised."""
     before = sys.stdout, sys.stderr
-    output = before[0] if isinstance(before[0], Stream) else Stream(before[0] or _open_nothing(), raises=True)
-    sys.stdout, sys.stderr = output, error_stream()  # type: ignore[assignment]
+    output = before[0] if isinstance(before[0], Stream) else Stream(before[0] or _Missing(), raises=True)
+    sys.stdout, sys.stderr = output, error_stream()
     try:
         yield output
     finally:
@@ -137,12 +151,5 @@ def discard_rest(*streams: Any) -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            try:
+            with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            except (OSError, ValueError):
-                pass
-
-
-def _open_nothing() -> Any:
-    """A stream that cannot be written to."""
-    return open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8", buffering=1)

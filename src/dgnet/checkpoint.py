@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import pickle
 import pickletools
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import timm
 import torch
@@ -19,15 +22,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgnet.data import Preprocessing
-from dgnet.errors import UsageError, reason
+from dgnet.documents import parse_json
+from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
-from dgnet.models import Connectivity, TimmNetwork, classifier_prefixes, create_model, is_static, load_static_weights
+from dgnet.models import (
+    Connectivity,
+    TimmNetwork,
+    classifier_prefixes,
+    create_model,
+    is_static,
+    load_static_weights,
+    unwrap_names,
+)
+from dgnet.paths import expand, find_kind, is_file
+from dgnet.typed import Label, Location, read_entry, read_fields
 
 CLASSIFY, DETECT = "classify", "detect"
 """The tasks of checkpoints."""
 
 _COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
+
+_NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
+"""Model options that a checkpoint cannot hold, because they follow from it."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +68,35 @@ class Described:
         of dgnet for this task.
         """
         path, state_dict, carried = read_described(path, cls.task)
+        with damaged(path):
+            return cls(path=path, state_dict=state_dict, **cls.read_description(carried))
+
+    @classmethod
+    def read_description(cls, carried: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that `carried` describes. Raises UsageError for a value that is missing or of another type."""
+        kinds = {"model": str, "model_kwargs": dict[str, Any], "class_names": list[Label], "config": dict[str, Any]}
+        values = {name: read_entry(carried, name, kind, DESCRIPTION) for name, kind in kinds.items()}
+        for name in _NOT_STORED:
+            if name in values["model_kwargs"]:
+                raise UsageError(f"{DESCRIPTION}: model_kwargs sets {name}, which follows from the checkpoint")
+        if not values["class_names"]:
+            raise UsageError(f"{DESCRIPTION} names no classes")
+        return values
+
+    def create_network(self, **options: Any) -> TimmNetwork:
+        """The network as described, untrained. Raises UsageError, which names the checkpoint, if it cannot be built."""
         try:
-            return cls(
-                path=path,
-                state_dict=state_dict,
-                model=str(carried["model"]),
-                model_kwargs=dict(carried["model_kwargs"]),
-                class_names=[str(name) for name in carried["class_names"]],
-                config=dict(carried["config"]),
-                **cls.read_own(carried),
-            )
-        except KeyError as error:
-            fault = f"lacks {error}"
-        except (TypeError, ValueError) as error:
-            fault = f"cannot be read ({reason(error)})"
-        raise UsageError(f"{path} is damaged: the description of its network {fault}; use another checkpoint")
+            return create_model(self.model, **options, **self.model_kwargs)
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}") from None
 
     def load_into(self, network: nn.Module, misfit: str) -> None:
-        """Load the weights. Raises UsageError if they do not fit; `misfit`: how the message says so."""
-        difference = load_state(network, self.state_dict)
-        if difference:
-            raise UsageError(f"{self.path} is damaged: its weights {misfit} ({difference}); use another checkpoint")
-
-    @staticmethod
-    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that only this kind of checkpoint has. Raises KeyError, TypeError or ValueError if they are damaged."""
-        raise NotImplementedError
+        """Load the weights. Raises UsageError if they do not fit, which `misfit` says in words, or are not finite."""
+        with damaged(self.path):
+            difference = load_state(network, self.state_dict)
+            if difference:
+                raise UsageError(f"its weights {misfit} ({difference})")
+            check_finite(self.state_dict)
 
 
 @dataclass(frozen=True)
@@ -87,13 +107,20 @@ class Checkpoint(Described):
 
     task = CLASSIFY
 
-    @staticmethod
-    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
-        return {"preprocessing": Preprocessing.from_dict(carried["preprocessing"])}
+    @classmethod
+    def read_description(cls, carried: Mapping[str, Any]) -> dict[str, Any]:
+        values = super().read_description(carried)
+        stored = read_entry(carried, "preprocessing", dict[str, Any], DESCRIPTION)
+        return {**values, "preprocessing": read_fields(Preprocessing, stored, f"{DESCRIPTION}: preprocessing")}
+
+    @property
+    def data(self) -> RunData:
+        """Where the images of the run are. Raises UsageError if the checkpoint does not say."""
+        return read_run_data(RunData, self)
 
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
-        network = create_model(self.model, num_classes=len(self.class_names), **self.model_kwargs)
+        network = self.create_network(num_classes=len(self.class_names))
         self.load_into(network, f"are not those of {self.model}")
         return network.eval()
 
@@ -123,6 +150,54 @@ class Checkpoint(Described):
             save_tensors(self.build_network().state_dict(), path, carried)
 
 
+D = TypeVar("D")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Where a run of `dgnet train` had its images: the options of the same names. Raises UsageError for other values."""
+
+    data: Location
+    val_data: Location | None = None
+    data_root: Location = "data"
+    holdout: int = 0
+    on_bad_image: str = "error"
+    max_pixels: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("holdout", self.holdout, 0)
+        check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
+
+
+def read_run_data(kind: type[D], checkpoint: Described) -> D:
+    """What the dataclass `kind` holds of the configuration of a checkpoint's run. Raises UsageError if it is not there."""
+    if not checkpoint.config:
+        raise UsageError(f"{checkpoint.path} does not say where the data of its run is; name data with --data")
+    own = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    with damaged(checkpoint.path):
+        stored = {name: value for name, value in checkpoint.config.items() if name in own}
+        return read_fields(kind, stored, "the configuration of its run")
+
+
+DESCRIPTION = "the description of its network"
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Inside the `with` block a UsageError says that the checkpoint `path` is damaged, and in what."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{path} is damaged: {error}; use another checkpoint") from None
+
+
+def check_finite(state_dict: Mapping[str, Tensor]) -> None:
+    """Raises UsageError if a tensor holds NaN or infinity."""
+    for name, tensor in state_dict.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
+            raise UsageError(f"{name} holds values that are not finite")
+
+
 def describe_network(
     model: str, model_kwargs: dict[str, Any], class_names: list[str], preprocessing: Preprocessing, config: dict[str, Any]
 ) -> dict[str, Any]:
@@ -143,7 +218,8 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str
         try:
             save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
         except SafetensorError as error:
-            raise OSError(reason(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason(error))) from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -161,7 +237,7 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
     Raises UsageError for a file that is missing or truncated, that holds pickled code, or that is no checkpoint of dgnet for
     `task`.
     """
-    path = find_checkpoint(Path(path))
+    path = find_checkpoint(path)
     state_dict, carried = read_tensors(path)
     if carried is None:
         raise UsageError(
@@ -169,23 +245,28 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
             f" {_COMMANDS[task]} train --weights {path}"
         )
     own = carried.get("task", CLASSIFY)
+    if own not in (CLASSIFY, DETECT):
+        raise UsageError(f"{path} is of the unknown task {own!r}; this version has the tasks {CLASSIFY} and {DETECT}")
     if own != task:
         raise UsageError(
-            f"{path} is a checkpoint of {_COMMANDS.get(own, own)} train, not of {_COMMANDS[task]} train;"
-            f" use it with: {_COMMANDS.get(own, own)} evaluate"
+            f"{path} is a checkpoint of {_COMMANDS[own]} train, not of {_COMMANDS[task]} train;"
+            f" use it with: {_COMMANDS[own]} evaluate"
         )
     return path, state_dict, carried
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file of `path`, a file or a run folder. Raises UsageError if there is none."""
-    if path.is_dir():
+    path = expand(path)
+    kind = find_kind(path)
+    if kind == "folder":
         for candidate in (path / "checkpoints" / "last.ckpt", path / "model.safetensors"):
-            if candidate.is_file():
+            if is_file(candidate):
                 return candidate
         raise UsageError(f"{path} is no run folder: it contains neither checkpoints/last.ckpt nor model.safetensors")
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist; give a run folder, a .ckpt file or a model.safetensors")
+    if kind != "file":
+        found = "does not exist" if kind is None else "is no regular file"
+        raise UsageError(f"checkpoint {path} {found}; give a run folder, a .ckpt file or a model.safetensors")
     return path
 
 
@@ -193,28 +274,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The state dict in a checkpoint of dgnet, timm or torchvision, and the description that dgnet's checkpoints have."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        if _has_pickled_code(path):
-            raise UsageError(
-                f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
-                " save the state dict, or use safetensors"
-            ) from None
-        raise _truncated(path) from None
-    except Exception:  # torch may raise anything for such bytes
-        raise _truncated(path) from None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options that timm's training stores
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if _has_pickled_code(path):
+                raise UsageError(
+                    f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
+                    " save the state dict, or use safetensors"
+                ) from None
+            raise _truncated(path) from None
+        except Exception:  # torch may raise anything for such bytes
+            raise _truncated(path) from None
     content = content if isinstance(content, dict) else {}
     carried = content.get("dgnet")
-    state = content.get("state_dict", content.get("model", content))
+    state = next((content[key] for key in _STATES if isinstance(content.get(key), dict)), content)
     if carried is not None and isinstance(state, dict):
         prefix = "network."
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if str(name).startswith(prefix)}
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
-    if carried is not None and not isinstance(carried, dict):
-        raise UsageError(f"{path} is damaged: the description of its network is no dict; use another checkpoint")
+    if not all(isinstance(name, str) for name in state):
+        raise UsageError(f"{path} holds no state dict: the names of its tensors must be text")
+    state = state if carried is not None else unwrap_names(state)
+    with damaged(path):
+        if carried is not None and not isinstance(carried, dict):
+            raise UsageError(f"{DESCRIPTION} is no dict")
     return dict(state), carried
+
+
+_STATES = ("state_dict_ema", "state_dict", "model")
+"""Where checkpoints keep a state dict. timm's training stores averaged weights too, which timm prefers when it loads them."""
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -222,9 +312,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
         with safe_open(path, framework="pt") as file:
             carried = (file.metadata() or {}).get("dgnet")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(json.loads(carried)) if carried else None
-    except (SafetensorError, OSError, ValueError, TypeError):
+    except (SafetensorError, OSError, ValueError, TypeError, OverflowError):
         raise _truncated(path) from None
+    if not carried:
+        return dict(unwrap_names(tensors)), None
+    with damaged(path):
+        description = parse_json(carried, DESCRIPTION)
+        if not isinstance(description, dict):
+            raise UsageError(f"{DESCRIPTION} is no dict")
+    return tensors, description
 
 
 def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
@@ -233,8 +329,10 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
     Returns the names that keep their initial values: a head of other classes, block gates that the trained network did not
     have, and what a static network lacks. Raises UsageError for weights of another model.
     """
-    path = find_checkpoint(Path(path))
+    path = find_checkpoint(path)
     state_dict, carried = read_tensors(path)
+    with damaged(path):
+        check_finite(state_dict)
     if is_static(network, state_dict):
         try:
             return load_static_weights(network, state_dict)
@@ -260,8 +358,9 @@ def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], pr
 
 
 def _mismatch(carried: dict[str, Any] | None, model: str) -> str:
-    of = f"is a checkpoint of {carried.get('model')}" if carried else "does not hold the weights of this model"
-    return f"{of}, not of {model} as asked for"
+    if carried:
+        return f"is a checkpoint of {carried.get('model')}, not of {model} as asked for"
+    return f"does not hold the weights of {model}"
 
 
 def _truncated(path: Path) -> UsageError:
@@ -273,6 +372,10 @@ def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
 
     If there is a difference, some of the tensors may have been loaded.
     """
+    try:
+        state_dict = unwrap_names(state_dict)
+    except UsageError as error:
+        return str(error)
     for name, stage in network.named_modules():
         mask = state_dict.get(f"{name}.mask") if isinstance(stage, DynamicGraph) else None
         if mask is not None and not torch.equal(mask.cpu(), stage.topology.mask):
@@ -299,14 +402,17 @@ def _has_pickled_code(path: Path) -> bool:
     if zipfile.is_zipfile(path):
         try:
             return bool(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        except (ValueError, RuntimeError):
+        except Exception:  # as torch.load, for damaged bytes
             return False
-    with suppress(ValueError), path.open("rb") as file:  # the format of torch up to 1.5: one pickle after another
-        while file.peek(1):
-            for operation, argument, _ in pickletools.genops(file):
-                module = str(argument).partition(" ")[0]
-                if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and module not in _TENSOR_MODULES):
-                    return True
+    try:
+        with path.open("rb") as file:  # the format of torch up to 1.5: one pickle after another
+            while file.peek(1):
+                for operation, argument, _ in pickletools.genops(file):
+                    module = str(argument).partition(" ")[0]
+                    if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and module not in _TENSOR_MODULES):
+                        return True
+    except Exception:  # pickletools may raise anything for damaged bytes
+        return False
     return False
 
 

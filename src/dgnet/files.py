@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import os
 import tempfile
@@ -12,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError, WriteError, reason
+from dgnet.paths import find_kind, read_text
 
 
 @contextmanager
@@ -48,12 +51,46 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def replace_content(path: Path) -> Iterator[io.FileIO]:
+    """A file to write to inside the `with` block, whose content replaces that of `path` as with `replace_file`.
+
+    If a write fails, its OSError is raised, whatever the library that wrote makes of it.
+    """
+    with replace_file(path) as written, _Target(written) as file:
+        try:
+            yield file
+        except Exception:
+            if file.failure is not None:
+                raise file.failure from None
+            raise
+
+
+class _Target(io.FileIO):
+    """A file to write. `failure`: the error of the operating system, if a write failed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is almost full writes only a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        return size
+
+
+@contextmanager
 def writing(target: object, advice: str = "name another with --output") -> Iterator[None]:
-    """Raises UsageError, with `target` and `advice`, if something cannot be written inside the `with` block."""
+    """Raises WriteError, a UsageError with `target` and `advice`, if something cannot be written inside the `with` block."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
+        raise WriteError(f"{target} cannot be written: {reason(error)}", advice, error) from None
 
 
 def make_writable(folder: Path) -> None:
@@ -100,19 +137,42 @@ def without_nan(document: Any) -> Any:
     return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if there is no file."""
-    if not path.exists():
+def to_json(document: Any, encoding: str = "utf-8", indent: int | None = None) -> str:
+    """`document` as JSON that can be written in `encoding`: escaped if it is not UTF-8, or holds a file name that is not."""
+    text = json.dumps(document, ensure_ascii=codecs.lookup(encoding).name != "utf-8", indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=indent)
+    return text
+
+
+def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no file. `needed`: the columns that it must have.
+
+    Raises UsageError for a file that is not such a table.
+    """
+    if find_kind(path) is None:
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        rows, columns = list(table), table.fieldnames or ()
+    except csv.Error as error:
+        raise UsageError(f"{path} is no table of comma-separated values: {reason(error)}") from None
+    for name in needed:
+        if name not in columns:
+            raise UsageError(f"{path} lacks the column {name}")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UsageError(f"{path}: row {number} has another number of cells than the header")
+    return rows
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """Write rows as a CSV file. `columns`: by default all, in order of appearance. A cell is empty if its row has no value."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -75,8 +75,14 @@ def reading(source: object) -> Iterator[None]:
         raise UsageError(f"{shorten(str(source))} cannot be read: {reason(error)}") from None
 
 
+_STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Where a shell puts the pipe of `command <(…)`; somebody writes to it. Other pipes may never be written to."""
+
+
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file or pipe. Raises UsageError if it cannot be read."""
+    """The content of a file. Raises UsageError if it cannot be read, or is a pipe or device that a shell did not open."""
+    if find_kind(path) == "special" and not str(path).startswith(_STREAMS):
+        raise UsageError(f"{shorten(str(path))} cannot be read: it is no regular file")
     with reading(path):
         return Path(path).read_bytes()
 

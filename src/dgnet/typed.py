@@ -23,6 +23,10 @@ LOCATION = "a path"
 Location = Annotated[str, LOCATION]
 """A path, or a data source, which may be one: `~` is expanded."""
 
+MAY_BE_EMPTY = "may be empty"
+Label = Annotated[str, MAY_BE_EMPTY]
+"""The name of a class, which is text and may be empty."""
+
 _LARGEST = 2**63
 
 
@@ -81,6 +85,15 @@ def read_fields(kind: type[T], values: Any, where: str, spell: Callable[[str], s
         raise UsageError(f"{where}: {error}") from None
 
 
+def read_entry(values: Any, name: str, hint: Any, where: str) -> Any:
+    """The entry `name` of the mapping `values`. Raises UsageError, which begins with `where`, as `read_fields` does."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where} must be a mapping, got {_show(values)}")
+    if name not in values:
+        raise UsageError(f"{where} lacks {name}")
+    return read_value(hint, values[name], f"{where}: {name}")
+
+
 def describe(hint: Any) -> str:
     """The type in words, such as "a whole number or null"."""
     return " or ".join(_describe_one(kind) for kind in _alternatives(hint))
@@ -133,7 +146,7 @@ def _read_str(kind: Any, value: Any, refusal: _Refusal) -> str:
         value = str(_read_int(int, value, refusal))
     if not isinstance(value, str):
         raise refusal()
-    if not value.strip():
+    if not value.strip() and MAY_BE_EMPTY not in getattr(kind, "__metadata__", ()):
         raise UsageError(f"{refusal.what} must not be empty")
     if "\0" in value:
         raise UsageError(f"{refusal.what} must not hold a NUL character")

@@ -197,8 +197,8 @@ def test_weights_that_follow_no_image(images, tmp_path, capsys, weighting):
 def write_run(folder: Path, config: dict[str, object], losses: list[float]) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [f"{epoch},{loss},{'' if epoch % 2 else 50 + epoch}" for epoch, loss in enumerate(losses)]
-    (folder / "metrics.csv").write_text("\n".join(["epoch,train_loss,val_top1", *rows]))
+    rows = [f"{epoch},{9 * epoch},{loss},{'' if epoch % 2 else 50 + epoch}" for epoch, loss in enumerate(losses)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,step,train_loss,val_top1", *rows]))
     return folder
 
 
@@ -217,8 +217,10 @@ def test_curves_of_several_runs(tmp_path, capsys):
     ]
     text = (tmp_path / "out" / "curves.svg").read_text(encoding="utf-8")
     assert "router_bias 0, top-1 52.00 %" in text
-    (bias[0] / "metrics.csv").write_text("epoch,train_loss\n0,much\n")
-    assert "is not a table of a run's metrics" in refuse(capsys, "analyze", "--curves", *bias, "--output", tmp_path / "out")
+    (bias[0] / "metrics.csv").write_text("epoch,step,train_loss\n0,1,much\n")
+    assert "metrics.csv: row 1: train_loss must be a number, got 'much'" in refuse(
+        capsys, "analyze", "--curves", *bias, "--output", tmp_path / "out"
+    )
 
 
 def test_runs_that_do_not_differ_go_by_their_folders(tmp_path):

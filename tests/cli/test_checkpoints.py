@@ -62,7 +62,7 @@ def test_weights_of_another_model(run, images, tmp_path, capsys):
     assert "is of dg_resnet20 with other options" in line
     torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
     line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
-    assert "not of dg_resnet20 as asked for" in line
+    assert "does not hold the weights of dg_resnet20" in line
     assert "holds weights only" in refuse(capsys, "evaluate", tmp_path / "raw.pth")
     assert not (tmp_path / "x").exists()
 
@@ -89,12 +89,47 @@ def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, capsys):
 
 def test_a_checkpoint_whose_description_is_damaged(run, tmp_path, capsys):
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    described, weights = content["dgnet"], content["state_dict"]
+
+    def preprocessing(**changes):
+        return {"dgnet": {**described, "preprocessing": {**described["preprocessing"], **changes}}}
+
+    def describe(**changes):
+        return {"dgnet": {**described, **changes}}
+
+    name = next(iter(weights))
     for damage, expected in (
-        ({"dgnet": {}}, "lacks 'model'"),
+        ({"dgnet": {}}, "lacks model"),
         ({"dgnet": "x"}, "is no dict"),
         ({"state_dict": None}, "holds no state dict"),
-        ({"dgnet": {**content["dgnet"], "preprocessing": {"image_size": "ab"}}}, "cannot be read"),
-        ({"dgnet": {**content["dgnet"], "model": "dg_resnet32"}}, "its weights are not those of dg_resnet32"),
+        ({"state_dict": {}}, "holds no state dict"),
+        ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
+        ({"state_dict": {**weights, name: torch.full_like(weights[name], float("nan"))}}, "holds values that are not finite"),
+        (preprocessing(image_size="ab"), "image_size must be a list of 2 whole numbers, got 'ab'"),
+        (preprocessing(image_size=[16]), "image_size must be a list of 2 whole numbers, got [16]"),
+        (preprocessing(image_size=[16, 0]), "image_size must be 1 to 10000, got 0"),
+        (preprocessing(image_size=[16, 10**9]), "image_size must be 1 to 10000, got 1000000000"),
+        (preprocessing(std=[1, 1, 0]), "std must be above 0, got 0.0"),
+        (preprocessing(std=[1, 1, float("nan")]), "std[2] must be a finite number, got nan"),
+        (preprocessing(mean=[]), "mean and std must have 3 values each"),
+        (preprocessing(mean=[[1], 1, 1]), "mean[0] must be a number, got [1]"),
+        (preprocessing(interpolation="cubic"), "unknown interpolation 'cubic'; did you mean 'bicubic'?"),
+        (preprocessing(crop_pct=0), "crop_pct must be 0.01 to 2, got 0.0"),
+        (preprocessing(colour=1), "unknown entry 'colour'"),
+        (describe(model="dg_resnet32"), "its weights are not those of dg_resnet32"),
+        (describe(model=None), "model must be text, got null"),
+        (describe(model="dg_resnet2O"), "damaged.ckpt: unknown model 'dg_resnet2O'; did you mean"),
+        (describe(model_kwargs={"num_classes": 5}), "model_kwargs sets num_classes"),
+        (describe(model_kwargs={1: 2}), "names must be text, got 1"),
+        (describe(model_kwargs=[]), "model_kwargs must be a dict, got []"),
+        (describe(class_names=[None, "1"]), "class_names[0] must be text, got null"),
+        (describe(class_names=[]), "names no classes"),
+        (describe(class_names="ab"), "class_names must be a list of texts, got 'ab'"),
+        (describe(config={}), "does not say where the data of its run is; name data with --data"),
+        (describe(config={"data": [5]}), "data must be a path, got [5]"),
+        (describe(config={**described["config"], "holdout": -5}), "holdout must be at least 0, got -5"),
+        (describe(config={**described["config"], "on_bad_image": 3}), "unknown on_bad_image '3'"),
+        (describe(task="segment"), "unknown task 'segment'"),
     ):
-        torch.save({**content, **damage}, tmp_path / "damaged.ckpt")
-        assert expected in refuse(capsys, "evaluate", tmp_path / "damaged.ckpt")
+        torch.save({**content, "state_dict": weights, **damage}, tmp_path / "damaged.ckpt")
+        assert expected in refuse(capsys, "evaluate", tmp_path / "damaged.ckpt"), damage

@@ -302,7 +302,7 @@ def test_bad_results_are_named(annotations, tmp_path, kind):
 
 def test_results_that_cannot_be_read_are_named(annotations, tmp_path):
     (tmp_path / "results.json").write_text("[")
-    with pytest.raises(UsageError, match=r"results\.json is not JSON"):
+    with pytest.raises(UsageError, match=r"results\.json is not valid JSON"):
         read_results(tmp_path / "results.json", annotations)
     with pytest.raises(UsageError, match=r"results .*nowhere\.json cannot be read"):
         read_results(tmp_path / "nowhere.json", annotations)

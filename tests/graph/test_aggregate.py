@@ -108,6 +108,7 @@ def test_second_derivatives_and_repeated_backward():
     assert torch.equal(first, torch.autograd.grad(total, weights)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own use of it, in jvp
 def test_checkpoint_and_torch_func():
     features = [torch.randn(2, 2, 3, 3, requires_grad=True) for _ in range(3)]
     weights = torch.rand(2, 3, requires_grad=True)
@@ -121,8 +122,11 @@ def test_checkpoint_and_torch_func():
     for one, two, three in zip(expected, again, functional, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, three)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(aggregate, in_dims=(None, 0))([feature[:1] for feature in features], weights[:, None])
+    each = torch.func.vmap(lambda w, *f: aggregate([one[None] for one in f], w[None])[0])(weights, *features)
+    torch.testing.assert_close(each, aggregate(features, weights))
+    tangents = [torch.randn_like(one) for one in (weights, *features)]
+    _, tangent = torch.func.jvp(lambda w, *f: aggregate(f, w), (weights, *features), tuple(tangents))
+    torch.testing.assert_close(tangent, aggregate(features, tangents[0]) + aggregate(tangents[1:], weights))
 
 
 def test_export():

@@ -163,7 +163,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UsageError, match=r"No space left on device.*the one before it is kept"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
-    assert WholeCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert WholeCheckpointIO().load_checkpoint(path)["step"] == 1
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_resumed(data, tmp_path, capsys):
     line = refuse("--resume", run, "--lr", "0.3")
     assert "leave out --lr" in line
     assert "leave out --config" in refuse("--resume", run, "--config", "recipe.yaml")
-    assert "is not a run folder" in refuse("--resume", "")
+    assert "--resume must not be empty" in refuse("--resume", "")
     assert "--workers" in line
     (run / "metrics.csv").unlink()
     other = f"{data}/val-{{0..1}}.tar"
@@ -220,7 +220,7 @@ def test_what_cannot_be_resumed(data, tmp_path, capsys):
     (run / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     assert "last.ckpt is damaged" in refuse("--resume", run)
     (run / "config.yaml").write_text("epochs: [")
-    assert "config.yaml cannot be read" in refuse("--resume", run)
+    assert "config.yaml is not valid YAML" in refuse("--resume", run)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, capsys):

@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from dgnet.analysis._adjacency import plot_adjacency as plot_adjacency
     from dgnet.analysis._adjacency import plot_graph as plot_graph
     from dgnet.analysis._analyze import analyze as analyze
+    from dgnet.analysis._analyze import find_analysis as find_analysis
     from dgnet.analysis._analyze import read_curves as read_curves
+    from dgnet.analysis._analyze import save_analysis as save_analysis
     from dgnet.analysis._analyze import save_curves as save_curves
     from dgnet.analysis._analyze import save_document as save_document
     from dgnet.analysis._explorer_guard import is_loopback as is_loopback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dgnet._cost import cost_model
@@ -20,10 +19,12 @@ from dgnet.analysis._observations import Observation, judge
 from dgnet.analysis._plots import Curve, draw_class_distance, draw_class_means, draw_curves, draw_points
 from dgnet.analysis._statistics import ImageResult, Statistics
 from dgnet.data import EvaluationLoader, ImageDataset
-from dgnet.errors import UsageError, check_range, reason
+from dgnet.documents import read_yaml
+from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import find_image_size, flatten_edges, run_pass
-from dgnet.files import make_writable, read_table, replace_file, without_nan, write_table, writing
+from dgnet.files import make_writable, replace_file, to_json, without_nan, write_table, writing
 from dgnet.graph import find_stages, require_stages
+from dgnet.training import read_history
 
 SAMPLED = 2000
 """Most images in the embedding."""
@@ -37,6 +38,7 @@ class Analysis:
 
     statistics: Statistics
     observations: list[Observation]
+    dataset: ImageDataset
     follows_image: bool  # whether any weight depends on the image; if not, weights have no spread and nothing closes
     groups: dict[str, list[ImageResult]]  # images whose graphs are drawn, by group
     embedding: tuple[Tensor, list[float]] | None  # see `embed`
@@ -65,7 +67,14 @@ class Analysis:
         }
 
 
-def analyze(
+def analyze(network: nn.Module, dataset: ImageDataset, folder: Path, *arguments: Any, **options: Any) -> Analysis:
+    """`find_analysis` with these arguments, and `save_analysis`."""
+    analysis = find_analysis(network, dataset, folder, *arguments, **options)
+    save_analysis(analysis, folder)
+    return analysis
+
+
+def find_analysis(
     network: nn.Module,
     dataset: ImageDataset,
     folder: Path,
@@ -76,7 +85,7 @@ def analyze(
     device: str = "cpu",
     seed: int = 0,
 ) -> Analysis:
-    """Run `network` once over `dataset`, whose transform is set, and write figures and numbers into `folder`.
+    """Run `network` once over `dataset`, whose transform is set. Nothing is written; `folder` is where it will be.
 
     `images`: indices or names of images whose graphs are drawn. `extremes`: the number of easiest and of hardest images whose
     graphs are drawn too, by loss and by executed multiply-adds. `seed`: for drawing the images of the embedding, at most 2,000.
@@ -104,11 +113,14 @@ def analyze(
     groups = {name: found for name, found in groups.items() if found}
     stages = find_stages(network)
     follows = any(stage.weighting.reads_features or stage.node_gates is not None for stage in stages)
-    analysis = Analysis(statistics, judge(statistics), follows, groups, embed(statistics))
+    return Analysis(statistics, judge(statistics), dataset, follows, groups, embed(statistics))
+
+
+def save_analysis(analysis: Analysis, folder: Path) -> None:
+    """Write figures and numbers into `folder`. Raises UsageError if they cannot be written."""
     with writing(folder):
-        _save_figures(analysis, dataset, folder)
-        _save_tables(analysis, dataset, folder)
-    return analysis
+        _save_figures(analysis, analysis.dataset, folder)
+        _save_tables(analysis, analysis.dataset, folder)
 
 
 def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:
@@ -332,14 +344,10 @@ def save_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
 
 def read_curve(run: Path, name: str) -> Curve:
     """Read a run's metrics.csv. Raises UsageError if it is missing or not such a table."""
-    path = run / "metrics.csv"
-    try:
-        rows = read_table(path)
-        epochs = [int(row["epoch"]) + 1 for row in rows]
-        losses = [float(row["train_loss"]) for row in rows]
-        evaluated = [(int(row["epoch"]) + 1, float(row["val_top1"])) for row in rows if row.get("val_top1")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a table of a run's metrics ({reason(error)}); --curves takes run folders") from None
+    rows = read_history(run)
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+    losses = [row.get("train_loss", math.nan) for row in rows]
+    evaluated = [(int(row["epoch"]) + 1, row["val_top1"]) for row in rows if "val_top1" in row]
     if not rows:
         raise UsageError(
             f"{run} is not a run folder, or its metrics.csv holds no epoch; --curves takes run folders of dgnet train"
@@ -353,10 +361,10 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
     configs, kwargs = [], []
     for run in runs:
         try:
-            config = dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            config = dict(read_yaml(run / "config.yaml"))
+            kwargs.append(dict(config.pop("model_kwargs", None) or {}))
+        except (UsageError, ValueError, TypeError):
             return folders
-        kwargs.append(config.pop("model_kwargs", None) or {})
         configs.append({name: value for name, value in config.items() if name not in _NO_CHOICE})
     both = [{**config, **more} for config, more in zip(configs, kwargs, strict=True)]
     for options in (configs, both):  # first without the model's options, which often follow from the others
@@ -376,5 +384,5 @@ def save_document(document: dict[str, Any], folder: Path) -> Path:
     """Write `analysis.json`. Raises UsageError if it cannot be written."""
     path = folder / "analysis.json"
     with writing(folder), replace_file(path) as written:
-        written.write_text(json.dumps(without_nan(document), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        written.write_text(to_json(without_nan(document), indent=1) + "\n", encoding="utf-8")
     return path

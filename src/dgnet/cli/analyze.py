@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
+from dgnet.cli.command import (
+    Command,
+    Parser,
+    add_json,
+    add_loader_options,
+    apply_max_pixels,
+    describe_wirings,
+    find_device,
+    print_json,
+    write_then_print,
+)
 from dgnet.errors import UsageError, check_range
+from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 
@@ -29,7 +40,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--images",
-        type=str,
+        type=Location,
         nargs="+",
         default=[],
         metavar="IMAGE",
@@ -68,19 +79,31 @@ def run_analyze(args: Namespace) -> None:
     document: dict[str, Any] = {}
     lines: list[str] = []
     files: list[Path] = []
+    writers: list[Callable[[], list[Path]]] = []
     if args.checkpoint is not None:
-        document, lines, files = _analyze(args, folder)
+        document, lines, writers = _analyze(args, folder)
     if curves:
-        files += save_curves(curves, folder)
-    document["files"] = [path.name for path in files]
-    if args.checkpoint is not None:  # with --curves alone, keep an existing analysis.json
-        files.append(save_document(document, folder))
-    if args.json:
-        print_json(document)
-        return
-    for line in lines:
-        print(line)
-    print(f"written to {folder}: {', '.join(path.name for path in files)}")
+        writers.append(lambda: save_curves(curves, folder))
+
+    def write() -> None:
+        try:
+            for writer in writers:
+                files.extend(writer())
+        finally:
+            document["files"] = [path.name for path in files]
+        if args.checkpoint is not None:  # with --curves alone, keep an existing analysis.json
+            files.append(save_document(document, folder))
+
+    def show() -> None:
+        if args.json:
+            print_json(document)
+            return
+        for line in lines:
+            print(line)
+        if files:
+            print(f"written to {folder}: {', '.join(path.name for path in files)}")
+
+    write_then_print(write, show)
 
 
 def _find_folder(args: Namespace) -> Path:
@@ -88,16 +111,17 @@ def _find_folder(args: Namespace) -> Path:
         return Path(args.output)
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
-    return (Path(args.checkpoint) if os.path.isdir(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+    return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
 
 
-def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
-    """Analyse the checkpoint; returns the JSON document, the lines to print, and the files written."""
-    from dgnet.analysis import analyze, write_explorer
+def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:
+    """Analyse the checkpoint; returns the JSON document, the lines to print, and functions that write files."""
+    from dgnet.analysis import find_analysis, save_analysis, write_explorer
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.evaluation import describe_source, open_evaluation_data
+    from dgnet.evaluation import announce, describe_source, open_evaluation_data
     from dgnet.inference import can_skip
 
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
@@ -106,12 +130,14 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
-    found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
-    if args.explorer and not can_skip(network):
-        print(
-            "explorer.html is not written: no edge or block can close, so every offset gives the same result", file=sys.stderr
-        )
-    elif args.explorer:
+    announce(dataset)
+    found = find_analysis(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
+
+    def write() -> list[Path]:
+        save_analysis(found, folder)
+        return found.files
+
+    def write_page() -> list[Path]:
         page = write_explorer(
             network,
             dataset,
@@ -122,7 +148,15 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
             source=source,
             **loading,
         )
-        found.files.append(page)
+        return [page]
+
+    writers = [write]
+    if args.explorer and can_skip(network):
+        writers.append(write_page)
+    elif args.explorer:
+        print(
+            "explorer.html is not written: no edge or block can close, so every offset gives the same result", file=sys.stderr
+        )
     document = {"checkpoint": str(checkpoint.path), "model": checkpoint.model, "data": source, **found.document()}
     lines = [f"{checkpoint.path}: {checkpoint.model} on {source}, {document['images']:,} images"]
     if document["labelled"]:
@@ -140,7 +174,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
         "observations of the paper's §6.5:",
         *map(str, found.observations),
     ]
-    return document, lines, found.files
+    return document, lines, writers
 
 
 ANALYZE = Command(_parser, run_analyze)

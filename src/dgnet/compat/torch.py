@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import source
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
 """Whether `torch.compile` can trace `ContextVar.get`: it cannot in torch 2.11, and can in 2.14. There is no public test."""
@@ -13,6 +16,27 @@ DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
 def is_in_backward() -> bool:
     """Whether this thread is in a backward pass, which may compute a checkpointed node again. There is no public test."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether Python cannot read the values of `x`, or only those of an example, although the compiler is not at work.
+
+    This is so under `torch.jit.trace` and the exporters that use it, the transforms of `torch.func`, forward-mode derivatives
+    and `make_fx`, and for fake tensors. There is no public test for all of them.
+    """
+    return (
+        torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or get_proxy_mode() is not None
+        or isinstance(x, FakeTensor)
+    )
+
+
+@torch.compiler.assume_constant_result
+def is_compiled_for_all_sizes() -> bool:
+    """Whether `torch.compile` is at work with `dynamic=True`. There is no public test."""
+    return not (torch.compiler.is_exporting() or torch._dynamo.config.assume_static_by_default)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

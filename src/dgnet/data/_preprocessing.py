@@ -8,16 +8,37 @@ from typing import Any
 import timm.data
 from torchvision import transforms
 
+from dgnet.errors import UsageError, check_choice, check_range
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+"""timm's names."""
+LARGEST_SIDE = 10_000
+"""Pixels; a larger input is a mistake, and no machine holds its features."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size, normalisation and cropping of images, as plain values that a checkpoint can store."""
+    """Size, normalisation and cropping of images, as plain values that a checkpoint can store.
+
+    Raises UsageError for a value that is out of range.
+    """
 
     image_size: tuple[int, int]  # height, width in pixels
     mean: tuple[float, ...]  # for each channel, of images in [0, 1]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0  # share of the short side in the centre crop of evaluation
+
+    def __post_init__(self) -> None:
+        for side in self.image_size:
+            check_range("image_size", side, 1, LARGEST_SIDE)
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UsageError(f"mean and std must have 3 values each, for RGB, got {list(self.mean)} and {list(self.std)}")
+        for value in self.std:
+            if value <= 0:
+                raise UsageError(f"std must be above 0, got {value}")
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        check_range("crop_pct", self.crop_pct, 0.01, 2)  # some of timm's are above 1
 
     @classmethod
     def of(cls, pretrained_cfg: dict[str, Any], image_size: int | None = None) -> Preprocessing:
@@ -34,18 +55,6 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """The fields as lists, numbers and strings."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`. Raises TypeError, ValueError or KeyError for other values."""
-        return cls(
-            **{
-                **values,
-                "image_size": tuple(int(side) for side in values["image_size"]),
-                "mean": tuple(float(value) for value in values["mean"]),
-                "std": tuple(float(value) for value in values["std"]),
-            }
-        )
 
     def evaluation_transform(self) -> transforms.Compose:
         """Resize, centre crop, normalise: an image to (3, H, W)."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgnet.detection._coco import CocoAnnotations
+from dgnet.documents import read_json
 from dgnet.errors import UsageError, check_choice, reason
 from dgnet.evaluation import Batch, find_ranks, gather, is_distributed
 from dgnet.files import replace_file, writing
@@ -182,7 +183,7 @@ def check_results(results: Any, annotations: CocoAnnotations, where: str) -> Non
             left, top, width, height = result["bbox"]
             is_good = math.isfinite(left + top + width + height + result["score"]) and width >= 0 and height >= 0
             is_known = image in images, category in categories
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             is_good = False
         if not is_good:
             raise UsageError(
@@ -196,12 +197,7 @@ def check_results(results: Any, annotations: CocoAnnotations, where: str) -> Non
 
 def read_results(path: str | Path, annotations: CocoAnnotations) -> list[dict[str, Any]]:
     """Results from a JSON file in COCO's format. Raises UsageError like `check_results`, and for an unreadable file."""
-    try:
-        results: list[dict[str, Any]] = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UsageError(f"results {path} cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({reason(error)}); expected results in COCO's format") from None
+    results: list[dict[str, Any]] = read_json(path, "results")
     check_results(results, annotations, str(path))
     return results
 

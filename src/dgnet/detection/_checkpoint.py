@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dgnet.checkpoint import DETECT, Described, find_checkpoint, find_resized, load_state, load_weights, read_tensors
+from dgnet.checkpoint import (
+    DESCRIPTION,
+    DETECT,
+    Described,
+    check_finite,
+    damaged,
+    find_checkpoint,
+    find_resized,
+    load_state,
+    load_weights,
+    read_run_data,
+    read_tensors,
+)
 from dgnet.detection._detector import Detector
-from dgnet.errors import UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model
+from dgnet.errors import UsageError, check_range
+from dgnet.models import TimmNetwork, classifier_prefixes
+from dgnet.typed import Location, read_entry, read_fields
 
 _BODY = "backbone.body."
 _HEADS = ("roi_heads.box_predictor.",)
+
+
+@dataclass(frozen=True)
+class DetectorOptions:
+    """Arguments of `Detector` other than network and classes, as a checkpoint stores them; `options`: torchvision's.
+
+    Raises UsageError for a value out of range.
+    """
+
+    short_side: int
+    long_side: int
+    fpn_channels: int
+    fpn_norm: bool
+    frozen_stages: int
+    frozen_norm: bool
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "long_side", "fpn_channels"):
+            check_range(name, getattr(self, name), 1, 100_000)
+        check_range("frozen_stages", self.frozen_stages, 0)
+
+
+@dataclass(frozen=True)
+class DetectionRunData:
+    """Where a run of `dgnet detect train` had its data: the options of the same names."""
+
+    val_data: Location
+    images: Location
+    val_images: Location | None = None
+
+    @property
+    def evaluation_images(self) -> str:
+        """The folder of the evaluation images."""
+        return self.val_images or self.images
 
 
 @dataclass(frozen=True)
@@ -25,14 +73,26 @@ class DetectorCheckpoint(Described):
 
     task = DETECT
 
-    @staticmethod
-    def read_own(carried: Mapping[str, Any]) -> dict[str, Any]:
-        ids = [int(id) for id in carried["category_ids"]]
-        return {"category_ids": dict(enumerate(ids, start=1)), "detector": dict(carried["detector"])}
+    @classmethod
+    def read_description(cls, carried: Mapping[str, Any]) -> dict[str, Any]:
+        values = super().read_description(carried)
+        ids = read_entry(carried, "category_ids", list[int], DESCRIPTION)
+        if len(ids) != len(values["class_names"]):
+            raise UsageError(f"{DESCRIPTION} has {len(ids)} category_ids for {len(values['class_names'])} classes")
+        stored = read_entry(carried, "detector", dict[str, Any], DESCRIPTION)
+        options = read_fields(DetectorOptions, stored, f"{DESCRIPTION}: detector")
+        return {**values, "category_ids": dict(enumerate(ids, start=1)), "detector": asdict(options)}
+
+    @property
+    def data(self) -> DetectionRunData:
+        """Where the data of the run is. Raises UsageError if the checkpoint does not say."""
+        return read_run_data(DetectionRunData, self)
 
     def build(self) -> Detector:
         """The trained detector, in evaluation mode. Raises UsageError if the weights do not fit the described detector."""
-        detector = Detector(create_model(self.model, **self.model_kwargs), len(self.class_names), **self.detector)
+        network = self.create_network()
+        with damaged(self.path):
+            detector = Detector(network, len(self.class_names), **self.detector)
         self.load_into(detector, f"do not fit a detector on {self.model}")
         detector.eval()
         return detector
@@ -71,7 +131,7 @@ def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[st
 
     Returns None, and changes nothing, if the file is from a detector. Raises UsageError for weights of another model.
     """
-    state_dict, _ = read_tensors(find_checkpoint(Path(path)))
+    state_dict, _ = read_tensors(find_checkpoint(path))
     if any(name.startswith(_BODY) for name in state_dict):
         return None
     heads = classifier_prefixes(network)
@@ -84,7 +144,9 @@ def load_trained(detector: Detector, path: str | Path) -> list[str]:
     These are parameters of the last layers, if the detector was trained for other classes. Raises UsageError for a detector
     with another backbone or pyramid.
     """
-    state_dict, _ = read_tensors(find_checkpoint(Path(path)))
+    state_dict, _ = read_tensors(find_checkpoint(path))
+    with damaged(Path(path)):
+        check_finite(state_dict)
     own = detector.state_dict()
     reset = find_resized(state_dict, own, _HEADS)
     difference = load_state(detector, {**state_dict, **{name: own[name] for name in reset}})

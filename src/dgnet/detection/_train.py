@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from dgnet.data import set_max_pixels
 from dgnet.detection._average_precision import CocoEvaluation
 from dgnet.detection._checkpoint import describe_detector, load_backbone, load_trained
 from dgnet.detection._coco import CocoDetection
@@ -27,10 +28,10 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
 
 
 def _train(config: DetectConfig, run: Run) -> RunResult:
+    set_max_pixels(config.max_pixels)
     train_set = CocoDetection(config.data, config.images, is_training=True)
     val_set = CocoDetection(config.val_data, config.evaluation_images, class_names=train_set.class_names)
-    run.say(f"{config.data}: {train_set.counts}")
-    run.say(f"{config.val_data}: {val_set.counts}")
+    run.record_data(train_set.ledger, val_set.ledger)
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     if val_set.annotations.is_crowd.all():
         raise UsageError(f"{config.val_data} holds no boxes to evaluate on; give other annotations with --val-data")

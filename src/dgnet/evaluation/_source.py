@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from dgnet.checkpoint import Checkpoint
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset
+from dgnet.checkpoint import Checkpoint, RunData
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset, set_max_pixels
+from dgnet.paths import find_kind
+
+DATA = "data.json"
+"""The file of a run folder that tells what the run's data were."""
 
 
 def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
     """A description of the images that a checkpoint is evaluated on; see `open_evaluation_data`."""
-    config = checkpoint.config
-    if source is None and config.get("holdout"):
-        return f"{config['holdout']} held-out images of {config['data']}"
-    return str(source or config.get("val_data") or config["data"])
+    if source is not None:
+        return source
+    run = checkpoint.data
+    return f"{run.holdout} held-out images of {run.data}" if run.holdout else run.val_data or run.data
 
 
 def open_evaluation_data(
@@ -22,23 +27,42 @@ def open_evaluation_data(
 ) -> ImageDataset:
     """The images of `source`, with the checkpoint's preprocessing. Default: the evaluation images of the checkpoint's run.
 
+    `dataset.ledger` tells which split it is, and what was taken and left out; `announce` prints it.
     If the run used `--on-bad-image skip`, the images that it skipped are left out, and a line on stderr gives their number.
     `data_root`: by default that of the run. `needs_labels`: see `dgnet.data.open_dataset`.
 
     Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
-    config = checkpoint.config
-    root = data_root or config.get("data_root", "data")
-    if source is None and config.get("holdout"):
-        whole = open_dataset(config["data"], TRAIN, checkpoint.class_names, root)
-        dataset: ImageDataset = hold_out(whole, config["holdout"])[1]
+    run = checkpoint.data if checkpoint.config or source is None else RunData(source)
+    set_max_pixels(run.max_pixels, is_default=True)
+    root = data_root or run.data_root
+    if source is None and run.holdout:
+        whole = open_dataset(run.data, TRAIN, checkpoint.class_names, root)
+        dataset: ImageDataset = hold_out(whole, run.holdout)[1]
     else:
-        source = source or config.get("val_data") or config["data"]
-        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels)
-    if config.get("on_bad_image") == "skip":
+        as_before = source is None and _is_of_old_run(checkpoint.path)
+        source = source or run.val_data or run.data
+        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels, as_before)
+    if run.on_bad_image == "skip":
         dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
+
+
+def announce(dataset: ImageDataset) -> None:
+    """Print what the data set gave and left out on stderr, in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(dataset.ledger.lines("evaluation data: ")), file=sys.stderr)
+
+
+def _is_of_old_run(path: Path) -> bool:
+    """Whether a checkpoint lies in the folder of a run that did not store what its data were.
+
+    Such a run may have been evaluated on test/, which versions of that time took if there was no val/.
+    """
+    return any(
+        find_kind(folder / "config.yaml") and not find_kind(folder / DATA) for folder in (path.parent, path.parent.parent)
+    )
 
 
 def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgnet.compat.torch import is_transformed
+
 _BLOCK_ELEMENTS = 512 * 1024
 """On the CPU: elements of a sum that are computed together, few enough to stay in its cache while the edges are added."""
 
@@ -29,17 +31,21 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
     open. The feature of a closed edge never enters the sum, even if it is infinite or NaN.
 
     Sums in float32 if features are in half precision, otherwise in their own precision. Returns (B, C, H, W) in the features'
-    dtype. `torch.func.vmap` over it raises a RuntimeError.
+    dtype.
     """
+    first = features[0]
     # The compiler fuses the loop into one pass. On a GPU the CPU would have to wait to read which edges are open.
-    if torch.compiler.is_compiling() or features[0].is_meta or (is_open is not None and not features[0].is_cpu):
+    if torch.compiler.is_compiling() or first.is_meta or (is_open is not None and not first.is_cpu) or is_transformed(first):
         return aggregate_by_loop(features, weights, is_open)
     total: Tensor = _Aggregate.apply(weights, is_open, *features)
     return total
 
 
 def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
-    """`aggregate` edge by edge in plain operations: used under the compiler, and as its twin in the tests."""
+    """`aggregate` edge by edge in plain operations, which never read values: for compilers, exporters and transforms.
+
+    It is also the twin of `aggregate` in the tests.
+    """
     dtype = _sum_dtype(features[0])
     total: Any = None
     for edge, feature in enumerate(features):

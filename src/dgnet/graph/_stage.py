@@ -5,11 +5,13 @@ Letters: B batch, C channels, H and W height and width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from dgnet.compat.torch import is_transformed
 from dgnet.errors import UsageError
 from dgnet.graph._nodes import StageNodes
 from dgnet.graph._walk import DenseWalk, Walk
@@ -35,6 +37,8 @@ class DynamicGraph(StageNodes):
     inference_walk: StartWalk = DenseWalk
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._trace(x)
         walk = self.start_walk(x)
         walk.put(0, self.input(x))  # distribute x_0, and predict its out-edges (Eq. 4)
         for node in walk.blocks:
@@ -44,11 +48,30 @@ class DynamicGraph(StageNodes):
     def start_walk(self, x: Tensor) -> Walk:
         """Start the walk of one forward pass. `x`: the raw stage input, (B, C_in, H_in, W_in)."""
         start: StartWalk = self.inference_walk
-        if self.training or x.is_meta:  # without values no node is known to be dead
+        is_compiling = torch.compiler.is_compiling()
+        # Where Python cannot read values, no node is known to be dead.
+        if self.training or x.is_meta or (not is_compiling and is_transformed(x)):
             start = DenseWalk
-        if torch.compiler.is_compiling():
+        if is_compiling:
             start = start.in_graph()
         return start(self, x)
+
+    def _trace(self, x: Proxy) -> Any:
+        """One call of this module in the graph of `torch.fx`, as of a layer of torch. Raises UsageError if it is traced alone."""
+        path = x.tracer.path_of_module(self)
+        if not path:
+            raise UsageError(
+                "torch.fx cannot trace a stage itself: how it runs depends on its input; trace the network that holds it,"
+                " or use torch.export"
+            )
+        return x.tracer.create_proxy("call_module", path, (x,), {})
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script calls this. Raises UsageError: TorchScript has no type for a walk."""
+        raise UsageError(
+            "torch.jit.script cannot compile a dynamic stage; use torch.jit.trace(model.eval(), images), which takes any batch"
+            " size, or torch.export, or: dgnet export"
+        )
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgnet.graph import DenseWalk
 
@@ -17,17 +17,19 @@ class BranchingWalk(DenseWalk):
     """A node is a branch that runs if the node is alive for some sample. A feature holds all samples.
 
     Compiled: the branch runs on the whole batch, so that a node is skipped only if no image of the batch needs it. Exported:
-    instead of a branch, the node runs on the gathered samples for which it is alive; there may be none. A feature's values are
-    not read for samples for which its node is dead.
+    instead of a branch, the node runs on the gathered samples for which it is alive; there may be none. But a node with batch
+    normalisations, which `export_network` folds, runs on all samples: torch cannot export them for a number of samples that
+    may be 0. A feature's values are not read for samples for which its node is dead.
     """
 
     skips_nodes = True
 
     def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Any:
-        if runs is None or node == self.topology.output:
+        is_exporting = torch.compiler.is_exporting()
+        if runs is None or node == self.topology.output or (is_exporting and has_batch_norms(self.stage.nodes[node - 1])):
             return super().run(node, weights, is_open, runs)
         opened = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
-        if torch.compiler.is_exporting():
+        if is_exporting:
             return self._gather(node, weights, opened, runs)
         return self._branch(node, weights, opened, runs)
 
@@ -53,3 +55,8 @@ class BranchingWalk(DenseWalk):
 
         feature: Tensor = torch.cond(runs.any(), compute, skip, (weights, opened, *sources))
         return feature
+
+
+def has_batch_norms(module: nn.Module) -> bool:
+    """Whether a part of `module` is a batch normalisation of maps."""
+    return any(isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) for part in module.modules())

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dgnet.errors import UsageError, check_choice, reason
-from dgnet.files import writing
+from dgnet.files import replace_content, replace_file, writing
+from dgnet.graph import find_stages
+from dgnet.inference._branching import has_batch_norms
 from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._sparse import MODES, set_mode
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 """Format -> file name extension."""
+_LARGEST_ONNX = 2**30  # bytes of weights; torch writes those of larger networks to a second file, from 1.5 GiB on
 
 
 def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: str = "dense") -> ExportedProgram:
@@ -29,12 +32,17 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     Normalisations are folded. `mode`: "dense", every node on every sample, closed edges masked; "sparse", each node on the
     gathered samples for which it is alive.
 
-    Raises UsageError for an unknown mode, for "sparse" if the network has no dynamic stages, and if the exporter fails.
+    Raises UsageError for an unknown mode, for "sparse" if the network has no dynamic stages or normalisations that cannot be
+    folded, and if the exporter fails.
     """
     check_choice("--mode", mode, MODES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     folded = fold_batch_norms(network, (height, width)).cpu().float()
     set_mode(folded, mode)
+    if mode == "sparse" and any(has_batch_norms(stage.nodes) for stage in find_stages(folded)):
+        raise UsageError(
+            f"{type(network).__name__} has batch normalisations that no convolution takes in; export it with --mode dense"
+        )
     images = torch.randn(5, getattr(network, "in_chans", 3), height, width)
     try:
         with torch.no_grad(), _quiet():
@@ -51,10 +59,11 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
     Raises UsageError for an unknown format, for a file that cannot be written, and if a package is missing.
     """
     check_choice("--format", format, FORMATS)
-    text = json.dumps(carried, ensure_ascii=False)
+    text = json.dumps(carried)
     with writing(path):
         if format == "torch":
-            torch.export.save(program, path, extra_files={"dgnet": text})
+            with replace_content(path) as file:
+                torch.export.save(program, file, extra_files={"dgnet": text})
             return
         try:
             with _quiet():
@@ -65,7 +74,12 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
             raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
         assert translated is not None
         translated.model.metadata_props["dgnet"] = text
-        translated.save(path)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+        if size > _LARGEST_ONNX:  # the weights go to a second file, which is named after the first
+            translated.save(path)
+            return
+        with replace_file(path) as written:
+            translated.save(written)
 
 
 def run_onnx(path: Path, images: Tensor) -> Tensor:

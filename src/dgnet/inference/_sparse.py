@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgnet.compat.torch import is_compiled_for_all_sizes
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import DenseWalk, StageNodes, Walk, aggregate_rows, find_stages, require_stages, select_samples
 from dgnet.inference._branching import BranchingWalk
@@ -83,7 +84,8 @@ class SparseWalk(DenseWalk):
 
     @classmethod
     def in_graph(cls) -> type[Walk]:
-        return BranchingWalk
+        # With dynamic=True the compiler passes numbers such as ε of a normalisation into branches, and refuses them there.
+        return DenseWalk if is_compiled_for_all_sizes() else BranchingWalk
 
     @torch.no_grad()
     def put(self, node: int, feature: Tensor | None) -> None:

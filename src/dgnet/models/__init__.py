@@ -11,6 +11,7 @@ from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import list_models as list_models
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
+from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
 from dgnet.models._static_weights import is_static as is_static
 from dgnet.models._static_weights import load_static_weights as load_static_weights

@@ -8,12 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from timm.layers import ConvNormAct
+from timm.models import register_notrace_module
 from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import TOPOLOGIES, DynamicGraph, RandomGraphOptions, Topology, aggregate, find_stages
 from dgnet.models._connectivity import Connectivity
+from dgnet.models._state import LoadsWrapped
+
+register_notrace_module(DynamicGraph)  # timm's tools for torch.fx do not look inside a stage
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     return {**{name: value for name, value in options.items() if name not in given}, **network.stored_options()}
 
 
-class DynamicNetwork(nn.Module):
+class DynamicNetwork(LoadsWrapped):
     """Mixin before the static class of a dynamic network: timm's interface for stages that are a `DynamicGraph`."""
 
     stage_names: tuple[str, ...]

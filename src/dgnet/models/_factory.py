@@ -5,43 +5,60 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
 
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._state import unwrap_names
 
 
-def list_models() -> list[str]:
-    """The names that dgnet registers with timm."""
-    names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("dgnet.")]
+def list_models(filter: str = "*") -> list[str]:
+    """The names that dgnet registers with timm. `filter`: a pattern that they match, such as "dg_*".
+
+    Raises UsageError if `filter` is no text.
+    """
+    if not isinstance(filter, str):
+        raise UsageError(f"the filter of a list of models is a pattern such as 'dg_*', got {filter!r}")
+    names = [name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith("dgnet.")]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
+    `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). Raises UsageError for an unknown model, option or value.
     """
-    if not timm.is_model(name.partition(".")[0]):
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}; see: dgnet models")
+    if not isinstance(name, str):
+        raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
+    architecture = name.partition(".")[0]
+    is_known = timm.is_model(architecture)
+    if not is_known and not name.startswith(_SOURCES):
+        shown = repr(name) if len(name) <= 60 else f"{name[:60]!r}…"
+        raise UsageError(f"unknown model {shown}{did_you_mean(name, timm.list_models())}; see: dgnet models")
     for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
+    built = {option: value for option, value in kwargs.items() if option != "checkpoint_path"}
     try:
-        return cast(TimmNetwork, timm.create_model(name, **kwargs))
+        network = timm.create_model(name, **built)
+        if kwargs.get("checkpoint_path"):
+            load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
+        return cast(TimmNetwork, network)
     except UsageError:
         raise
     except _BAD_VALUE as error:
-        if isinstance(error, TypeError):  # perhaps an option that timm's network does not have
-            network = inspect.signature(timm.model_entrypoint(name.partition(".")[0])).return_annotation
+        if isinstance(error, TypeError) and is_known:  # perhaps an option that timm's network does not have
+            network = inspect.signature(timm.model_entrypoint(architecture)).return_annotation
             _check_options(name, network, kwargs)
         given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
         raise UsageError(
@@ -54,15 +71,33 @@ def build_model(
 ) -> TimmNetwork:
     """timm's builder, with checks; each registered function calls it.
 
-    Raises UnknownOptionError for an option that `cls` does not have, and UsageError for `pretrained`.
+    Raises UnknownOptionError for an option that `cls` does not have, and UsageError for `pretrained` where the configuration
+    names no weights.
     """
-    if pretrained:
+    if pretrained and not _has_weights(name, kwargs):
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
             f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
         )
     _check_options(name, cls, kwargs)
-    return cast(TimmNetwork, build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **kwargs))
+    built = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=take_state, **kwargs)
+    return cast(TimmNetwork, built)
+
+
+def take_state(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """What timm's loaders call on the content of a file: a state dict without the prefixes of wrappers."""
+    return dict(unwrap_names(state_dict))
+
+
+def _has_weights(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether timm's configuration for a network, with the user's changes, says where weights are.
+
+    Raises UsageError if they are in a file that is not there.
+    """
+    cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
+    if cfg.file and not Path(cfg.file).exists():
+        raise UsageError(f"the pretrained weights of {name} should be in {cfg.file}, which does not exist")
+    return bool(cfg.has_weights or cfg.state_dict)
 
 
 def imagenet_cfg(**names: Any) -> dict[str, Any]:
@@ -80,6 +115,7 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
     }
 
 
+_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
 # What a constructor may raise for a value that it cannot use.
 _BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
 # Options that timm's builder takes and does not pass to the network.

@@ -11,6 +11,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._state import LoadsWrapped
 
 
 def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -26,7 +27,7 @@ def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list
     return [index % num_features for index in wanted]
 
 
-class StagedNetwork(TimmNetwork):
+class StagedNetwork(LoadsWrapped, TimmNetwork):
     """A network that runs the children named in `stem_names`, `stage_names` and `neck_names` one after the other.
 
     Subclasses build those children and `feature_info` (the stem first, then the stages), then call `build_head`.

@@ -6,9 +6,11 @@ raw stage input, with stride 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -21,13 +23,15 @@ from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
 
 
-def build_node(in_channels: int, out_channels: int, stride: int) -> Transform:
-    """ReLU, 3×3 separable convolution, BN."""
+def build_node(in_channels: int, out_channels: int, stride: int, drop_path_rate: float = 0.0) -> Transform:
+    """ReLU, 3×3 separable convolution, BN; in training its output is 0 for a sample with probability `drop_path_rate`."""
     node = Transform()
     node.add_module("act", nn.ReLU())
     node.add_module("conv_dw", nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False))
     node.add_module("conv_pw", nn.Conv2d(in_channels, out_channels, 1, bias=False))
     node.add_module("bn", nn.BatchNorm2d(out_channels))
+    if drop_path_rate:
+        node.add_module("drop_path", DropPath(drop_path_rate))
     return node
 
 
@@ -41,7 +45,8 @@ class RandWire(DynamicNetwork, StagedNetwork):
     """Two strided convolutions, three wired stages of C, 2C and 4C channels, a 1×1 convolution, pooling, classifier.
 
     `num_blocks`: blocks of each stage (N of Xie et al.). `channels`: C. `stem_stride`: stride of each of the two convolutions;
-    use 1 for small images. Also takes the options of `Connectivity`.
+    use 1 for small images. `drop_path_rate`: of the last block, in training; the rates of the blocks rise to it from 0. Also
+    takes the options of `Connectivity`.
     """
 
     stem_names = ("conv1", "conv2")
@@ -58,6 +63,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
         stem_stride: int = 2,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -68,6 +74,7 @@ class RandWire(DynamicNetwork, StagedNetwork):
         check_range("channels", channels, 2)
         check_range("head_channels", head_channels, 1)
         check_range("stem_stride", stem_stride, 1, 2)
+        check_range("drop_path_rate", drop_path_rate, 0, 1)
         self.in_chans = in_chans
         self.conv1 = build_convolution(in_chans, channels // 2, 3, stem_stride, act=False)
         self.conv2 = build_convolution(channels // 2, channels, 3, stem_stride)
@@ -75,9 +82,12 @@ class RandWire(DynamicNetwork, StagedNetwork):
         self.connectivity_options = connectivity.plain_options()
         width = channels
         topologies = connectivity.build_topologies([num_blocks + 2] * len(self.stage_names))
+        total = num_blocks * len(self.stage_names)
+        rates = [drop_path_rate * block / max(total - 1, 1) for block in range(total)]
         for index, (name, topology) in enumerate(zip(self.stage_names, topologies, strict=True), start=1):
             planes = channels * 2 ** (index - 1)
-            self.add_module(name, build_wired_stage(topology, width, planes, connectivity, index))
+            own_rates = rates[(index - 1) * num_blocks : index * num_blocks]
+            self.add_module(name, build_wired_stage(topology, width, planes, connectivity, index, own_rates))
             width = planes
             self.feature_info.append({"num_chs": width, "reduction": stem_stride**2 * 2**index, "module": name})
         self.conv3 = build_convolution(width, head_channels, 1, stride=1)
@@ -87,14 +97,22 @@ class RandWire(DynamicNetwork, StagedNetwork):
         self.init_weights()
 
 
-def build_wired_stage(topology: Topology, in_channels: int, channels: int, connectivity: Connectivity, stage: int) -> nn.Module:
-    """A stage whose entry nodes are all blocks whose only in-edge is from the input node."""
+def build_wired_stage(
+    topology: Topology,
+    in_channels: int,
+    channels: int,
+    connectivity: Connectivity,
+    stage: int,
+    drop_path_rates: Sequence[float],
+) -> nn.Module:
+    """A stage whose entry nodes are all blocks whose only in-edge is from the input node. `drop_path_rates`: of its blocks."""
     blocks = range(1, topology.num_nodes - 1)
     entry = tuple(node for node in blocks if topology.senders(node) == (0,))
     parts = []
-    for node in blocks:
+    for node, rate in zip(blocks, drop_path_rates, strict=True):
         in_width, stride = (in_channels, 2) if node in entry else (channels, 1)
-        parts.append(BlockParts(build_node(in_width, channels, stride), None, nn.Identity(), in_width, channels, stride))
+        transform = build_node(in_width, channels, stride, rate)
+        parts.append(BlockParts(transform, None, nn.Identity(), in_width, channels, stride))
     return build_stage(parts, replace(topology, entry=entry), connectivity, stage)
 
 

@@ -14,6 +14,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._state import LoadsWrapped
 
 _PLAIN: dict[str, Any] = {"aa_layer": None, "avg_down": False, "down_kernel_size": 1, "replace_stem_pool": False}
 
@@ -38,7 +39,7 @@ def split_block(block: Any) -> BlockParts:
     )
 
 
-class StridedResNet(ResNet):
+class StridedResNet(LoadsWrapped, ResNet):
     """DG-ResNet's static twin: timm's ResNet with stride 2 in the first block of stage 1 instead of the stem's max-pool.
 
     Raises UsageError for timm's ResNet-D options, which change how a block applies its stride.

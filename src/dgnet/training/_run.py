@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import os
-import sys
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch
-import yaml
 
-from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.files import read_table
+from dgnet._streams import forget_closed_pipe, say
+from dgnet.data import Ledger, compose
+from dgnet.documents import read_yaml
+from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
+from dgnet.evaluation import DATA
 from dgnet.options import flag
+from dgnet.paths import find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
 from dgnet.training._folder import (
+    BAD_IMAGES,
+    Progress,
     best_metric,
     check_empty,
     clear_folder,
-    last_metrics,
     lock_folder,
     make_folder,
     read_progress,
     write_config,
+    write_data,
     write_weights,
 )
+from dgnet.training._history import read_history
 from dgnet.training._module import RunModule
 from dgnet.training._processes import end_other_processes, is_main_process
-from dgnet.training._progress import Progress
+from dgnet.training._progress import Progress as ProgressBar
 from dgnet.training._trainer import build_trainer, quiet_lightning
+from dgnet.typed import read_fields
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -57,11 +65,13 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
     if not is_main_process(config.nodes):  # the first process chose the folder
         yield Run(config, resume, resume or Path(config.output or "runs"))
         return
+    forget_closed_pipe()
     folder, made = (resume, []) if resume else make_folder(config)
     try:
         with lock_folder(folder):
             if not resume:
                 check_empty(folder)
+                (folder / BAD_IMAGES).unlink(missing_ok=True)
             yield Run(config, resume, folder)
     finally:
         for path in made:
@@ -80,29 +90,42 @@ class Run:
             torch.set_num_threads(config.threads)
             os.environ["OMP_NUM_THREADS"] = str(config.threads)  # otherwise Lightning's launcher chooses a number
         self.is_main = is_main_process(config.nodes)
-        self.progress = Progress()
+        self.progress = ProgressBar()
         self.resume = resume
         self.folder = folder
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
         self.class_names: list[str] | None = None  # of the resumed run
-        if resume and self.last.exists():
-            self.step, self.class_names = read_progress(self.last)
+        self.ledgers: dict[str, Ledger] = {}
+        if resume and is_file(self.last):
+            progress = read_progress(self.last)
+            check_unchanged(config, progress, self.folder / "config.yaml")
+            self.step, self.class_names = progress.step, progress.class_names
         if resume and self.is_main:
             for part in self.folder.rglob(".*.part"):  # left over if the run was killed while it wrote a file
-                part.unlink()
+                if is_file(part):
+                    part.unlink()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
     def say(self, line: str) -> None:
         """Print a line on stderr, in the first process only."""
         if self.is_main:
-            print(line, file=sys.stderr)
+            say(line)
+
+    @property
+    def is_of_old_version(self) -> bool:
+        """Whether the resumed run did not store what its data were, and may have been evaluated on test/."""
+        return self.resume is not None and find_kind(self.folder / DATA) is None
+
+    def record_data(self, training: Ledger, evaluation: Ledger) -> None:
+        """What the data sets of the run gave and left out: `fit` prints it and stores it in data.json."""
+        self.ledgers = {"training": training, "evaluation": evaluation}
 
     def check_data(self, images: int, class_names: Sequence[str], batch_size: int) -> None:
         """Raises UsageError for fewer training `images` than a batch, and if a resumed run was trained on other classes."""
         if images < batch_size:
             raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
-        if self.class_names is not None and list(class_names) != self.class_names:
+        if self.class_names is not None and list(map(compose, class_names)) != list(map(compose, self.class_names)):
             raise UsageError(
                 f"--resume {self.folder}: the run was trained on the classes {_listed(self.class_names)},"
                 f" and --data has {_listed(class_names)}"
@@ -120,6 +143,11 @@ class Run:
         folder = self.folder
         if self.is_main and not self.resume:
             write_config(module.config, folder)
+        if self.is_main and self.ledgers:
+            write_data(self.ledgers, folder)
+        for name, ledger in self.ledgers.items():
+            for line in ledger.lines(f"{name} data: "):
+                self.say(line)
         from_step = f" from step {self.step:,} on" if self.step is not None else ""
         self.say(f"{about}{from_step} -> {folder}")
         checkpointing = trainer.checkpoint_callback
@@ -127,32 +155,93 @@ class Run:
         try:
             with quiet_lightning():
                 trainer.fit(module, datamodule=data, ckpt_path=str(self.last) if self.step is not None else None)
+            if not self.is_main:
+                return RunResult(folder, {})
+            pace = self.progress.overall
+            if pace.images:
+                self.say(f"trained at {pace}; best {module.best_title} {best_metric(folder, module.best):.2f} %")
+            write_weights(folder)
+            return RunResult(folder, read_history(folder)[-1])
         except Interrupted:
             raise
         except BaseException as error:
-            self._end(error, trainer, checkpointing)
-        if not self.is_main:
-            return RunResult(folder, {})
-        pace = self.progress.overall
-        if pace.images:
-            self.say(f"trained at {pace}; best {module.best_title} {best_metric(folder, module.best):.2f} %")
-        write_weights(folder)
-        return RunResult(folder, last_metrics(folder))
+            is_restoring = (
+                self.step is not None and not checkpointing.has_started and describe_failure_of_machine(error) is None
+            )
+            if is_restoring and isinstance(error, _MISFIT) and not isinstance(error, UsageError):
+                raise UsageError(
+                    f"{self.last} is damaged: its state does not fit the run ({reason(error)}); replace it with another"
+                ) from error
+            self._end(error, trainer, checkpointing, module.config)
 
-    def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing) -> NoReturn:
-        """End the other processes, clear a folder that has no result, and raise the exception that ends the command."""
+    def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing, config: RunConfig) -> NoReturn:
+        """End the other processes, clear a folder that has no checkpoint, and raise the exception that ends the command."""
         has_refused = end_other_processes(trainer, error)
         if checkpointing.signum:  # `error` follows from the signal, which also reaches helper processes of the same group
-            raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
-        is_new = not self.resume and not any(self.folder.glob("checkpoints/*.ckpt"))
-        is_bad_image = isinstance(error, BadImageError) or (has_refused and not (self.folder / "bad_images.txt").exists())
-        if is_bad_image and self.is_main and is_new:
-            clear_folder(self.folder)  # a run without a checkpoint is not kept
+            raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent, checkpointing.cause) from None
+        has_checkpoint = any(self.folder.glob("checkpoints/*.ckpt"))
+        if self.is_main and not self.resume and not has_checkpoint:
+            clear_folder(self.folder)  # the same command can be typed again
         if has_refused:
             raise SystemExit(2) from None
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning replaced it
-            raise KeyboardInterrupt from None
+            error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            if has_checkpoint or self.resume:
+                raise Interrupted(getattr(error, "signum", signal.SIGINT), None, self.folder) from None
+            raise error from None
+        if has_checkpoint or self.resume:
+            kept, how = self._describe_checkpoint(), f"continue with --resume: dgnet {config.command} --resume {self.folder}"
+        else:
+            kept, how = "no checkpoint was written yet", "type the same command again"
+        if isinstance(error, WriteError):
+            full, free = ("the disk is full: ", "free some space, ") if error.is_full else ("", "")
+            raise WriteError(f"{full}{error.problem}", f"{kept}; {free}then {how}") from None
+        if isinstance(error, ValueError) and "Expected more than 1" in str(error):
+            raise UsageError(one_value_line(config, trainer.world_size)) from None
+        line = None if isinstance(error, UsageError) else describe_failure_of_machine(error)
+        if line is not None:
+            raise MachineError(f"{line}; {kept}; then {how}") from error
         raise error
+
+    def _describe_checkpoint(self) -> str:
+        """One clause on the checkpoint with which the run continues."""
+        try:
+            return f"the checkpoint {self.last} of step {read_progress(self.last).step:,} is whole"
+        except UsageError:
+            return f"{self.folder} holds no whole last checkpoint yet"
+
+
+def one_value_line(config: RunConfig, processes: int) -> str:
+    """The message for a batch normalisation that sees one value of each channel in training."""
+    images = config.batch_size // (config.accumulate * processes)
+    return (
+        f"{config.model} cannot be trained with {images} image in a forward pass (--batch-size {config.batch_size},"
+        f" --accumulate {config.accumulate}, {processes} process{'es' * (processes > 1)}): its batch normalisation then has one"
+        " value for each channel; use a larger --batch-size, a smaller --accumulate, or larger images"
+    )
+
+
+def check_single_image(network: torch.nn.Module, image_size: Sequence[int], config: RunConfig, processes: int) -> None:
+    """Raises UsageError if a forward pass in training has one image, and batch normalisation one value for each channel.
+
+    `image_size`: height and width in pixels. The pass runs on the meta device, without values.
+    """
+    if config.batch_size != config.accumulate * processes or config.sync_bn:
+        return
+    trained = deepcopy(network).to("meta").train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trained(torch.empty(1, 3, *image_size, device="meta"))
+    except ValueError as error:
+        if "Expected more than 1" in str(error):
+            raise UsageError(one_value_line(config, processes)) from None
+    except Exception:  # a layer that cannot run on the meta device: the first step tells
+        return
+
+
+# What torch and Lightning raise when they restore a state that does not fit.
+_MISFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -167,31 +256,47 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     Raises UsageError for a folder that holds no run, and for a change of any other option.
     """
     path = folder / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        unknown = sorted(set(values) - {f.name for f in fields(kind)})
-        if unknown:
-            raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
-        config = kind(**values)
-    except FileNotFoundError:
-        raise UsageError(f"--resume {folder} is not a run folder: it holds no config.yaml") from None
-    except UsageError:
-        raise
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+    if not is_file(path):
+        raise UsageError(f"--resume {folder} is not a run folder: it holds no config.yaml")
+    values = read_yaml(path)
+    unknown = sorted(map(str, set(values) - {f.name for f in fields(kind)})) if isinstance(values, dict) else []
+    if unknown:
+        raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
+    config = read_fields(kind, values, str(path), flag)
     for name in changes:
         if name not in RESUME_OPTIONS:
             own = {f.name for f in fields(kind)}
             allowed = ", ".join(flag(option) for option in RESUME_OPTIONS if option in own)
             raise UsageError(f"--resume uses the options in {path}: leave out {flag(name)}; these may differ: {allowed}")
     config = replace(config, **changes)
-    rows = read_table(folder / "metrics.csv")
+    rows = read_history(folder)
     last = folder / "checkpoints" / LAST
-    is_done = bool(rows) and int(rows[-1]["epoch"]) + 1 >= config.schedule()[0] and last.exists()
-    if not is_done or read_progress(last)[0] <= int(rows[-1]["step"]):
+    is_done = bool(rows) and rows[-1]["epoch"] + 1 >= config.schedule()[0] and is_file(last)
+    if not is_done:
         return config, None
-    if is_main_process() and not (folder / "model.safetensors").exists():
+    progress = read_progress(last)
+    check_unchanged(config, progress, path)
+    if progress.step <= rows[-1]["step"]:
+        return config, None
+    if is_main_process() and not is_file(folder / "model.safetensors"):
         with lock_folder(folder):
-            if not (folder / "model.safetensors").exists():
+            if not is_file(folder / "model.safetensors"):
                 write_weights(folder)
-    return config, RunResult(folder, last_metrics(folder))
+    return config, RunResult(folder, rows[-1])
+
+
+def check_unchanged(config: RunConfig, progress: Progress, path: Path) -> None:
+    """Raises UsageError if `config`, from the file `path`, differs from what the checkpoint was trained with.
+
+    The options of RESUME_OPTIONS may differ, and those that the run's version of dgnet did not have.
+    """
+    kind = type(config)
+    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output"}
+    stored = {name: value for name, value in progress.config.items() if name in known}
+    trained = read_fields(kind, {**asdict(config), **stored}, str(path), flag)
+    for name in stored:
+        if getattr(trained, name) != getattr(config, name):
+            raise UsageError(
+                f"{path} was changed: {flag(name)} is {getattr(config, name)!r}, and the run was trained with"
+                f" {getattr(trained, name)!r}; change it back, or start a new run with --config {path} and --output"
+            )

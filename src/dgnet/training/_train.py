@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
-from dgnet.training._run import Run, RunResult, open_run
+from dgnet.training._run import Run, RunResult, check_single_image, open_run
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -32,9 +32,11 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
 
 
 def _train(config: TrainConfig, run: Run) -> RunResult:
+    set_max_pixels(config.max_pixels)
     train_set, val_set = open_train_and_evaluation(
-        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
+        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images, as_before=run.is_of_old_version
     )
+    run.record_data(train_set.ledger, val_set.ledger)
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     classes = len(train_set.class_names)
     try:
@@ -62,13 +64,13 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
             raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    if config.compile:
-        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
-
     module = Classifier(network, config, carried, budget)
     trainer = run.build_trainer(config, module.best)
     if config.cache and trainer.world_size > 1:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
+    check_single_image(network, preprocessing.image_size, config, trainer.world_size)
+    if config.compile:
+        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"

@@ -1,0 +1,43 @@
+"""State dicts as other programs write them: names with the prefixes of wrappers, entries that are no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.overrides import is_tensor_like
+
+from dgnet.errors import UsageError
+
+_WRAPPERS = ("module.", "_orig_mod.", "network.")
+"""Of DataParallel and its kind, of `torch.compile`, and of dgnet's training."""
+
+
+def unwrap_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state_dict` without the prefixes of wrappers, each of which stands before all names.
+
+    Raises UsageError if a name is no text or a value is no tensor; the extra state of a module may be any value.
+    """
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise UsageError(f"a state dict has names of tensors as keys, got {name!r}")
+        if not (is_tensor_like(value) or name.endswith("_extra_state")):
+            raise UsageError(f"a state dict holds tensors, got {name}={repr(value)[:60]}")
+    while prefix := next((wrapper for wrapper in _WRAPPERS if _is_before_all(state_dict, wrapper)), ""):
+        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def _is_before_all(state_dict: Mapping[str, Any], prefix: str) -> bool:
+    return bool(state_dict) and all(name.startswith(prefix) for name in state_dict)
+
+
+class LoadsWrapped(nn.Module):
+    """Mixin of all networks: `load_state_dict` also takes names with the prefixes of wrappers."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. Raises UsageError if a name is no text or a value is no tensor."""
+        if isinstance(state_dict, Mapping):  # otherwise torch raises its own TypeError
+            state_dict = unwrap_names(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
