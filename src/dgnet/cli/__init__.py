@@ -6,6 +6,7 @@ that it prints to was closed; 1 any other error.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dgnet.errors import UsageError, reason
+from dgnet.paths import is_folder
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -108,7 +109,7 @@ def build(command: list[str], library: Path) -> None:
     Raises UsageError if the compiler fails, and if the library cannot be stored.
     """
     try:
-        if library.is_dir():
+        if is_folder(library):
             raise UsageError(f"the compiled sparse mode cannot be built: {library} is a folder; remove it")
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as folder:
