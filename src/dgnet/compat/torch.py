@@ -8,6 +8,7 @@ from torch._dynamo import source
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 
 DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
 """Whether `torch.compile` can trace `ContextVar.get`: it cannot in torch 2.11, and can in 2.14. There is no public test."""
@@ -25,7 +26,7 @@ def is_transformed(x: Tensor) -> bool:
     and `make_fx`, and for fake tensors. There is no public test for all of them.
     """
     return (
-        torch.jit.is_tracing()
+        is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or get_proxy_mode() is not None
@@ -33,7 +34,7 @@ def is_transformed(x: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_compiled_for_all_sizes() -> bool:
     """Whether `torch.compile` is at work with `dynamic=True`. There is no public test."""
     return not (torch.compiler.is_exporting() or torch._dynamo.config.assume_static_by_default)

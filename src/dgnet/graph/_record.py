@@ -100,6 +100,8 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
     Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks.
     """
     stages = require_stages(model)
+    if not isinstance(adjacency, Sequence | Tensor):
+        raise UsageError(f"adjacency is a list with one matrix for each dynamic stage, got {type(adjacency).__name__}")
     if len(adjacency) != len(stages):
         raise UsageError(f"the model has {len(stages)} dynamic stages, got {len(adjacency)} adjacency matrices")
     matrices = [
@@ -118,6 +120,8 @@ def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
         allowed = f"({num_nodes}, {num_nodes}) or (B, {num_nodes}, {num_nodes})"
         found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise UsageError(f"{name}: an adjacency is {allowed}, got {found}")
+    if matrix.layout != torch.strided or matrix.is_meta:
+        raise UsageError(f"{name}: an adjacency is a dense tensor with values, got {matrix.layout} on {matrix.device.type}")
     if matrix.is_complex() or not torch.isfinite(matrix).all():
         raise UsageError(f"{name}: the weights of an adjacency must be finite real numbers")
     matrix = matrix if matrix.ndim == 3 else matrix[None]

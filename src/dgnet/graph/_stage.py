@@ -57,14 +57,15 @@ class DynamicGraph(StageNodes):
         return start(self, x)
 
     def _trace(self, x: Proxy) -> Any:
-        """One call of this module in the graph of `torch.fx`, as of a layer of torch. Raises UsageError if it is traced alone."""
-        path = x.tracer.path_of_module(self)
+        """One call of this module in a graph of `torch.fx`. Raises UsageError if the stage is traced alone."""
+        tracer: Any = x.tracer
+        path = tracer.path_of_module(self)
         if not path:
             raise UsageError(
                 "torch.fx cannot trace a stage itself: how it runs depends on its input; trace the network that holds it,"
                 " or use torch.export"
             )
-        return x.tracer.create_proxy("call_module", path, (x,), {})
+        return tracer.create_proxy("call_module", path, (x,), {})
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script calls this. Raises UsageError: TorchScript has no type for a walk."""
