@@ -195,7 +195,7 @@ def test_without_proc_there_is_no_peak_and_less_is_known_of_the_processor(monkey
 
     monkeypatch.setattr(Path, "open", open_path)
     monkeypatch.setattr("dgnet.bench._memory.Path.write_text", lambda self, *a, **k: open_path(self))
-    monkeypatch.setattr(Path, "exists", lambda self: not str(self).startswith("/proc"))
+    monkeypatch.setattr("dgnet.bench._machine.is_file", lambda path: False)
     assert measure_peak(lambda: None, torch.device("cpu"), [], 0) is None
     assert describe_hardware("cpu").endswith("threads")
 
