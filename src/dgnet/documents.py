@@ -24,12 +24,12 @@ _LARGEST = 2**63
 
 def read_json(path: str | Path, what: str = "") -> Any:
     """The content of a JSON file. `what`: how messages call it, before its path. Raises UsageError as `parse_json` does."""
-    return parse_json(read_text(path), f"{what} {path}".strip())
+    return parse_json(read_text(path, what), f"{what} {path}".strip())
 
 
 def read_yaml(path: str | Path, what: str = "") -> Any:
     """The content of a YAML file. `what`: how messages call it, before its path. Raises UsageError as `parse_yaml` does."""
-    return parse_yaml(read_text(path), f"{what} {path}".strip())
+    return parse_yaml(read_text(path, what), f"{what} {path}".strip())
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -159,6 +159,9 @@ class _Builder:
 
 def _describe(error: Exception) -> str:
     """What PyYAML found, in one line, without the excerpt that it draws under it."""
+    if hasattr(error, "character"):
+        character = error.character if isinstance(error.character, int) else ord(error.character[:1] or "?")
+        return f"the character {character:#04x} is not allowed"
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"line {mark.line + 1}: {problem}" if mark is not None and problem else reason(error)
 

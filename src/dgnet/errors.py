@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -23,7 +24,11 @@ class UsageError(ValueError):
             from dgnet.compat.torch import message_from_worker  # not at the top: it imports torch
 
             message = message_from_worker(type(self), message)
-        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
+        line = " ".join(line.strip() for line in message.strip().splitlines())
+        super().__init__(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", line))
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a value may hold them, and a terminal would obey them
 
 
 class BadImageError(UsageError):

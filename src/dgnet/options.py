@@ -9,6 +9,10 @@ from typing import Any, get_type_hints
 from dgnet.errors import check_choice, check_range
 from dgnet.typed import read_value
 
+MOST_THREADS = 4096
+MOST_WORKERS = 1024
+"""A larger number is a slip of the keyboard, and would bring the machine down."""
+
 
 def option(
     default: Any, help: str, choices: tuple[str, ...] | None = None, used_by: Mapping[str, tuple[str, ...]] | None = None

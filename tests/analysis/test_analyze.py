@@ -123,7 +123,7 @@ def test_images_are_chosen_by_index_and_by_name(run, images, tmp_path, capsys):
         (["--images", "1.png"], "images are called '1.png', indices 1, 5,"),
         (["--extremes", 13], "--extremes must be 0 to 12, got 13"),
         (["--batch-size", 0], "--batch-size must be at least 1"),
-        (["--workers", -1], "--workers must be at least 0"),
+        (["--workers", -1], "--workers must be 0 to 1024"),
         (["--data", "nowhere"], "data source 'nowhere' does not exist"),
         (["--curves", "nowhere"], "nowhere is not a run folder, or its metrics.csv holds no epoch"),
         (["--output", "FILE"], "cannot be written: "),

@@ -56,7 +56,7 @@ def run(data, tmp_path_factory) -> Path:
 
 def test_a_run_folder_holds_what_is_promised(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors"}
+    assert names == {"config.yaml", "data.json", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["topology"] == "complete"
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))

@@ -63,7 +63,7 @@ from tests.helpers.command import list_commands, refuse
         ("train --epochs " + "9" * 400, "is out of range, allowed are 64 bits"),
         ("train --clip-grad 0", "--clip-grad must be above 0, got 0"),
         ("train --optimizer foo", "unknown --optimizer 'foo'; 1"),
-        ("train --precision fp16 --accelerator cpu", "--precision fp16 cannot be trained on a CPU; use bf16 or 32"),
+        ("train --precision fp16 --accelerator cpu", "--precision fp16 needs a GPU, and this run is on a CPU; use bf16 or 32"),
         ("train --lr.x 3", "unknown option --lr.x; --lr takes a number"),
         ("train --model-kwargs.a.b 3 --model-kwargs.a.b.c 5", "--model-kwargs.a.b is 3, which has no entry c"),
         ("train --lr 0", "--lr must be above 0"),

@@ -40,7 +40,7 @@ def odd(tmp_path_factory) -> Path:
     """A folder with images, a run whose class has an odd name, COCO annotations and results with odd names."""
     folder = tmp_path_factory.mktemp("odd")
     for split, count in (("train", 6), ("val", 3)):
-        for name, colour in ((ODD, 0), ("light", 200)):
+        for name, colour in (("café €", 0), ("light", 200)):
             (folder / "data" / split / name).mkdir(parents=True)
             for index in range(count):
                 (folder / "data" / split / name / f"{index}.jpg").write_bytes(jpeg(colour + 5 * index))
@@ -93,7 +93,7 @@ def test_output_on_any_terminal(command, kind, odd, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
     done = check(REAL[command], KINDS[kind], tmp_path)
     if done.output and "--json" in command:
-        assert ODD in json.loads(done.output)[0]["classes"]
+        assert "café €" in json.loads(done.output)[0]["classes"]
 
 
 @needs_full

@@ -61,5 +61,5 @@ def test_launchers_do_not_end_the_processes_that_load():
 def test_counts_that_make_no_sense():
     with pytest.raises(UsageError, match="--batch-size must be at least 1, got 0"):
         EvaluationLoader(count_up(1), 0)
-    with pytest.raises(UsageError, match="--workers must be at least 0, got -1"):
+    with pytest.raises(UsageError, match="--workers must be 0 to 1024, got -1"):
         EvaluationLoader(count_up(1), 1, -1)

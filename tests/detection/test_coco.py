@@ -178,7 +178,7 @@ def test_images_may_lie_in_folders_of_the_folder(tmp_path):
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "is not JSON"),
+    "no JSON": ("{", "is not valid JSON"),
     "a list": ([], "is not in COCO's format: it lacks the list 'images'"),
     "no annotations": ({"images": [image_entry(1)], "categories": CATEGORIES}, "it lacks the list 'annotations'"),
     "no images": ({"images": [], "annotations": [], "categories": CATEGORIES}, "lists no images"),
@@ -268,7 +268,7 @@ def test_image_files_that_are_not_listed_are_counted(tmp_path):
     write_set(tmp_path, [image_entry(1), image_entry(2)], [])
     (tmp_path / "images" / "._1.png").write_bytes(b"")
     dataset = open_set(tmp_path, [image_entry(1)], [], is_training=False)
-    assert str(dataset.ledger).endswith("1 images, 0 boxes (image files that are not listed: 1)")
+    assert str(dataset.ledger).endswith("1 images, 0 boxes; left out: 1 image that is not listed (2.png)")
 
 
 @pytest.mark.parametrize(("stored", "listed"), [("NFC", "NFD"), ("NFD", "NFC")])

@@ -133,7 +133,7 @@ def test_counts_that_make_no_sense():
     images = Images(torch.randn(1, 3, 8, 8), [0])
     with pytest.raises(UsageError, match="--batch-size must be at least 1, got 0"):
         evaluate(nn.Identity(), images, batch_size=0)
-    with pytest.raises(UsageError, match="--workers must be at least 0, got -1"):
+    with pytest.raises(UsageError, match="--workers must be 0 to 1024, got -1"):
         evaluate(nn.Identity(), images, workers=-1)
 
 

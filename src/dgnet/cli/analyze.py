@@ -21,7 +21,7 @@ from dgnet.cli.command import (
     write_then_print,
 )
 from dgnet.errors import UsageError, check_range
-from dgnet.paths import is_folder
+from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
 
 
@@ -75,6 +75,8 @@ def run_analyze(args: Namespace) -> None:
     if args.checkpoint is None and not args.curves:
         raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
     folder = _find_folder(args)
+    if find_kind(folder) not in (None, "folder"):
+        raise UsageError(f"--output {folder} cannot be written: it is a file; name another with --output")
     curves = read_curves(args.curves)  # first: report a mistake before minutes of work
     document: dict[str, Any] = {}
     lines: list[str] = []

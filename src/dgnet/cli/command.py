@@ -17,6 +17,7 @@ from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
 from dgnet.files import to_json, without_nan
 from dgnet.options import flag, hints_of
+from dgnet.paths import is_file
 from dgnet.typed import Location, describe, read_value, read_word
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
             print(f"{resume} is finished; there is nothing to continue", file=sys.stderr)
     except Interrupted as error:
         if is_main_process():
-            is_kept = (error.folder / "config.yaml").exists()
+            is_kept = is_file(error.folder / "config.yaml")
             how = f"; continue with: dgnet {kind.command} --resume {error.folder}" if is_kept else ""
             report_end(f"dgnet: {error}{how}")
         raise SystemExit(128 + error.signum) from None

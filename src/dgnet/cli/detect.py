@@ -82,6 +82,7 @@ def run_evaluate(args: Namespace) -> None:
         read_results,
         write_results,
     )
+    from dgnet.evaluation import announce
     from dgnet.training import is_main_process, join_processes
 
     apply_max_pixels(args)
@@ -123,6 +124,8 @@ def run_evaluate(args: Namespace) -> None:
         else:
             _print_precision(title, precision, connectivity)
 
+    if args.json and results is not None:
+        announce(dataset)
     write_then_print(write, show)
 
 

@@ -25,6 +25,7 @@ from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards
 from dgnet.data._shards import is_stream as is_stream
+from dgnet.data._sources import absolute_source as absolute_source
 from dgnet.data._sources import map_labels as map_labels
 from dgnet.data._sources import open_dataset as open_dataset
 from dgnet.data._sources import open_train_and_evaluation as open_train_and_evaluation

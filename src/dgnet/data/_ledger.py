@@ -14,7 +14,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dgnet.errors import UsageError, reason
-from dgnet.paths import find_kind
+from dgnet.paths import find_kind, is_broken_link, scan_folder
 
 # Names that systems and tools put beside images, besides those that begin with a dot.
 _SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db"}
@@ -176,11 +176,11 @@ class Walk:
     def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """Folders and other entries of `folder`, without what is hidden, in no particular order."""
         folders, files = [], []
-        for entry in _scan(folder):
-            path = folder / entry.name
-            if is_hidden(entry.name):
-                self.ledger.leave_out("hidden", entry.name)
-            elif _is_folder(entry):
+        for name, is_folder in scan_folder(folder):
+            path = folder / name
+            if is_hidden(name):
+                self.ledger.leave_out("hidden", name)
+            elif is_folder:
                 folders.append(path)
             else:
                 files.append(path)
@@ -211,7 +211,7 @@ class Walk:
 
     def leave_out_file(self, path: Path) -> None:
         """Count a file that is no image."""
-        if path.is_symlink() and not os.path.exists(path):
+        if is_broken_link(path):
             self.ledger.leave_out("broken_links", path.name)
         else:
             self.ledger.leave_out("other_files", extension_of(path.name))
@@ -257,24 +257,7 @@ def find_image_files(paths: Sequence[str | Path], besides: Path | None = None) -
 
 def subfolders(folder: Path) -> list[Path]:
     """The folders in `folder` that are not hidden, sorted; links are followed. Raises UsageError if it cannot be read."""
-    return sorted(folder / entry.name for entry in _scan(folder) if not is_hidden(entry.name) and _is_folder(entry))
-
-
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UsageError(f"folder {escape(str(folder))} cannot be read: {reason(error)}") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if entry.is_symlink():  # such as a link to itself
-            return False
-        raise UsageError(f"{escape(entry.path)} cannot be read: {reason(error)}") from None
+    return sorted(folder / name for name, is_folder in scan_folder(folder) if is_folder and not is_hidden(name))
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dgnet.errors import check_range
+from dgnet.options import MOST_WORKERS
 
 
 class EvaluationOrder(Sampler[list[tuple[int, int]]]):
@@ -69,7 +70,7 @@ class EvaluationLoader:
         ranks: int = 1,
     ) -> None:
         check_range("--batch-size", batch_size, 1)
-        check_range("--workers", workers, 0)
+        check_range("--workers", workers, 0, MOST_WORKERS)
         order = EvaluationOrder(len(items), batch_size, rank, ranks, even=False)  # type: ignore[arg-type]
         self._batches = build_loader(_Numbered(items), order, workers, partial(_collate_numbered, collate))
         self._peeked: tuple[Any, Iterator[Any]] | None = None

@@ -9,7 +9,6 @@ import os
 import posixpath
 import random
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dgnet._streams import say
 from dgnet.data._images import IGNORED, BadImages, check_label, decode, mix_seed, seed_generators
 from dgnet.data._ledger import Ledger, compose, escape, extension_of, is_hidden_path, is_image_name
 from dgnet.data._open_stream import open_stream
@@ -154,7 +154,7 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
     """
     ledger, images = tar.ledger, dict[str, tarfile.TarInfo]()
     for member in tar:
-        if member.isdir():
+        if member.type == tarfile.DIRTYPE:
             continue
         name = member.name if member.name[:1] != "." else re.sub(r"^(\./+)+", "", member.name)
         is_label = extension_of(name) == ".cls"
@@ -174,7 +174,7 @@ def walk_shard(tar: TarReader, load: Callable[[tarfile.TarInfo], T]) -> Iterator
                 )
                 continue
             source = target
-        elif not member.isfile():
+        elif not member.isreg():
             ledger.leave_out("special", name)
             continue
         if tar.input.seekable():
@@ -288,7 +288,8 @@ def no_label(path: str, key: str) -> UsageError:
 
 def _print_left_out(ledger: Ledger) -> None:
     if ledger.left_out or ledger.warnings:
-        print("\n".join(ledger.lines()), file=sys.stderr)
+        for line in ledger.lines():
+            say(line)
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):

@@ -26,7 +26,7 @@ from dgnet.data._shards import ShardStream, expand_shards, is_shards, is_stream,
 from dgnet.data._splits import EVALUATION, NAMES, TRAIN, has_both, split_folder
 from dgnet.data._tars import TarReader, refuse_compressed
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
-from dgnet.paths import find_kind, is_folder
+from dgnet.paths import absolute, find_kind, is_folder
 
 _READERS = ("hfds", "torch", "tfds", "hfids")
 # torchvision's data sets with two parts only: the test set is the one that the field evaluates on.
@@ -342,6 +342,19 @@ def open_dataset(
     if kind != "folder":
         raise UsageError(f"data source {source!r} is a file; expected a folder of class folders, or shards ending in .tar")
     return Folder(split_folder(Path(source), role, as_before), class_names, needs_labels)
+
+
+def absolute_source(source: str) -> str:
+    """A source as a run stores it: a name or URL as it is, a path or a pattern of paths absolute."""
+    if source == "digits" or is_stream(source):
+        return source
+    if find_kind(source) is None:
+        if not is_shards(source):
+            return source  # the name of a data set
+        prefix = "wds/" if source.startswith("wds/") else ""
+        parts = source.removeprefix(prefix).split("::")
+        return prefix + "::".join(part if part.startswith("$") or is_stream(part) else absolute(part) for part in parts)
+    return absolute(source)
 
 
 def gives_both(source: str) -> bool:

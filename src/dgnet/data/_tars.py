@@ -110,7 +110,7 @@ class TarReader:
         if member.size < 0:
             name = escape(member.name)
             raise UsageError(f"{self.path} is damaged: its member {name} has a size of {member.size:,} bytes; copy it again")
-        if member.isfile() and self.input.size is not None and not member.issparse():
+        if member.isreg() and self.input.size is not None and not member.issparse():
             end = member.offset_data + member.size
             if end > self.input.size:
                 name = escape(member.name)

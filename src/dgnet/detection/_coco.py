@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from dgnet.data import Ledger, compose, decode, escape, is_hidden, is_image_name, map_labels, read_image
-from dgnet.documents import parse_json
+from dgnet.documents import read_json
 from dgnet.errors import UsageError, reason
-from dgnet.paths import is_folder
+from dgnet.paths import find_kind, is_folder
 
 
 class Target(TypedDict):
@@ -55,7 +55,6 @@ class AnnotationCounts:
     repeated_image_ids: int = 0  # only the first is used
     repeated_annotation_ids: int = 0  # only the first is used
     boxes_of_unlisted_images: int = 0  # left out
-    unlisted_images: int = 0  # image files beside those of the list
 
     def __str__(self) -> str:
         found = [
@@ -66,7 +65,6 @@ class AnnotationCounts:
             ("repeated image ids left out", self.repeated_image_ids),
             ("repeated annotation ids left out", self.repeated_annotation_ids),
             ("boxes of images that are not listed left out", self.boxes_of_unlisted_images),
-            ("image files that are not listed", self.unlisted_images),
         ]
         oddities = "; ".join(f"{what}: {count:,}" for what, count in found if count)
         return f"{self.images:,} images, {self.boxes:,} boxes" + (f" ({oddities})" if oddities else "")
@@ -187,15 +185,7 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
 
 
 def _read_document(path: Path) -> dict[str, list[Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
-    try:
-        document: dict[str, list[Any]] = parse_json(text, f"annotations {path}")
-    except UsageError as error:
-        message = str(error).replace("is not valid JSON", "is not JSON")
-        raise UsageError(f"{message}; expected annotations in COCO's format") from None
+    document: dict[str, list[Any]] = read_json(path, "annotations")
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UsageError(
@@ -303,7 +293,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         annotations = read_annotations(annotation_file, is_training, class_names)
         self.folder = Path(image_folder)
-        self.annotations = _find_files(self.folder, annotations)
+        self.annotations, self.unlisted = _find_files(self.folder, annotations)
 
     @property
     def class_names(self) -> list[str]:
@@ -321,7 +311,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         counts = self.counts
         summary = str(counts)
         figures = {name: value for name, value in asdict(counts).items() if name != "images"}
-        return Ledger(str(self.annotations.path), counts.images, len(self.class_names), summary=summary, figures=figures)
+        ledger = Ledger(str(self.annotations.path), counts.images, len(self.class_names), summary=summary, figures=figures)
+        for name in self.unlisted:
+            ledger.leave_out("unlisted_images", name)
+        return ledger
 
     @property
     def aspect_ratios(self) -> list[float]:
@@ -344,8 +337,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return to_tensor(self.load(index)), self.annotations.target(index)
 
 
-def _find_files(folder: Path, annotations: CocoAnnotations) -> CocoAnnotations:
-    """The annotations with the names of the files as they are stored, and with the number of image files that are not listed.
+def _find_files(folder: Path, annotations: CocoAnnotations) -> tuple[CocoAnnotations, list[str]]:
+    """The annotations with the names of the files as they are stored, and the image files that are not listed.
 
     Names are equal if their Unicode is (NFC). Lists whole folders, which is faster than a check for each file.
 
@@ -365,7 +358,7 @@ def _find_files(folder: Path, annotations: CocoAnnotations) -> CocoAnnotations:
         else:
             images.append(image._replace(file_name=str(Path(image.file_name).with_name(name))))
         # The second check is for file systems that ignore upper and lower case.
-        if compose(name) not in stored[path.parent] and not os.path.lexists(path):
+        if compose(name) not in stored[path.parent] and find_kind(path) is None:
             missing.append(path)
     if missing:
         raise UsageError(
@@ -374,8 +367,7 @@ def _find_files(folder: Path, annotations: CocoAnnotations) -> CocoAnnotations:
         )
     listed = {folder / compose(name) for name in annotations.file_names}
     names = [parent / name for parent, own in stored.items() for name in own if is_image_name(name) and not is_hidden(name)]
-    counts = replace(annotations.counts, unlisted_images=sum(name not in listed for name in names))
-    return replace(annotations, images=images, counts=counts)
+    return replace(annotations, images=images), sorted(name.name for name in names if name not in listed)
 
 
 def _list_names(folder: Path) -> dict[str, str]:

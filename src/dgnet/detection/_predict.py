@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+from dgnet._streams import say
 from dgnet.data import Ledger, decode, find_image_files, read_image
 from dgnet.detection._average_precision import write_results
 from dgnet.detection._checkpoint import DetectorCheckpoint
@@ -108,7 +109,7 @@ def predict_detections(
         left_out = "".join(f"; {ledger.source}: {ledger.describe()}" for ledger in ledgers if ledger.left_out)
         raise BadImageError(f"{bad[0]} ({len(bad):,} of {len(images):,} images do not decode{others}{left_out})")
     for line in (line for ledger in ledgers for line in ledger.lines()):
-        print(line, file=sys.stderr)
+        say(line)
     return drawn
 
 

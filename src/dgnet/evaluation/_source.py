@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Protocol
 
+from dgnet._streams import say
 from dgnet.checkpoint import Checkpoint, RunData
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset, set_max_pixels
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, hold_out, open_dataset, set_max_pixels
 from dgnet.paths import find_kind
 
 DATA = "data.json"
@@ -49,10 +51,18 @@ def open_evaluation_data(
     return dataset
 
 
-def announce(dataset: ImageDataset) -> None:
+class HasLedger(Protocol):
+    """A data set that tells what it gave and left out."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+
+def announce(dataset: HasLedger) -> None:
     """Print what the data set gave and left out on stderr, in the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(dataset.ledger.lines("evaluation data: ")), file=sys.stderr)
+        for line in dataset.ledger.lines("evaluation data: "):
+            say(line)
 
 
 def _is_of_old_run(path: Path) -> bool:
@@ -60,9 +70,8 @@ def _is_of_old_run(path: Path) -> bool:
 
     Such a run may have been evaluated on test/, which versions of that time took if there was no val/.
     """
-    return any(
-        find_kind(folder / "config.yaml") and not find_kind(folder / DATA) for folder in (path.parent, path.parent.parent)
-    )
+    folders = [folder for folder in (path.parent, path.parent.parent) if find_kind(folder / "config.yaml")]
+    return bool(folders) and not find_kind(folders[0] / DATA)
 
 
 def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:

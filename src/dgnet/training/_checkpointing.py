@@ -22,6 +22,7 @@ from dgnet._streams import is_pipe_closed
 from dgnet.compat.lightning import take_sigterm
 from dgnet.errors import UsageError, WriteError, reason
 from dgnet.files import replace_content
+from dgnet.paths import find_kind, is_file
 
 LAST = "last.ckpt"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))  # not on Windows
@@ -75,7 +76,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with replace_content(path) as file:
                 torch.save({**checkpoint, FINGERPRINT: fingerprint(checkpoint)}, file)
         except OSError as error:
-            kept = "the one before it is kept; " if path.exists() else ""
+            kept = "the one before it is kept; " if find_kind(path) else ""
             problem = f"checkpoint {path} cannot be written ({reason(error)})"
             raise WriteError(problem, f"{kept}then continue with --resume", error) from None
 
@@ -211,7 +212,7 @@ class Checkpointing(CheckpointCallback):
 
     def _describe_bad_step(self, step: int, lr: float) -> str:
         line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}; lower --lr, or clip with --clip-grad"
-        if self.path.exists():
+        if is_file(self.path):
             return f"{line}, and start from {self.path}, written before that step, with --weights"
         return f"{line}; no checkpoint was written before that step"
 

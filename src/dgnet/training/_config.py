@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dgnet.devices import ACCELERATORS
 from dgnet.errors import UsageError, check_choice, check_range, reason
-from dgnet.options import check_bounds, check_choices, flag, option, read_options
+from dgnet.options import MOST_THREADS, MOST_WORKERS, check_bounds, check_choices, flag, option, read_options
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ _TAKEN = {
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
     "batch_size": (1,),
-    "threads": (1,),
-    "workers": (0,),
+    "threads": (1, MOST_THREADS),
+    "workers": (0, MOST_WORKERS),
     "lr": (0,),
     "threshold_lr": (0,),
     "momentum": (0, 1),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dgnet._streams import say
 from dgnet.checkpoint import Checkpoint
 from dgnet.data import decode, find_image_files, read_image
 from dgnet.errors import BadImageError
@@ -56,5 +56,5 @@ def predict(
         names = [checkpoint.class_names[index] for index in top.indices.tolist()]
         predictions.append(Prediction(str(path), names, top.values.tolist()))
     for line in (line for ledger in ledgers for line in ledger.lines() if predictions):
-        print(line, file=sys.stderr)
+        say(line)
     return predictions

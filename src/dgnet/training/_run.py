@@ -288,10 +288,10 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
 def check_unchanged(config: RunConfig, progress: Progress, path: Path) -> None:
     """Raises UsageError if `config`, from the file `path`, differs from what the checkpoint was trained with.
 
-    The options of RESUME_OPTIONS may differ, and those that the run's version of dgnet did not have.
+    What has no effect on a resumed run may differ: RESUME_OPTIONS, output, weights, and what its version of dgnet did not have.
     """
     kind = type(config)
-    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output"}
+    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output", "weights"}
     stored = {name: value for name, value in progress.config.items() if name in known}
     trained = read_fields(kind, {**asdict(config), **stored}, str(path), flag)
     for name in stored:

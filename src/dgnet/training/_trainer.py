@@ -79,8 +79,6 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
         raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
     if config.sync_bn and trainer.strategy.root_device.type != "cuda":
         raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
-    if config.precision == "fp16" and trainer.strategy.root_device.type == "cpu":
-        raise UsageError("--precision fp16 cannot be trained on a CPU; use bf16 or 32")  # Lightning would use bf16
     _check_processes(config, trainer.world_size)
     return trainer
 
@@ -141,7 +139,6 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             for message in (
-                ".*AMP with fp16 is not supported on CPU.*",  # such a run is refused
                 ".*does not have many workers.*",
                 ".*number of training batches.*",
                 ".*exists and is not empty.*",
