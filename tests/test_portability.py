@@ -109,8 +109,9 @@ def load_library(plain, name, *arguments, **options):
     return plain(name, *arguments, **options)
 
 
-def run_without(names, arguments, log):
-    """One process: `dgnet` with these arguments, without the names. It prints to the file `log`."""
+def run_without(names, arguments, log, start="fork"):
+    """One process: `dgnet` with these arguments, without the names; it prints to `log`. Forked workers lack them too."""
+    multiprocessing.set_start_method(start, force=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -148,8 +149,7 @@ def test_training_and_evaluation_with_workers_do_without(system, folder, tmp_pat
 
 def spawn_workers(arguments, log):
     """One process: `dgnet` with these arguments. It starts workers as macOS and Windows do: what they use is pickled."""
-    multiprocessing.set_start_method("spawn", force=True)
-    run_without([], arguments, log)
+    run_without([], arguments, log, "spawn")
 
 
 @pytest.mark.slow
