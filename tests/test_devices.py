@@ -115,11 +115,6 @@ def test_devices_that_the_machine_does_not_have(gpus, accelerator, devices, line
     assert line in str(error.value)
 
 
-def test_half_precision_that_a_cpu_does_not_have(tmp_path):
-    with pytest.raises(UsageError, match="--precision fp16 needs a GPU, and this run is on a CPU; use bf16 or 32"):
-        build_trainer(TrainConfig(accelerator="cpu", precision="fp16"), tmp_path, None, "top1", None)
-
-
 def test_a_rank_beyond_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UsageError, match="LOCAL_RANK is 1, and --devices 1 --nodes 1 make 1 processes"):

@@ -6,6 +6,7 @@ that it prints to was closed; 1 any other error.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dgnet._guard import answer, run_process
 from dgnet.cli import analyze, classify, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
-from dgnet.errors import UsageError, did_you_mean
+from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
 
 COMMANDS: dict[str, Command | Group] = {
@@ -42,11 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
 
     def run() -> int:
+        _check_current_folder()
         with warnings.catch_warnings():
             _ignore_deprecations()
             return _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
 
     return answer(run)
+
+
+def _check_current_folder() -> None:
+    """Raises UsageError if the current folder was removed: libraries that torch loads end the process then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used: {reason(error)}; change to another with cd") from None
 
 
 def _ignore_deprecations() -> None:
