@@ -105,7 +105,7 @@ def test_a_file_loads_by_every_way(name, kind, tmp_path):
 @pytest.mark.parametrize("name", EACH)
 def test_a_folder_that_timm_wrote_loads(name, create, tmp_path):
     written = other(name).eval()
-    save_for_hf(written, tmp_path)
+    save_for_hf(written, tmp_path, model_args=NETWORKS[name])  # older versions of timm do not note the arguments
     source, state = f"local-dir:{tmp_path}", written.state_dict()
     assert_holds(create(source, pretrained=True), state)
     assert not torch.equal(create(source).state_dict()[next(iter(state))], next(iter(state.values())))
