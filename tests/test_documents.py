@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 
@@ -92,5 +94,8 @@ def test_files_that_cannot_be_read(read, tmp_path):
     ):
         with pytest.raises(UsageError, match=expected):
             read(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="it is no regular file"):
+        read(tmp_path / "pipe")
     (tmp_path / "bom").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read(tmp_path / "bom") == {"a": 1}

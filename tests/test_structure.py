@@ -11,8 +11,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 
 LAYERS = (
-    ("errors", "compat", "memory", "_lazy", "_registration"),
-    ("files", "paths", "documents", "typed", "options"),
+    ("errors", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
+    ("_guard",),
+    ("files", "paths", "documents", "typed", "options", "devices"),
     ("graph",),
     ("models",),
     ("_cost", "data"),
@@ -100,3 +101,32 @@ def test_packages_take_only_public_names_of_each_other():
                 other, _, module = str(node.module).removeprefix("dgnet.").partition(".")
                 is_private = module.startswith("_") and other != package
                 assert not is_private, f"{path.relative_to(SOURCE)} imports {node.module}; take it from dgnet.{other}"
+
+
+ASKS = {"exists", "is_file", "is_dir", "isfile", "isdir", "is_fifo", "is_mount", "lexists"}
+"""What asks the file system about a path. `dgnet.paths` does, and answers in one line where that fails."""
+
+
+def test_only_paths_asks_what_a_path_is():
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        if path.name == "paths.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in ASKS and ast.unparse(node.value) != "entry":  # of os.scandir
+                wrong.append(f"{path.relative_to(SOURCE)}:{node.lineno} {node.attr}")
+    assert wrong == []
+
+
+def test_documents_are_read_strictly_everywhere():
+    """JSON and YAML are read by `dgnet.documents`, which refuses what a lenient reader would guess."""
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        if path.name in ("documents.py", "files.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = f"{node.value.id}.{node.attr}"
+                if used in ("json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load"):
+                    wrong.append(f"{path.relative_to(SOURCE)}:{node.lineno} {used}")
+    assert wrong == []

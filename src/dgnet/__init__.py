@@ -1,6 +1,5 @@
 """Dynamic Graph Networks for vision: each stage of a CNN is a complete DAG, and routers weigh its edges for every image."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from dgnet._lazy import lazy_names
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from dgnet import training as training
     from dgnet._cost import Cost as Cost
     from dgnet._cost import cost as cost
+    from dgnet._version import __version__ as __version__
     from dgnet.analysis import plot_adjacency as plot_adjacency
     from dgnet.analysis import plot_graph as plot_graph
     from dgnet.checkpoint import load_checkpoint as load_checkpoint
@@ -45,11 +45,5 @@ if TYPE_CHECKING:
     from dgnet.training import train as train
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)
-    __all__ += ["__version__"]
-
-try:
-    __version__ = version("dgnet")
-except PackageNotFoundError:  # used from a source tree that was not installed
-    __version__ = "0.0.0"
 
 register_networks()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,6 +162,7 @@ class RunData:
     data_root: Location = "data"
     holdout: int = 0
     on_bad_image: str = "error"
+    max_pixels: float | None = None
 
     def __post_init__(self) -> None:
         check_range("holdout", self.holdout, 0)
@@ -215,7 +218,8 @@ def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str
         try:
             save_file(tensors, written, metadata={"dgnet": json.dumps(carried)})
         except SafetensorError as error:
-            raise OSError(reason(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason(error))) from None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -354,8 +358,9 @@ def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], pr
 
 
 def _mismatch(carried: dict[str, Any] | None, model: str) -> str:
-    of = f"is a checkpoint of {carried.get('model')}" if carried else "does not hold the weights of this model"
-    return f"{of}, not of {model} as asked for"
+    if carried:
+        return f"is a checkpoint of {carried.get('model')}, not of {model} as asked for"
+    return f"does not hold the weights of {model}"
 
 
 def _truncated(path: Path) -> UsageError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
@@ -28,6 +30,22 @@ class BadImageError(UsageError):
     """An image that cannot be read, does not decode, or does not match its annotations."""
 
 
+class WriteError(UsageError):
+    """A file that cannot be written. `problem`: which file and why; `is_full`: the disk has no space left for it.
+
+    The message is the problem and `advice`.
+    """
+
+    def __init__(self, problem: str, advice: str = "", error: OSError | None = None) -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
+        self.is_full = error is not None and error.errno in _FULL
+
+
+class MachineError(RuntimeError):
+    """An error whose cause is the machine, such as too little memory. The message is one line; the exit status is 1."""
+
+
 class UnknownOptionError(UsageError):
     """A network has no option with this name, `option`."""
 
@@ -38,7 +56,7 @@ class UnknownOptionError(UsageError):
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A hint like "; did you mean 'resnet50'?"; empty if no name is similar."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -47,8 +65,10 @@ def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if name not in allowed:
         hint = did_you_mean(str(name), allowed)
-        listing = f" allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
-        raise UsageError(f"unknown {what} {name!r}{hint or ';'}{listing}")
+        listing = f"; allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
+        if not hint and not listing:
+            listing = f"; {len(allowed)} are allowed, such as {', '.join(allowed[:: len(allowed) // 5])}"
+        raise UsageError(f"unknown {what} {name!r}{hint}{listing}")
 
 
 def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
@@ -78,3 +98,45 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+_OF_MACHINE = (  # in the words of torch, which has no class for them
+    ("can't allocate memory", "not enough memory"),
+    ("Cannot allocate memory", "not enough memory"),
+    ("out of memory", "not enough memory on the device"),
+    ("Too many open files", "too many open files; raise the limit with `ulimit -n`, or lower --workers"),
+    ("No space left on device", "no space left on the disk; free some"),
+    ("Disk quota exceeded", "the disk quota is exceeded; free some space"),
+    ("inline_container.cc", "a file cannot be written; is the disk full?"),
+    ("unable to write to file", "no space left in shared memory (/dev/shm); lower --workers or --batch-size"),
+    (
+        "DataLoader worker (pid",
+        "a process that loads images was ended from outside, perhaps for lack of memory; lower --workers",
+    ),
+)
+_ASK_FOR_LESS = "; lower --batch-size, or the size of the images"
+
+
+def describe_failure_of_machine(error: BaseException) -> str | None:
+    """One line for an error whose cause is the machine: memory, disk, open files, network. None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MachineError):
+        return text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        words = "not enough memory on the device" if "CUDA" in text else "not enough memory"
+        return f"{words}{f' ({_first_sentence(text)})' if text else ''}{_ASK_FOR_LESS}"
+    if isinstance(error, OSError) and not text.startswith("Caught "):
+        where = "".join(f" {name}" for name in (error.filename, error.filename2) if name is not None)
+        before = "the disk is full: " if error.errno in _FULL else ""
+        after = "; raise the limit with `ulimit -n`, or lower --workers" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        return f"{before}{reason(error)}{where and f':{where}'}{after}"
+    if isinstance(error, OSError | RuntimeError):
+        for words, meaning in _OF_MACHINE:
+            if words in text:
+                return meaning + (_ASK_FOR_LESS if meaning.startswith("not enough memory") else "")
+    return reason(error) if isinstance(error, OSError) else None
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of a long message, at most 120 characters."""
+    return text.partition(". ")[0][:120]

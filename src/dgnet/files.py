@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError, WriteError, reason
 from dgnet.paths import find_kind, read_text
 
 
@@ -32,24 +33,64 @@ def replace_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(written, mode)
         os.replace(written, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # write the new name to the disk too
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)  # write the new name to the disk too
     except BaseException:
         with suppress(OSError):
             written.unlink()
         raise
 
 
+def _sync_folder(folder: Path) -> None:
+    """Write the names in `folder` to the disk. Windows cannot open a folder, and some file systems do not sync one."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def replace_content(path: Path) -> Iterator[io.FileIO]:
+    """A file to write to inside the `with` block, whose content replaces that of `path` as with `replace_file`.
+
+    If a write fails, its OSError is raised, whatever the library that wrote makes of it.
+    """
+    with replace_file(path) as written, _Target(written) as file:
+        try:
+            yield file
+        except Exception:
+            if file.failure is not None:
+                raise file.failure from None
+            raise
+
+
+class _Target(io.FileIO):
+    """A file to write. `failure`: the error of the operating system, if a write failed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is almost full writes only a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
+        return size
+
+
 @contextmanager
 def writing(target: object, advice: str = "name another with --output") -> Iterator[None]:
-    """Raises UsageError, with `target` and `advice`, if something cannot be written inside the `with` block."""
+    """Raises WriteError, a UsageError with `target` and `advice`, if something cannot be written inside the `with` block."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {reason(error)}; {advice}") from None
+        raise WriteError(f"{target} cannot be written: {reason(error)}", advice, error) from None
 
 
 def make_writable(folder: Path) -> None:
@@ -96,6 +137,16 @@ def without_nan(document: Any) -> Any:
     return json.loads(json.dumps(document), parse_constant=lambda constant: None)
 
 
+def to_json(document: Any, encoding: str = "utf-8", indent: int | None = None) -> str:
+    """`document` as JSON that can be written in `encoding`: escaped if it is not UTF-8, or holds a file name that is not."""
+    text = json.dumps(document, ensure_ascii=codecs.lookup(encoding).name != "utf-8", indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=indent)
+    return text
+
+
 def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV file; none if there is no file. `needed`: the columns that it must have.
 
@@ -121,7 +172,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
     """Write rows as a CSV file. `columns`: by default all, in order of appearance. A cell is empty if its row has no value."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(path) as written, written.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

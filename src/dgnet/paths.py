@@ -5,6 +5,7 @@ No other module asks the file system what a path is: these functions answer in o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def absolute(path: str | Path) -> str:
 def find_kind(path: str | Path) -> str | None:
     """What is at `path`, links followed: "file", "folder", "special" (a pipe, socket or device), or None if there is nothing.
 
+    A link that leads nowhere, or to itself, is nothing.
+
     Raises UsageError if that cannot be found out: a part of the path may not be entered, or is too long.
     """
     try:
@@ -46,6 +49,8 @@ def find_kind(path: str | Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return None
         raise UsageError(f"{shorten(str(path))} cannot be read: {reason(error)}") from None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"
 
@@ -66,6 +71,28 @@ def list_folder(path: str | Path) -> list[Path]:
         return sorted(Path(path).iterdir())
 
 
+def scan_folder(path: str | Path) -> list[tuple[str, bool]]:
+    """The names in a folder, in no particular order, and whether each is a folder, links followed. Does not look at each file.
+
+    A link that leads nowhere is no folder. Raises UsageError if the folder cannot be read.
+    """
+    found = []
+    with reading(path), os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found.append((entry.name, entry.is_dir()))
+            except OSError:
+                if not entry.is_symlink():  # a link may lead to itself
+                    raise
+                found.append((entry.name, False))
+    return found
+
+
+def is_broken_link(path: str | Path) -> bool:
+    """Whether a link is at `path` that leads nowhere."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 @contextmanager
 def reading(source: object) -> Iterator[None]:
     """Raises UsageError, with `source`, if something cannot be read inside the `with` block."""
@@ -75,8 +102,14 @@ def reading(source: object) -> Iterator[None]:
         raise UsageError(f"{shorten(str(source))} cannot be read: {reason(error)}") from None
 
 
+_STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Where a shell puts the pipe of `command <(…)`; somebody writes to it. Other pipes may never be written to."""
+
+
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file or pipe. Raises UsageError if it cannot be read."""
+    """The content of a file. Raises UsageError if it cannot be read, or is a pipe or device that a shell did not open."""
+    if find_kind(path) == "special" and not str(path).startswith(_STREAMS):
+        raise UsageError(f"{shorten(str(path))} cannot be read: it is no regular file")
     with reading(path):
         return Path(path).read_bytes()
 

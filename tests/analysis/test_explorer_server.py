@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import importlib.util
+import io
+import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from PIL import Image
 
-from dgnet.analysis._explorer_server import format_report, is_loopback
+from dgnet.analysis._explorer_guard import HostGuard, is_loopback
+from dgnet.analysis._explorer_server import format_report, own_uploads
 from dgnet.analysis._photo import PhotoInspector, open_photo
 from dgnet.analysis._svg import draw_path
 from dgnet.checkpoint import describe_network, load_checkpoint, save_tensors
@@ -119,6 +127,81 @@ def test_without_gradio_the_extra_is_named(checkpoint, capsys, monkeypatch):
     assert line == "dgnet: dgnet explore needs gradio, which is not installed; type: pip install 'dgnet[explore]'\n"
 
 
+def ask_guard(guard, headers, kind="http"):
+    """The status with which `guard` answers a request with these headers, and its text."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard({"type": kind, "headers": [(key.encode(), value.encode()) for key, value in headers]}, None, send))
+    return sent[0].get("status", sent[0].get("code")), sent[-1].get("body", b"").decode()
+
+
+async def answer(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"page"})
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "answered", "refused"),
+    [
+        (
+            "127.0.0.1",
+            [],
+            ["127.0.0.1:7860", "localhost", "LocalHost.:9000", "[::1]:7860"],
+            ["evil.org", "evil.org:7860", "127.0.0.1.evil.org", "10.0.0.1", "0.0.0.0", "", "a@localhost", "localhost:1:2"],
+        ),
+        ("127.0.0.1", ["Photos.Example"], ["photos.example:80", "localhost"], ["example", "evil.org"]),
+        ("192.168.7.8", [], ["192.168.7.8:7860", socket.gethostname()], ["evil.org", "192.168.7.9"]),
+        ("0.0.0.0", [], ["192.168.7.8", "[fe80::1]:7860", "localhost", socket.gethostname()], ["evil.org", "1.2.3.4.org"]),
+    ],
+)
+def test_the_page_answers_to_its_own_names_only(host, allowed, answered, refused):
+    guard = HostGuard(answer, host, allowed)
+    for name in answered:
+        assert ask_guard(guard, [("Host", name)]) == (200, "page"), name
+        assert ask_guard(guard, [("host", name), ("origin", f"http://{name}")]) == (200, "page")
+    for name in refused:
+        status, line = ask_guard(guard, [("host", name)])
+        assert status == 421
+        assert line == f"this page does not answer to the host {name!r}; allow a name with: dgnet explore --allowed-host NAME\n"
+    assert ask_guard(guard, [])[0] == 421
+    assert ask_guard(guard, [("host", answered[0]), ("host", "evil.org")])[0] == 421
+
+
+@pytest.mark.parametrize("origin", ["http://evil.org", "null", "http://localhost:3000", "http://localhost", "file://", ""])
+def test_requests_of_other_pages_are_refused(origin):
+    guard = HostGuard(answer, "127.0.0.1")
+    status, line = ask_guard(guard, [("host", "localhost:7860"), ("origin", origin)])
+    assert (status, line) == (403, f"this page answers only requests of its own, and this one comes from {origin!r}\n")
+
+
+def test_web_sockets_are_refused():
+    assert ask_guard(HostGuard(answer, "127.0.0.1"), [("host", "localhost")], "websocket")[0] == 1008
+
+
+def test_a_request_that_fails_prints_one_line(capsys):
+    async def fail(scope, receive, send):
+        raise KeyError("no\nsuch call")
+
+    assert ask_guard(HostGuard(fail, "127.0.0.1"), [("host", "localhost")]) == (500, "the request failed\n")
+    assert capsys.readouterr().err == "dgnet: a request of the page failed: 'no\\nsuch call'\n"
+
+
+def test_uploads_are_private_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    before = tempfile.gettempdir()
+    with own_uploads() as uploads:
+        assert uploads.parent == tmp_path / "uploads"
+        assert uploads.stat().st_mode & 0o777 == 0o700
+        assert os.environ["GRADIO_TEMP_DIR"] == tempfile.gettempdir() == str(uploads)
+        (uploads / "photo.png").touch()
+    assert not uploads.exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "uploads")
+    assert tempfile.gettempdir() == before
+
+
 @needs_gradio
 def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
     static = write_checkpoint(tmp_path / "static.safetensors", "resnet20")
@@ -140,6 +223,87 @@ socket.socket.connect = lambda self, address: (print("reached", address, file=sy
 from dgnet.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@contextlib.contextmanager
+def run_server(checkpoint, tmp_path, *options):
+    """The command in a process of its own; yields the process and its port. Its temporary folder is tmp_path / "tmp"."""
+    (tmp_path / "tmp").mkdir()
+    port = free_port()
+    command = [sys.executable, "-m", "dgnet", "explore", checkpoint, "--port", port, "--max-megabytes", 1, *options]
+    server = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "http_proxy": "http://127.0.0.1:9"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert server.stdout.readline() == f"dg_resnet20 at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n"
+        yield server, port
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def request(port, method, path, body=None, headers=None):
+    """The status and the text of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def upload(port, content):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
+    return request(port, "POST", "/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+
+
+def look(port, *values):
+    body = json.dumps({"data": values})
+    return request(port, "POST", "/gradio_api/run/look", body, {"Content-Type": "application/json"})
+
+
+@needs_gradio
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_server_refuses_in_a_line_and_leaves_nothing(checkpoint, photo, tmp_path, signum):
+    with run_server(checkpoint, tmp_path) as (server, port):
+        assert request(port, "GET", "/")[0] == 200
+        for path in ("/", "/config", "/gradio_api/file=/etc/passwd", "/gradio_api/queue/data?session_hash=a", "/theme.css"):
+            assert request(port, "GET", path, headers={"Host": "evil.org"})[0] == 421
+            assert request(port, "POST", path, "", headers={"Origin": "http://evil.org"})[0] == 403
+        preflight = {"Origin": "http://evil.org", "Access-Control-Request-Method": "POST"}
+        assert request(port, "OPTIONS", "/gradio_api/upload", headers=preflight)[0] == 403
+        status, text = upload(port, photo.read_bytes())
+        assert status == 200
+        (uploaded,) = json.loads(text)
+        file = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
+        assert look(port, file)[0] == 200
+        assert upload(port, bytes(2**21))[0] == 413
+        outside = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(outside, "PNG")
+        (tmp_path / "secret.png").write_bytes(outside.getvalue())
+        status, text = look(port, {**file, "path": str(tmp_path / "secret.png")})
+        assert (status, "it was not uploaded" in text) == (500, True)
+        assert all(
+            look(port, *values)[0] == 500 for values in (["text"], [5], [], [{"path": 5}], [{**file, "path": "a" * 5000}])
+        )
+        for path in ("/gradio_api/run/other", "/gradio_api/call/other"):
+            body = '{"data": [], "session_hash": "a"}'
+            assert request(port, "POST", path, body, {"Content-Type": "application/json"})[0] == 500
+        assert request(port, "POST", "/gradio_api/run/look", "{", {"Content-Type": "application/json"})[0] == 422
+        assert any((tmp_path / "tmp").rglob("*.png"))
+        server.send_signal(signum)
+        _, errors = server.communicate(timeout=60)
+        assert server.returncode == (130 if signum == signal.SIGINT else 143)
+        assert not list((tmp_path / "tmp").iterdir())
+        lines = [line for line in errors.splitlines() if not line.startswith("compiling the sparse mode")]
+        assert all(line.startswith("dgnet: ") for line in lines), errors
 
 
 @needs_gradio

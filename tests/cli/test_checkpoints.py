@@ -62,7 +62,7 @@ def test_weights_of_another_model(run, images, tmp_path, capsys):
     assert "is of dg_resnet20 with other options" in line
     torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
     line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
-    assert "not of dg_resnet20 as asked for" in line
+    assert "does not hold the weights of dg_resnet20" in line
     assert "holds weights only" in refuse(capsys, "evaluate", tmp_path / "raw.pth")
     assert not (tmp_path / "x").exists()
 

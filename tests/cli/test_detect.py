@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def run(data, tmp_path_factory) -> Path:
 
 def test_a_run_folder_holds_what_is_promised(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors"}
+    assert names == {"config.yaml", "data.json", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["topology"] == "complete"
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
@@ -225,6 +226,20 @@ def test_predictions_lose_nothing(run, data, tmp_path, capsys):
         line = refuse(capsys, "detect", "predict", run, photos, "--output", photos / "drawn")
         assert "1 of 3 images do not decode; the other 2 are drawn in" in line
         assert {path.name for path in (photos / "drawn").iterdir()} == {"1.jpg", "1.png.jpg", "results.json"}
+
+
+def test_one_image_that_cannot_be_processed_stops_no_other(run, data, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "b.png").write_bytes((Path(data["val_images"]) / "1.png").read_bytes())
+    Image.new("RGB", (100_000, 1)).save(photos / "a.png")
+    os.mkfifo(photos / "c.png")
+    (photos / ".hidden.png").write_bytes(b"")
+    line = refuse(capsys, "detect", "predict", run, photos, "--output", tmp_path / "out")
+    assert "a.png is 100000 × 1 pixels; one side is more than 2,000 times the other" in line
+    assert "2 of 3 images do not decode; the other 1 are drawn" in line
+    assert "left out: 1 hidden file or folder (.hidden.png)" in line
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.jpg", "results.json"}
 
 
 def test_half_precision_detects_in_full(data, tmp_path, capsys):

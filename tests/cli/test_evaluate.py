@@ -171,7 +171,7 @@ def test_predict_refuses_what_is_no_image(run, tmp_path, capsys):
     (tmp_path / "x.jpg").write_text("no image")
     assert "x.jpg does not decode" in refuse(capsys, "predict", run, tmp_path / "x.jpg")
     assert "y.jpg does not exist" in refuse(capsys, "predict", run, tmp_path / "y.jpg")
-    assert f"{tmp_path} is a folder; name image files" in refuse(capsys, "predict", run, tmp_path)
+    assert "x.jpg does not decode" in refuse(capsys, "predict", run, tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "z.png")
     assert "--top-k must be at least 1" in refuse(capsys, "predict", run, tmp_path / "z.png", "--top-k", 0)
 

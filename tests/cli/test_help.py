@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dgnet.cli import COMMANDS
-from dgnet.cli.command import Command, Group
+from tests.helpers.command import list_commands
 
 SLOW = {"torch", "timm", "torchvision", "lightning", "matplotlib"}
 
@@ -23,15 +23,6 @@ for words in {words}:
     assert output.getvalue().startswith("usage: " + " ".join(["dgnet", *words])), output.getvalue()
 print(sorted({slow} & set(sys.modules)))
 """
-
-
-def list_commands(commands: dict[str, Command | Group]) -> list[list[str]]:
-    """The words of each command and of each group."""
-    found = []
-    for word, entry in commands.items():
-        inner = list_commands(dict(entry.commands)) if isinstance(entry, Group) else []
-        found += [[word], *([word, *words] for words in inner)]
-    return found
 
 
 def test_help_texts_import_neither_torch_nor_timm() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.helpers.command import refuse
+from dgnet.cli import COMMANDS
+from dgnet.cli.command import Command
+from dgnet.typed import describe
+from tests.helpers.command import list_commands, refuse
 
 
 @pytest.mark.parametrize(
@@ -48,13 +53,26 @@ from tests.helpers.command import refuse
         ("train --data a-{0..4.tar", "cannot be expanded"),
         ("train --data ${NOT_SET}/a-{0..4}.tar", "cannot be expanded"),
         ("train --lr inf", "--lr must be a number, got 'inf'"),
+        ("train --lr 0x10", "--lr must be a number, got '0x10'"),
+        ("train --epochs 010", "--epochs must be a whole number, got '010'"),
+        ("train --epochs 1_0", "--epochs must be a whole number, got '1_0'"),
+        ("train --model-kwargs.router_bias 010", "router_bias must be a number, got '010'"),
+        ("train --image-size 2.5", "--image-size must be a whole number or null, got 2.5"),
+        ("train --budget nan", "--budget must be a number or null, got 'nan'"),
+        ("train --budget-warmup -1", "--budget-warmup must be 0 to 1, got -1.0"),
+        ("train --epochs " + "9" * 400, "is out of range, allowed are 64 bits"),
+        ("train --clip-grad 0", "--clip-grad must be above 0, got 0"),
+        ("train --optimizer foo", "unknown --optimizer 'foo'; 1"),
+        ("train --precision fp16 --accelerator cpu", "--precision fp16 needs a GPU, and this run is on a CPU; use bf16 or 32"),
+        ("train --lr.x 3", "unknown option --lr.x; --lr takes a number"),
+        ("train --model-kwargs.a.b 3 --model-kwargs.a.b.c 5", "--model-kwargs.a.b is 3, which has no entry c"),
         ("train --lr 0", "--lr must be above 0"),
         ("train --hflip 2", "--hflip must be 0 to 1, got 2"),
         ("train --precision fp8", "unknown --precision 'fp8'"),
         ("train --optimizer sdg", "unknown --optimizer 'sdg'; did you mean 'sgd'?"),
         ("train --optimizer adahessian", "--optimizer adahessian needs second derivatives"),
-        ("train --accelerator tpuu", "--accelerator tpuu"),
-        ("train --accelerator cpu --devices 0,1", "--devices 0,1 --precision 32 cannot be used here"),
+        ("train --accelerator tpuu", "unknown --accelerator 'tpuu'"),
+        ("train --accelerator cpu --devices 0,1", "--devices 0,1 are not different GPUs of this machine"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --batch-size 9 --accumulate 2", "--batch-size 9 cannot be divided by --accumulate 2"),
         ("train --ema 1", "--ema must be below 1"),
@@ -83,3 +101,40 @@ def test_mistakes_end_in_one_line(arguments, expected, capsys, tmp_path, monkeyp
     (tmp_path / "FILE").write_text("")
     assert expected in refuse(capsys, *arguments.split())
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]  # nothing was begun
+
+
+def list_options() -> list[tuple[list[str], str, Any]]:
+    """(words of the command, option, type) for each option of each command that takes a value."""
+    found = []
+    for words in list_commands(COMMANDS):
+        entry: Any = COMMANDS[words[0]]
+        for word in words[1:]:
+            entry = entry.commands[word]
+        if isinstance(entry, Command):
+            parser = entry.build()
+            found += [(words, option, hint) for option, hint in parser.hints.items()]
+    return found
+
+
+OPTIONS = list_options()
+IDS = [" ".join([*words, option]) for words, option, _ in OPTIONS]
+
+
+@pytest.mark.parametrize(("words", "option", "hint"), OPTIONS, ids=IDS)
+def test_every_option_refuses_an_empty_value(words, option, hint, capsys):
+    line = refuse(capsys, *words, f"{option}=")
+    assert line.startswith(f"dgnet: {option} must ") or "is needed" in line or "expected 2 arguments" in line
+    assert any(words in line for words in ("got ''", "must not be empty", "is needed", "expected 2 arguments"))
+
+
+@pytest.mark.parametrize(("words", "option", "hint"), OPTIONS, ids=IDS)
+def test_every_option_for_a_path_expands_the_home_folder(words, option, hint, capsys):
+    takes_path = "path" in describe(hint)
+    is_called_so = option.removeprefix("--") in PATHS
+    assert takes_path == is_called_so, "add the option to PATHS, and give it the type Location"
+    if takes_path:
+        line = refuse(capsys, *words, f"{option}=~nobody-has-this-name/x")
+        assert "there is no such home folder" in line
+
+
+PATHS = {"data", "val-data", "data-root", "images", "val-images", "weights", "output", "write", "curves", "config", "resume"}

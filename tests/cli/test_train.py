@@ -27,6 +27,7 @@ from tests.helpers.data import write_folder
 def test_a_run_folder_holds_what_is_promised(run):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "data.json",
         "metrics.csv",
         "tensorboard",
         "checkpoints",

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dgnet.checkpoint import load_checkpoint
-from dgnet.data import IGNORED, TRAIN, BadImages, Preprocessing, TrainingItems, decode, open_dataset
+from dgnet.data import IGNORED, TRAIN, BadImages, Preprocessing, TrainingItems, decode, open_dataset, set_max_pixels
+from dgnet.data._images import to_rgb
 from dgnet.errors import BadImageError, UsageError
 from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.training import TrainConfig, train
@@ -83,6 +84,108 @@ def test_other_odd_images_load_as_rgb_nearly(kind):
 def test_broken_images_are_named(kind):
     with pytest.raises(BadImageError, match=f"{kind} does not decode as an image"):
         decode(BROKEN[kind](), kind)
+
+
+RAMP = np.linspace(0, 1, 12 * 16, dtype=np.float32).reshape(12, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        (RAMP, 255),
+        (RAMP * 0.5, 127.5),
+        (RAMP * 255, 255),
+        (RAMP * 65535, 255),
+        ((RAMP * 255).astype(np.int32), 255),
+        ((RAMP * 65535).astype(np.int32), 255),
+        ((RAMP * 65535).astype(np.uint16), 255),
+        (RAMP * 0, 0),
+    ],
+    ids=["0 to 1", "dark", "0 to 255", "16 bits", "int32, 8 bits", "int32, 16 bits", "uint16", "black"],
+)
+def test_numbers_are_scaled_by_their_range(values, scale):
+    found = np.asarray(decode(save(Image.fromarray(values), "TIFF"), "x.tif")).astype(float)
+    assert np.abs(found - np.stack([RAMP * scale] * 3, axis=2)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [RAMP - 0.5, RAMP * 5, RAMP * 1e6, np.where(RAMP < 0.5, RAMP, np.nan), np.where(RAMP < 0.5, RAMP, np.inf)],
+    ids=["negative", "a little above 1", "large", "NaN", "infinity"],
+)
+def test_numbers_of_no_known_range_are_bad_images(values):
+    with pytest.raises(BadImageError, match=r"^x\.tif has values from .*, allowed are 0 to 1, 0 to 255 or 0 to 65535"):
+        decode(save(Image.fromarray(values.astype(np.float32)), "TIFF"), "x.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_of_pillow_becomes_rgb(mode):
+    step = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+    photo = Image.fromarray(PHOTO)
+    image = to_rgb((photo.convert(step) if step else photo).convert(mode))
+    assert image.mode == "RGB"
+    assert image.size == photo.size
+
+
+def test_the_largest_image_is_a_setting(monkeypatch):
+    monkeypatch.setenv("DGNET_MAX_PIXELS", "0.0001")
+    content = save(Image.fromarray(PHOTO), "PNG")
+    with pytest.raises(BadImageError, match=r"^x has 16 × 12 = .*allowed are 0\.0 million pixels; .*--max-pixels"):
+        decode(content, "x")
+    set_max_pixels(0.001)
+    assert decode(content, "x").size == (16, 12)
+    set_max_pixels(0.0001, is_default=True)  # what was asked for stays
+    assert decode(content, "x").size == (16, 12)
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(UsageError, match="--max-pixels must be"):
+            set_max_pixels(wrong)
+
+
+def test_pillows_limit_is_raised_and_named(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    monkeypatch.delenv("DGNET_MAX_PIXELS", raising=False)
+    content = save(Image.fromarray(PHOTO), "PNG")
+    with pytest.raises(BadImageError, match=r"x has too many pixels \(.*192 pixels.*--max-pixels MEGAPIXELS"):
+        decode(content, "x")
+    monkeypatch.setenv("DGNET_MAX_PIXELS", "1")
+    assert decode(content, "x").size == (16, 12)
+
+
+def test_an_image_that_is_too_thin_is_bad():
+    with pytest.raises(BadImageError, match=r"^x is 5000 × 1 pixels; one side is more than 2,000 times the other"):
+        decode(save(Image.new("RGB", (5000, 1)), "PNG"), "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\tb.jpg", "a\nb.jpg", "a\rb.jpg", "a\udcffb.jpg", "tab\t and \\.jpg", "plain\\.jpg", " .jpg"]
+)
+def test_a_bad_image_has_one_line_whatever_its_name_is(tmp_path, name):
+    root = tmp_path / "data" / "a"
+    root.mkdir(parents=True)
+    (root / name).write_bytes(b"no image")
+    (root / "good.jpg").write_bytes(save(Image.fromarray(PHOTO), "JPEG"))
+    dataset = open_dataset(str(tmp_path / "data"), TRAIN)
+    dataset.transform = PREPROCESSING.evaluation_transform()
+    bad = BadImages(tmp_path / "bad.txt", limit=1)
+    items = TrainingItems(dataset, (8, 8), 0, bad)
+    for epoch in range(3):
+        for index in range(2):
+            items[epoch, index]
+    lines = (tmp_path / "bad.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1
+    assert lines[0].count("\t") == 1
+    assert len(bad.leave_out(dataset)) == 1
+
+
+@pytest.mark.parametrize("name", ["plain\\.jpg", "half \udcff.jpg", "é.jpg"])
+def test_old_lists_have_names_as_they_are(tmp_path, name):
+    root = tmp_path / "data" / "a"
+    root.mkdir(parents=True)
+    for file in (name, "good.jpg"):
+        (root / file).write_bytes(save(Image.fromarray(PHOTO), "JPEG"))
+    dataset = open_dataset(str(tmp_path / "data"), TRAIN)
+    (tmp_path / "bad.txt").write_bytes(f"{root / name}\tit does not decode\n".encode(errors="surrogateescape"))
+    assert len(BadImages(tmp_path / "bad.txt", 1).leave_out(dataset)) == 1
 
 
 @pytest.fixture

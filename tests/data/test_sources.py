@@ -42,7 +42,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert train.class_names == held_out.class_names == ["car", "train"]
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "eval", "VAL"])
 def test_a_divided_folder_gives_both(tmp_path, name):
     write_folder(tmp_path / "train", {"ant": 3, "cat": 2})
     write_folder(tmp_path / name, {"cat": 1})
@@ -126,6 +126,7 @@ def test_a_data_set_of_torchvision_by_timms_name(tmp_path):
     write_mnist(tmp_path, {"train": 12, "t10k": 3})
     train, held_out = open_train_and_evaluation("torch/mnist", None, str(tmp_path))
     assert (len(train), len(held_out)) == (12, 3)
+    assert str(held_out.ledger) == "torch/mnist (test split): 3 images"
     assert train.class_names[:2] == ["0 - zero", "1 - one"]
     train.transform = PREPROCESSING.evaluation_transform()
     image, label = train[11]
@@ -137,7 +138,10 @@ def test_hugging_face_data_sets_by_timms_name(tmp_path):
     write_folder(tmp_path / "data" / "train", {"ant": 3, "cat": 2})
     write_folder(tmp_path / "data" / "test", {"ant": 1, "cat": 1})
     source = f"hfds/{tmp_path}/data"
-    train, held_out = open_train_and_evaluation(source, None, str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"has no split called 'val' or .*as in hfds/.*data:test with --val-data"):
+        open_train_and_evaluation(source, None, str(tmp_path / "cache"))
+    train, held_out = open_train_and_evaluation(source, f"{source}:test", str(tmp_path / "cache"))
+    assert held_out.ledger.source == f"{source} (test split)"
     assert (len(train), len(held_out)) == (5, 2)
     assert train.class_names == ["ant", "cat"]
     train.transform = PREPROCESSING.evaluation_transform()

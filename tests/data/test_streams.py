@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from dgnet.data import EVALUATION, Preprocessing, ShardStream, open_dataset, open_train_and_evaluation
+from dgnet.data._open_stream import _hub_url
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, train
 from dgnet.training._loading import TrainingLoader, TrainingOrder
@@ -121,3 +122,67 @@ def test_bad_streams_are_named(shards, tmp_path):
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(UsageError, match="no sample for process 1 of 1"):
         labels(stream(f"pipe:cat {tmp_path}/empty.tar"), 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s4://bucket/a.tar", "unknown scheme of a stream 's4'"),
+        ("hf://datasets/a.tar", "must be like hf://datasets/USER/NAME/PATH.tar"),
+        ("gs://bucket/a.tar", "is read by the command gsutil, which is not installed"),
+        ("s3://bucket/a.tar", "is read by the command aws, which is not installed"),
+        ("https://nowhere.invalid/a.tar", "is read by the command curl, which is not installed"),
+        ("hf://datasets/u/n/a.tar", "is read by the command curl, which is not installed"),
+    ],
+)
+def test_streams_that_nothing_can_read(shards, monkeypatch, source, message):
+    monkeypatch.setenv("PATH", str(shards))
+    with pytest.raises(UsageError, match=message):
+        open_train_and_evaluation(source, f"{shards}/0.tar", epoch_images=4)
+
+
+def answer(folder: Path, monkeypatch, script: str) -> None:
+    """Make `curl` a command that runs `script`."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "curl").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "curl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("sleep 100", r"cannot be read: nothing came for 1 seconds"),
+        ("echo 'curl: (6) could not resolve host' >&2; exit 6", r"ended with status 6 \(curl: \(6\) could not resolve host\)"),
+        ("echo '<html>please log in</html>'", r"is not a tar file; it begins with b'<html>please"),
+        ("exit 0", r"is not a tar file; it begins with b''"),
+    ],
+)
+def test_a_stream_is_tried_before_a_run_starts(shards, monkeypatch, script, message):
+    answer(shards, monkeypatch, script)
+    monkeypatch.setattr("dgnet.data._open_stream.FIRST_PATIENCE", 1.0)
+    with pytest.raises(UsageError, match=message):
+        open_train_and_evaluation("https://nowhere.invalid/a.tar", f"{shards}/0.tar", epoch_images=4)
+
+
+def test_a_stream_that_stops_is_told(shards, monkeypatch):
+    answer(shards, monkeypatch, f"head -c 1000 {shards}/0.tar; sleep 100")
+    monkeypatch.setattr("dgnet.data._open_stream.PATIENCE", 0.5)
+    with pytest.raises(UsageError, match="cannot be read as a stream of a tar file: nothing came for"):
+        labels(stream("https://nowhere.invalid/a.tar"), 1)
+
+
+def test_the_address_of_a_hub_file(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    address, option = _hub_url("hf://datasets/user/name@v1/folder/a.tar")
+    assert address.endswith("/datasets/user/name/resolve/v1/folder/a.tar")
+    assert option == 'header = "Authorization: Bearer secret"\n'
+
+
+def test_a_file_url_is_a_stream_or_shards(shards):
+    source = f"file://{shards}/0.tar"
+    streamed, _ = open_train_and_evaluation(source, f"{shards}/0.tar", epoch_images=4)
+    assert isinstance(streamed, ShardStream)
+    streamed.transform, streamed.buffer = TRANSFORM, 1
+    assert set(labels(streamed, 8)) <= set(range(4))
+    assert len(open_train_and_evaluation(source, source)[0]) == 4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -250,3 +251,47 @@ def test_blood_cells(split, images, boxes):
     image, target = dataset[images - 1]
     assert image.shape == (3, 480, 640)
     assert len(target["boxes"]) == len(target["labels"]) > 0
+
+
+def test_repeated_annotation_ids_are_counted_and_most_are_refused(tmp_path):
+    some = [box_entry(1, 1, WHOLE), box_entry(2, 1, WHOLE), box_entry(2, 1, [0, 0, 5, 5])]
+    ledger = open_set(tmp_path / "some", [image_entry(1)], some).ledger
+    assert "repeated annotation ids left out: 1" in str(ledger)
+    assert ledger.document()["repeated_annotation_ids"] == 1
+    with pytest.raises(
+        UsageError, match=r"72 of its 73 annotations have the id of another one, .*give each annotation its own"
+    ):
+        open_set(tmp_path / "all", [image_entry(1)], [box_entry(1, 1, WHOLE) for _ in range(73)])
+
+
+def test_image_files_that_are_not_listed_are_counted(tmp_path):
+    write_set(tmp_path, [image_entry(1), image_entry(2)], [])
+    (tmp_path / "images" / "._1.png").write_bytes(b"")
+    dataset = open_set(tmp_path, [image_entry(1)], [], is_training=False)
+    assert str(dataset.ledger).endswith("1 images, 0 boxes; left out: 1 image that is not listed (2.png)")
+
+
+@pytest.mark.parametrize(("stored", "listed"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_equal_in_every_unicode_form(tmp_path, stored, listed):
+    names = {form: unicodedata.normalize(form, "Füchse") for form in ("NFC", "NFD")}
+    entry = image_entry(1)
+    write_set(tmp_path, [{**entry, "file_name": f"{names[stored]}.png"}], [])
+    listing = [{**entry, "file_name": f"{names[listed]}.png"}]
+    write_set(tmp_path, listing, [box_entry(1, 1, WHOLE, 1)], [{"id": 1, "name": names[listed]}], draws=False)
+    dataset = CocoDetection(tmp_path / "instances.json", tmp_path / "images", class_names=[names[stored]])
+    assert dataset[0][1]["labels"].tolist() == [1]
+
+
+@pytest.mark.parametrize("number", [10**19, 10**300, 1e13, -(10**20)])
+@pytest.mark.parametrize("place", ["box", "area", "id", "width"])
+def test_numbers_out_of_range_are_named(tmp_path, number, place):
+    entry = {**image_entry(1), **({"width": number} if place == "width" else {})}
+    box = box_entry(1, 1, [number, 0, 1, 1] if place == "box" else WHOLE)
+    if place in ("area", "id"):
+        box[place] = number
+    write_set(tmp_path, [entry], [box], draws=False)
+    if place == "id" and number == 1e13:
+        assert read_annotations(tmp_path / "instances.json").counts.boxes == 1
+        return
+    with pytest.raises(UsageError, match=r"out of range|is not an annotation|is not an image"):
+        read_annotations(tmp_path / "instances.json")

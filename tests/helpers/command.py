@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgnet.cli import main
+from dgnet.cli.command import Command, Group
 
 QUICK = ["--model-kwargs", "{channels: [4, 4, 4]}", "--image-size", "8", "--batch-size", "4", "--lr", "0.05"]
 """Options of `dgnet train` with which it trains on a few images in about a second."""
@@ -27,3 +28,12 @@ def refuse(capsys, *arguments: object) -> str:
     assert errors.count("\n") == 1
     assert errors.startswith("dgnet: ")
     return errors
+
+
+def list_commands(commands: dict[str, Command | Group]) -> list[list[str]]:
+    """The words of each command and of each group."""
+    found = []
+    for word, entry in commands.items():
+        inner = list_commands(dict(entry.commands)) if isinstance(entry, Group) else []
+        found += [[word], *([word, *words] for words in inner)]
+    return found

@@ -173,7 +173,7 @@ def test_a_checkpoint_that_a_run_cannot_continue_from(damage, version, run, caps
     content, expected = damages(torch.load(last, weights_only=True))[damage]
     if version == "0.1":  # it wrote no fingerprint
         content.pop("fingerprint", None)
-        if damage in ("other step", "momentum of another shape"):
+        if damage == "momentum of another shape":
             pytest.skip("only the fingerprint tells")
     torch.save(content, last)
     line = refuse(capsys, "train", "--resume", run)

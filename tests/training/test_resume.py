@@ -163,7 +163,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UsageError, match=r"No space left on device.*the one before it is kept"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
-    assert WholeCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert WholeCheckpointIO().load_checkpoint(path)["step"] == 1
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 

@@ -30,7 +30,7 @@ from dgnet.analysis._figures import (
     WIDTH,
     ShownFigure,
     add_colour_bar,
-    escape_dollars,
+    escape_text,
     scale,
     shrink_text,
     write_cell,
@@ -184,7 +184,7 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
             if row.picture is not None:
                 axes[0].imshow(_to_array(row.picture))
         axes[first].set_axis_off()
-        axes[first].text(0, 0.5, escape_dollars(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
+        axes[first].text(0, 0.5, escape_text(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
             _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
             panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # the same scale for all stages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from dgnet.data import EvaluationLoader, ImageDataset
 from dgnet.documents import read_yaml
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import find_image_size, flatten_edges, run_pass
-from dgnet.files import make_writable, replace_file, without_nan, write_table, writing
+from dgnet.files import make_writable, replace_file, to_json, without_nan, write_table, writing
 from dgnet.graph import find_stages, require_stages
 from dgnet.training import read_history
 
@@ -39,6 +38,7 @@ class Analysis:
 
     statistics: Statistics
     observations: list[Observation]
+    dataset: ImageDataset
     follows_image: bool  # whether any weight depends on the image; if not, weights have no spread and nothing closes
     groups: dict[str, list[ImageResult]]  # images whose graphs are drawn, by group
     embedding: tuple[Tensor, list[float]] | None  # see `embed`
@@ -67,7 +67,14 @@ class Analysis:
         }
 
 
-def analyze(
+def analyze(network: nn.Module, dataset: ImageDataset, folder: Path, *arguments: Any, **options: Any) -> Analysis:
+    """`find_analysis` with these arguments, and `save_analysis`."""
+    analysis = find_analysis(network, dataset, folder, *arguments, **options)
+    save_analysis(analysis, folder)
+    return analysis
+
+
+def find_analysis(
     network: nn.Module,
     dataset: ImageDataset,
     folder: Path,
@@ -78,7 +85,7 @@ def analyze(
     device: str = "cpu",
     seed: int = 0,
 ) -> Analysis:
-    """Run `network` once over `dataset`, whose transform is set, and write figures and numbers into `folder`.
+    """Run `network` once over `dataset`, whose transform is set. Nothing is written; `folder` is where it will be.
 
     `images`: indices or names of images whose graphs are drawn. `extremes`: the number of easiest and of hardest images whose
     graphs are drawn too, by loss and by executed multiply-adds. `seed`: for drawing the images of the embedding, at most 2,000.
@@ -106,11 +113,14 @@ def analyze(
     groups = {name: found for name, found in groups.items() if found}
     stages = find_stages(network)
     follows = any(stage.weighting.reads_features or stage.node_gates is not None for stage in stages)
-    analysis = Analysis(statistics, judge(statistics), follows, groups, embed(statistics))
+    return Analysis(statistics, judge(statistics), dataset, follows, groups, embed(statistics))
+
+
+def save_analysis(analysis: Analysis, folder: Path) -> None:
+    """Write figures and numbers into `folder`. Raises UsageError if they cannot be written."""
     with writing(folder):
-        _save_figures(analysis, dataset, folder)
-        _save_tables(analysis, dataset, folder)
-    return analysis
+        _save_figures(analysis, analysis.dataset, folder)
+        _save_tables(analysis, analysis.dataset, folder)
 
 
 def find_images(dataset: ImageDataset, images: Sequence[str]) -> list[int]:
@@ -374,5 +384,5 @@ def save_document(document: dict[str, Any], folder: Path) -> Path:
     """Write `analysis.json`. Raises UsageError if it cannot be written."""
     path = folder / "analysis.json"
     with writing(folder), replace_file(path) as written:
-        written.write_text(json.dumps(without_nan(document), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        written.write_text(to_json(without_nan(document), indent=1) + "\n", encoding="utf-8")
     return path

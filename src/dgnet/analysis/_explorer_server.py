@@ -5,14 +5,22 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from dgnet.analysis._explorer_guard import HostGuard, bind, is_address
 from dgnet.analysis._photo import TOP, PhotoInspector, PhotoReport, open_photo
 from dgnet.analysis._svg import draw_path
 from dgnet.checkpoint import Checkpoint
 from dgnet.errors import BadImageError, UsageError, check_range, reason
+from dgnet.files import writing
 
 
 def format_report(report: PhotoReport) -> str:
@@ -79,42 +87,106 @@ def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float 
             with gr.Column(scale=3):
                 path = gr.HTML()
         photo.change(look, photo, [classes, path], api_name="look", show_progress="minimal")
+
+    process_api = app.process_api
+
+    async def process_quietly(*arguments: Any, **options: Any) -> Any:
+        """As gradio's own, but a call that fails prints one line on the server, not a traceback."""
+        try:
+            return await process_api(*arguments, **options)
+        except gr.Error:
+            raise
+        except Exception as error:  # the caller may have sent anything
+            line = f"the call failed: {type(error).__name__}: {reason(error)}"
+            print(f"dgnet: {line}", file=sys.stderr)
+            raise gr.Error(escape(line), print_exception=False) from None
+
+    app.process_api = process_quietly
     return app
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_address(host: str, port: int) -> None:
     """Raises UsageError unless a server can listen on `host` and `port`."""
     check_range("--port", port, 1, 65535)
+    bind(host, port).close()
+
+
+@contextmanager
+def own_uploads() -> Iterator[Path]:
+    """Inside the `with` block, uploads go to a folder that only this user may read, and that is removed at the end.
+
+    All temporary files of this process go there: gradio has no option for those of an upload that is not complete. gradio is to
+    be imported, and `build_app` called, inside the block.
+
+    Raises UsageError if there can be no such folder.
+    """
+    parent = os.environ.get("GRADIO_TEMP_DIR") or None
+    with writing(f"the temporary folder {parent or ''}".strip(), "name another in TMPDIR"):
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        uploads = tempfile.TemporaryDirectory(prefix="dgnet-explore-", dir=parent, ignore_cleanup_errors=True)
+    saved = tempfile.tempdir
+    tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = uploads.name
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"cannot listen on --host {host} --port {port}: {reason(error)}; choose others") from None
+        yield Path(uploads.name)
+    finally:
+        tempfile.tempdir = saved
+        os.environ.pop("GRADIO_TEMP_DIR")
+        if parent:
+            os.environ["GRADIO_TEMP_DIR"] = parent
+        uploads.cleanup()
 
 
-def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 10.0) -> tuple[Any, str]:
-    """Serve a page from `build_app` in its own thread; returns the app, whose `close()` stops it, and its address.
+class PageServer:
+    """The server of a page, in its own thread. `address`: what to open in a browser."""
+
+    def __init__(self, app: Any, listener: socket.socket, host: str) -> None:
+        import uvicorn
+
+        port = listener.getsockname()[1]
+        shown = "localhost" if is_address(host) and ipaddress.ip_address(host).is_unspecified else host
+        self.address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/"
+        self._listener = listener
+        # An open page holds a connection: closing waits a second for it. HostGuard prints what fails.
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_config=None, log_level="critical", proxy_headers=False, ws="none", timeout_graceful_shutdown=1
+            )
+        )
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the server of the page did not start")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Stop the server; its port is free afterwards."""
+        self._server.should_exit = True
+        self._thread.join(timeout=5)
+        self._listener.close()
+
+
+def serve(
+    app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 10.0, allowed_hosts: Sequence[str] = ()
+) -> PageServer:
+    """Serve a page from `build_app` in its own thread. `allowed_hosts`: see `HostGuard`.
 
     Raises UsageError as `check_address` does.
     """
-    check_address(host, port)
-    _, address, _ = app.launch(
+    import fastapi
+
+    check_range("--port", port, 1, 65535)
+    listener = bind(host, port)
+    app.has_launched = True  # gradio then refuses, as input, files that were not uploaded
+    page = import_gradio().mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        app,
+        path="/",
         server_name=host,
         server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
+        root_path="",
+        show_error=False,
         max_file_size=int(max_megabytes * 2**20),
         css="td, th { padding-right: 1.5rem; text-align: left; }",
         footer_links=[],
@@ -124,4 +196,4 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 7860, max_megabytes: fl
         mcp_server=False,
         pwa=False,
     )
-    return app, address
+    return PageServer(HostGuard(page, host, allowed_hosts), listener, host)

@@ -17,7 +17,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dgnet.files import replace_file
+from dgnet._streams import escape
+from dgnet.files import replace_content
 
 WEIGHTS, SIGNED, VALUES = "viridis_r", "PuOr_r", "cividis_r"
 # The palette of Okabe and Ito.
@@ -48,8 +49,10 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         figure.set_layout_engine("none")  # lay out only once: it is slow, and the second result would differ slightly
         for ending in ("png", "svg"):
             path = folder / f"{name}.{ending}"
-            with replace_file(path) as written:
-                figure.savefig(written, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
+            figure.savefig(content, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            with replace_content(path) as file:
+                file.write(content.getbuffer())
             paths.append(path)
     return paths
 
@@ -83,9 +86,9 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def escape_dollars(text: str) -> str:
-    """`text` with dollar signs escaped: matplotlib draws text between dollar signs as a formula."""
-    return text.replace("$", r"\$")
+def escape_text(text: str) -> str:
+    """`text` as matplotlib draws it: between dollar signs it would draw a formula; it refuses names that are not UTF-8."""
+    return escape(text).replace("$", r"\$")
 
 
 def shrink_text(axes: Axes, size: float) -> None:

@@ -25,7 +25,7 @@ from dgnet.analysis._figures import (
     WIDTH,
     ShownFigure,
     add_colour_bar,
-    escape_dollars,
+    escape_text,
     scale,
     shorten,
     shrink_text,
@@ -106,7 +106,7 @@ def draw_points(
             panels[0].scatter(own[:, 0], own[:, 1], s=size, linewidths=0, alpha=0.5, **look)
             first, second = own.mean(0).tolist()
             panels[0].scatter(
-                first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=escape_dollars(names[label]), **look
+                first, second, s=40, edgecolors="black", linewidths=0.7, zorder=3, label=escape_text(names[label]), **look
             )
         columns = min(len(shown), 5)
         figure.legend(loc="outside lower left", ncols=columns, fontsize=7, frameon=False, columnspacing=1)
@@ -149,7 +149,7 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
             "markersize": 3,
         }
         last = f", top-1 {curve.top1[-1]:.2f} %" if len(curve.top1) else ""
-        panels[0].plot(curve.epochs, curve.train_loss, label=escape_dollars(curve.name) + last, **style)
+        panels[0].plot(curve.epochs, curve.train_loss, label=escape_text(curve.name) + last, **style)
         if columns == 2:
             panels[1].plot(curve.evaluated, curve.top1, **style)
     for axes, label in zip(panels, ("training loss", "evaluated top-1, %"), strict=False):
@@ -163,6 +163,6 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
 
 def _name_classes(axis: Any, names: Sequence[str]) -> None:
     if len(names) <= MOST_NAMES:
-        axis.set_ticks(range(len(names)), [escape_dollars(shorten(name, 20)) for name in names])
+        axis.set_ticks(range(len(names)), [escape_text(shorten(name, 20)) for name in names])
     else:
         axis.set_label_text("class, in the order of its label", fontsize=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import dgnet
+from dgnet.paths import is_file
 
 
 def describe_hardware(device: str) -> str:
@@ -17,8 +18,10 @@ def describe_hardware(device: str) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     flags = ""
-    if cpuinfo.exists():
-        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+    if is_file(cpuinfo):
+        lines = dict(
+            line.split(":", 1) for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if ":" in line
+        )
         lines = {key.strip(): value.strip() for key, value in lines.items()}
         name = lines.get("model name", name)
         wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

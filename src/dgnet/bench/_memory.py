@@ -24,14 +24,22 @@ def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor],
         step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - allocated
-    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
+    if device.type != "cpu" or not _reset_peak():
         return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # return free pages to the system, so that their reuse counts
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
     before = _resident("VmRSS")
     step()
     return _resident("VmHWM") - before + sum(tensor.nbytes for tensor in persistent)
+
+
+def _reset_peak() -> bool:
+    """Reset the peak of this process to what is resident now. Returns whether the system can; only Linux with glibc can."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # return free pages to the system, so that their reuse counts
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return min(_resident("VmRSS"), _resident("VmHWM")) > 0
+    except (AttributeError, OSError, StopIteration, TypeError):
+        return False
 
 
 def allocated_bytes(device: torch.device) -> int:

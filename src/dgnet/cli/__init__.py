@@ -6,14 +6,13 @@ that it prints to was closed; 1 any other error.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 import dgnet
+from dgnet._guard import answer, run_process
 from dgnet.cli import analyze, classify, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
@@ -41,20 +40,13 @@ DEPENDENCIES = ("datasets", "gradio", "lightning", "matplotlib", "onnxscript", "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dgnet`; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def run() -> int:
         with warnings.catch_warnings():
             _ignore_deprecations()
-            status = _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        print(f"dgnet: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dgnet: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return discard_output()
+            return _run(Group("Dynamic Graph Networks for vision.", COMMANDS), "dgnet", words)
+
+    return answer(run)
 
 
 def _ignore_deprecations() -> None:
@@ -63,14 +55,6 @@ def _ignore_deprecations() -> None:
         return
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(DEPENDENCIES)})(\.|$)")
-
-
-def discard_output() -> int:
-    """Discard the remaining output after the reader of a pipe has closed it; returns the exit status for this case."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _run(entry: Command | Group, name: str, words: list[str]) -> int:
@@ -96,6 +80,10 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     parser = command.build()
     parser.prog = name
     _check_options(name, words, parser)
+    if command.has_processes:
+        from dgnet.training import check_launcher
+
+        check_launcher()
     if not command.sets_memory:
         keep_freed_memory()
     given = {word.partition("=")[0] for word in words}
@@ -126,5 +114,5 @@ def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
 
 
 def entry_point() -> NoReturn:
-    """The installed command."""
-    sys.exit(main())
+    """The installed command of versions before `dgnet.__main__` had it."""
+    run_process(main)

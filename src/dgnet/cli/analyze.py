@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_json, add_loader_options, describe_wirings, find_device, print_json
+from dgnet.cli.command import (
+    Command,
+    Parser,
+    add_json,
+    add_loader_options,
+    apply_max_pixels,
+    describe_wirings,
+    find_device,
+    print_json,
+    write_then_print,
+)
 from dgnet.errors import UsageError, check_range
-from dgnet.paths import is_folder
+from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
 
 
@@ -29,7 +40,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--images",
-        type=str,
+        type=Location,
         nargs="+",
         default=[],
         metavar="IMAGE",
@@ -64,23 +75,37 @@ def run_analyze(args: Namespace) -> None:
     if args.checkpoint is None and not args.curves:
         raise UsageError("name a checkpoint, or runs with --curves; see: dgnet analyze --help")
     folder = _find_folder(args)
+    if find_kind(folder) not in (None, "folder"):
+        raise UsageError(f"--output {folder} cannot be written: it is a file; name another with --output")
     curves = read_curves(args.curves)  # first: report a mistake before minutes of work
     document: dict[str, Any] = {}
     lines: list[str] = []
     files: list[Path] = []
+    writers: list[Callable[[], list[Path]]] = []
     if args.checkpoint is not None:
-        document, lines, files = _analyze(args, folder)
+        document, lines, writers = _analyze(args, folder)
     if curves:
-        files += save_curves(curves, folder)
-    document["files"] = [path.name for path in files]
-    if args.checkpoint is not None:  # with --curves alone, keep an existing analysis.json
-        files.append(save_document(document, folder))
-    if args.json:
-        print_json(document)
-        return
-    for line in lines:
-        print(line)
-    print(f"written to {folder}: {', '.join(path.name for path in files)}")
+        writers.append(lambda: save_curves(curves, folder))
+
+    def write() -> None:
+        try:
+            for writer in writers:
+                files.extend(writer())
+        finally:
+            document["files"] = [path.name for path in files]
+        if args.checkpoint is not None:  # with --curves alone, keep an existing analysis.json
+            files.append(save_document(document, folder))
+
+    def show() -> None:
+        if args.json:
+            print_json(document)
+            return
+        for line in lines:
+            print(line)
+        if files:
+            print(f"written to {folder}: {', '.join(path.name for path in files)}")
+
+    write_then_print(write, show)
 
 
 def _find_folder(args: Namespace) -> Path:
@@ -91,13 +116,14 @@ def _find_folder(args: Namespace) -> Path:
     return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
 
 
-def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Path]]:
-    """Analyse the checkpoint; returns the JSON document, the lines to print, and the files written."""
-    from dgnet.analysis import analyze, write_explorer
+def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:
+    """Analyse the checkpoint; returns the JSON document, the lines to print, and functions that write files."""
+    from dgnet.analysis import find_analysis, save_analysis, write_explorer
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.evaluation import describe_source, open_evaluation_data
+    from dgnet.evaluation import announce, describe_source, open_evaluation_data
     from dgnet.inference import can_skip
 
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
@@ -106,12 +132,14 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
-    found = analyze(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
-    if args.explorer and not can_skip(network):
-        print(
-            "explorer.html is not written: no edge or block can close, so every offset gives the same result", file=sys.stderr
-        )
-    elif args.explorer:
+    announce(dataset)
+    found = find_analysis(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
+
+    def write() -> list[Path]:
+        save_analysis(found, folder)
+        return found.files
+
+    def write_page() -> list[Path]:
         page = write_explorer(
             network,
             dataset,
@@ -122,7 +150,15 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
             source=source,
             **loading,
         )
-        found.files.append(page)
+        return [page]
+
+    writers = [write]
+    if args.explorer and can_skip(network):
+        writers.append(write_page)
+    elif args.explorer:
+        print(
+            "explorer.html is not written: no edge or block can close, so every offset gives the same result", file=sys.stderr
+        )
     document = {"checkpoint": str(checkpoint.path), "model": checkpoint.model, "data": source, **found.document()}
     lines = [f"{checkpoint.path}: {checkpoint.model} on {source}, {document['images']:,} images"]
     if document["labelled"]:
@@ -140,7 +176,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
         "observations of the paper's §6.5:",
         *map(str, found.observations),
     ]
-    return document, lines, found.files
+    return document, lines, writers
 
 
 ANALYZE = Command(_parser, run_analyze)

@@ -16,13 +16,16 @@ from dgnet.cli.command import (
     add_device,
     add_json,
     add_loader_options,
+    add_max_pixels,
+    apply_max_pixels,
     build_train_parser,
     find_device,
     print_json,
     run_training,
     warn_if_nothing_skips,
+    write_then_print,
 )
-from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.errors import BadImageError, UsageError, check_choice, check_range
 from dgnet.files import make_writable
 from dgnet.paths import is_folder
 from dgnet.typed import Location
@@ -109,10 +112,11 @@ def _evaluate_parser() -> Parser:
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
     from dgnet.checkpoint import load_checkpoint
-    from dgnet.evaluation import describe_source, evaluate, open_evaluation_data
+    from dgnet.evaluation import announce, describe_source, evaluate, open_evaluation_data
     from dgnet.training import is_main_process, join_processes
 
     _check_evaluate(args)
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
     changes = _changes(args)
     if changes:
@@ -132,6 +136,7 @@ def run_evaluate(args: Namespace) -> None:
         warn_if_nothing_skips(network, checkpoint.path)
     static = checkpoint.build_static() if args.speed else None
     with join_processes(find_device(args.device)) as device:
+        announce(dataset)
         result = evaluate(
             network,
             dataset,
@@ -187,6 +192,7 @@ def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that cannot be combined."""
     from dgnet.inference import EXECUTORS
 
+    check_choice("mode", args.mode, ("dense", "sparse"))
     check_choice("--executor", args.executor, EXECUTORS)
     needs = (
         ("--write", args.write, "--threshold-offset or --inference-weight", bool(_changes(args))),
@@ -218,26 +224,34 @@ def _check_evaluate(args: Namespace) -> None:
 def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, int]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis import OFFSETS, format_sweep, save_sweep, sweep_thresholds
+    from dgnet.evaluation import announce
 
     folder = Path(args.output or (args.checkpoint if is_folder(args.checkpoint) else path.parent))
     make_writable(folder)
     offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
+    announce(dataset)
     points = sweep_thresholds(network, dataset, offsets, device=device, executor=args.executor, **loading)
-    paths = save_sweep(points, folder)
-    if args.json:
-        print_json([asdict(point) for point in points])
-        return
-    print(format_sweep(points))
-    print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
-    print(f"written: {', '.join(map(str, paths))}")
-    print(f"to use an offset: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+    paths: list[Path] = []
+
+    def show() -> None:
+        if args.json:
+            print_json([asdict(point) for point in points])
+            return
+        print(format_sweep(points))
+        print(f"times: sparse mode, batch {min(args.batch_size, len(dataset))}, on {device}")
+        if paths:
+            print(f"written: {', '.join(map(str, paths))}")
+        print(f"to use an offset: dgnet evaluate {args.checkpoint} --threshold-offset X --write FILE.safetensors")
+
+    write_then_print(lambda: paths.extend(save_sweep(points, folder)), show)
 
 
 def _predict_parser() -> Parser:
     parser = Parser(description="Classify images: print the most probable classes of each.")
     add_checkpoint(parser)
-    parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top-k", type=int, default=5, help="number of classes to print for each image")
+    add_max_pixels(parser)
     add_device(parser)
     add_json(parser)
     return parser
@@ -249,18 +263,22 @@ def run_predict(args: Namespace) -> None:
     from dgnet.training import predict
 
     check_range("--top-k", args.top_k, 1)
+    apply_max_pixels(args)
     checkpoint = load_checkpoint(args.checkpoint)
-    predictions = predict(checkpoint, args.images, args.top_k, find_device(args.device))
-    if args.json:
+    bad: list[BadImageError] = []
+    predictions = predict(checkpoint, args.images, args.top_k, find_device(args.device), bad)
+    if predictions and args.json:
         print_json([asdict(prediction) for prediction in predictions])
-        return
-    for prediction in predictions:
+    for prediction in predictions if not args.json else []:
         classes = ", ".join(
             f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
         )
         print(f"{prediction.image}: {classes}")
+    if bad:
+        images = len(bad) + len(predictions)
+        raise BadImageError(f"{bad[0]}" + (f" ({len(bad):,} of {images:,} images do not decode)" if images > 1 else ""))
 
 
-TRAIN = Command(_train_parser, run_train, is_resumable=True)
-EVALUATE = Command(_evaluate_parser, run_evaluate)
+TRAIN = Command(_train_parser, run_train, is_resumable=True, has_processes=True)
+EVALUATE = Command(_evaluate_parser, run_evaluate, has_processes=True)
 PREDICT = Command(_predict_parser, run_predict)

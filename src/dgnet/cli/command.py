@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dgnet._guard import report_end
 from dgnet.compat.argparse import as_typed
+from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
-from dgnet.errors import UsageError, did_you_mean, reason
-from dgnet.files import without_nan
+from dgnet.errors import UsageError, did_you_mean
+from dgnet.files import to_json, without_nan
 from dgnet.options import flag, hints_of
-from dgnet.paths import expand
+from dgnet.paths import is_file
 from dgnet.typed import Location, describe, read_value, read_word
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}  # what a recipe may hold: destination -> type
+        self.hints: dict[str, Any] = {}  # option as typed -> type
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
         """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
         if type is None:
             return super().add_argument(*names, **settings)
         what = names[0] if names[0].startswith("-") else settings.get("metavar", names[0])
+        if names[0].startswith("-"):
+            self.hints[names[0]] = type
         return super().add_argument(*names, type=_Reader(type, what, settings.get("default")), **settings)
 
     def parse(self, words: Sequence[str], defaults: bool = True) -> Namespace:
@@ -91,7 +95,7 @@ class Parser(ArgumentParser):
         return rest, recipes, entries
 
     def _read_recipe(self, path: str) -> dict[str, Any]:
-        values = read_yaml(expand(path), "--config")
+        values = read_yaml(read_value(Location, path, "--config"), "--config")
         if values is not None and not isinstance(values, dict):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
@@ -137,6 +141,7 @@ class Command:
     run: Callable[[Namespace], None]  # does the work
     is_resumable: bool = False  # if True, `run` gets only the options typed by the user, without defaults, for --resume
     sets_memory: bool = False  # if True, the command itself decides whether to call `keep_freed_memory`
+    has_processes: bool = False  # if True, launchers such as torchrun may start it: their variables are checked
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,9 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
             print(f"{resume} is finished; there is nothing to continue", file=sys.stderr)
     except Interrupted as error:
         if is_main_process():
-            print(f"dgnet: {error}; continue with: dgnet {kind.command} --resume {error.folder}", file=sys.stderr)
+            is_kept = is_file(error.folder / "config.yaml")
+            how = f"; continue with: dgnet {kind.command} --resume {error.folder}" if is_kept else ""
+            report_end(f"dgnet: {error}{how}")
         raise SystemExit(128 + error.signum) from None
     return (result if is_main_process() else None), config
 
@@ -212,29 +219,48 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
     """Add the options for loading images in batches."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
+    add_max_pixels(parser)
     add_device(parser)
 
 
+def add_max_pixels(parser: Parser) -> None:
+    """Add `--max-pixels`; `apply_max_pixels` sets the limit."""
+    parser.add_argument(
+        "--max-pixels",
+        type=float | None,
+        default=None,
+        help="largest image, in million pixels; by default that of the run, or 178.9, Pillow's limit",
+    )
+
+
+def apply_max_pixels(args: Namespace) -> None:
+    """Allow images of up to `--max-pixels`. Raises UsageError for a number that is not above 0."""
+    from dgnet.data import set_max_pixels
+
+    set_max_pixels(args.max_pixels)
+
+
 def print_json(document: Any) -> None:
-    """Print one JSON document, with one line per item if it is a list; see `without_nan`."""
+    """Print one JSON document, with one line per item if it is a list; see `without_nan`. It is valid in any encoding."""
     plain = without_nan(document)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if isinstance(plain, list):
-        print("[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in plain) + "\n]")
+        print("[\n" + ",\n".join(f"  {to_json(item, encoding)}" for item in plain) + "\n]")
     else:
-        print(json.dumps(plain, ensure_ascii=False))
+        print(to_json(plain, encoding))
 
 
-def find_device(name: str) -> str:
-    """The device for the value of `--device`. Raises UsageError if it cannot be used."""
-    import torch
+def write_then_print(write: Callable[[], object], show: Callable[[], None]) -> None:
+    """Write the files of a command, then print what it found: a failing print loses no file, a failing file no figure.
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    Raises UsageError from `write`, after `show`.
+    """
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used on this machine: {reason(error)}") from None
-    return name
+        write()
+    except UsageError:
+        show()
+        raise
+    show()
 
 
 def describe_wirings(figures: Mapping[str, Any], at_least: str = "") -> str:

@@ -17,12 +17,15 @@ from dgnet.cli.command import (
     add_device,
     add_json,
     add_loader_options,
+    add_max_pixels,
+    apply_max_pixels,
     build_train_parser,
     describe_wirings,
     find_device,
     print_json,
     run_training,
     warn_if_nothing_skips,
+    write_then_print,
 )
 from dgnet.errors import UsageError, check_range
 from dgnet.typed import Location
@@ -69,6 +72,7 @@ def _evaluate_parser() -> Parser:
 
 def run_evaluate(args: Namespace) -> None:
     """`dgnet detect evaluate`."""
+    from dgnet.data import set_max_pixels
     from dgnet.detection import (
         CocoDetection,
         evaluate_detector,
@@ -78,8 +82,10 @@ def run_evaluate(args: Namespace) -> None:
         read_results,
         write_results,
     )
+    from dgnet.evaluation import announce
     from dgnet.training import is_main_process, join_processes
 
+    apply_max_pixels(args)
     connectivity: dict[str, float] = {}
     results = None
     if args.checkpoint.endswith(".json"):
@@ -97,6 +103,7 @@ def run_evaluate(args: Namespace) -> None:
         images = args.images or checkpoint.data.evaluation_images
         dataset = CocoDetection(data, images, class_names=checkpoint.class_names)
         detector = checkpoint.build()
+        set_max_pixels(checkpoint.config.get("max_pixels"), is_default=True)
         if args.mode == "sparse":
             warn_if_nothing_skips(detector, checkpoint.path)
         with join_processes(find_device(args.device)) as device:
@@ -105,13 +112,21 @@ def run_evaluate(args: Namespace) -> None:
                 return
         precision, connectivity, results = found.precision, found.connectivity, found.results
         title = f"{checkpoint.path}: Faster R-CNN on {checkpoint.model}, {data}, {dataset.counts}"
-    if args.json:
-        print_json({**asdict(precision), **connectivity})
-    else:
-        _print_precision(title, precision, connectivity)
-    if args.output and results is not None:  # last: the figures are printed even if the file cannot be written
-        write_results(args.output, results)
-        print(f"results: {args.output}", file=sys.stderr)
+
+    def write() -> None:
+        if args.output and results is not None:
+            write_results(args.output, results)
+            print(f"results: {args.output}", file=sys.stderr)
+
+    def show() -> None:
+        if args.json:
+            print_json({**asdict(precision), **connectivity})
+        else:
+            _print_precision(title, precision, connectivity)
+
+    if args.json and results is not None:
+        announce(dataset)
+    write_then_print(write, show)
 
 
 def _print_precision(title: str, precision: DetectionResult, connectivity: dict[str, Any]) -> None:
@@ -143,6 +158,7 @@ def _predict_parser() -> Parser:
     parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--output", type=Location, default="detections", help="folder for the drawings and results.json")
     parser.add_argument("--score", type=float, default=0.5, help="lowest score of the objects drawn, 0 to 1")
+    add_max_pixels(parser)
     add_device(parser)
     add_json(parser)
     return parser
@@ -153,6 +169,7 @@ def run_predict(args: Namespace) -> None:
     from dgnet.detection import load_detector, predict_detections
 
     check_range("--score", args.score, 0, 1)
+    apply_max_pixels(args)
     checkpoint = load_detector(args.checkpoint)
     drawn = predict_detections(checkpoint, args.images, Path(args.output), args.score, find_device(args.device))
     if args.json:
@@ -165,8 +182,8 @@ def run_predict(args: Namespace) -> None:
 DETECT = Group(
     "Object detection: Faster R-CNN with a feature pyramid on any network.",
     {
-        "train": Command(_train_parser, run_train, is_resumable=True),
-        "evaluate": Command(_evaluate_parser, run_evaluate),
+        "train": Command(_train_parser, run_train, is_resumable=True, has_processes=True),
+        "evaluate": Command(_evaluate_parser, run_evaluate, has_processes=True),
         "predict": Command(_predict_parser, run_predict),
     },
 )

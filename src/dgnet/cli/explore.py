@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from threading import Event
+import time
 
 from jsonargparse import Namespace
 
@@ -17,6 +17,14 @@ def _explore_parser() -> Parser:
         "--host", type=str, default="127.0.0.1", help="address to listen on; by default reachable from this machine only"
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--allowed-host",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further names of this machine under which the page is opened; by default its address, its host name, localhost",
+    )
     parser.add_argument("--max-megabytes", type=float, default=10.0, help="largest file accepted, in MiB")
     add_device(parser)
     return parser
@@ -24,21 +32,23 @@ def _explore_parser() -> Parser:
 
 def run_explore(args: Namespace) -> None:
     """`dgnet explore`; serves until it is interrupted."""
-    from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, serve
+    from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, own_uploads, serve
     from dgnet.checkpoint import load_checkpoint
 
-    import_gradio()
-    check_address(args.host, args.port)
-    checkpoint = load_checkpoint(args.checkpoint)
-    app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
-    app, address = serve(app, args.host, args.port, args.max_megabytes)
-    if not is_loopback(args.host):
-        print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
-    print(f"{checkpoint.model} at {address} (Ctrl+C ends it)", flush=True)
-    try:
-        Event().wait()  # until an interrupt
-    finally:
-        app.close(verbose=False)
+    with own_uploads():  # also removed after a signal: it is an exception; see dgnet._guard
+        import_gradio()
+        check_address(args.host, args.port)
+        checkpoint = load_checkpoint(args.checkpoint)
+        app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
+        server = serve(app, args.host, args.port, args.max_megabytes, args.allowed_host)
+        try:
+            if not is_loopback(args.host):
+                print("anyone who can reach this machine over the network can use the page", file=sys.stderr)
+            print(f"{checkpoint.model} at {server.address} (Ctrl+C ends it)", flush=True)
+            while True:  # until a signal; Windows does not interrupt a wait without end
+                time.sleep(1)
+        finally:
+            server.close()
 
 
 EXPLORE = Command(_explore_parser, run_explore)

@@ -21,7 +21,7 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
 )
 from dgnet.errors import UsageError, check_choice
-from dgnet.paths import is_folder
+from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
 
 
@@ -112,6 +112,8 @@ def run_export(args: Namespace) -> None:
     path = Path(args.output or f"{checkpoint.model}-{args.mode}{FORMATS[args.format]}")
     if path.suffix != FORMATS[args.format]:
         raise UsageError(f"--output {path} must end in {FORMATS[args.format]} for --format {args.format}")
+    if find_kind(path) not in (None, "file"):
+        raise UsageError(f"--output {path} is no file; name another")
     if not is_folder(path.parent):
         raise UsageError(f"--output {path}: the folder {path.parent} does not exist; create it first")
     print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)

@@ -9,6 +9,14 @@ from dgnet.data._images import hold_out as hold_out
 from dgnet.data._images import mix_seed as mix_seed
 from dgnet.data._images import read_image as read_image
 from dgnet.data._images import seed_generators as seed_generators
+from dgnet.data._images import set_max_pixels as set_max_pixels
+from dgnet.data._ledger import Ledger as Ledger
+from dgnet.data._ledger import compose as compose
+from dgnet.data._ledger import escape as escape
+from dgnet.data._ledger import find_image_files as find_image_files
+from dgnet.data._ledger import find_images as find_images
+from dgnet.data._ledger import is_hidden as is_hidden
+from dgnet.data._ledger import is_image_name as is_image_name
 from dgnet.data._loading import EvaluationLoader as EvaluationLoader
 from dgnet.data._loading import EvaluationOrder as EvaluationOrder
 from dgnet.data._loading import build_loader as build_loader
@@ -17,8 +25,9 @@ from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards
 from dgnet.data._shards import is_stream as is_stream
-from dgnet.data._sources import EVALUATION as EVALUATION
-from dgnet.data._sources import TRAIN as TRAIN
+from dgnet.data._sources import absolute_source as absolute_source
 from dgnet.data._sources import map_labels as map_labels
 from dgnet.data._sources import open_dataset as open_dataset
 from dgnet.data._sources import open_train_and_evaluation as open_train_and_evaluation
+from dgnet.data._splits import EVALUATION as EVALUATION
+from dgnet.data._splits import TRAIN as TRAIN

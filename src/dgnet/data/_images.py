@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
+import stat
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dgnet.errors import BadImageError, UsageError, reason
+from dgnet.data._ledger import Ledger, escape
+from dgnet.errors import BadImageError, UsageError, check_range, reason
 
 IGNORED = -100
 """The label of an image without a label, and of an image that only fills up a batch. Such an image counts in no loss of labels
@@ -34,6 +38,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Whether a mirrored image keeps its class. (A mirrored digit does not.)"""
 
     transform: Callable[[Image.Image], Tensor]
+
+    ledger: Ledger
+    """What the source gave and what was left out."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -62,6 +69,8 @@ class Part(ImageDataset):
     def __init__(self, whole: ImageDataset, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, indices
         self.class_names, self.flips = whole.class_names, whole.flips
+        if hasattr(whole, "ledger"):
+            self.ledger = whole.ledger
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,7 +90,11 @@ def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
     if count >= len(train):
         raise UsageError(f"--holdout {count} leaves none of the {len(train)} training images; hold out fewer")
     order = np.random.default_rng(0).permutation(len(train)).tolist()
-    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
+    kept, held_out = Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
+    if hasattr(train, "ledger"):
+        held_out.ledger = Ledger(f"{count:,} held-out images of {train.ledger.source}", count)
+        kept.ledger = replace(train.ledger, figures={"held_out": count})
+    return kept, held_out
 
 
 def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
@@ -91,10 +104,16 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None) -> Im
 
     Raises BadImageError, with `name`, for bytes that are not a whole image, or for an image of another size.
     """
+    name = escape(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of malformed EXIF
+            raise_pillows_limit()
             image = to_rgb(Image.open(io.BytesIO(content)), size)
+    except _UnsuitableError as error:
+        raise BadImageError(f"{name} {error}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{name} has too many pixels ({reason(error)}); {_too_large()}") from None
     except Exception as error:  # Pillow's decoders may raise anything for a broken file
         why = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise BadImageError(f"{name} does not decode as an image ({why}); replace or remove it") from None
@@ -115,24 +134,125 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """An upright 8-bit RGB image; 16-bit grey is scaled. `size`: see `decode`."""
+    """An upright 8-bit RGB image; 16-bit grey and floats are scaled. `size`: see `decode`.
+
+    Raises BadImageError, without a name, for an image that is too large or too thin, or whose values cannot be scaled.
+    """
+    check_shape(*image.size)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # Pillow 11 opens 16-bit PNG as I
+        image = _from_numbers(image)
     upright = _upright(image)
     if upright.size == size or image.size != size:
         image = upright
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
+    elif image.mode in ("P", "PA") and ("transparency" in image.info or image.mode == "PA"):
         image = image.convert("RGBA")
+    elif image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     return image.convert("RGB")
 
 
-def read_image(path: Path) -> bytes:
-    """The bytes of an image file. Raises BadImageError, with its path, if it cannot be read."""
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # Pillow does not convert these to RGB in one step
+
+
+class _UnsuitableError(BadImageError):
+    """The reason why an image is not used. The caller adds its name."""
+
+
+def _from_numbers(image: Image.Image) -> Image.Image:
+    """An 8-bit grey image from floats or 32-bit integers, by the range that they have.
+
+    Up to 1 (floats): [0, 1]. Above 8 and up to 255: 8 bits. Up to 65,535: 16 bits. Floats between 1 and 8 are refused: they may
+    be a bright image in [0, 1] with some values outside, or a dark one of 8 bits.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    is_float = image.mode == "F"
+    if not math.isfinite(low) or not math.isfinite(high) or low < 0 or high > 65535 or (is_float and 1 < high <= 8):
+        allowed = "0 to 1, 0 to 255 or 0 to 65535" if is_float else "0 to 255 or 0 to 65535"
+        raise _UnsuitableError(f"has values from {low:g} to {high:g}, allowed are {allowed}; scale it, replace or remove it")
+    scale = 255.0 if is_float and high <= 1 else 1.0 if high <= 255 else 1 / 257
+    grey = Image.fromarray((values * scale).round().astype(np.uint8))
+    grey.info = image.info
+    grey.format = image.format
+    exif = image.getexif()
+    if exif:
+        grey.info["exif"] = exif.tobytes()
+    return grey
+
+
+_LIMIT = "DGNET_MAX_PIXELS"  # in the environment, so that worker processes have it too
+_MOST_THIN = 2000
+_MOST_BYTES = 2**30  # of a file, unless the limit of pixels allows more
+
+
+def set_max_pixels(megapixels: float | None, is_default: bool = False) -> None:
+    """Allow images of up to `megapixels` million pixels, in this process and those that it starts. None changes nothing.
+
+    `is_default`: only if no limit is set yet. By default the limit is Pillow's, 178.9 megapixels.
+
+    Raises UsageError for a number that is not above 0.
+    """
+    if megapixels is not None and not (is_default and _LIMIT in os.environ):
+        check_range("--max-pixels", megapixels, 1e-6, 1e9)
+        os.environ[_LIMIT] = repr(float(megapixels))
+
+
+def max_pixels() -> float:
+    """The largest number of pixels of an image."""
+    own = os.environ.get(_LIMIT)
+    if own is None:
+        return math.inf if Image.MAX_IMAGE_PIXELS is None else 2.0 * Image.MAX_IMAGE_PIXELS
     try:
+        limit = float(own)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise UsageError(f"{_LIMIT} must be a number of megapixels above 0, got {own!r}")
+    return limit * 1e6
+
+
+def raise_pillows_limit() -> None:
+    """Give Pillow the limit of `max_pixels`, if that is higher than its own."""
+    if _LIMIT in os.environ and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, math.ceil(max_pixels() / 2))
+
+
+def check_shape(width: int, height: int) -> None:
+    """Raises BadImageError, without a name, for an image with too many pixels, or one that is too thin to be scaled."""
+    if width * height > max_pixels():
+        raise _UnsuitableError(f"has {width} × {height} = {width * height / 1e6:,.1f} million pixels; {_too_large()}")
+    if max(width, height) > _MOST_THIN * min(width, height):
+        raise _UnsuitableError(
+            f"is {width} × {height} pixels; one side is more than {_MOST_THIN:,} times the other; replace or remove it"
+        )
+
+
+def _too_large() -> str:
+    return f"allowed are {max_pixels() / 1e6:,.1f} million pixels; allow more with --max-pixels MEGAPIXELS"
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises BadImageError, with its path, if it cannot be read or is not a regular file."""
+    name = escape(str(path))
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a FIFO would wait for ever
+            raise BadImageError(f"image {name} is {_kind(found.st_mode)}, not a regular file; replace or remove it")
+        if found.st_size > max(_MOST_BYTES, 8 * min(max_pixels(), 2**40)):
+            raise BadImageError(f"image {name} has {found.st_size / 2**30:,.1f} GiB, which is no image; replace or remove it")
         return path.read_bytes()
-    except OSError as error:
-        raise BadImageError(f"image {path} cannot be read: {reason(error)}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError(f"image {name} cannot be read: {reason(error)}") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def check_label(where: str, label: int, classes: int) -> None:
@@ -165,7 +285,8 @@ _BITS = 2**64 - 1
 class BadImages:
     """A file that lists skipped images, which did not decode. All processes append to it.
 
-    Each line is an image's name, a tab, and the error. Raises UsageError for more than `limit` images.
+    Each line is an image's name, a tab, and the error, both without control characters (see `escape`). Lists of older versions
+    have names as they are. Raises UsageError for more than `limit` images.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -174,12 +295,12 @@ class BadImages:
     def add(self, name: str, error: BadImageError) -> None:
         """Append an image, unless it is listed already."""
         known = self.read()
-        if name in known:
+        if name in known or escape(name) in known:
             return
         # One write in append mode: on a local disk the lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"{name}\t{error}\n".encode(errors="surrogateescape"))  # file names may not be valid UTF-8
+            os.write(descriptor, f"{escape(name)}\t{escape(str(error))}\n".encode())
         finally:
             os.close(descriptor)
         if len(known) + 1 > self.limit:
@@ -188,17 +309,23 @@ class BadImages:
                 " allow more with --max-bad-images"
             )
 
-    def read(self) -> list[str]:
-        """The names of the images listed so far."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        return [line.rpartition("\t")[0] for line in lines if line]
+    def read(self) -> set[str]:
+        """The names of the images listed so far, as in the file."""
+        try:
+            lines = self.path.read_bytes().decode(errors="surrogateescape").split("\n")
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read: {reason(error)}") from None
+        return {line.rpartition("\t")[0] for line in lines if line}
 
     def leave_out(self, dataset: ImageDataset) -> ImageDataset:
         """The images of `dataset` that are not listed."""
-        names = set(self.read())
-        return Part(dataset, [i for i in range(len(dataset)) if dataset.name(i) not in names]) if names else dataset
+        listed = self.read()
+        if not listed:
+            return dataset
+        names = map(dataset.name, range(len(dataset)))
+        return Part(dataset, [i for i, name in enumerate(names) if name not in listed and escape(name) not in listed])
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):

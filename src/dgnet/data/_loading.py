@@ -119,11 +119,19 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def ignore_signals_except_from(parent: int, worker: int) -> None:
-    """Make a worker process ignore SIGINT, and SIGTERM from any process other than `parent`, for which it loads images.
+    """Make a worker process ignore SIGINT, SIGHUP, and SIGTERM except from `parent`, the process for which it loads images.
 
     Launchers send signals to a whole process group. If they ended the workers, the run could not finish its step and save.
+
+    macOS cannot tell who sent a signal. There the worker leaves the process group instead. Windows has no such signals.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if not (hasattr(signal, "sigwaitinfo") and hasattr(signal, "pthread_sigmask")):
+        if hasattr(os, "setpgid"):
+            os.setpgid(0, 0)
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

@@ -7,7 +7,8 @@ of timm's readers (`hfds/…`, `torch/cifar10`).
 from __future__ import annotations
 
 import os
-import tarfile
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,27 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from dgnet.data._images import IGNORED, ImageDataset, check_label, hold_out, read_image, to_rgb
-from dgnet.data._shards import ShardStream, expand_shards, is_stream, no_label, read_classes, walk_shard
+from dgnet.data._ledger import Ledger, Walk, compose, escape, is_image_name
+from dgnet.data._open_stream import check_stream, local_path
+from dgnet.data._shards import ShardStream, expand_shards, is_shards, is_stream, pair_samples, read_classes, walk_shard
+from dgnet.data._splits import EVALUATION, NAMES, TRAIN, has_both, split_folder
+from dgnet.data._tars import TarReader, refuse_compressed
 from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
+from dgnet.paths import absolute, find_kind, is_folder
 
-TRAIN, EVALUATION = "train", "evaluation"
-_FOLDERS = {TRAIN: ("train",), EVALUATION: ("val", "validation", "test")}
-_SPLITS = {TRAIN: ("train",), EVALUATION: ("validation", "test")}
+_READERS = ("hfds", "torch", "tfds", "hfids")
+# torchvision's data sets with two parts only: the test set is the one that the field evaluates on.
+_TWO_PARTS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+_MOST_LABELS = 10_000  # without class names; more are allowed if there are more images
 
 
 def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[int]:
-    """For each class name in `own` its label: its position in `known`. Raises UsageError for a class that is not in `known`."""
-    if list(own) == list(known):  # not by name, because names may repeat (ImageNet has two classes "crane")
+    """For each class name in `own` its label: its position in `known`. Names are equal if their Unicode is (NFC).
+
+    Raises UsageError for a class that is not in `known`, and for a name that stands for several classes in one of them.
+    """
+    own, known = list(map(compose, own)), list(map(compose, known))
+    if own == known:  # not by name, because names may repeat (ImageNet has two classes "crane")
         return list(range(len(known)))
     labels = {name: label for label, name in enumerate(known)}
     unknown = [name for name in own if name not in labels]
@@ -38,6 +49,10 @@ def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[in
             f"{source}: class {unknown[0]!r} is not one of the {len(known)} classes known from training"
             f"{did_you_mean(unknown[0], known)}"
         )
+    counts = [Counter(names) for names in (own, known)]
+    for name in own:
+        if max(names[name] for names in counts) > 1:
+            raise UsageError(f"{source}: several classes are called {name!r}, so labels cannot be found by name; rename them")
     return [labels[name] for name in own]
 
 
@@ -58,6 +73,9 @@ class Digits(ImageDataset):
         self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
         self.labels = digits.target[chosen].tolist()
         self.class_names = [str(label) for label in range(10)]
+        part = "every fifth image of each class" if role == EVALUATION else "all but every fifth image of each class"
+        self.ledger = Ledger(f"digits ({part})")
+        self.ledger.count_classes(self.labels, self.class_names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,28 +90,41 @@ class Digits(ImageDataset):
 class Folder(ImageDataset):
     """A folder of class folders. The classes are the sorted names of the folders, or `class_names` if given.
 
-    If `needs_labels` is False, the folder may hold images instead of class folders; their label is IGNORED.
+    What counts as an image: see `Walk`. An empty class folder is a class without images. If `needs_labels` is False, the folder
+    may hold images instead of class folders; their label is IGNORED.
+
+    Raises UsageError for a folder that cannot be read, holds no images, or holds two class folders of the same name (in NFC).
     """
 
     def __init__(self, root: Path, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
-        try:
-            folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        except OSError as error:
-            raise UsageError(f"{root} cannot be read: {reason(error)}") from None
-        if not folders and needs_labels:
+        self.ledger = Ledger(str(root))
+        walk = Walk(root, self.ledger)
+        folders, files = walk.entries(root)
+        by_name = _class_folders(root, folders)
+        if not by_name and needs_labels:
             raise UsageError(f"{root} holds no class folders; a data folder looks like {root}/CLASS/IMAGE.jpg")
-        self.class_names = list(class_names) if class_names is not None else folders
-        labels = dict(zip(folders, map_labels(str(root), folders, self.class_names), strict=True)) or {"": IGNORED}
-        self.samples = [
-            (path, label)
-            for name, label in labels.items()
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS
-            and (folders or not any(part.startswith(".") for part in path.relative_to(root).parts))
-        ]
+        self.class_names = list(class_names) if class_names is not None else list(by_name)
+        labels = map_labels(str(root), list(by_name), self.class_names)
+        self.samples: list[tuple[Path, int]] = []
+        empty: list[str] = []
+        for (name, folder), label in zip(by_name.items(), labels, strict=True):
+            images = walk.images(folder)
+            self.samples += [(path, label) for path in images]
+            if not images:
+                empty.append(self.class_names[label])
+                line = f"{folder} holds no images; class {name!r} has none here"
+                self.ledger.warn("empty_class_folders", name, line)
+        for path in sorted(files):
+            if not is_image_name(path.name):
+                walk.leave_out_file(path)
+            elif by_name:
+                self.ledger.leave_out("outside_class_folders", path.name)
+            else:
+                self.samples.append((path, IGNORED))
         if not self.samples:
-            where = f" in its {len(folders)} class folders" if folders else ""
+            where = f" in its {len(by_name)} class folders" if by_name else ""
             raise UsageError(f"{root} holds no images{where}; allowed extensions: {' '.join(IMG_EXTENSIONS)}")
+        self.ledger.count_classes([label for _, label in self.samples], self.class_names, empty)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -104,6 +135,21 @@ class Folder(ImageDataset):
 
     def name(self, index: int) -> str:
         return str(self.samples[index][0])
+
+
+def _class_folders(root: Path, folders: Sequence[Path]) -> dict[str, Path]:
+    """Class folders by name, sorted. Raises UsageError for names that are equal in NFC or are no text."""
+    by_name: dict[str, Path] = {}
+    for folder in folders:
+        name = compose(folder.name)
+        if escape(name) != name:
+            raise UsageError(f"class folder {escape(str(folder))} has a name that cannot be printed; rename it")
+        if name in by_name:
+            raise UsageError(
+                f"{root} holds two class folders called {name!r}, which differ only in how Unicode stores the name; merge them"
+            )
+        by_name[name] = folder
+    return dict(sorted(by_name.items()))
 
 
 class Shards(ImageDataset):
@@ -117,47 +163,46 @@ class Shards(ImageDataset):
     def __init__(self, pattern: str, class_names: Sequence[str] | None = None, needs_labels: bool = True) -> None:
         self.needs_labels = needs_labels
         self.paths = expand_shards(pattern)
+        self.ledger = Ledger(pattern)
         self.samples: list[tuple[int, str, int, int]] = []  # shard, key, offset, size
         self.labels: list[int] = []
         for shard, path in enumerate(tqdm(self.paths, desc="indexing shards", leave=False, disable=None)):
             self._index(shard, path)
         if not self.samples:
-            raise UsageError(f"{pattern} holds no samples; a sample is KEY.jpg with its label in KEY.cls")
-        own = read_classes(self.paths[0])
-        names = class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)]
-        self.class_names = list(names)
-        for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
-            if label == IGNORED:
-                continue
-            check_label(f"{self.paths[shard]}, sample {key}", label, len(own or self.class_names))
+            raise UsageError(f"{pattern} holds no samples; a sample is KEY.jpg with its label in KEY.cls{self._left_out()}")
+        own = read_classes(self.paths)
+        if own is None:
+            self._check_labels(max(_MOST_LABELS, len(self.samples)) if class_names is None else len(class_names))
+        else:
+            self._check_labels(len(own))
+        self.class_names = list(class_names or own or [str(label) for label in range(max(*self.labels, 0) + 1)])
         if own is not None:
             mapped = map_labels(pattern, own, self.class_names)
             self.labels = [label if label == IGNORED else mapped[label] for label in self.labels]
+        self.ledger.count_classes(self.labels, self.class_names)
+
+    def _check_labels(self, classes: int) -> None:
+        for (shard, key, _, _), label in zip(self.samples, self.labels, strict=True):
+            if label >= classes:
+                check_label(f"{self.paths[shard]}, sample {escape(key)}", label, classes)
+
+    def _left_out(self) -> str:
+        words = self.ledger.describe()
+        return f" ({words})" if words else ""
 
     def _index(self, shard: int, path: str) -> None:
-        images: dict[str, tuple[int, int]] = {}
-        labels: dict[str, int] = {}
         try:
-            with tarfile.open(path, "r:") as tar:
-                for key, member, label in walk_shard(tar, path):
-                    if label is None:
-                        images[key] = (member.offset_data, member.size)
-                    else:
-                        labels[key] = label
-                end = tar.offset
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UsageError(f"{path} is not a readable tar file ({reason(error)}); copy it again") from None
-        with open(path, "rb") as file:
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile does not notice a cut file
-                raise UsageError(f"{path} is cut short: it lacks the end mark of a tar file; copy it again")
-        for key, (offset, size) in images.items():
-            if key not in labels and self.needs_labels:
-                raise no_label(path, key)
-            if labels.get(key, 0) < 0:  # a negative label in the file must not be mistaken for IGNORED
-                check_label(f"{path}, sample {key}", labels[key], 1)
+            with open(path, "rb") as file:
+                refuse_compressed(path, file.read(8))
+                file.seek(0)
+                tar = TarReader(file, path, os.stat(path).st_size, self.ledger)
+                entries = walk_shard(tar, lambda member: (member.offset_data, member.size))
+                found = sorted(pair_samples(entries, path, self.ledger, self.needs_labels), key=lambda sample: sample[1])
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+        for key, (offset, size), label in found:
             self.samples.append((shard, key, offset, size))
-            self.labels.append(labels.get(key, IGNORED))
+            self.labels.append(label)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -179,24 +224,34 @@ class Shards(ImageDataset):
 class TimmDataset(ImageDataset):
     """A data set by its timm name. dgnet downloads nothing; the data set's own library may."""
 
-    def __init__(self, source: str, role: str, root: str, class_names: Sequence[str] | None = None) -> None:
-        if source in ("torch/image_folder", "torch/folder"):
-            raise UsageError(f"{source}: name the folder itself, as in --data FOLDER")
+    def __init__(
+        self, source: str, role: str, root: str, class_names: Sequence[str] | None = None, as_before: bool = False
+    ) -> None:
+        named = re.fullmatch(r"(.+):(\w+)", source)
+        name, splits = (named[1], [named[2]]) if named else (source, _split_names(source, role, as_before))
+        if name in ("torch/image_folder", "torch/folder"):
+            raise UsageError(f"{name}: name the folder itself, as in --data FOLDER")
         errors = []
-        for split in _SPLITS[role]:
+        for split in splits:
             try:
-                self.dataset = timm.data.create_dataset(source, root=root, split=split)
+                self.dataset = timm.data.create_dataset(name, root=root, split=split)
                 break
             except ImportError as error:
                 raise UsageError(
-                    f"{source}: {reason(error)}; install its reader, for example with: pip install 'dgnet[hfds]'"
+                    f"{name}: {reason(error)}; install its reader, for example with: pip install 'dgnet[hfds]'"
                 ) from None
             except Exception as error:  # the data set's library may raise anything
                 errors.append(f"split {split!r}: {reason(error)}")
+                if "split" not in str(error).lower():  # another name of a split would not help
+                    break
         else:
+            why = errors[0].partition(": ")[2]
             raise UsageError(
-                f"{source} cannot be opened under {root!r} ({'; '.join(errors)}); give its folder with --data-root"
+                f"{name} has no split called {' or '.join(map(repr, splits))} ({why}); name one of its splits, as in"
+                f" {name}:test with --val-data (dgnet evaluate: --data), or evaluate on training images with --holdout N"
             )
+        if not hasattr(self, "dataset"):
+            raise UsageError(f"{name} cannot be opened under {root!r} ({'; '.join(errors)}); give its folder with --data-root")
         self.reader = getattr(self.dataset, "reader", None)
         own = getattr(self.dataset, "classes", None) or list(getattr(self.reader, "class_to_idx", None) or {})
         own = [
@@ -207,6 +262,7 @@ class TimmDataset(ImageDataset):
         self.class_names = list(class_names or own)
         self.labels = map_labels(source, own, self.class_names)
         self.source = source
+        self.ledger = Ledger(f"{name} ({split} split)", len(self.dataset))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -230,18 +286,35 @@ class TimmDataset(ImageDataset):
         return f"{self.source}, image {index}"
 
 
+def _split_names(source: str, role: str, as_before: bool) -> Sequence[str]:
+    """The names of splits to try for a data set of timm's readers."""
+    prefix, _, name = source.partition("/")
+    if role == TRAIN:
+        return NAMES[TRAIN][:1] if prefix == "torch" else NAMES[TRAIN]
+    if as_before:
+        return ("validation", "test")
+    if prefix == "torch":
+        return ("test",) if name.lower() in _TWO_PARTS else ("validation",)
+    return NAMES[EVALUATION]
+
+
 def open_dataset(
     source: str,
     role: str,
     class_names: Sequence[str] | None = None,
     data_root: str = "data",
     needs_labels: bool = True,
+    as_before: bool = False,
 ) -> ImageDataset:
     """The images of `source` for `role`, "train" or "evaluation". Their transform is not set yet.
 
-    Of a folder with train/ and val/ (or validation/ or test/) the subfolder of the role is used. `class_names`: the class names
-    in the order of their labels, if they are known from training. `data_root`: the folder of timm's readers. `needs_labels`: if
-    False, images in shards may lack a label, and a folder may hold images instead of class folders; their label is IGNORED.
+    Of a folder with train/ and val/ the subfolder of the role is used; for the names of splits see `NAMES` in `_splits.py`. A
+    test split is used on request only: `FOLDER/test`, `hfds/NAME:test`. Only torchvision's data sets that have nothing but a
+    test set to evaluate on (CIFAR, MNIST) use it. `ledger` of the result tells what was taken and left out.
+
+    `class_names`: the class names in the order of their labels, if they are known from training. `data_root`: the folder of
+    timm's readers. `needs_labels`: if False, images in shards may lack a label, and a folder may hold images instead of class
+    folders; their label is IGNORED. `as_before`: choose the evaluation split as for a run without data.json.
 
     Raises UsageError for a source that does not exist, is empty, or has other classes.
     """
@@ -250,46 +323,45 @@ def open_dataset(
         if class_names is not None and list(class_names) != digits.class_names:
             raise UsageError(f"digits has the classes 0 to 9, not the {len(class_names)} known from training")
         return digits
+    if source.startswith("file:"):
+        source = local_path(source)
     if is_stream(source):
         raise UsageError(f"{source} is a stream, allowed only as --data of training; use local shards, a folder or a data set")
-    if ".tar" in source:
-        return Shards(source.removeprefix("wds/"), class_names, needs_labels)
-    if source.partition("/")[0] in ("hfds", "torch", "tfds", "hfids") and not os.path.exists(source):
+    if is_shards(source):
+        return Shards(source if find_kind(source) else source.removeprefix("wds/"), class_names, needs_labels)
+    kind = find_kind(source)
+    if source.partition("/")[0] in _READERS and kind is None:
         if source.startswith(("hfids/", "tfds/")):
             raise UsageError(f"{source} is a stream; use a map-style source: hfds/…, torch/…, a folder, or shards")
-        return TimmDataset(source, role, data_root, class_names)
-    root = Path(source)
-    if not root.exists():
+        return TimmDataset(source, role, data_root, class_names, as_before)
+    if kind is None:
         raise UsageError(
             f"data source {source!r} does not exist{did_you_mean(source, ['digits'])}; a source is `digits`, a folder of class"
             " folders, shards ending in .tar, or a name like torch/cifar10"
         )
-    if not root.is_dir():
+    if kind != "folder":
         raise UsageError(f"data source {source!r} is a file; expected a folder of class folders, or shards ending in .tar")
-    return Folder(_split_folder(root, role) or root, class_names, needs_labels)
+    return Folder(split_folder(Path(source), role, as_before), class_names, needs_labels)
 
 
-def _split_folder(root: Path, role: str) -> Path | None:
-    """The subfolder of `root` for `role`; None if `root` has no splits."""
-    if not _is_divided(root):
-        return None
-    found = next((root / name for name in _FOLDERS[role] if (root / name).is_dir()), None)
-    if found is None:
-        raise UsageError(f"{root} holds train/ but neither val/ nor test/; give the evaluation data with --val-data")
-    return found
-
-
-def _is_divided(root: Path) -> bool:
-    """Whether a folder has splits: a train/ with class folders. (A class folder named train holds images.)"""
-    return (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
+def absolute_source(source: str) -> str:
+    """A source as a run stores it: a name or URL as it is, a path or a pattern of paths absolute."""
+    if source == "digits" or is_stream(source):
+        return source
+    if find_kind(source) is None:
+        if not is_shards(source):
+            return source  # the name of a data set
+        prefix = "wds/" if source.startswith("wds/") else ""
+        parts = source.removeprefix(prefix).split("::")
+        return prefix + "::".join(part if part.startswith("$") or is_stream(part) else absolute(part) for part in parts)
+    return absolute(source)
 
 
 def gives_both(source: str) -> bool:
-    """Whether a source has training and evaluation images of its own."""
+    """Whether a source may have training and evaluation images of its own."""
     if source == "digits" or source.startswith(("hfds/", "torch/")):
         return True
-    root = Path(source)
-    return _is_divided(root) and any((root / name).is_dir() for name in _FOLDERS[EVALUATION])
+    return not is_stream(source) and has_both(Path(source))
 
 
 def open_train_and_evaluation(
@@ -298,23 +370,26 @@ def open_train_and_evaluation(
     data_root: str = "data",
     holdout: int = 0,
     epoch_images: int | None = None,
+    as_before: bool = False,
 ) -> tuple[ImageDataset | ShardStream, ImageDataset]:
     """The training images of `source` and the evaluation images of `val_source`, with the same classes.
 
     `holdout`: if above 0, evaluate on this many of the training images instead, and train on the others. `epoch_images`: number
-    of images in an epoch of a stream.
+    of images in an epoch of a stream. `as_before`: see `open_dataset`.
 
     Raises UsageError if `val_source` is missing and `source` has no evaluation images. Data is never split without `holdout`.
     """
-    if is_stream(source):
+    if is_stream(source) and not (source.startswith("file:") and epoch_images is None):
         if holdout:
             raise UsageError(f"{source} is a stream, from which no images can be held out; leave out --holdout")
         if val_source is None:
             raise UsageError(f"{source} is a stream, which has the classes of --val-data; add --val-data SOURCE")
         if epoch_images is None:
             raise UsageError(f"{source} is a stream, which has no length; give the images of an epoch with --epoch-images")
-        evaluation = open_dataset(val_source, EVALUATION, data_root=data_root)
-        return ShardStream(source, evaluation.class_names, epoch_images), evaluation
+        evaluation = open_dataset(val_source, EVALUATION, data_root=data_root, as_before=as_before)
+        stream = ShardStream(source, evaluation.class_names, epoch_images)
+        check_stream(stream.paths[0])
+        return stream, evaluation
     if epoch_images is not None:
         raise UsageError(f"--epoch-images is for streams; an epoch of {source} is each of its images once; leave it out")
     if holdout:
@@ -322,6 +397,10 @@ def open_train_and_evaluation(
     if val_source is None and not gives_both(source):
         open_dataset(source, TRAIN, data_root=data_root)  # reports a source that does not exist first
         raise UsageError(f"{source} has no evaluation images of its own; give them with --val-data SOURCE")
+    if val_source is None and is_folder(source):
+        split_folder(Path(source), EVALUATION, as_before)  # reports that it has none before the training images are listed
     train = open_dataset(source, TRAIN, data_root=data_root)
-    evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root)
+    evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root, as_before=as_before)
+    if train.ledger.source == evaluation.ledger.source:
+        evaluation.ledger.warnings.append(f"{train.ledger.source}: training and evaluation use the same images")
     return train, evaluation

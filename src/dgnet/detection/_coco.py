@@ -5,11 +5,10 @@ Letters: A annotations, H and W an image's height and width in pixels, n boxes o
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -20,8 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
-from dgnet.data import decode, map_labels, read_image
+from dgnet.data import Ledger, compose, decode, escape, is_hidden, is_image_name, map_labels, read_image
+from dgnet.documents import parse_json
 from dgnet.errors import UsageError, reason
+from dgnet.paths import find_kind, is_folder
 
 
 class Target(TypedDict):
@@ -87,6 +88,7 @@ class CocoAnnotations:
     is_target: np.ndarray  # (A,) bool
     offsets: np.ndarray  # (images + 1,) int64
     counts: AnnotationCounts
+    file_names: frozenset[str] = frozenset()  # of all images of the file, also of those that are left out
 
     def target(self, index: int) -> Target:
         """The boxes of image `index` to train on, clipped to the image."""
@@ -109,6 +111,8 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 # In pixels. A thinner box has no area: after scaling or flipping, its float32 corners could be equal, and torchvision's
 # detectors raise an error for that during training. A box that extends beyond its image by less is a rounding error.
 _THIN = 0.01
+_LARGEST = 1e12  # the largest number of a box or an area
+_LONGEST = 10**6  # the longest side of an image, in pixels
 
 
 def read_annotations(path: str | Path, is_training: bool = False, class_names: Sequence[str] | None = None) -> CocoAnnotations:
@@ -122,7 +126,7 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
     category that is not among `class_names`, and with `is_training` for a file without boxes.
     """
     path = Path(path)
-    document = _read_json(path)
+    document = _read_document(path)
     names = _read_categories(path, document["categories"])
     category_ids = sorted(names)
     own = [names[id] for id in category_ids]
@@ -131,6 +135,11 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
     images = _read_images(path, document["images"])
     places = {id: place for place, id in enumerate(images)}
     rows, repeated, unlisted = _read_boxes(path, document["annotations"], places, labels)
+    if repeated > len(rows):
+        raise UsageError(
+            f"{path}: {repeated:,} of its {len(document['annotations']):,} annotations have the id of another one, and only the"
+            " first of each id counts; give each annotation its own `id`"
+        )
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
     order = np.argsort(table[:, 0], kind="stable")
     place, label, is_crowd = table[order, :3].astype(np.int64).T
@@ -171,16 +180,20 @@ def read_annotations(path: str | Path, is_training: bool = False, class_names: S
         is_target=is_target[in_use],
         offsets=offsets,
         counts=counts,
+        file_names=frozenset(image["file_name"] for image in document["images"]),
     )
 
 
-def _read_json(path: Path) -> dict[str, list[Any]]:
+def _read_document(path: Path) -> dict[str, list[Any]]:
     try:
-        document: dict[str, list[Any]] = json.loads(path.read_bytes())
-    except OSError as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"annotations {path} cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({reason(error)}); expected annotations in COCO's format") from None
+    try:
+        document: dict[str, list[Any]] = parse_json(text, f"annotations {path}")
+    except UsageError as error:
+        message = str(error).replace("is not valid JSON", "is not JSON")
+        raise UsageError(f"{message}; expected annotations in COCO's format") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UsageError(
@@ -201,8 +214,9 @@ def _read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
             raise UsageError(
                 f"{path}: categories[{number}] is not a category; expected a whole number `id` and a `name`"
             ) from None
-        if names.setdefault(id, name) != name:
+        if compose(names.setdefault(id, name)) != compose(name):
             raise UsageError(f"{path}: categories {names[id]!r} and {name!r} have the same id {id}; give each its own")
+    names = {id: compose(name) for id, name in names.items()}
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     return {id: f"{name} ({id})" if name in shared else name for id, name in names.items()}
 
@@ -213,7 +227,9 @@ def _read_images(path: Path, entries: list[Any]) -> dict[int, CocoImage]:
     for number, entry in enumerate(entries):
         try:
             image = CocoImage(_whole(entry["id"]), entry["file_name"], _whole(entry["width"]), _whole(entry["height"]))
-            if not isinstance(image.file_name, str) or min(image.width, image.height) < 1:
+            if not isinstance(image.file_name, str) or not 1 <= min(image.width, image.height) <= _LONGEST:
+                raise TypeError
+            if "\0" in image.file_name or max(image.width, image.height) > _LONGEST:
                 raise TypeError
         except (LookupError, TypeError):
             raise UsageError(
@@ -240,9 +256,9 @@ def _read_boxes(
             area = entry.get("area")
             area = width * height if area is None else float(area)
             is_crowd = bool(entry.get("iscrowd"))
-            if not np.isfinite(left + top + width + height + area):
+            if not all(abs(number) <= _LARGEST for number in (left, top, width, height, area)):  # false for NaN
                 raise ValueError
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             raise UsageError(
                 f"{path}: annotations[{number}] is not an annotation; expected whole numbers `id`, `image_id`, `category_id`,"
                 " and `bbox` as [left, top, width, height] in pixels"
@@ -261,6 +277,8 @@ def _read_boxes(
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:  # some tools write 1.0
+        raise TypeError
+    if not -(2**63) <= value < 2**63:
         raise TypeError
     return int(value)
 
@@ -281,9 +299,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         is_training: bool = False,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.annotations = read_annotations(annotation_file, is_training, class_names)
+        annotations = read_annotations(annotation_file, is_training, class_names)
         self.folder = Path(image_folder)
-        _check_files(self.folder, self.annotations)
+        self.annotations, self.unlisted = _find_files(self.folder, annotations)
 
     @property
     def class_names(self) -> list[str]:
@@ -294,6 +312,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def counts(self) -> AnnotationCounts:
         """Counts of the annotation file's content."""
         return self.annotations.counts
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the annotation file gave and what was left out."""
+        counts = self.counts
+        summary = str(counts)
+        figures = {name: value for name, value in asdict(counts).items() if name != "images"}
+        ledger = Ledger(str(self.annotations.path), counts.images, len(self.class_names), summary=summary, figures=figures)
+        for name in self.unlisted:
+            ledger.leave_out("unlisted_images", name)
+        return ledger
 
     @property
     def aspect_ratios(self) -> list[float]:
@@ -316,27 +345,47 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return to_tensor(self.load(index)), self.annotations.target(index)
 
 
-def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
-    """Raises UsageError if an image file does not exist. Lists whole folders, which is faster than a check for each file."""
-    listed: dict[Path, set[str]] = {}
-    missing = []
+def _find_files(folder: Path, annotations: CocoAnnotations) -> tuple[CocoAnnotations, list[str]]:
+    """The annotations with the names of the files as they are stored, and the image files that are not listed.
+
+    Names are equal if their Unicode is (NFC). Lists whole folders, which is faster than a check for each file.
+
+    Raises UsageError if an image file does not exist or a folder cannot be read.
+    """
+    if not is_folder(folder):
+        raise UsageError(f"image folder {folder} does not exist")
+    stored: dict[Path, dict[str, str]] = {}  # of each folder the names by their composed form
+    images, missing = [], []
     for image in annotations.images:
         path = folder / image.file_name
-        if path.parent not in listed:
-            try:
-                listed[path.parent] = set(os.listdir(path.parent))
-            except OSError:
-                listed[path.parent] = set()
+        if path.parent not in stored:
+            stored[path.parent] = _list_names(path.parent)
+        name = stored[path.parent].get(compose(path.name), path.name)
+        if name == path.name:
+            images.append(image)
+        else:
+            images.append(image._replace(file_name=str(Path(image.file_name).with_name(name))))
         # The second check is for file systems that ignore upper and lower case.
-        if path.name not in listed[path.parent] and not path.is_file():
+        if compose(name) not in stored[path.parent] and find_kind(path) is None:
             missing.append(path)
-    if not folder.is_dir():
-        raise UsageError(f"image folder {folder} does not exist")
     if missing:
         raise UsageError(
-            f"image {missing[0]} does not exist ({len(missing):,} of the {len(annotations.images):,} that {annotations.path}"
-            " lists are missing); check the image folder"
+            f"image {escape(str(missing[0]))} does not exist ({len(missing):,} of the {len(annotations.images):,} that"
+            f" {annotations.path} lists are missing); check the image folder"
         )
+    listed = {folder / compose(name) for name in annotations.file_names}
+    names = [parent / name for parent, own in stored.items() for name in own if is_image_name(name) and not is_hidden(name)]
+    return replace(annotations, images=images), sorted(name.name for name in names if name not in listed)
+
+
+def _list_names(folder: Path) -> dict[str, str]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UsageError(f"image folder {escape(str(folder))} cannot be read: {reason(error)}") from None
+    return {**{compose(name): name for name in names}, **{name: name for name in names if compose(name) == name}}
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from dgnet._streams import escape
+
 # matplotlib's own font: labels look the same on every machine, and it has the letters of most scripts.
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
@@ -30,7 +32,7 @@ def draw_detections(
     if not len(boxes):
         return image
     boxes, labels = boxes.detach().cpu(), labels.cpu()
-    texts = [class_names[label - 1] for label in labels.tolist()]
+    texts = [escape(class_names[label - 1]) for label in labels.tolist()]
     order = list(range(len(boxes)))
     if scores is not None:
         texts = [f"{text} {100 * score:.0f}" for text, score in zip(texts, scores.tolist(), strict=True)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from dgnet.data import set_max_pixels
 from dgnet.detection._average_precision import CocoEvaluation
 from dgnet.detection._checkpoint import describe_detector, load_backbone, load_trained
 from dgnet.detection._coco import CocoDetection
@@ -13,6 +15,7 @@ from dgnet.detection._detector import Detector
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
 from dgnet.models import create_model, stored_options
+from dgnet.paths import absolute
 from dgnet.training import Run, RunResult, describe_untrained, open_run
 
 
@@ -27,16 +30,17 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
 
 
 def _train(config: DetectConfig, run: Run) -> RunResult:
+    set_max_pixels(config.max_pixels)
     train_set = CocoDetection(config.data, config.images, is_training=True)
     val_set = CocoDetection(config.val_data, config.evaluation_images, class_names=train_set.class_names)
-    run.say(f"{config.data}: {train_set.counts}")
-    run.say(f"{config.val_data}: {val_set.counts}")
+    run.record_data(train_set.ledger, val_set.ledger)
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     if val_set.annotations.is_crowd.all():
         raise UsageError(f"{config.val_data} holds no boxes to evaluate on; give other annotations with --val-data")
     evaluation = CocoEvaluation(val_set.annotations)
     network = create_model(config.model, **config.network_kwargs)
     config = config.resolve(network)
+    config = _with_absolute_paths(config)
     options = stored_options(network, config.network_kwargs)
     starts = config.weights is not None and run.step is None
     untrained = load_backbone(network, config.model, str(config.weights)) if starts else None
@@ -62,3 +66,10 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
         f" {config.iterations:,} iterations"
     )
     return run.fit(trainer, module, DetectionDataModule(train_set, val_set, config), about)
+
+
+def _with_absolute_paths(config: DetectConfig) -> DetectConfig:
+    """The configuration as the run stores it: its data are found from every folder."""
+    names = ("data", "images", "val_data", "val_images", "weights")
+    paths: dict[str, Any] = {name: absolute(path) for name in names if (path := getattr(config, name)) is not None}
+    return replace(config, **paths)

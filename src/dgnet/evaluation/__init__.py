@@ -23,6 +23,8 @@ from dgnet.evaluation._pass import run_pass as run_pass
 from dgnet.evaluation._ranks import find_ranks as find_ranks
 from dgnet.evaluation._ranks import gather as gather
 from dgnet.evaluation._ranks import is_distributed as is_distributed
+from dgnet.evaluation._source import DATA as DATA
+from dgnet.evaluation._source import announce as announce
 from dgnet.evaluation._source import describe_source as describe_source
 from dgnet.evaluation._source import open_evaluation_data as open_evaluation_data
 from dgnet.evaluation._wiring import WiringStatistics as WiringStatistics

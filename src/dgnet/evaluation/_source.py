@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Protocol
 
+from dgnet._streams import say
 from dgnet.checkpoint import Checkpoint, RunData
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, hold_out, open_dataset
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, hold_out, open_dataset, set_max_pixels
+from dgnet.paths import find_kind
+
+DATA = "data.json"
+"""The file of a run folder that tells what the run's data were."""
 
 
 def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
@@ -22,23 +29,49 @@ def open_evaluation_data(
 ) -> ImageDataset:
     """The images of `source`, with the checkpoint's preprocessing. Default: the evaluation images of the checkpoint's run.
 
+    `dataset.ledger` tells which split it is, and what was taken and left out; `announce` prints it.
     If the run used `--on-bad-image skip`, the images that it skipped are left out, and a line on stderr gives their number.
     `data_root`: by default that of the run. `needs_labels`: see `dgnet.data.open_dataset`.
 
     Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
     run = checkpoint.data if checkpoint.config or source is None else RunData(source)
+    set_max_pixels(run.max_pixels, is_default=True)
     root = data_root or run.data_root
     if source is None and run.holdout:
         whole = open_dataset(run.data, TRAIN, checkpoint.class_names, root)
         dataset: ImageDataset = hold_out(whole, run.holdout)[1]
     else:
+        as_before = source is None and _is_of_old_run(checkpoint.path)
         source = source or run.val_data or run.data
-        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels)
+        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels, as_before)
     if run.on_bad_image == "skip":
         dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
+
+
+class HasLedger(Protocol):
+    """A data set that tells what it gave and left out."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+
+def announce(dataset: HasLedger) -> None:
+    """Print what the data set gave and left out on stderr, in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in dataset.ledger.lines("evaluation data: "):
+            say(line)
+
+
+def _is_of_old_run(path: Path) -> bool:
+    """Whether a checkpoint lies in the folder of a run that did not store what its data were.
+
+    Such a run may have been evaluated on test/, which versions of that time took if there was no val/.
+    """
+    folders = [folder for folder in (path.parent, path.parent.parent) if find_kind(folder / "config.yaml")]
+    return bool(folders) and not find_kind(folders[0] / DATA)
 
 
 def _leave_out_bad(dataset: ImageDataset, path: Path) -> ImageDataset:

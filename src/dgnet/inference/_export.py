@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dgnet.errors import UsageError, check_choice, reason
-from dgnet.files import writing
+from dgnet.files import replace_content, replace_file, writing
 from dgnet.graph import find_stages
 from dgnet.inference._branching import has_batch_norms
 from dgnet.inference._fold import fold_batch_norms
@@ -23,6 +23,7 @@ from dgnet.inference._sparse import MODES, set_mode
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 """Format -> file name extension."""
+_LARGEST_ONNX = 2**30  # bytes of weights; torch writes those of larger networks to a second file, from 1.5 GiB on
 
 
 def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: str = "dense") -> ExportedProgram:
@@ -58,10 +59,11 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
     Raises UsageError for an unknown format, for a file that cannot be written, and if a package is missing.
     """
     check_choice("--format", format, FORMATS)
-    text = json.dumps(carried, ensure_ascii=False)
+    text = json.dumps(carried)
     with writing(path):
         if format == "torch":
-            torch.export.save(program, path, extra_files={"dgnet": text})
+            with replace_content(path) as file:
+                torch.export.save(program, file, extra_files={"dgnet": text})
             return
         try:
             with _quiet():
@@ -72,7 +74,12 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
             raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
         assert translated is not None
         translated.model.metadata_props["dgnet"] = text
-        translated.save(path)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+        if size > _LARGEST_ONNX:  # the weights go to a second file, which is named after the first
+            translated.save(path)
+            return
+        with replace_file(path) as written:
+            translated.save(written)
 
 
 def run_onnx(path: Path, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dgnet.training._config import RunConfig as RunConfig
     from dgnet.training._config import TrainConfig as TrainConfig
     from dgnet.training._history import read_history as read_history
+    from dgnet.training._launcher import check_launcher as check_launcher
     from dgnet.training._loading import EndlessOrder as EndlessOrder
     from dgnet.training._loading import TrainingLoader as TrainingLoader
     from dgnet.training._loading import TrainingOrder as TrainingOrder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import signal
 import threading
@@ -19,21 +18,27 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 
+from dgnet._streams import is_pipe_closed
 from dgnet.compat.lightning import take_sigterm
-from dgnet.errors import UsageError, reason
-from dgnet.files import replace_file
+from dgnet.errors import UsageError, WriteError, reason
+from dgnet.files import replace_content
+from dgnet.paths import find_kind, is_file
 
 LAST = "last.ckpt"
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))  # not on Windows
+_ASKED = (signal.SIGTERM, signal.SIGINT)
 _CHECK_LOSS_EVERY = 10  # steps on a GPU between checks that the loss is finite: each check waits for the device
 
 
 class Interrupted(Exception):  # noqa: N818, it is not an error
-    """A signal stopped a run. Its last checkpoint is from `step`, or from an earlier, unknown step if that is None."""
+    """A signal stopped a run. Its last checkpoint is from `step`, or from an earlier, unknown step if that is None.
 
-    def __init__(self, signum: int, step: int | None, folder: Path) -> None:
+    `signum`: SIGINT or SIGTERM. `cause`: what happened instead, if the run was not sent `signum` itself.
+    """
+
+    def __init__(self, signum: int, step: int | None, folder: Path, cause: str = "") -> None:
         after = "" if step is None else f" after step {step:,}"
-        super().__init__(f"interrupted by {signal.Signals(signum).name}{after}")
+        super().__init__(f"interrupted by {cause or signal.Signals(signum).name}{after}")
         self.signum, self.folder = signum, folder
 
 
@@ -68,41 +73,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as written, _Target(written) as file:
-                try:
-                    torch.save({**checkpoint, FINGERPRINT: fingerprint(checkpoint)}, file)
-                except RuntimeError:  # torch's writer does not give the reason
-                    if file.failure is not None:
-                        raise file.failure from None
-                    raise
+            with replace_content(path) as file:
+                torch.save({**checkpoint, FINGERPRINT: fingerprint(checkpoint)}, file)
         except OSError as error:
-            kept = "; the one before it is kept" if path.exists() else ""
-            raise UsageError(
-                f"checkpoint {path} cannot be written ({reason(error)}){kept}; then continue with --resume"
-            ) from None
+            kept = "the one before it is kept; " if find_kind(path) else ""
+            problem = f"checkpoint {path} cannot be written ({reason(error)})"
+            raise WriteError(problem, f"{kept}then continue with --resume", error) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return content
-
-
-class _Target(io.FileIO):
-    """A file to write. `failure`: the error of the operating system, if a write failed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w")
-        self.failure: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        rest = memoryview(content).cast("B")
-        size = len(rest)
-        try:
-            while rest:  # a disk that is almost full writes only a part
-                rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.failure = error
-            raise
-        return size
 
 
 class Checkpointing(CheckpointCallback):
@@ -110,6 +90,8 @@ class Checkpointing(CheckpointCallback):
 
     After each step all processes agree on what to do; one of them may have received the signal. last.ckpt is also written one
     step before each evaluation, and a signal during the evaluation ends the run at once.
+
+    A hangup (the terminal was closed) and a closed pipe that the run prints to count as SIGTERM.
 
     `best`: the metric whose highest value decides best.ckpt.
 
@@ -124,7 +106,9 @@ class Checkpointing(CheckpointCallback):
         self.saved_at = time.monotonic()
         self.is_postponed = False  # whether to write a checkpoint after the next step
         self.signum = 0
+        self.cause = ""
         self._group: Any = None
+        self._handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}  # Lightning replaces them, then this class
         self.has_started = False  # whether the state of a resumed run has been restored
 
     @property
@@ -142,17 +126,37 @@ class Checkpointing(CheckpointCallback):
             self.signum = signal.SIGTERM
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
-                signal.signal(signum, self._note)
+                if self._handlers[signum] != signal.SIG_IGN or signum in _ASKED:  # nohup ignores a hangup
+                    signal.signal(signum, self._note)
         self.saved_at = time.monotonic()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        if signum in _ASKED:
+            self.signum = signum
+        else:
+            self._stop(signal.Signals(signum).name)
         # A second signal ends the process at once.
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        handler = self._handlers[signum]
+        if handler in (signal.SIG_IGN, None):
+            handler = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, handler)
+
+    def _stop(self, cause: str) -> None:
+        """Stop as after a SIGTERM."""
+        if not self.signum:
+            self.signum, self.cause = signal.SIGTERM, cause
+
+    def _check_pipe(self) -> None:
+        if is_pipe_closed():
+            self._stop("a closed pipe")
+
+    def _interrupt(self, signum: int, step: int) -> Interrupted:
+        return Interrupted(signum, step, self.folder.parent, self.cause)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if (batch_index + 1) % trainer.accumulate_grad_batches:
             return
+        self._check_pipe()
         step, is_last = trainer.global_step, trainer.is_last_batch
         is_evaluated = module.evaluates_in(trainer.current_epoch)
         is_due = step % self.steps == 0 if self.steps else time.monotonic() - self.saved_at >= (self.seconds or float("inf"))
@@ -165,17 +169,18 @@ class Checkpointing(CheckpointCallback):
         if is_last:  # not saved here: a resumed run would skip the evaluation. The step before this one was saved.
             self.signum = signum
             if signum and is_evaluated:
-                raise Interrupted(signum, step - 1, self.folder.parent)
+                raise self._interrupt(signum, step - 1)
             return
         if due or signum:
             self._save(trainer)
         if signum:
-            raise Interrupted(signum, step, self.folder.parent)
+            raise self._interrupt(signum, step)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        self._check_pipe()
         (signum,) = self._agree(self.signum)
         if signum:
-            raise Interrupted(signum, trainer.global_step - 1, self.folder.parent)
+            raise self._interrupt(signum, trainer.global_step - 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         if not module.evaluates_in(trainer.current_epoch):
@@ -186,9 +191,10 @@ class Checkpointing(CheckpointCallback):
         if is_best:
             trainer.save_checkpoint(self.folder / "best.ckpt")
         self._save(trainer)
+        self._check_pipe()
         (signum,) = self._agree(self.signum)
         if signum:
-            raise Interrupted(signum, trainer.global_step, self.folder.parent)
+            raise self._interrupt(signum, trainer.global_step)
 
     def _agree(self, *values: int) -> list[int]:
         """The largest value over all processes, for each of `values`."""
@@ -206,7 +212,7 @@ class Checkpointing(CheckpointCallback):
 
     def _describe_bad_step(self, step: int, lr: float) -> str:
         line = f"the loss of step {step:,} is not finite, at a learning rate of {lr:.3g}; lower --lr, or clip with --clip-grad"
-        if self.path.exists():
+        if is_file(self.path):
             return f"{line}, and start from {self.path}, written before that step, with --weights"
         return f"{line}; no checkpoint was written before that step"
 

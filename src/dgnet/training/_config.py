@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from dgnet.devices import ACCELERATORS
 from dgnet.errors import UsageError, check_choice, check_range, reason
-from dgnet.options import check_bounds, check_choices, option, read_options
+from dgnet.options import check_bounds, check_choices, flag, option, read_options
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 # Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
     *("data", "val_data", "data_root", "images", "val_images", "accelerator", "devices", "nodes", "workers", "threads"),
-    *("checkpoint_every", "max_bad_images"),
+    *("checkpoint_every", "max_bad_images", "max_pixels"),
 )
 
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
@@ -103,8 +104,10 @@ class RunConfig:
     clip_grad: float | None = option(None, "clip the norm of all gradients together at this value; by default no clipping")
     ema: float | None = option(None, "evaluate and save a moving average of the weights with this decay, for example 0.9999")
     precision: str = option("32", "number format: 32, bf16 or fp16; bf16 and fp16 use autocast", ("32", "bf16", "fp16"))
-    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu")
-    devices: str = option("1", "number of devices of each machine to train on; auto: all of them; ignored under torchrun")
+    accelerator: str = option("auto", "what to train on: auto, cpu, gpu (CUDA or Apple's), cuda, mps", ACCELERATORS)
+    devices: str = option(
+        "1", "number of devices of each machine to train on; auto: all of them; 0,2: these GPUs; ignored under torchrun"
+    )
     nodes: int = option(1, "number of machines; ignored under torchrun")
     sync_bn: bool = option(False, "batch normalisation over the images of all devices (CUDA)")
     checkpoint_every: str = option(
@@ -115,6 +118,7 @@ class RunConfig:
     )
     workers: int = option(0, "processes that load images; 0: the main process loads them")
     threads: int | None = option(None, "CPU threads of PyTorch; by default its own choice")
+    max_pixels: float | None = option(None, "largest image, in million pixels; by default 178.9, Pillow's limit")
 
     command: ClassVar[str]
     """The command that trains with this configuration, as typed after `dgnet`."""
@@ -124,16 +128,17 @@ class RunConfig:
         check_choices(self)
         _check_optimizer(self.optimizer)
         check_bounds(self, _BOUNDS)
-        if self.ema == 1 or self.clip_grad == 0:
-            raise UsageError(f"--ema must be below 1 and --clip-grad above 0, got {self.ema} and {self.clip_grad}")
+        if self.ema == 1:
+            raise UsageError("--ema must be below 1, got 1")
+        for name in ("lr", "clip_grad"):
+            if getattr(self, name) == 0:
+                raise UsageError(f"{flag(name)} must be above 0, got 0")
         if self.batch_size % self.accumulate:
             raise UsageError(f"--batch-size {self.batch_size} cannot be divided by --accumulate {self.accumulate}")
         self.checkpoint_interval()
         for logger in self.loggers:
             if not isinstance(logger.get("class_path"), str) or not logger.keys() <= {"class_path", "init_args"}:
                 raise UsageError(f"--loggers takes {{class_path: …, init_args: {{…}}}}, got {logger}")
-        if self.lr == 0:
-            raise UsageError("--lr must be above 0, got 0")
         for name in _TAKEN.keys() & self.model_kwargs.keys():
             raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
 
@@ -179,6 +184,9 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "crop_pct": (0.01, 1),
     "max_bad_images": (0,),
     "label_smoothing": (0, 1),
+    "budget": (0, 1),
+    "budget_strength": (0,),
+    "budget_warmup": (0, 1),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +14,11 @@ from typing import Any
 import torch
 import yaml
 
+from dgnet._streams import escape
 from dgnet.checkpoint import DESCRIPTION, damaged, read_tensors, save_tensors
+from dgnet.data import Ledger
 from dgnet.errors import UsageError
+from dgnet.evaluation import DATA
 from dgnet.files import lock, replace_file, writing
 from dgnet.paths import expand, find_kind, is_file, is_folder, list_folder
 from dgnet.training._checkpointing import FINGERPRINT, LAST, fingerprint
@@ -21,6 +26,7 @@ from dgnet.training._config import RunConfig
 from dgnet.training._history import read_history
 from dgnet.typed import Label, read_entry
 
+BAD_IMAGES = "bad_images.txt"
 PATIENCE = 10.0
 """Seconds to wait for the lock of a run folder: after a run is killed, its loading processes hold the lock a little longer."""
 
@@ -34,6 +40,10 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
         folder = expand(config.output)
         if find_kind(folder) not in (None, "folder"):
             raise UsageError(f"--output {folder} is a file; name a folder")
+        if escape(str(folder.absolute())) != str(folder.absolute()):
+            raise UsageError(
+                f"--output {folder}: the name is not UTF-8, which TensorBoard cannot write to; name another folder"
+            )
         check_empty(folder)
         made = [path for path in (folder, *folder.parents) if find_kind(path) is None]
         with writing(f"the run folder {folder}"):
@@ -52,16 +62,18 @@ def make_folder(config: RunConfig) -> tuple[Path, list[Path]]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises UsageError if `folder`, named by `--output`, is not empty."""
-    if is_folder(folder) and list_folder(folder):
+    """Raises UsageError if `folder`, of `--output`, is not empty. The list of bad images of an earlier try does not count."""
+    if is_folder(folder) and any(path.name != BAD_IMAGES for path in list_folder(folder)):
         held = "holds a run" if is_file(folder / "config.yaml") else "is not empty"
         raise UsageError(f"--output {folder} already {held}; name another folder, or move that one away")
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove everything in `folder`."""
-    for path in list_folder(folder):
-        shutil.rmtree(path) if is_folder(path) else path.unlink()
+    """Remove what a run without a checkpoint has written to `folder`, except the list of bad images."""
+    with suppress(OSError, UsageError):  # a file system may refuse; the error that ended the run is the one to report
+        for path in list_folder(folder):
+            if path.name != BAD_IMAGES:
+                shutil.rmtree(path) if is_folder(path) else path.unlink()
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[None]:
@@ -76,6 +88,13 @@ def write_config(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # another process that waited for the lock may have removed it
         with replace_file(folder / "config.yaml") as written:
             written.write_text(text, encoding="utf-8")
+
+
+def write_data(ledgers: Mapping[str, Ledger], folder: Path) -> None:
+    """Write data.json: what each data set gave and what was left out. Raises UsageError if it cannot be written."""
+    document = {name: ledger.document() for name, ledger in ledgers.items()}
+    with writing(f"the run folder {folder}"), replace_file(folder / DATA) as written:
+        written.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: Path) -> None:
@@ -112,6 +131,11 @@ def read_progress(checkpoint: Path) -> Progress:
         for name in ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"):
             if not content.get(name):
                 raise UsageError(f"{what} lacks {name}")
+        counts = content["loops"]
+        for name in ("fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"):
+            counts = read_entry(counts, name, dict[str, Any], f"{what}: loops")
+        if counts.get("completed") != step:
+            raise UsageError(f"{what}: global_step is {step}, and the optimizer took {counts.get('completed')} steps")
         description = content.get("dgnet", {})
         progress = Progress(
             step,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from dgnet.compat.lightning import take_processes
+from dgnet.devices import find_device
 
 
 def is_main_process(nodes: int = 1) -> bool:
@@ -35,7 +36,7 @@ def join_processes(device: str) -> Iterator[str]:
         yield device
         return
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import lightning as L
 from tqdm import tqdm
+
+from dgnet._streams import error_stream
 
 
 class Progress(L.Callback):
@@ -22,8 +23,9 @@ class Progress(L.Callback):
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
+        self.stream = error_stream()
         # A terminal shows a moving bar; a log file gets a line every 30 seconds.
-        self.interval = 0.2 if sys.stderr.isatty() else 30.0
+        self.interval = 0.2 if self.stream.isatty() else 30.0
         self.sums: dict[str, Any] = {}  # over this process's images only: metrics would wait for the other processes
         self.seen = 0
         self.loss: Any = None  # of the last batch
@@ -32,7 +34,9 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             total = int(trainer.estimated_stepping_batches)
-            self.bar = tqdm(desc=module.describe_epoch(), total=total, initial=trainer.global_step, unit="step")
+            self.bar = tqdm(
+                desc=module.describe_epoch(), total=total, initial=trainer.global_step, unit="step", file=self.stream
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.sums, self.seen = {}, 0
@@ -76,7 +80,7 @@ class Progress(L.Callback):
             self._set_bar(self.bar, trainer, module)
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         is_evaluated = module.evaluates_in(trainer.current_epoch)
-        tqdm.write(f"{module.describe_epoch()}: {module.describe_figures(values, is_evaluated)}", file=sys.stderr)
+        tqdm.write(f"{module.describe_epoch()}: {module.describe_figures(values, is_evaluated)}", file=self.stream)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, module, "fit")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -13,13 +14,17 @@ from typing import Any, NoReturn, TypeVar
 import lightning as L
 import torch
 
+from dgnet._streams import forget_closed_pipe, say
+from dgnet.data import Ledger, compose
 from dgnet.documents import read_yaml
-from dgnet.errors import BadImageError, UsageError, reason
+from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
+from dgnet.evaluation import DATA
 from dgnet.options import flag
-from dgnet.paths import is_file
+from dgnet.paths import find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
 from dgnet.training._folder import (
+    BAD_IMAGES,
     Progress,
     best_metric,
     check_empty,
@@ -28,6 +33,7 @@ from dgnet.training._folder import (
     make_folder,
     read_progress,
     write_config,
+    write_data,
     write_weights,
 )
 from dgnet.training._history import read_history
@@ -59,11 +65,13 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
     if not is_main_process(config.nodes):  # the first process chose the folder
         yield Run(config, resume, resume or Path(config.output or "runs"))
         return
+    forget_closed_pipe()
     folder, made = (resume, []) if resume else make_folder(config)
     try:
         with lock_folder(folder):
             if not resume:
                 check_empty(folder)
+                (folder / BAD_IMAGES).unlink(missing_ok=True)
             yield Run(config, resume, folder)
     finally:
         for path in made:
@@ -88,6 +96,7 @@ class Run:
         self.last = self.folder / "checkpoints" / LAST
         self.step: int | None = None
         self.class_names: list[str] | None = None  # of the resumed run
+        self.ledgers: dict[str, Ledger] = {}
         if resume and is_file(self.last):
             progress = read_progress(self.last)
             check_unchanged(config, progress, self.folder / "config.yaml")
@@ -101,13 +110,22 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line on stderr, in the first process only."""
         if self.is_main:
-            print(line, file=sys.stderr)
+            say(line)
+
+    @property
+    def is_of_old_version(self) -> bool:
+        """Whether the resumed run did not store what its data were, and may have been evaluated on test/."""
+        return self.resume is not None and find_kind(self.folder / DATA) is None
+
+    def record_data(self, training: Ledger, evaluation: Ledger) -> None:
+        """What the data sets of the run gave and left out: `fit` prints it and stores it in data.json."""
+        self.ledgers = {"training": training, "evaluation": evaluation}
 
     def check_data(self, images: int, class_names: Sequence[str], batch_size: int) -> None:
         """Raises UsageError for fewer training `images` than a batch, and if a resumed run was trained on other classes."""
         if images < batch_size:
             raise UsageError(f"--batch-size {batch_size} is more than the {images} training images; use a smaller one")
-        if self.class_names is not None and list(class_names) != self.class_names:
+        if self.class_names is not None and list(map(compose, class_names)) != list(map(compose, self.class_names)):
             raise UsageError(
                 f"--resume {self.folder}: the run was trained on the classes {_listed(self.class_names)},"
                 f" and --data has {_listed(class_names)}"
@@ -125,6 +143,11 @@ class Run:
         folder = self.folder
         if self.is_main and not self.resume:
             write_config(module.config, folder)
+        if self.is_main and self.ledgers:
+            write_data(self.ledgers, folder)
+        for name, ledger in self.ledgers.items():
+            for line in ledger.lines(f"{name} data: "):
+                self.say(line)
         from_step = f" from step {self.step:,} on" if self.step is not None else ""
         self.say(f"{about}{from_step} -> {folder}")
         checkpointing = trainer.checkpoint_callback
@@ -132,37 +155,89 @@ class Run:
         try:
             with quiet_lightning():
                 trainer.fit(module, datamodule=data, ckpt_path=str(self.last) if self.step is not None else None)
+            if not self.is_main:
+                return RunResult(folder, {})
+            pace = self.progress.overall
+            if pace.images:
+                self.say(f"trained at {pace}; best {module.best_title} {best_metric(folder, module.best):.2f} %")
+            write_weights(folder)
+            return RunResult(folder, read_history(folder)[-1])
         except Interrupted:
             raise
         except BaseException as error:
-            is_restoring = self.step is not None and not checkpointing.has_started
+            is_restoring = (
+                self.step is not None and not checkpointing.has_started and describe_failure_of_machine(error) is None
+            )
             if is_restoring and isinstance(error, _MISFIT) and not isinstance(error, UsageError):
                 raise UsageError(
                     f"{self.last} is damaged: its state does not fit the run ({reason(error)}); replace it with another"
                 ) from error
-            self._end(error, trainer, checkpointing)
-        if not self.is_main:
-            return RunResult(folder, {})
-        pace = self.progress.overall
-        if pace.images:
-            self.say(f"trained at {pace}; best {module.best_title} {best_metric(folder, module.best):.2f} %")
-        write_weights(folder)
-        return RunResult(folder, read_history(folder)[-1])
+            self._end(error, trainer, checkpointing, module.config)
 
-    def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing) -> NoReturn:
-        """End the other processes, clear a folder that has no result, and raise the exception that ends the command."""
+    def _end(self, error: BaseException, trainer: L.Trainer, checkpointing: Checkpointing, config: RunConfig) -> NoReturn:
+        """End the other processes, clear a folder that has no checkpoint, and raise the exception that ends the command."""
         has_refused = end_other_processes(trainer, error)
         if checkpointing.signum:  # `error` follows from the signal, which also reaches helper processes of the same group
-            raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent) from None
-        is_new = not self.resume and not any(self.folder.glob("checkpoints/*.ckpt"))
-        is_bad_image = isinstance(error, BadImageError) or (has_refused and not (self.folder / "bad_images.txt").exists())
-        if is_bad_image and self.is_main and is_new:
-            clear_folder(self.folder)  # a run without a checkpoint is not kept
+            raise Interrupted(checkpointing.signum, None, checkpointing.folder.parent, checkpointing.cause) from None
+        has_checkpoint = any(self.folder.glob("checkpoints/*.ckpt"))
+        if self.is_main and not self.resume and not has_checkpoint:
+            clear_folder(self.folder)  # the same command can be typed again
         if has_refused:
             raise SystemExit(2) from None
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning replaced it
-            raise KeyboardInterrupt from None
+            error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            if has_checkpoint or self.resume:
+                raise Interrupted(getattr(error, "signum", signal.SIGINT), None, self.folder) from None
+            raise error from None
+        if has_checkpoint or self.resume:
+            kept, how = self._describe_checkpoint(), f"continue with --resume: dgnet {config.command} --resume {self.folder}"
+        else:
+            kept, how = "no checkpoint was written yet", "type the same command again"
+        if isinstance(error, WriteError):
+            full, free = ("the disk is full: ", "free some space, ") if error.is_full else ("", "")
+            raise WriteError(f"{full}{error.problem}", f"{kept}; {free}then {how}") from None
+        if isinstance(error, ValueError) and "Expected more than 1" in str(error):
+            raise UsageError(one_value_line(config, trainer.world_size)) from None
+        line = None if isinstance(error, UsageError) else describe_failure_of_machine(error)
+        if line is not None:
+            raise MachineError(f"{line}; {kept}; then {how}") from error
         raise error
+
+    def _describe_checkpoint(self) -> str:
+        """One clause on the checkpoint with which the run continues."""
+        try:
+            return f"the checkpoint {self.last} of step {read_progress(self.last).step:,} is whole"
+        except UsageError:
+            return f"{self.folder} holds no whole last checkpoint yet"
+
+
+def one_value_line(config: RunConfig, processes: int) -> str:
+    """The message for a batch normalisation that sees one value of each channel in training."""
+    images = config.batch_size // (config.accumulate * processes)
+    return (
+        f"{config.model} cannot be trained with {images} image in a forward pass (--batch-size {config.batch_size},"
+        f" --accumulate {config.accumulate}, {processes} process{'es' * (processes > 1)}): its batch normalisation then has one"
+        " value for each channel; use a larger --batch-size, a smaller --accumulate, or larger images"
+    )
+
+
+def check_single_image(network: torch.nn.Module, image_size: Sequence[int], config: RunConfig, processes: int) -> None:
+    """Raises UsageError if a forward pass in training has one image, and batch normalisation one value for each channel.
+
+    `image_size`: height and width in pixels. The pass runs on the meta device, without values.
+    """
+    if config.batch_size != config.accumulate * processes or config.sync_bn:
+        return
+    trained = deepcopy(network).to("meta").train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trained(torch.empty(1, 3, *image_size, device="meta"))
+    except ValueError as error:
+        if "Expected more than 1" in str(error):
+            raise UsageError(one_value_line(config, processes)) from None
+    except Exception:  # a layer that cannot run on the meta device: the first step tells
+        return
 
 
 # What torch and Lightning raise when they restore a state that does not fit.
@@ -213,10 +288,10 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
 def check_unchanged(config: RunConfig, progress: Progress, path: Path) -> None:
     """Raises UsageError if `config`, from the file `path`, differs from what the checkpoint was trained with.
 
-    The options of RESUME_OPTIONS may differ, and those that the run's version of dgnet did not have.
+    What has no effect on a resumed run may differ: RESUME_OPTIONS, output, weights, and what its version of dgnet did not have.
     """
     kind = type(config)
-    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output"}
+    known = {f.name for f in fields(kind)} - {*RESUME_OPTIONS, "output", "weights"}
     stored = {name: value for name, value in progress.config.items() if name in known}
     trained = read_fields(kind, {**asdict(config), **stored}, str(path), flag)
     for name in stored:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, absolute_source, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
+from dgnet.paths import absolute
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
-from dgnet.training._run import Run, RunResult, open_run
+from dgnet.training._run import Run, RunResult, check_single_image, open_run
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -32,11 +33,15 @@ def train(config: TrainConfig, resume: Path | None = None) -> RunResult:
 
 
 def _train(config: TrainConfig, run: Run) -> RunResult:
+    set_max_pixels(config.max_pixels)
     train_set, val_set = open_train_and_evaluation(
-        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images
+        config.data, config.val_data, config.data_root, config.holdout, config.epoch_images, as_before=run.is_of_old_version
     )
+    run.record_data(train_set.ledger, val_set.ledger)
     run.check_data(len(train_set), train_set.class_names, config.batch_size)
     classes = len(train_set.class_names)
+    if classes < 2:
+        raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
     try:
         network = create_model(config.model, num_classes=classes, **config.network_kwargs)
     except UnknownOptionError as error:
@@ -52,6 +57,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
         budget = Budget(network, preprocessing.image_size, config.budget, *how)
+    config = _with_absolute_paths(config)
     options = stored_options(network, config.network_kwargs)
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
@@ -62,18 +68,29 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
             raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    if config.compile:
-        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
-
     module = Classifier(network, config, carried, budget)
     trainer = run.build_trainer(config, module.best)
     if config.cache and trainer.world_size > 1:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
+    check_single_image(network, preprocessing.image_size, config, trainer.world_size)
+    if config.compile:
+        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
     )
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration as the run stores it: its data are found from every folder."""
+    return replace(
+        config,
+        data=absolute_source(config.data),
+        val_data=config.val_data and absolute_source(config.val_data),
+        data_root=absolute(config.data_root),
+        weights=config.weights and absolute(config.weights),
+    )
 
 
 def describe_untrained(network: TimmNetwork, names: list[str]) -> str:

@@ -21,10 +21,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.layers import convert_sync_batchnorm
 from torch.nn import Module
 
+from dgnet.devices import choose_devices
 from dgnet.errors import UsageError, reason
 from dgnet.training._checkpointing import Checkpointing, WholeCheckpointIO
 from dgnet.training._config import RunConfig
 from dgnet.training._history import MetricsFile
+from dgnet.training._launcher import check_slurm
 from dgnet.training._progress import Progress
 
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -38,7 +40,9 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
     Raises UsageError for hardware that this machine does not have, for a batch that cannot be divided among the devices, and
     if SLURM started another number of processes.
     """
-    devices: Any = int(config.devices) if config.devices.isdigit() else config.devices
+    kind, devices = choose_devices(config.accelerator, "1" if dist.is_torchelastic_launched() else config.devices)
+    if kind == "cpu" and config.precision == "fp16":
+        raise UsageError("--precision fp16 needs a GPU, and this run is on a CPU; use bf16 or 32")
     nodes = config.nodes
     epochs, evaluate_every = config.schedule()
     if dist.is_torchelastic_launched():  # torchrun's numbers replace --devices and --nodes
@@ -52,7 +56,7 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
     try:
         with quiet_lightning():
             trainer = L.Trainer(
-                accelerator=config.accelerator,
+                accelerator=kind,
                 devices=devices,
                 num_nodes=nodes,
                 precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
@@ -89,6 +93,12 @@ def _check_processes(config: RunConfig, world_size: int) -> None:
                 f"--devices {config.devices} --nodes {config.nodes} make {world_size} processes,"
                 f" and SLURM started {tasks} tasks; make the numbers equal"
             )
+        check_slurm()
+    elif not dist.is_torchelastic_launched() and int(os.environ.get("LOCAL_RANK", 0)) >= world_size:
+        raise UsageError(
+            f"LOCAL_RANK is {os.environ['LOCAL_RANK']}, and --devices {config.devices} --nodes {config.nodes} make {world_size}"
+            " processes; unset LOCAL_RANK, or use torchrun"
+        )
     parts = world_size * config.accumulate
     if config.batch_size % parts:
         of = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""

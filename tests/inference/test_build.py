@@ -1,0 +1,165 @@
+"""The compiled extension's file: whole or built again, and one line if it cannot be built, stored or loaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+import torch
+
+from dgnet.errors import UsageError
+from dgnet.inference import _build
+from dgnet.inference._build import build, find_folder, is_whole, load_native
+
+
+def compiler(tmp_path, body):
+    """The command of a compiler that runs `body`, a shell script, in which $OUT is the file to write."""
+    script = tmp_path / "compiler"
+    script.write_text(f"#!/bin/sh\nfor OUT; do :; done\n{body}\n", encoding="utf-8")
+    script.chmod(0o755)
+    return [str(script)]
+
+
+@pytest.fixture
+def library(tmp_path):
+    path = tmp_path / "cache" / "dgnet-0.so"
+    build(compiler(tmp_path, 'printf "a library" > "$OUT"'), path)
+    return path
+
+
+def test_a_library_is_stored_alone_and_whole(library):
+    assert is_whole(library)
+    assert library.read_bytes().startswith(b"a library\n")
+    assert list(library.parent.iterdir()) == [library]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.99])
+def test_a_part_of_a_library_is_not_whole(library, keep):
+    content = library.read_bytes()
+    library.write_bytes(content[: int(keep * len(content))])
+    assert not is_whole(library)
+
+
+def test_other_damage_is_noticed_too(library, tmp_path):
+    content = library.read_bytes()
+    library.write_bytes(b"A" + content[1:])
+    assert not is_whole(library)
+    library.write_bytes(b"from an older version, without a checksum")
+    assert not is_whole(library)
+    library.write_bytes(content + content)
+    assert not is_whole(library)
+    assert not is_whole(tmp_path)
+    assert not is_whole(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("echo 'native.cpp:1: error: no such thing' >&2; exit 1", "native.cpp:1: error: no such thing"),
+        ("echo several; echo lines; exit 3", "cannot be built: lines"),
+        ("exit 7", "cannot be built: exit status 7"),
+        ("kill -9 $$", "cannot be built: exit status -9"),
+        ("true", "cannot be built: No such file or directory"),  # it writes nothing
+        ("head -c 9999 /dev/zero | tr '\\0' '\\377' >&2; exit 1", "cannot be built: \ufffd"),
+    ],
+)
+def test_a_compiler_that_fails(body, line, tmp_path):
+    with pytest.raises(UsageError) as error:
+        build(compiler(tmp_path, body), tmp_path / "cache" / "a.so")
+    assert line in str(error.value)
+    assert len(str(error.value)) < 500
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "_SECONDS", 0.1)
+    with pytest.raises(UsageError, match=r"compiler has not ended after 0\.1 seconds; name another compiler in CXX"):
+        build(compiler(tmp_path, "sleep 60 & sleep 60"), tmp_path / "cache" / "a.so")
+
+
+@pytest.mark.parametrize("command", ["missing", "folder", "text"])
+def test_a_compiler_that_cannot_be_run(command, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(UsageError, match=f"cannot be built: .*{command}.*; name another folder in TORCH_EXTENSIONS_DIR"):
+        build([str(tmp_path / command)], tmp_path / "cache" / "a.so")
+
+
+def test_places_where_nothing_can_be_stored(tmp_path):
+    work = compiler(tmp_path, 'echo > "$OUT"')
+    (tmp_path / "file").touch()
+    (tmp_path / "a.so").mkdir()
+    for path in (tmp_path / "file" / "a.so", tmp_path / ("a" * 300) / "a.so"):
+        with pytest.raises(UsageError, match=r"cannot be built: .*; name another folder in TORCH_EXTENSIONS_DIR"):
+            build(work, path)
+    with pytest.raises(UsageError, match=r"a\.so is a folder; remove it"):
+        build(work, tmp_path / "a.so")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(UsageError, match="cannot be built: Permission denied"):
+        build(["true"], tmp_path / "a.so")
+
+
+def test_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for value, folder in (("", ".cache/torch_extensions"), ("~/own", "own"), ("relative", "relative"), ("./a", "a")):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", value)
+        assert find_folder() == tmp_path / folder
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "~nobody-of-this-name/own")
+    with pytest.raises(UsageError, match=r"has no folder: .*; name one in TORCH_EXTENSIONS_DIR"):
+        find_folder()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder of this test, and no memory of what was loaded before."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    load_native.cache_clear()
+    yield tmp_path / "cache"
+    load_native.cache_clear()
+
+
+def test_a_cut_library_is_built_again_before_it_is_loaded(own_cache, tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.read_bytes()))
+    monkeypatch.setattr(_build, "is_defined", lambda: True)
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
+    load_native()
+    (library,) = own_cache.iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    load_native.cache_clear()
+    _build._try_to_build.cache_clear()
+    load_native()
+    load_native.cache_clear()
+    load_native()
+    assert loaded == [whole] * 3
+    assert capsys.readouterr().err.count("compiling the sparse mode") == 2
+
+
+def test_a_failure_is_remembered(own_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"echo once >> {tmp_path}/runs; exit 1")[0])
+    for _ in range(3):
+        with pytest.raises(UsageError, match="cannot be built"):
+            load_native()
+    assert (tmp_path / "runs").read_text() == "once\n"
+
+
+@pytest.mark.parametrize("content", ["no library", ""])
+def test_a_file_that_is_no_library(content, own_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'printf "{content}" > "$OUT"')[0])
+    with pytest.raises(UsageError, match=r"\.so cannot be loaded: .*; remove the file, and it will be built again"):
+        load_native()
+
+
+def test_a_library_without_the_extension(own_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(_build, "is_defined", lambda: False)
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
+    with pytest.raises(UsageError, match="cannot be loaded: it does not define the extension"):
+        load_native()
