@@ -6,6 +6,7 @@ import io
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,11 +17,20 @@ import torch
 import torch.utils.checkpoint
 from jsonargparse import ArgumentParser
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset
 
 import dgnet
 from dgnet.compat.argparse import as_typed, option_strings
-from dgnet.compat.torch import DYNAMO_READS_CONTEXT_VARS, has_forward_hooks, is_in_backward
+from dgnet.compat.torch import (
+    DYNAMO_READS_CONTEXT_VARS,
+    has_forward_hooks,
+    is_compiled_for_all_sizes,
+    is_in_backward,
+    is_transformed,
+)
 from dgnet.errors import BadImageError, UsageError
 
 SOURCE = Path(dgnet.__file__).parent
@@ -42,6 +52,49 @@ def test_a_backward_pass_is_noticed():
     y.backward()
     assert seen == [False, True], moved("torch", "_C._current_graph_task_id")
     assert not is_in_backward()
+
+
+def test_transforms_are_noticed():
+    seen = {}
+
+    def note(name):
+        def run(x):
+            seen[name] = is_transformed(x)
+            return x * 2
+
+        return run
+
+    one = torch.ones(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+        torch.jit.trace(note("trace"), one, check_trace=False)
+    torch.func.vmap(note("vmap"))(one)
+    torch.func.grad(lambda x: note("grad")(x).sum())(one)
+    make_fx(note("make_fx"))(one)
+    with forward_ad.dual_level():
+        note("dual")(torch.ones(1))
+    with FakeTensorMode() as mode:
+        note("fake")(mode.from_tensor(one))
+    assert all(seen.values()), moved("torch", f"what is_transformed reads: {seen}")
+    assert len(seen) == 6
+    note("plain")(one)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        note("modes")(one)
+    assert not seen["plain"]
+    assert not seen["modes"]
+
+
+@pytest.mark.parametrize(("dynamic", "expected"), [(True, True), (None, False), (False, False)])
+def test_compilation_for_all_sizes_is_noticed(dynamic, expected):
+    torch._dynamo.reset()
+
+    def scale(x):
+        return x * 2 if is_compiled_for_all_sizes() else x
+
+    compiled = torch.compile(scale, backend="eager", dynamic=dynamic, fullgraph=True)
+    is_noticed = compiled(torch.ones(1)).item() == 2
+    torch._dynamo.reset()
+    assert is_noticed == expected, moved("torch", "_dynamo.config.assume_static_by_default")
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

@@ -80,9 +80,9 @@ class Record:
 def record_connectivity(model: nn.Module) -> Iterator[Record]:
     """Record the connectivity of every forward pass of `model` inside the `with` block, in this thread or task.
 
-    Raises UsageError if the model has no dynamic stages.
+    Raises UsageError if the model has no dynamic stages, or runs as copies in other threads.
     """
-    stages = require_stages(model)
+    stages = _stages_of(model)
     record = Record(stages)
     with observe(stages, record):
         yield record
@@ -97,9 +97,10 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
     `adjacency`: for each stage (N, N) for all samples, (B, N, N) with one for each sample, or None to leave the stage as it is.
     Imposing the `record.adjacency` of a forward pass gives the same output again.
 
-    Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks.
+    Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks, and if the model
+    runs as copies in other threads.
     """
-    stages = require_stages(model)
+    stages = _stages_of(model)
     if not isinstance(adjacency, Sequence | Tensor):
         raise UsageError(f"adjacency is a list with one matrix for each dynamic stage, got {type(adjacency).__name__}")
     if len(adjacency) != len(stages):
@@ -111,6 +112,15 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
     ]
     with impose(matrices):
         yield
+
+
+def _stages_of(model: nn.Module) -> list[DynamicGraph]:
+    """As `require_stages`. Raises UsageError also for a model that runs as copies in other threads."""
+    if any(isinstance(part, nn.DataParallel) and len(part.device_ids) > 1 for part in model.modules()):
+        raise UsageError(
+            "nn.DataParallel runs copies of the model in other threads, which are neither recorded nor changed; use its .module"
+        )
+    return require_stages(model)
 
 
 def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
