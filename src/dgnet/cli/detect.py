@@ -96,7 +96,7 @@ def run_evaluate(args: Namespace) -> None:
             raise UsageError(f"{args.checkpoint} is a file of results: name its annotations with --data")
         annotations = read_annotations(args.data)
         precision = evaluate_results(annotations, read_results(args.checkpoint, annotations), backend=args.backend)
-        title = f"{args.checkpoint} on {args.data}"
+        title = f"{args.checkpoint} on {args.data}, {annotations.counts}"
     else:
         checkpoint = load_detector(args.checkpoint)
         data = args.data or checkpoint.data.val_data

@@ -34,6 +34,7 @@ _REASONS = {
     "labels_without_image": ("label without an image", "labels without an image"),
     "other_fields": ("image of another field", "images of another field"),
     "links_in_shard": ("link inside a shard", "links inside a shard"),
+    "empty_shards": ("shard without samples", "shards without samples"),
     "special": ("file that is not regular", "files that are not regular"),
     "classes_without_images": ("class without images", "classes without images"),
     "results": ("earlier result", "earlier results"),

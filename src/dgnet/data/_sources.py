@@ -200,6 +200,8 @@ class Shards(ImageDataset):
                 found = sorted(pair_samples(entries, path, self.ledger, self.needs_labels), key=lambda sample: sample[1])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {reason(error)}") from None
+        if not found:
+            self.ledger.leave_out("empty_shards", os.path.basename(path))
         for key, (offset, size), label in found:
             self.samples.append((shard, key, offset, size))
             self.labels.append(label)

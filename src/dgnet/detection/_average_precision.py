@@ -174,9 +174,8 @@ def evaluate_results(
 def check_results(results: Any, annotations: CocoAnnotations, where: str) -> None:
     """Raises UsageError, which begins with `where`, for results in another format or of other images or categories."""
     if not isinstance(results, Sequence) or isinstance(results, str):
-        raise UsageError(
-            f"{where}: expected a list of {{image_id, category_id, bbox, score}}, got {'null' if results is None else f'a {type(results).__name__}'}"
-        )
+        found = "null" if results is None else f"a {type(results).__name__}"
+        raise UsageError(f"{where}: expected a list of {{image_id, category_id, bbox, score}}, got {found}")
     images = {image.id for image in annotations.images}
     categories = set(annotations.category_ids.values())
     for number, result in enumerate(results):

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
 
-from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason
+from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
@@ -60,7 +60,7 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         if isinstance(error, TypeError) and is_known:  # perhaps an option that timm's network does not have
             network = inspect.signature(timm.model_entrypoint(architecture)).return_annotation
             _check_options(name, network, kwargs)
-        given = ", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items())
+        given = shorten(", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items()))
         raise UsageError(
             f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}"
         ) from error
