@@ -45,9 +45,9 @@ def split_folder(root: Path, role: str, as_before: bool = False) -> Path:
     """
     found = find_splits(root)
     if not found:
-        names = [folder.name for folder in subfolders(root)]
-        splits = [name for name in names if any(name.lower() in known for known in NAMES.values())]
-        if len(splits) == len(names) > 1:
+        folders = [folder.name for folder in subfolders(root)]
+        splits = [name for name in folders if any(name.lower() in known for known in NAMES.values())]
+        if len(splits) == len(folders) > 1:
             raise UsageError(
                 f"{root} holds the splits {', '.join(splits)}, which hold no class folders; a data folder looks like"
                 f" {root}/{splits[0]}/CLASS/IMAGE.jpg"

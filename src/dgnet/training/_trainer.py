@@ -41,6 +41,8 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
     if SLURM started another number of processes.
     """
     kind, devices = choose_devices(config.accelerator, "1" if dist.is_torchelastic_launched() else config.devices)
+    if kind == "cpu" and config.precision == "fp16":  # Lightning would use bf16
+        raise UsageError("--precision fp16 needs a GPU, and this run is on a CPU; use bf16 or 32")
     nodes = config.nodes
     epochs, evaluate_every = config.schedule()
     if dist.is_torchelastic_launched():  # torchrun's numbers replace --devices and --nodes
