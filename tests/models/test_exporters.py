@@ -298,7 +298,7 @@ def test_copies_in_other_threads_are_not_recorded(tiny):
         pass
 
 
-@pytest.mark.parametrize("adjacency", [None, 5, {}, iter([])], ids=str)
+@pytest.mark.parametrize("adjacency", [None, 5, {}, iter([])], ids=lambda value: type(value).__name__)
 def test_what_is_no_list_of_matrices_is_refused(tiny, adjacency):
     with pytest.raises(UsageError, match="adjacency is a list"), dgnet.use_connectivity(tiny(), adjacency):
         pass
