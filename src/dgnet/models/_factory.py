@@ -17,7 +17,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._state import unwrap_names
-from dgnet.paths import is_file
+from dgnet.paths import find_kind
 
 
 def list_models(filter: str = "*") -> list[str]:
@@ -95,7 +95,7 @@ def _has_weights(name: str, options: Mapping[str, Any]) -> bool:
     Raises UsageError if they are in a file that is not there.
     """
     cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
-    if cfg.file and not is_file(cfg.file):
+    if cfg.file and find_kind(cfg.file) not in ("file", "folder"):  # a folder: "local-dir:FOLDER"
         raise UsageError(f"the pretrained weights of {name} should be in {cfg.file}, which does not exist")
     return bool(cfg.has_weights or cfg.state_dict)
 
