@@ -26,7 +26,6 @@ from tqdm import tqdm
 import dgnet
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
-from dgnet.cli import discard_output
 from dgnet.data import expand_shards
 from dgnet.errors import UsageError, check_range
 from dgnet.files import lock, make_writable, read_table, write_table
@@ -56,7 +55,8 @@ def main() -> int:
         print("run.py: interrupted; start it again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return discard_output()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the reader has gone: what is still buffered is lost
+        return 141
 
 
 def run_grid(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def test_data_are_never_split_silently(tmp_path):
     with pytest.raises(UsageError, match="has no evaluation images of its own; give them with --val-data"):
         open_train_and_evaluation(str(tmp_path), None)
     write_folder(tmp_path / "two", {"train": 3, "val": 2})  # classes of these names, or splits without class folders
-    with pytest.raises(UsageError, match="has no evaluation images of its own"):
+    with pytest.raises(UsageError, match="holds the splits train, val, which hold no class folders"):
         open_train_and_evaluation(str(tmp_path / "two"), None)
 
 

@@ -52,9 +52,15 @@ def test_splits_without_training(tmp_path):
 
 
 def test_a_hidden_folder_makes_no_split(tmp_path):
-    write_folder(tmp_path, {"train": 2, "val": 2})
+    write_folder(tmp_path, {"train": 2, "bus": 2})
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    assert open_dataset(str(tmp_path), TRAIN).class_names == ["train", "val"]
+    assert open_dataset(str(tmp_path), TRAIN).class_names == ["bus", "train"]
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path):
+    write_folder(tmp_path, {"train": 2, "test": 2})
+    with pytest.raises(UsageError, match="holds the splits test, train, which hold no class folders"):
+        open_dataset(str(tmp_path), TRAIN)
 
 
 def test_a_run_that_was_evaluated_on_test_goes_on_with_it(tmp_path, capsys):

@@ -24,6 +24,7 @@ from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import find_image_size, flatten_edges, run_pass
 from dgnet.files import make_writable, replace_file, to_json, without_nan, write_table, writing
 from dgnet.graph import find_stages, require_stages
+from dgnet.options import MOST_WORKERS
 from dgnet.training import read_history
 
 SAMPLED = 2000
@@ -96,7 +97,7 @@ def find_analysis(
     """
     require_stages(network)
     check_range("--batch-size", batch_size, 1)
-    check_range("--workers", workers, 0)
+    check_range("--workers", workers, 0, MOST_WORKERS)
     check_range("--extremes", extremes, 0, MOST_IMAGES)
     if not len(dataset):
         raise UsageError("the data set holds no images; name another with --data")
