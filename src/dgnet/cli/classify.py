@@ -192,7 +192,6 @@ def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that cannot be combined."""
     from dgnet.inference import EXECUTORS, MODES
 
-    check_choice("mode", args.mode, ("dense", "sparse"))
     check_choice("--mode", args.mode, MODES)
     check_choice("--executor", args.executor, EXECUTORS)
     needs = (
