@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -165,6 +167,14 @@ def test_predict_names_classes_from_the_checkpoint(run, images, capsys):
     assert set(prediction["classes"]) == {"dark", "light"}
     assert sum(prediction["probabilities"]) == pytest.approx(1)
     assert ask(capsys, "predict", run, image, image, "--top-k", 1).count("\n") == 2
+
+
+def test_each_prediction_is_one_line_whatever_the_name_is(run, images, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"a\nb\xff.jpg")
+    shutil.copy(images / "val" / "dark" / "0.jpg", odd)
+    line = ask(capsys, "predict", run, odd)
+    assert "a\\nb\\xff.jpg: " in line
+    assert line.count("\n") == 1
 
 
 def test_predict_refuses_what_is_no_image(run, tmp_path, capsys):

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from dgnet.data import EVALUATION, TRAIN, map_labels, open_dataset
+from dgnet.data import EVALUATION, TRAIN, map_labels, open_dataset, open_train_and_evaluation
 from dgnet.errors import UsageError
 from tests.helpers.data import jpeg, write_folder, write_shard
 
@@ -99,3 +99,24 @@ def test_a_class_folder_whose_name_is_no_text(tmp_path):
     write_folder(tmp_path, {"cat": 1, "d\udcff": 1})
     with pytest.raises(UsageError, match=r"d\\xff has a name that cannot be printed"):
         open_dataset(str(tmp_path), TRAIN)
+
+
+def test_a_message_about_shards_without_class_names_says_where_names_are_read(tmp_path):
+    samples = [{"jpg": jpeg(90), "cls": str(label).encode()} for label in (0, 1)]
+    train = write_shard(tmp_path / "train.tar", samples)
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    with pytest.raises(UsageError, match=r"the 2 classes known from training, which are numbers \(0 to 1\); .* classes.txt"):
+        open_train_and_evaluation(str(train), str(tmp_path / "val"))
+
+
+def test_a_folder_of_shards_is_told_how_shards_are_named(tmp_path):
+    shard = write_shard(tmp_path / "train.tar", [{"jpg": jpeg(90), "cls": b"0"}])
+    with pytest.raises(UsageError, match=f"no class folders; .*; its shards are named by a pattern, as in {shard}"):
+        open_dataset(str(tmp_path), TRAIN)
+
+
+def test_a_shard_that_is_named_twice_is_said(tmp_path):
+    train = write_shard(tmp_path / "train.tar", [{"jpg": jpeg(90), "cls": b"0"}])
+    dataset = open_dataset(f"{train}::{train}", TRAIN)
+    assert len(dataset) == 2
+    assert dataset.ledger.warnings == [f"{train} is named 2 times; its images count 2 times"]

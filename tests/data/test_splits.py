@@ -63,6 +63,29 @@ def test_splits_without_class_folders_are_no_classes(tmp_path):
         open_dataset(str(tmp_path), TRAIN)
 
 
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_images", "test_images")])
+def test_folders_called_almost_like_splits_are_no_classes(tmp_path, names):
+    source = divide(tmp_path, *names)
+    with pytest.raises(UsageError, match=r"which look like splits, not like classes; name .* --data .*/train\w+, or call"):
+        open_train_and_evaluation(source, None, holdout=2)
+    assert len(open_train_and_evaluation(f"{source}/{names[0]}", f"{source}/{names[1]}")[0]) == 5
+
+
+@pytest.mark.parametrize("names", [("train_station", "bus_stop"), ("test_tube", "test_strip"), ("trainer", "tester")])
+def test_classes_may_begin_like_splits(tmp_path, names):
+    write_folder(tmp_path, dict.fromkeys(names, 2))
+    assert open_dataset(str(tmp_path), TRAIN).class_names == sorted(names)
+
+
+def test_the_same_images_for_training_and_evaluation_are_said(tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", {"cat": 2, "dog": 2})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("data")
+    for source in ("data", "./data/", str(tmp_path / "data"), "link"):
+        (warning,) = open_train_and_evaluation("data", source)[1].ledger.warnings
+        assert warning.endswith("training and evaluation use the same images")
+
+
 def test_a_run_that_was_evaluated_on_test_goes_on_with_it(tmp_path, capsys):
     source = divide(tmp_path / "data", "train", "val")
     run = tmp_path / "run"

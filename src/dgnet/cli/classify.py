@@ -260,6 +260,7 @@ def _predict_parser() -> Parser:
 def run_predict(args: Namespace) -> None:
     """`dgnet predict`."""
     from dgnet.checkpoint import load_checkpoint
+    from dgnet.data import escape
     from dgnet.training import predict
 
     check_range("--top-k", args.top_k, 1)
@@ -273,7 +274,7 @@ def run_predict(args: Namespace) -> None:
         classes = ", ".join(
             f"{name} {100 * p:.1f} %" for name, p in zip(prediction.classes, prediction.probabilities, strict=True)
         )
-        print(f"{prediction.image}: {classes}")
+        print(escape(f"{prediction.image}: {classes}"))
     if bad:
         images = len(bad) + len(predictions)
         raise BadImageError(f"{bad[0]}" + (f" ({len(bad):,} of {images:,} images do not decode)" if images > 1 else ""))

@@ -166,6 +166,7 @@ def _predict_parser() -> Parser:
 
 def run_predict(args: Namespace) -> None:
     """`dgnet detect predict`."""
+    from dgnet.data import escape
     from dgnet.detection import load_detector, predict_detections
 
     check_range("--score", args.score, 0, 1)
@@ -176,7 +177,7 @@ def run_predict(args: Namespace) -> None:
         print_json([asdict(image) for image in drawn])
         return
     for image in drawn:
-        print(f"{image.image}: {image.detections} objects -> {image.drawing}")
+        print(escape(f"{image.image}: {image.detections} objects -> {image.drawing}"))
 
 
 DETECT = Group(

@@ -47,13 +47,19 @@ def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[in
     if unknown:
         raise UsageError(
             f"{source}: class {unknown[0]!r} is not one of the {len(known)} classes known from training"
-            f"{did_you_mean(unknown[0], known)}"
+            f"{did_you_mean(unknown[0], known)}{_explain_numbers(known)}"
         )
     counts = [Counter(names) for names in (own, known)]
     for name in own:
         if max(names[name] for names in counts) > 1:
             raise UsageError(f"{source}: several classes are called {name!r}, so labels cannot be found by name; rename them")
     return [labels[name] for name in own]
+
+
+def _explain_numbers(known: Sequence[str]) -> str:
+    if list(known) != [str(label) for label in range(len(known))]:
+        return ""
+    return f", which are numbers (0 to {len(known) - 1}); names of classes in shards are read from classes.txt beside them"
 
 
 class Digits(ImageDataset):
@@ -102,7 +108,10 @@ class Folder(ImageDataset):
         folders, files = walk.entries(root)
         by_name = _class_folders(root, folders)
         if not by_name and needs_labels:
-            raise UsageError(f"{root} holds no class folders; a data folder looks like {root}/CLASS/IMAGE.jpg")
+            hint = next(
+                (f"; its shards are named by a pattern, as in {path}" for path in sorted(files) if is_shards(str(path))), ""
+            )
+            raise UsageError(f"{root} holds no class folders; a data folder looks like {root}/CLASS/IMAGE.jpg{hint}")
         self.class_names = list(class_names) if class_names is not None else list(by_name)
         labels = map_labels(str(root), list(by_name), self.class_names)
         self.samples: list[tuple[Path, int]] = []
@@ -166,6 +175,9 @@ class Shards(ImageDataset):
         self.ledger = Ledger(pattern)
         self.samples: list[tuple[int, str, int, int]] = []  # shard, key, offset, size
         self.labels: list[int] = []
+        for path, count in Counter(map(os.path.realpath, self.paths)).items():
+            if count > 1:
+                self.ledger.warnings.append(f"{path} is named {count} times; its images count {count} times")
         for shard, path in enumerate(tqdm(self.paths, desc="indexing shards", leave=False, disable=None)):
             self._index(shard, path)
         if not self.samples:
@@ -366,6 +378,12 @@ def gives_both(source: str) -> bool:
     return not is_stream(source) and has_both(Path(source))
 
 
+def _is_same(one: str, other: str) -> bool:
+    return absolute_source(one) == absolute_source(other) or (
+        is_folder(one) and is_folder(other) and os.path.samefile(one, other)
+    )
+
+
 def open_train_and_evaluation(
     source: str,
     val_source: str | None,
@@ -403,6 +421,6 @@ def open_train_and_evaluation(
         split_folder(Path(source), EVALUATION, as_before)  # reports that it has none before the training images are listed
     train = open_dataset(source, TRAIN, data_root=data_root)
     evaluation = open_dataset(val_source or source, EVALUATION, train.class_names, data_root, as_before=as_before)
-    if train.ledger.source == evaluation.ledger.source:
+    if _is_same(train.ledger.source, evaluation.ledger.source):
         evaluation.ledger.warnings.append(f"{train.ledger.source}: training and evaluation use the same images")
     return train, evaluation

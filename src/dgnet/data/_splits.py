@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dgnet.data._ledger import subfolders
@@ -52,6 +53,8 @@ def split_folder(root: Path, role: str, as_before: bool = False) -> Path:
                 f"{root} holds the splits {', '.join(splits)}, which hold no class folders; a data folder looks like"
                 f" {root}/{splits[0]}/CLASS/IMAGE.jpg"
             )
+        if not as_before:
+            _refuse_similar_names(root, folders)
         return root
     if role == EVALUATION and as_before:
         for name in _BEFORE:
@@ -79,6 +82,17 @@ def split_folder(root: Path, role: str, as_before: bool = False) -> Path:
         f"{root} holds {holds} but no validation folder ({allowed}); give the evaluation data with {option},"
         " or evaluate on training images with --holdout N"
     )
+
+
+def _refuse_similar_names(root: Path, folders: list[str]) -> None:
+    """Raises UsageError if all folders are called like splits, as train2017 and val2017 or train_images and test_images are."""
+    words = [re.match("[a-z]*", name.lower())[0] for name in folders]  # type: ignore[index]
+    roles = [next((role for role, names in NAMES.items() if word in names), None) for word in words]
+    if TRAIN in roles and len(set(roles)) > 1 and None not in roles:
+        raise UsageError(
+            f"{root} holds {', '.join(folders)}, which look like splits, not like classes; name the folders themselves, as in"
+            f" --data {root}/{folders[roles.index(TRAIN)]}, or call them train/ and val/"
+        )
 
 
 def has_both(root: Path) -> bool:
