@@ -33,6 +33,7 @@ from tests.helpers.command import list_commands, refuse
         ("train --max-pixels 0", "--max-pixels must be above 0"),
         ('train --loggers [{"class_path":"a.B","init_args":5}]', "--loggers takes {class_path: …, init_args: {…}}, got"),
         ('train --loggers [{"class_path":"os.system"}]', "os.system cannot be built: it is not a Lightning logger"),
+        ("train --model-kwargs.zero_init_last maybe", "zero_init_last must be true or false or null, got 'maybe'"),
         ('train --model-kwargs {"drop_rate":2}', "drop_rate must be 0 to 1, got 2"),
         ('train --model-kwargs {"router":"x"}', "router must be a class or callable, got 'x'"),
         ('train --model-kwargs {"router_std":-1}', "router_std must be at least 0, got -1"),
