@@ -70,7 +70,7 @@ def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if name not in allowed:
         hint = did_you_mean(str(name), allowed)
-        listing = f"; allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
+        listing = f"{'' if hint else ';'} allowed: {', '.join(allowed)}" if len(allowed) <= 20 else ""
         if not hint and not listing:
             listing = f"; {len(allowed)} are allowed, such as {', '.join(allowed[:: len(allowed) // 5])}"
         raise UsageError(f"unknown {what} {name!r}{hint}{listing}")

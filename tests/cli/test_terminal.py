@@ -22,6 +22,7 @@ from dgnet.training._module import Classifier
 from tests.helpers.boxes import box_entry, image_entry, write_set
 from tests.helpers.command import QUICK, ask, refuse
 from tests.helpers.data import jpeg
+from tests.helpers.pairs import third
 from tests.helpers.terminals import KINDS, Kind, run_command
 
 ODD = os.fsdecode(b"caf\xc3\xa9 \xe2\x82\xac \xff")  # letters outside ASCII and latin-1, and a byte that is no UTF-8
@@ -71,6 +72,7 @@ REAL = {
 ONLY_HELP = {"bench": "slow", "export": "slow", "explore": "serves", "detect train": "slow", "detect predict": "slow"}
 """Commands of which the fast tests print the help text only, and why. Their output uses the same functions."""
 
+LONG = ("evaluate", "train", "analyze --json", "detect evaluate")
 FILES = {"evaluate --write": "x.safetensors", "train": "run/model.safetensors", "analyze --json": "analysis.json"}
 
 
@@ -80,8 +82,7 @@ def test_every_command_has_a_case():
 
 
 @needs_full
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", list_commands(COMMANDS))
+@third(command=list_commands(COMMANDS), kind=KINDS)
 def test_help_on_any_terminal(command, kind, tmp_path):
     check([*command.split(), "--help"], KINDS[kind], tmp_path)
 
@@ -97,7 +98,7 @@ def test_output_on_any_terminal(command, kind, odd, tmp_path, monkeypatch):
 
 
 @needs_full
-@pytest.mark.parametrize("command", REAL)
+@pytest.mark.parametrize("command", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in REAL])
 def test_what_is_printed_has_escapes_in_ascii(command, odd, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
     done = check([word.replace("OUTPUT", str(tmp_path)) for word in REAL[command]], KINDS["ASCII"], tmp_path)
@@ -112,7 +113,7 @@ def test_what_is_printed_has_escapes_in_ascii(command, odd, tmp_path, monkeypatc
 
 
 @needs_full
-@pytest.mark.parametrize("command", FILES)
+@pytest.mark.parametrize("command", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FILES])
 def test_files_are_written_before_a_print_that_fails(command, odd, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
     check([word.replace("OUTPUT", str(tmp_path)) for word in REAL[command]], KINDS["full stdout"], tmp_path)

@@ -13,7 +13,7 @@ from tests.fuzz.inputs import KINDS, commands
 from tests.fuzz.judge import Input, judge
 from tests.fuzz.worker import Outcome
 
-EACH = 8
+EACH = 5
 """Random inputs of each kind."""
 
 

@@ -1,8 +1,8 @@
-"""Pairwise test cases: fewer than the product of all options, but with every pair of values of two options."""
+"""Test cases: fewer than the product of all options in the fast set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -34,4 +34,14 @@ def pairwise(is_rest_slow: bool = True, **axes: Sequence[Any]) -> pytest.MarkDec
             values = [axis[place] for axis, place in zip(axes.values(), row, strict=True)]
             name = "-".join(getattr(value, "__name__", None) or str(value) for value in values)
             cases.append(pytest.param(*values, id=name, marks=() if row in fast else pytest.mark.slow))
+    return pytest.mark.parametrize(list(axes), cases)
+
+
+def third(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test over `axes`: a third of the cases is in the fast set, the rest in the slow. Each has every value."""
+    cases = []
+    for row in product(*map(enumerate, axes.values())):
+        name = "-".join(getattr(value, "__name__", None) or str(value) for _, value in row)
+        marks = () if sum(index for index, _ in row) % 3 == 0 else pytest.mark.slow
+        cases.append(pytest.param(*(value for _, value in row), id=name, marks=marks))
     return pytest.mark.parametrize(list(axes), cases)

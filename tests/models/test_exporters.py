@@ -23,6 +23,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, find_stages, record_connectivity, use_connectivity
 from dgnet.inference import set_mode
 from tests.helpers.networks import build, close_some, shake_norms, spread_routers
+from tests.helpers.pairs import third
 
 # Deprecations inside torch and timm: of TorchScript, the old ONNX exporter, and FX quantisation.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -169,8 +170,7 @@ def test_every_tool_gives_what_the_network_gives(tiny, tool, mode):
     check(set_mode(network, mode), tool, 12)
 
 
-@pytest.mark.parametrize("tool", [old_onnx, jit_trace, vmap, jvp], ids=names([old_onnx, jit_trace, vmap, jvp]))
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@third(tool=[old_onnx, jit_trace, vmap, jvp], options=OPTIONS)
 def test_every_connectivity_is_traced(tiny, tool, options):
     check(prepare(tiny(layers=(2, 1, 1) if options.get("topology") != "er" else (3, 3, 3), **options), 12), tool, 12)
 

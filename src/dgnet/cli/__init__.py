@@ -6,6 +6,7 @@ that it prints to was closed; 1 any other error.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -117,9 +118,10 @@ def _group_parser(group: Group, name: str) -> Parser:
 def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
     """Raises UsageError for an unknown option, with the closest known one."""
     options = option_strings(parser)
-    for word in words:
+    for word in itertools.takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0].partition(".")[0]
-        if name.startswith("--") and name != "--" and name not in options:
+        is_option = name.startswith("--") or (name[:1] == "-" and name[1:2].isalpha())
+        if is_option and name not in options:
             raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: {command} --help")
 
 

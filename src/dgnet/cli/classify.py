@@ -190,9 +190,10 @@ def _changes(args: Namespace) -> dict[str, Any]:
 
 def _check_evaluate(args: Namespace) -> None:
     """Raises UsageError for options that cannot be combined."""
-    from dgnet.inference import EXECUTORS
+    from dgnet.inference import EXECUTORS, MODES
 
     check_choice("mode", args.mode, ("dense", "sparse"))
+    check_choice("--mode", args.mode, MODES)
     check_choice("--executor", args.executor, EXECUTORS)
     needs = (
         ("--write", args.write, "--threshold-offset or --inference-weight", bool(_changes(args))),

@@ -103,9 +103,10 @@ def _export_parser() -> Parser:
 def run_export(args: Namespace) -> None:
     """`dgnet export`."""
     from dgnet.checkpoint import describe_network, load_checkpoint
-    from dgnet.inference import FORMATS, check_export, export_network, save_export
+    from dgnet.inference import FORMATS, MODES, check_export, export_network, save_export
 
     check_choice("--format", args.format, FORMATS)
+    check_choice("--mode", args.mode, MODES)
     checkpoint = load_checkpoint(args.checkpoint)
     network = checkpoint.build_network()
     size = checkpoint.preprocessing.image_size
