@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dgnet.bench import BenchConfig
@@ -72,6 +73,30 @@ def test_words_that_are_refused(hint, word, expected):
     with pytest.raises(UsageError) as caught:
         read_word(hint, word, "--x")
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (int, np.int64(5), 5),
+        (float, np.float32(0.5), 0.5),
+        (bool, np.True_, True),
+        (list[int], np.arange(2), None),
+        (list[int], list(np.arange(2)), [0, 1]),
+        (dict[str, Any], {"a": np.int8(3)}, {"a": 3}),
+        (Location, Path("a/b"), "a/b"),
+        (Location | None, Path("a"), "a"),
+        (str, Path("a"), None),
+    ],
+)
+def test_values_of_python_code(hint, value, expected):
+    if expected is None:
+        with pytest.raises(UsageError, match="x must be"):
+            read_value(hint, value, "x")
+    else:
+        read = read_value(hint, value, "x")
+        assert read == expected
+        assert type(read) is type(expected)
 
 
 def test_the_home_folder_is_expanded(monkeypatch):

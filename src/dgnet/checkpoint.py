@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dgnet.data import Preprocessing
+from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.documents import parse_json
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
@@ -167,6 +167,7 @@ class RunData:
     def __post_init__(self) -> None:
         check_range("holdout", self.holdout, 0)
         check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
+        check_max_pixels("max_pixels", self.max_pixels)
 
 
 def read_run_data(kind: type[D], checkpoint: Described) -> D:
@@ -194,7 +195,8 @@ def damaged(path: Path) -> Iterator[None]:
 def check_finite(state_dict: Mapping[str, Tensor]) -> None:
     """Raises UsageError if a tensor holds NaN or infinity."""
     for name, tensor in state_dict.items():
-        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # torch cannot ask float8
+        if (tensor.is_floating_point() or tensor.is_complex()) and not values.isfinite().all():
             raise UsageError(f"{name} holds values that are not finite")
 
 
@@ -384,6 +386,8 @@ def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
     for name, tensor in state_dict.items():
         if name in own and own[name].shape != tensor.shape:
             return f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            return f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, not floating-point ones"
     try:
         missing, unexpected = network.load_state_dict(state_dict, strict=False)
     except RuntimeError as error:  # from a module of the user's own

@@ -162,6 +162,9 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
     for name in needed:
         if name not in columns:
             raise UsageError(f"{path} lacks the column {name}")
+    for name in columns:
+        if columns.count(name) > 1:
+            raise UsageError(f"{path} has the column {name!r} twice; remove one")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise UsageError(f"{path}: row {number} has another number of cells than the header")

@@ -11,7 +11,8 @@ from dgnet.typed import read_value
 
 MOST_THREADS = 4096
 MOST_WORKERS = 1024
-"""A larger number is a slip of the keyboard, and would bring the machine down."""
+LARGEST_SIDE = 10_000
+"""Of a network's input, in pixels. A larger number of any of these is a slip of the keyboard, and too much for a machine."""
 
 
 def option(

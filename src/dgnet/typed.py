@@ -7,6 +7,7 @@ A type is written as an annotation: bool, int, float, str, `Location`, `list[…
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -34,8 +35,10 @@ def read_value(hint: Any, value: Any, what: str) -> Any:
     """`value` as the type `hint`. Raises UsageError, which begins with `what`, for a value of another type.
 
     Numbers must be finite and whole ones must have at most 64 bits; text must not be empty. If text is asked for, a whole
-    number is read as text, so that `devices: 2` needs no quotes.
+    number is read as text, so that `devices: 2` needs no quotes. From Python code also a number of NumPy is taken, and an
+    object of `os.PathLike` for a path.
     """
+    value = _without_numpy(value)
     allowed = _alternatives(hint)
     if value is None and type(None) in allowed:
         return None
@@ -109,6 +112,11 @@ class _Refusal:
         return UsageError(f"{self.what} must be {allowed or describe(self.hint)}, got {_show(self.value)}")
 
 
+def _without_numpy(value: Any) -> Any:
+    """The number or truth value that a scalar of NumPy holds; any other value as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def _show(value: Any) -> str:
     return (
         {None: "null", True: "true", False: "false"}[value]
@@ -144,13 +152,16 @@ def _read_float(kind: Any, value: Any, refusal: _Refusal) -> float:
 def _read_str(kind: Any, value: Any, refusal: _Refusal) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(_read_int(int, value, refusal))
+    is_location = LOCATION in getattr(kind, "__metadata__", ())
+    if is_location and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
         raise refusal()
     if not value.strip() and MAY_BE_EMPTY not in getattr(kind, "__metadata__", ()):
         raise UsageError(f"{refusal.what} must not be empty")
     if "\0" in value:
         raise UsageError(f"{refusal.what} must not hold a NUL character")
-    if LOCATION in getattr(kind, "__metadata__", ()) and value.startswith("~"):
+    if is_location and value.startswith("~"):
         return str(expand(value))
     return value
 
@@ -188,6 +199,7 @@ def read_plain(value: Any, what: str) -> Any:
 
     Raises UsageError, which begins with `what`, for any other value.
     """
+    value = _without_numpy(value)
     refusal = _Refusal(None, value, what)
     if value is None or isinstance(value, bool | str):
         return value

@@ -218,3 +218,12 @@ def test_a_bad_value_is_no_unknown_option():
 def test_an_unknown_model_is_answered_with_the_nearest_name():
     with pytest.raises(UsageError, match="unknown model 'dg_resnt50'; did you mean 'dg_resnet50'"):
         dgnet.create_model("dg_resnt50")
+
+
+def test_topologies_of_the_stages_as_a_tuple():
+    listed = ["er", "chain", "er"]
+    edges = [
+        [stage.topology.num_edges for stage in find_stages(timm.create_model("dg_resnet20", topology=kind(listed)))]
+        for kind in (list, tuple)
+    ]
+    assert edges[0] == edges[1]

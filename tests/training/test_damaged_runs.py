@@ -119,6 +119,7 @@ METRICS = [
     (b"epoch,step\n0,5\n1\n", "row 2 has another number of cells than the header"),
     (b"epoch,step\n0,-5\n", "step must be at least 0, got -5"),
     (b"epoch,step,val_top1\n0,5,a lot\n", "val_top1 must be a number, got 'a lot'"),
+    (b"epoch,step,epoch\n0,5,1\n", "metrics.csv has the column 'epoch' twice"),
     (b"epoch,step\n0x1,5\n", "epoch must be a number"),
     (b"epoch,step\n\xff,5\n", "it is not UTF-8 text"),
     (b"epoch,step\n0,5\0\n", "must be a"),
@@ -132,6 +133,17 @@ def test_metrics_that_are_no_table(content, expected, run, tmp_path, capsys):
     assert expected in refuse(capsys, "train", "--resume", run)
     assert expected in refuse(capsys, "analyze", "--curves", run, "--output", tmp_path / "curves")
     assert (run / "metrics.csv").read_bytes() == content
+
+
+def test_metrics_of_another_run_do_not_finish_this_one(run, capsys):
+    (run / "metrics.csv").write_text("epoch,step\n0,5\n7,40\n", encoding="utf-8")
+    assert "its last row is of epoch 7, counted from 0, and the run has 2" in refuse(capsys, "train", "--resume", run)
+
+
+def test_a_configuration_without_data_does_not_fall_back_to_other_images(run, capsys):
+    lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+    (run / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("data:")), encoding="utf-8")
+    assert "config.yaml lacks --data" in refuse(capsys, "train", "--resume", run)
 
 
 def damages(content: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:

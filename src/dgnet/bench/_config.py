@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgnet.errors import UsageError
-from dgnet.options import MOST_THREADS, check_bounds, check_choices, option, read_options
+from dgnet.options import LARGEST_SIDE, MOST_THREADS, check_bounds, check_choices, option, read_options
 
 DTYPES = ("float32", "bfloat16", "float16")  # as names, so that a help text needs no torch import
 TASKS = ("train", "infer", "detect-train", "detect-infer")
@@ -50,7 +50,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         read_options(self)
         check_choices(self)
-        check_bounds(self, dict.fromkeys(("batch_size", "rounds", "image_size"), (1,)) | {"threads": (1, MOST_THREADS)})
+        check_bounds(self, dict.fromkeys(("batch_size", "rounds"), (1,)))
+        check_bounds(self, {"threads": (1, MOST_THREADS), "image_size": (1, LARGEST_SIDE)})
         if self.against is None and not self.model.startswith("dg_"):
             raise UsageError(f"{self.model} has no static baseline; name the other model with --against")
         if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):

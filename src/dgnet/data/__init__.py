@@ -4,6 +4,7 @@ from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
 from dgnet.data._images import TrainingItems as TrainingItems
+from dgnet.data._images import check_max_pixels as check_max_pixels
 from dgnet.data._images import decode as decode
 from dgnet.data._images import hold_out as hold_out
 from dgnet.data._images import mix_seed as mix_seed

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dgnet.data._ledger import Ledger, escape
-from dgnet.errors import BadImageError, UsageError, check_range, reason
+from dgnet.errors import BadImageError, UsageError, reason
 
 IGNORED = -100
 """The label of an image without a label, and of an image that only fills up a batch. Such an image counts in no loss of labels
@@ -188,6 +188,12 @@ _MOST_THIN = 2000
 _MOST_BYTES = 2**30  # of a file, unless the limit of pixels allows more
 
 
+def check_max_pixels(what: str, megapixels: float | None) -> None:
+    """Raises UsageError, which begins with `what`, for a limit that is not above 0, or that no image reaches."""
+    if megapixels is not None and not 0 < megapixels <= 1e9:
+        raise UsageError(f"{what} must be above 0 and at most 1,000,000,000 (million pixels), got {megapixels:g}")
+
+
 def set_max_pixels(megapixels: float | None, is_default: bool = False) -> None:
     """Allow images of up to `megapixels` million pixels, in this process and those that it starts. None changes nothing.
 
@@ -196,7 +202,7 @@ def set_max_pixels(megapixels: float | None, is_default: bool = False) -> None:
     Raises UsageError for a number that is not above 0.
     """
     if megapixels is not None and not (is_default and _LIMIT in os.environ):
-        check_range("--max-pixels", megapixels, 1e-6, 1e9)
+        check_max_pixels("--max-pixels", megapixels)
         os.environ[_LIMIT] = repr(float(megapixels))
 
 

@@ -9,11 +9,12 @@ import timm.data
 from torchvision import transforms
 
 from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.options import LARGEST_SIDE
 
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
-"""timm's names."""
-LARGEST_SIDE = 10_000
-"""Pixels; a larger input is a mistake, and no machine holds its features."""
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
+"""timm's names, without its "random", with which an evaluation is not the same twice."""
+_LARGEST_VALUE = 1_000_000
+"""Of mean and std: images are in [0, 1], or in [0, 255] for some. Normalised with a larger one, all images are the same."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Preprocessing:
         for value in self.std:
             if value <= 0:
                 raise UsageError(f"std must be above 0, got {value}")
+            check_range("std", value, 1e-6, _LARGEST_VALUE)
+        for value in self.mean:
+            check_range("mean", value, -_LARGEST_VALUE, _LARGEST_VALUE)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         check_range("crop_pct", self.crop_pct, 0.01, 2)  # some of timm's are above 1
 

@@ -16,9 +16,7 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "evaluate_every": (1,),
     "evaluation_batch_size": (1,),
     "warmup_factor": (0, 1),
-    "short_side": (1,),
-    "long_side": (1,),
-    "fpn_channels": (1,),
+    **dict.fromkeys(("short_side", "long_side", "fpn_channels"), (1, 100_000)),
     "frozen_stages": (0,),
 }
 

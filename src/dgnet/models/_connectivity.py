@@ -50,7 +50,7 @@ class Axes(Options):
         """The topologies that are given by name, one for each stage or one for all."""
         if isinstance(self.topology, str):
             return [name.strip() for name in self.topology.split(",")]
-        return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list) else []
+        return [name for name in self.topology if isinstance(name, str)] if isinstance(self.topology, list | tuple) else []
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
         listed = self.topology
         if isinstance(listed, str) and "," in listed:
             listed = self.topology_names()
-        if isinstance(listed, list) and len(listed) != len(nodes):
+        if isinstance(listed, list | tuple) and len(listed) != len(nodes):
             raise UsageError(f"topology lists {len(listed)} stages, the network has {len(nodes)}")
-        each = listed if isinstance(listed, list) else [listed] * len(nodes)
+        each = listed if isinstance(listed, list | tuple) else [listed] * len(nodes)
         return [self._build_topology(one, stage, n) for stage, (one, n) in enumerate(zip(each, nodes, strict=True), start=1)]
 
     def _build_topology(self, topology: TopologyLike, stage: int, num_nodes: int) -> Topology:

@@ -18,6 +18,7 @@ from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._state import unwrap_names
 from dgnet.paths import find_kind
+from dgnet.typed import read_value
 
 
 def list_models(filter: str = "*") -> list[str]:
@@ -123,7 +124,10 @@ _BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "featur
 
 
 def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
-    """Raises UnknownOptionError for the first of `options` that a class of networks does not have."""
+    """Raises UnknownOptionError for the first of `options` that a class of networks does not have.
+
+    Raises UsageError if an option that dgnet's own classes have as true or false is something else.
+    """
     if not inspect.isclass(network):
         return
     connectivity = Connectivity.names()
@@ -134,6 +138,10 @@ def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
     unknown = (option for option, value in options.items() if value is not None and option not in {*known, *_BUILDER_OPTIONS})
     option = next(unknown, None)
     if option is None:
+        own = [base for base in network.__mro__ if base.__module__.partition(".")[0] == "dgnet"]
+        for argument in (argument for base in own for argument in inspect.signature(base).parameters.values()):
+            if isinstance(argument.default, bool) and argument.name in options:
+                read_value(bool | None, options[argument.name], argument.name)
         return
     hint = did_you_mean(option, known)
     line = f"{name} has no option {option!r}{hint}; its options are those of {network.__module__}.{network.__qualname__}"

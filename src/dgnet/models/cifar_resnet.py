@@ -5,6 +5,7 @@ Shortcuts are option B of that paper: a 1×1 convolution and BN if the shape cha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.layers import DropPath
@@ -12,12 +13,26 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
+from dgnet.errors import check_range
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._factory import build_model
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
 from dgnet.models.resnet import split_block
+from dgnet.typed import read_value
+
+_LARGEST_SIZE = 10_000
+"""Of layers and channels; no machine holds such a network."""
+
+
+def _read_sizes(name: str, sizes: Any) -> list[int]:
+    """One whole number for each stage, as a list. Raises UsageError for other values."""
+    is_listed = isinstance(sizes, Iterable) and not isinstance(sizes, str)
+    read: list[int] = list(read_value(tuple[int, int, int], list(sizes) if is_listed else sizes, name))
+    for size in read:
+        check_range(name, size, 1, _LARGEST_SIZE)
+    return read
 
 
 class CifarResNet(StagedNetwork):
@@ -42,15 +57,16 @@ class CifarResNet(StagedNetwork):
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
+        depths, widths = _read_sizes("layers", layers), _read_sizes("channels", channels)
         self.in_chans = in_chans
-        width = channels[0]
+        width = widths[0]
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [{"num_chs": width, "reduction": 1, "module": "act1"}]
-        drop_paths = iter(drop_path_rate * i / max(sum(layers) - 1, 1) for i in range(sum(layers)))
+        drop_paths = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         reduction = 1
-        for name, depth, planes, stage_stride in zip(self.stage_names, layers, channels, (1, 2, 2), strict=True):
+        for name, depth, planes, stage_stride in zip(self.stage_names, depths, widths, (1, 2, 2), strict=True):
             blocks = []
             for stride in (stage_stride, *[1] * (depth - 1)):
                 keeps_shape = stride == 1 and width == planes

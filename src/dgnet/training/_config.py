@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dgnet.devices import ACCELERATORS
-from dgnet.errors import UsageError, check_choice, check_range, reason
-from dgnet.options import MOST_THREADS, MOST_WORKERS, check_bounds, check_choices, flag, option, read_options
+from dgnet.errors import UsageError, check_choice, check_range, reason, shorten
+from dgnet.options import LARGEST_SIDE, MOST_THREADS, MOST_WORKERS, check_bounds, check_choices, flag, option, read_options
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
+
+_LONGEST_INTERVAL = 1_000_000_000
+_LARGEST_RATE = 1_000_000
+"""A larger number is a slip of the keyboard; a much larger one does not fit into the format of the weights."""
 
 # Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
@@ -40,14 +44,14 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "batch_size": (1,),
     "threads": (1, MOST_THREADS),
     "workers": (0, MOST_WORKERS),
-    "lr": (0,),
-    "threshold_lr": (0,),
+    "lr": (0, _LARGEST_RATE),
+    "threshold_lr": (0, _LARGEST_RATE),
     "momentum": (0, 1),
-    "weight_decay": (0,),
+    "weight_decay": (0, _LARGEST_RATE),
     "seed": (0, 2**32 - 1),
     "accumulate": (1,),
     "lr_batch_size": (1,),
-    "clip_grad": (0,),
+    "clip_grad": (0, 1e30),
     "ema": (0, 1),
     "nodes": (1,),
     "hflip": (0, 1),
@@ -137,7 +141,9 @@ class RunConfig:
             raise UsageError(f"--batch-size {self.batch_size} cannot be divided by --accumulate {self.accumulate}")
         self.checkpoint_interval()
         for logger in self.loggers:
-            if not isinstance(logger.get("class_path"), str) or not logger.keys() <= {"class_path", "init_args"}:
+            arguments = logger.get("init_args", {})
+            is_known = logger.keys() <= {"class_path", "init_args"} and isinstance(arguments, dict)
+            if not isinstance(logger.get("class_path"), str) or not is_known:
                 raise UsageError(f"--loggers takes {{class_path: …, init_args: {{…}}}}, got {logger}")
         for name in _TAKEN.keys() & self.model_kwargs.keys():
             raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
@@ -154,8 +160,11 @@ class RunConfig:
             number = float(found[1]) if found else 0.0
         except ValueError:
             number = 0.0
+        got = shorten(repr(self.checkpoint_every), 60)
+        if number > _LONGEST_INTERVAL:
+            raise UsageError(f"--checkpoint-every must be at most {_LONGEST_INTERVAL:,} steps or minutes, got {got}")
         if not found or number <= 0 or (found[2].startswith("s") and number % 1):
-            raise UsageError(f"--checkpoint-every must be like '500 steps' or '15 minutes', got {self.checkpoint_every!r}")
+            raise UsageError(f"--checkpoint-every must be like '500 steps' or '15 minutes', got {got}")
         return (int(number), None) if found[2].startswith("s") else (None, 60 * number)
 
     @property
@@ -177,7 +186,7 @@ class RunConfig:
 
 _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "epochs": (1,),
-    "image_size": (1,),
+    "image_size": (1, LARGEST_SIDE),
     "holdout": (0,),
     "evaluate_every": (1,),
     "epoch_images": (1,),
@@ -185,7 +194,7 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "max_bad_images": (0,),
     "label_smoothing": (0, 1),
     "budget": (0, 1),
-    "budget_strength": (0,),
+    "budget_strength": (0, _LARGEST_RATE),
     "budget_warmup": (0, 1),
 }
 

@@ -263,6 +263,8 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
     if unknown:
         raise UsageError(f"{path} is not from a run of dgnet {kind.command}, which has no {flag(unknown[0])}")
     config = read_fields(kind, values, str(path), flag)
+    if "data" not in values:  # the option's default would be other images
+        raise UsageError(f"{path} lacks {flag('data')}")
     for name in changes:
         if name not in RESUME_OPTIONS:
             own = {f.name for f in fields(kind)}
@@ -270,6 +272,11 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
             raise UsageError(f"--resume uses the options in {path}: leave out {flag(name)}; these may differ: {allowed}")
     config = replace(config, **changes)
     rows = read_history(folder)
+    if rows and rows[-1]["epoch"] + 1 > config.schedule()[0]:
+        raise UsageError(
+            f"{folder / 'metrics.csv'} is damaged: its last row is of epoch {rows[-1]['epoch']}, counted from 0,"
+            f" and the run has {config.schedule()[0]}; remove the rows that are not of this run"
+        )
     last = folder / "checkpoints" / LAST
     is_done = bool(rows) and rows[-1]["epoch"] + 1 >= config.schedule()[0] and is_file(last)
     if not is_done:

@@ -15,7 +15,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.layers import convert_sync_batchnorm
@@ -81,6 +81,12 @@ def build_trainer(config: RunConfig, folder: Path, progress: Progress, best: str
         raise UsageError(f"{asked} cannot be used here: {reason(error)}") from None
     if config.sync_bn and trainer.strategy.root_device.type != "cuda":
         raise UsageError("--sync-bn needs CUDA devices, and this run has none; leave it out")
+    is_without_launcher = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+    if trainer.num_nodes > 1 and is_without_launcher and not os.environ.get("MASTER_ADDR"):  # it would wait for ever
+        raise UsageError(
+            f"--nodes {config.nodes} needs a launcher, torchrun or srun, that starts the command on each machine;"
+            " without one, set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
     _check_processes(config, trainer.world_size)
     return trainer
 
@@ -123,7 +129,7 @@ def build_logger(described: dict[str, Any]) -> Logger:
     path = described["class_path"]
     try:
         kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
-        if not issubclass(kind, Logger):
+        if not isinstance(kind, type) or not issubclass(kind, Logger):
             raise TypeError("it is not a Lightning logger")
         logger: Logger = kind(**described.get("init_args", {}))
     except Exception as error:  # a logger's library may raise anything
