@@ -115,7 +115,7 @@ def test_evaluate_refuses_what_does_not_go_together(run, capsys):
             "--sweep-threshold cannot be combined with --write",
         ),
         (["--threshold-offset", "0.1", "--write", "x.ckpt"], "must end in .safetensors"),
-        (["--mode", "fast"], "unknown mode 'fast'"),
+        (["--mode", "fast"], "unknown --mode 'fast'"),
         (["--executor", "fast"], "unknown --executor 'fast'; allowed: recommended, plain, native"),
         (["--executor", "plain"], "--executor plain needs --mode sparse, --speed or --sweep-threshold"),
     ):
