@@ -112,11 +112,15 @@ def safe_streams() -> Iterator[Stream]:
     """Inside the `with` block stdout and stderr are streams of this module. Yields stdout, whose failures are raised."""
     before = sys.stdout, sys.stderr
     output = before[0] if isinstance(before[0], Stream) else Stream(before[0] or _Missing(), raises=True)
-    sys.stdout, sys.stderr = output, error_stream()
+    during = sys.stdout, sys.stderr = output, error_stream()
     try:
         yield output
     finally:
-        sys.stdout, sys.stderr = before
+        # A command in another thread may have restored them, with a stream that this one has shared.
+        if sys.stdout is during[0]:
+            sys.stdout = before[0]
+        if sys.stderr is during[1]:
+            sys.stderr = before[1]
 
 
 def describe_failure(error: OSError | ValueError) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UsageError(ValueError):
@@ -108,6 +108,10 @@ def reason(error: BaseException) -> str:
 _OF_MACHINE = (  # in the words of torch, which has no class for them
     ("can't allocate memory", "not enough memory"),
     ("Cannot allocate memory", "not enough memory"),
+    (
+        "failed to map segment",
+        "a library cannot be loaded: not enough memory (`ulimit -v`), or not allowed to run files from there",
+    ),
     ("out of memory", "not enough memory on the device"),
     ("Too many open files", "too many open files; raise the limit with `ulimit -n`, or lower --workers"),
     ("No space left on device", "no space left on the disk; free some"),
@@ -135,7 +139,7 @@ def describe_failure_of_machine(error: BaseException) -> str | None:
         before = "the disk is full: " if error.errno in _FULL else ""
         after = "; raise the limit with `ulimit -n`, or lower --workers" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
         return f"{before}{reason(error)}{where and f':{where}'}{after}"
-    if isinstance(error, OSError | RuntimeError):
+    if isinstance(error, OSError | RuntimeError | ImportError):
         for words, meaning in _OF_MACHINE:
             if words in text:
                 return meaning + (_ASK_FOR_LESS if meaning.startswith("not enough memory") else "")

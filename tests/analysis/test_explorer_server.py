@@ -208,7 +208,8 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
     assert "is of resnet20, a static network: it has no routed edges" in refuse(capsys, "explore", static)
     assert "nowhere does not exist" in refuse(capsys, "explore", "nowhere")
     assert "--port must be 1 to 65535, got 0" in refuse(capsys, "explore", checkpoint, "--port", 0)
-    assert "--max-megabytes must be at least" in refuse(capsys, "explore", checkpoint, "--max-megabytes", 0)
+    for size in (0, 1e308):
+        assert "--max-megabytes must be 0.001 to 1000000" in refuse(capsys, "explore", checkpoint, "--max-megabytes", size)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

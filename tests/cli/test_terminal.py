@@ -17,6 +17,7 @@ import pytest
 from dgnet import _guard, _streams
 from dgnet.cli import COMMANDS, main
 from dgnet.cli.command import Command
+from dgnet.errors import describe_failure_of_machine
 from dgnet.training import Interrupted, TrainConfig, train
 from dgnet.training._module import Classifier
 from tests.helpers.boxes import box_entry, image_entry, write_set
@@ -319,3 +320,19 @@ def test_streams_that_are_missing_are_replaced(monkeypatch):
     assert main(["train", "--foo"]) == 2
     assert sys.stdout is None
     _streams.say("nobody reads this")
+
+
+def test_commands_in_two_threads_leave_the_streams_as_they_were(capsys):
+    before = sys.stdout, sys.stderr
+    first, second = _streams.safe_streams(), _streams.safe_streams()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_a_library_that_finds_no_memory_is_one_line():
+    error = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    assert describe_failure_of_machine(error).startswith("a library cannot be loaded: not enough memory")
+    assert describe_failure_of_machine(ImportError("no module named foo")) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgnet.data import EvaluationLoader, EvaluationOrder
-from dgnet.data._loading import ignore_signals_except_from
+from dgnet.data._loading import allow_open_files, ignore_signals_except_from
 from dgnet.errors import UsageError
 from tests.helpers.data import Counted
 
@@ -63,3 +63,27 @@ def test_counts_that_make_no_sense():
         EvaluationLoader(count_up(1), 0)
     with pytest.raises(UsageError, match="--workers must be 0 to 1024, got -1"):
         EvaluationLoader(count_up(1), 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "workers", "asked"),
+    [((256, 1024), 2, [1024]), ((256, -1), 2, [4096]), ((256, -1), 1024, [10272]), ((8192, 10000), 2, []), ((-1, -1), 9, [])],
+)
+def test_workers_may_open_files(limits, workers, asked, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = [resource.RLIM_INFINITY if limit == -1 else limit for limit in limits]
+    set_to = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: set_to.append(pair[0]))
+    allow_open_files(workers)
+    assert set_to == asked
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(30, 30), (20, 40)])
+def test_workers_that_may_not_open_files_are_refused(soft, hard, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: None)
+    with pytest.raises(UsageError, match=r"--workers 2 may need 52 open files, and the limit is [34]0; raise it with"):
+        EvaluationLoader(count_up(3), 2, workers=2)
+    EvaluationLoader(count_up(3), 2, workers=0)

@@ -59,7 +59,7 @@ def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float 
     Raises UsageError if gradio is not installed, and for a static network.
     """
     gr = import_gradio()
-    check_range("--max-megabytes", max_megabytes, 0.001)
+    check_range("--max-megabytes", max_megabytes, 0.001, 10**6)
     inspector = PhotoInspector(checkpoint, device)
 
     def look(path: str | None) -> tuple[dict[str, float], str]:

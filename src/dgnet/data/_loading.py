@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dgnet.errors import check_range
+from dgnet.errors import UsageError, check_range
 from dgnet.options import MOST_WORKERS
+
+_OPEN_FILES = 4096
+"""The limit to ask for, which large batches of many tensors need."""
 
 
 class EvaluationOrder(Sampler[list[tuple[int, int]]]):
@@ -111,12 +116,39 @@ def _collate_numbered(collate: Callable[[Any], Any], numbered: list[tuple[int, A
 
 
 def worker_options(workers: int) -> dict[str, Any]:
-    """Options of a DataLoader with `workers` processes."""
+    """Options of a DataLoader with `workers` processes. Raises UsageError if this process may not open files for so many."""
+    if workers:
+        allow_open_files(workers)
     return {
         "num_workers": workers,
         "worker_init_fn": partial(ignore_signals_except_from, os.getpid()),
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def allow_open_files(workers: int) -> None:
+    """Raise this process's own limit of open files as far as is allowed: each tensor from a worker takes one.
+
+    Raises UsageError if the limit is too low: a worker that cannot open a file waits for ever, and so does who reads from it.
+    """
+    if sys.platform == "win32":  # it has no such limit
+        return
+    import resource
+
+    needed = 32 + 10 * workers  # of a run with two loaders
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(_OPEN_FILES, needed)
+    if most != resource.RLIM_INFINITY:
+        wanted = min(wanted, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        with suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            limit = wanted
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise UsageError(
+            f"--workers {workers} may need {needed} open files, and the limit is {limit}; raise it with `ulimit -n {needed}`,"
+            " or lower --workers"
+        )
 
 
 def ignore_signals_except_from(parent: int, worker: int) -> None:
