@@ -139,8 +139,10 @@ def build_logger(described: dict[str, Any]) -> Logger:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Inside the `with` block: Lightning prints no advice on settings that are the user's options or set by dgnet."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    """Inside the `with` block: Lightning and timm print no advice on settings that are the user's options or set by dgnet."""
+    # timm's schedule says "no effect" of one that is counted in steps and has one cycle.
+    names = ("lightning.pytorch", "lightning.fabric", "timm.scheduler.cosine_lr")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
