@@ -85,7 +85,7 @@ def test_a_trained_network_is_fine_tuned_to_a_budget(run, images, tmp_path, caps
     assert "stayed as initialised: layer1.node_gates.bias" in capsys.readouterr().err
     assert "executed multiply-adds" in ask(capsys, "evaluate", budgeted, "--mode", "sparse")
     words = ["train", "--data", images, "--output", tmp_path / "other", *options]
-    assert "what always runs costs" in refuse(capsys, *words, "--budget", 1.5)
+    assert "--budget must be 0 to 1, got 1.5" in refuse(capsys, *words, "--budget", 1.5)
     assert "is less than what always runs" in refuse(capsys, *words, "--budget", 0.001)
     assert "needs a network with dynamic stages" in refuse(capsys, *words, "--budget", 0.5, "--model", "resnet20")
 
