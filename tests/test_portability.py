@@ -71,6 +71,7 @@ LOOKED_UP = {
     "signal.SIGPIPE": {"data/_open_stream.py"},
     "signal.pthread_kill": {"_guard.py"},
     "fcntl": {"files.py"},
+    "resource": {"data/_loading.py"},
 }
 
 POSIX = {"os.killpg": {"data/_open_stream.py"}, "signal.SIGKILL": {"data/_open_stream.py"}}

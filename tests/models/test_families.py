@@ -284,7 +284,7 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
         ("randwire_small_er", {"channels": 1}, "channels must be at least 2, got 1"),
         (
             "dg_resnet20",
-            {"topology": torch.ones(5, 5).tril(-1), "channels": [4]},
+            {"topology": torch.ones(5, 5).tril(-1), "layers": [1, 1, 1]},
             "^dg_resnet20 cannot be built with topology=",
         ),
         ("dg_resnet20", {"checkpoint_path": "nowhere.pth"}, "dg_resnet20 cannot be built with checkpoint_path='nowhere.pth'"),

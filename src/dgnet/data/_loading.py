@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -131,9 +130,10 @@ def allow_open_files(workers: int) -> None:
 
     Raises UsageError if the limit is too low: a worker that cannot open a file waits for ever, and so does who reads from it.
     """
-    if sys.platform == "win32":  # it has no such limit
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
         return
-    import resource
 
     needed = 32 + 10 * workers  # of a run with two loaders
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
