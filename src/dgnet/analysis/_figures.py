@@ -52,7 +52,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
             content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
             figure.savefig(content, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
             with replace_content(path) as file:
-                file.write(content.getbuffer())
+                file.write(content.getvalue())  # a view could outlive the buffer after an error
             paths.append(path)
     return paths
 

@@ -100,7 +100,7 @@ def predict_detections(
             content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
             drawing.save(content, format="JPEG", quality=90)
             with replace_content(target) as file:
-                file.write(content.getbuffer())
+                file.write(content.getvalue())  # a view could outlive the buffer after an error
         drawn.append(Drawn(str(path), str(target), int(shown.sum())))
     if drawn:
         write_results(output / RESULTS, results)
