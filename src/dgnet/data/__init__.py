@@ -1,5 +1,6 @@
 """Labelled images from a source string, their preprocessing, and loaders of batches."""
 
+from dgnet.data._datasets import map_labels as map_labels
 from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
@@ -27,7 +28,6 @@ from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards
 from dgnet.data._shards import is_stream as is_stream
 from dgnet.data._sources import absolute_source as absolute_source
-from dgnet.data._sources import map_labels as map_labels
 from dgnet.data._sources import open_dataset as open_dataset
 from dgnet.data._sources import open_train_and_evaluation as open_train_and_evaluation
 from dgnet.data._splits import EVALUATION as EVALUATION
