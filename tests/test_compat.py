@@ -23,7 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset
 
 import dgnet
-from dgnet.compat.argparse import as_typed, option_strings
+from dgnet.cli.command import Parser
+from dgnet.compat.argparse import option_strings
 from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
     has_forward_hooks,
@@ -201,16 +202,12 @@ def test_a_parser_lists_its_options(kind):
 
 
 def test_an_error_of_a_parser_names_the_option():
-    class Parser(ArgumentParser):
-        def error(self, message, ex=None):
-            raise UsageError(as_typed(message))
-
     parser = Parser()
     parser.add_argument("--clip-grad", type=float)
     with pytest.raises(UsageError) as caught:
         parser.parse_args(["--clip-grad", "x"])
-    assert str(caught.value).startswith("--clip-grad: "), moved("argparse", "the wording of jsonargparse's errors")
-    assert as_typed("another\n  wording") == "another wording"
+    assert str(caught.value).startswith("--clip-grad "), moved("argparse", "how jsonargparse reports an error of a type")
+    assert str(UsageError("another\n  wording")) == "another wording"
 
 
 # Private names that are used outside `dgnet.compat`, with the reason.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
-from dgnet.compat.argparse import as_typed
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
@@ -65,7 +64,7 @@ class Parser(ArgumentParser):
         cause = sys.exception()
         while cause is not None and not isinstance(cause, UsageError):
             cause = cause.__cause__ or cause.__context__
-        raise UsageError(str(cause) if cause is not None else as_typed(message)) from None
+        raise UsageError(str(cause) if cause is not None else message) from None
 
     def _take_apart(self, words: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, list[str], Any]]]:
         """The words without recipes and entries; the recipes' paths; and for each entry (destination, names, value)."""
