@@ -111,7 +111,7 @@ def read_bytes(path: str | Path, what: str = "") -> bytes:
 
     Raises UsageError if it cannot be read, or is a pipe or device that a shell did not open.
     """
-    source = f"{what} {shorten(str(path))}".strip()
+    source = _name(path, what)
     if find_kind(path) == "special" and not str(path).startswith(_STREAMS):
         raise UsageError(f"{source} cannot be read: it is no regular file")
     with reading(source):
@@ -126,5 +126,8 @@ def read_text(path: str | Path, what: str = "") -> str:
     try:
         return read_bytes(path, what).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        source = f"{what} {shorten(str(path))}".strip()
-        raise UsageError(f"{source} cannot be read: it is not UTF-8 text (byte {error.start:,})") from None
+        raise UsageError(f"{_name(path, what)} cannot be read: it is not UTF-8 text (byte {error.start:,})") from None
+
+
+def _name(path: str | Path, what: str) -> str:
+    return f"{what} {shorten(str(path))}".strip()

@@ -39,13 +39,10 @@ def read_value(hint: Any, value: Any, what: str) -> Any:
     object of `os.PathLike` for a path.
     """
     value = _without_numpy(value)
-    allowed = _alternatives(hint)
-    if value is None and type(None) in allowed:
+    kind, *others = _alternatives(hint)
+    if value is None and others:
         return None
-    for kind in allowed:
-        if kind is not type(None):
-            return _READERS[_origin(kind)](kind, value, _Refusal(hint, value, what))
-    raise TypeError(hint)
+    return _READERS[_origin(kind)](kind, value, _Refusal(hint, value, what))
 
 
 def read_word(hint: Any, word: str, what: str) -> Any:
@@ -53,13 +50,13 @@ def read_word(hint: Any, word: str, what: str) -> Any:
 
     Text is taken as it is, but `null` is None where that is allowed. Everything else is written as in YAML.
     """
-    if any(_origin(kind) is str for kind in _alternatives(hint)):
-        is_null = word == "null" and type(None) in _alternatives(hint)
-        return None if is_null else read_value(hint, word, what)
+    kind, *others = _alternatives(hint)
+    if _origin(kind) is str:
+        return None if word == "null" and others else read_value(hint, word, what)
     try:
         value = parse_yaml(word, what) if word.strip() else word
     except UsageError:
-        if _origin(_alternatives(hint)[0]) in (list, dict) or word.strip().lstrip("+-").isdigit():
+        if _origin(kind) in (list, dict) or word.strip().lstrip("+-").isdigit():
             raise
         value = word
     return read_value(hint, value, what)
@@ -152,12 +149,12 @@ def _read_float(kind: Any, value: Any, refusal: _Refusal) -> float:
 def _read_str(kind: Any, value: Any, refusal: _Refusal) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(_read_int(int, value, refusal))
-    is_location = LOCATION in getattr(kind, "__metadata__", ())
+    is_location = _is_marked(kind, LOCATION)
     if is_location and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
         raise refusal()
-    if not value.strip() and MAY_BE_EMPTY not in getattr(kind, "__metadata__", ()):
+    if not value.strip() and not _is_marked(kind, MAY_BE_EMPTY):
         raise UsageError(f"{refusal.what} must not be empty")
     if "\0" in value:
         raise UsageError(f"{refusal.what} must not hold a NUL character")
@@ -233,6 +230,16 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def _is_marked(kind: Any, mark: str) -> bool:
+    """Whether a hint is `Annotated` with `mark`."""
+    return mark in getattr(kind, "__metadata__", ())
+
+
+def is_location(hint: Any) -> bool:
+    """Whether a hint is `Location`, or `Location | None`."""
+    return _is_marked(_alternatives(hint)[0], LOCATION)
+
+
 def _origin(kind: Any) -> Any:
     """The class that a hint is of: list for list[int], str for `Location`."""
     if typing.get_origin(kind) is Annotated:
@@ -247,7 +254,7 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts", dict: "dicts"}
 def _describe_one(kind: Any) -> str:
     origin = _origin(kind)
     if origin not in (list, tuple):
-        return LOCATION if LOCATION in getattr(kind, "__metadata__", ()) else _WORDS[origin]
+        return LOCATION if _is_marked(kind, LOCATION) else _WORDS[origin]
     items = typing.get_args(kind)
     count = "" if origin is list or items[-1] is Ellipsis else f"{len(items)} "
     return f"a list of {count}{_PLURALS[_origin(items[0])]}"

@@ -68,7 +68,7 @@ Read = Callable[[Path], tuple[list[tuple[str, int]], Ledger]]
         ("2021.05.0001", "2021.05.0002"),
         ("a/b.c/x", "a/b.c/y"),
         ("./x", "x.y/z"),
-        ("/root/x", "/root/y"),
+        ("/photos/x", "/photos/y"),
     ],
 )
 def test_dotted_keys_lose_no_sample(tmp_path, read: Read, keys):

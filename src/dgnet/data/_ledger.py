@@ -14,7 +14,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dgnet.errors import UsageError, reason
-from dgnet.paths import find_kind, is_broken_link, scan_folder
+from dgnet.paths import find_kind, is_broken_link, reading, scan_folder
 
 # Names that systems and tools put beside images, besides those that begin with a dot.
 _SYSTEM_NAMES = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db"}
@@ -263,10 +263,8 @@ def subfolders(folder: Path) -> list[Path]:
 
 def _identity(folder: Path) -> tuple[int, int]:
     """Device and number of a folder, which are the same for all links to it."""
-    try:
+    with reading(f"folder {escape(str(folder))}"):
         found = os.stat(folder)
-    except OSError as error:
-        raise UsageError(f"folder {escape(str(folder))} cannot be read: {reason(error)}") from None
     return found.st_dev, found.st_ino
 
 

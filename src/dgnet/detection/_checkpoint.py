@@ -20,6 +20,7 @@ from dgnet.checkpoint import (
     read_run_data,
     read_tensors,
 )
+from dgnet.detection._config import SIZE_BOUNDS
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError, check_range
 from dgnet.models import TimmNetwork, classifier_prefixes
@@ -45,8 +46,8 @@ class DetectorOptions:
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("short_side", "long_side", "fpn_channels"):
-            check_range(name, getattr(self, name), 1, 100_000)
+        for name, bounds in SIZE_BOUNDS.items():
+            check_range(name, getattr(self, name), *bounds)
         check_range("frozen_stages", self.frozen_stages, 0)
 
 

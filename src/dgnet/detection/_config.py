@@ -11,12 +11,15 @@ from dgnet.options import check_bounds, flag, option
 from dgnet.training import RunConfig
 from dgnet.typed import Location
 
+SIZE_BOUNDS: dict[str, tuple[float, ...]] = dict.fromkeys(("short_side", "long_side", "fpn_channels"), (1, 100_000))
+"""The lowest and the highest value of a detector's sizes, in pixels and channels."""
+
 _BOUNDS: dict[str, tuple[float, ...]] = {
+    **SIZE_BOUNDS,
     "iterations": (1,),
     "evaluate_every": (1,),
     "evaluation_batch_size": (1,),
     "warmup_factor": (0, 1),
-    **dict.fromkeys(("short_side", "long_side", "fpn_channels"), (1, 100_000)),
     "frozen_stages": (0,),
 }
 

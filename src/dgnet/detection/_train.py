@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from dgnet.data import set_max_pixels
 from dgnet.detection._average_precision import CocoEvaluation
@@ -15,8 +14,7 @@ from dgnet.detection._detector import Detector
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
 from dgnet.models import create_model, stored_options
-from dgnet.paths import absolute
-from dgnet.training import Run, RunResult, describe_untrained, open_run
+from dgnet.training import Run, RunResult, describe_untrained, open_run, with_absolute_paths
 
 
 def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResult:
@@ -40,7 +38,7 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
     evaluation = CocoEvaluation(val_set.annotations)
     network = create_model(config.model, **config.network_kwargs)
     config = config.resolve(network)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     options = stored_options(network, config.network_kwargs)
     starts = config.weights is not None and run.step is None
     untrained = load_backbone(network, config.model, str(config.weights)) if starts else None
@@ -66,10 +64,3 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
         f" {config.iterations:,} iterations"
     )
     return run.fit(trainer, module, DetectionDataModule(train_set, val_set, config), about)
-
-
-def _with_absolute_paths(config: DetectConfig) -> DetectConfig:
-    """The configuration as the run stores it: its data are found from every folder."""
-    names = ("data", "images", "val_data", "val_images", "weights")
-    paths: dict[str, Any] = {name: absolute(path) for name in names if (path := getattr(config, name)) is not None}
-    return replace(config, **paths)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dgnet.training._run import RunResult as RunResult
     from dgnet.training._run import open_run as open_run
     from dgnet.training._run import read_run as read_run
+    from dgnet.training._run import with_absolute_paths as with_absolute_paths
     from dgnet.training._train import describe_untrained as describe_untrained
     from dgnet.training._train import train as train
 else:

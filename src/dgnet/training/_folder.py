@@ -125,7 +125,6 @@ def read_progress(checkpoint: Path) -> Progress:
     with damaged(checkpoint):
         what = "the state of the run"
         step = read_entry(content, "global_step", int, what)
-
         if step < 0:
             raise UsageError(f"{what}: global_step must be at least 0, got {step}")
         for name in ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"):

@@ -15,12 +15,12 @@ import lightning as L
 import torch
 
 from dgnet._streams import forget_closed_pipe, say
-from dgnet.data import Ledger, compose
+from dgnet.data import Ledger, absolute_source, compose
 from dgnet.documents import read_yaml
 from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
 from dgnet.evaluation import DATA
-from dgnet.options import flag
-from dgnet.paths import find_kind, is_file
+from dgnet.options import flag, hints_of
+from dgnet.paths import absolute, find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
 from dgnet.training._folder import (
@@ -41,7 +41,7 @@ from dgnet.training._module import RunModule
 from dgnet.training._processes import end_other_processes, is_main_process
 from dgnet.training._progress import Progress as ProgressBar
 from dgnet.training._trainer import build_trainer, quiet_lightning
-from dgnet.typed import read_fields
+from dgnet.typed import is_location, read_fields
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -290,6 +290,19 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
             if not is_file(folder / "model.safetensors"):
                 write_weights(folder)
     return config, RunResult(folder, rows[-1])
+
+
+def with_absolute_paths(config: C, sources: Sequence[str] = ()) -> C:
+    """`config` as the run stores it: what it names is found from every folder. `sources`: the options that hold a data source.
+
+    `output` stays as it is: a run does not store where it lies.
+    """
+    hints = hints_of(type(config))
+    given = {name: getattr(config, name) for name in hints if name != "output" and is_location(hints[name])}
+    paths: dict[str, Any] = {
+        name: absolute_source(path) if name in sources else absolute(path) for name, path in given.items() if path is not None
+    }
+    return replace(config, **paths)
 
 
 def check_unchanged(config: RunConfig, progress: Progress, path: Path) -> None:

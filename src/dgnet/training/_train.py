@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, absolute_source, open_train_and_evaluation, set_max_pixels
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
-from dgnet.paths import absolute
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
-from dgnet.training._run import Run, RunResult, check_single_image, open_run
+from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -57,7 +56,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
         budget = Budget(network, preprocessing.image_size, config.budget, *how)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config, sources=("data", "val_data"))
     options = stored_options(network, config.network_kwargs)
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
@@ -80,17 +79,6 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
     )
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
-
-
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration as the run stores it: its data are found from every folder."""
-    return replace(
-        config,
-        data=absolute_source(config.data),
-        val_data=config.val_data and absolute_source(config.val_data),
-        data_root=absolute(config.data_root),
-        weights=config.weights and absolute(config.weights),
-    )
 
 
 def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
