@@ -6,10 +6,12 @@ from dgnet.models import randwire as randwire
 from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
 from dgnet.models._connectivity import Connectivity as Connectivity
+from dgnet.models._dynamic import DynamicNetwork as DynamicNetwork
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._increment import Increment as Increment
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
