@@ -214,6 +214,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
             " leave out the options that change the start of weights or gates, and use topology='complete'"
         )
+    stage.arguments = run.arguments
     like = next(network.parameters())
     return stage.to(like.device, like.dtype) if like.is_floating_point() else stage.to(like.device)
 

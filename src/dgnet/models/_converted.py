@@ -18,7 +18,7 @@ from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
 from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
 from dgnet.models._dynamic import DynamicNetwork
-from dgnet.models._runs import Run, StaticBlock
+from dgnet.models._runs import Run, StaticBlock, drop_missing
 
 _STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
 """Stage, by its id -> what the last forward pass of the stage put out after each block."""
@@ -37,23 +37,30 @@ class ConvertedStage(DynamicGraph):
     being the weights of the output node.
     """
 
-    def forward(self, x: Tensor, *more: None, **named: None) -> Tensor:
-        """As `DynamicGraph.forward`; further arguments of the block must be None."""
-        given = [value for value in (*more, *named.values()) if value is not None]
-        if given:
+    arguments: frozenset[int | str] = frozenset()
+    """Places and names of the arguments, besides the feature, with which every block of the run is called."""
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        """As `DynamicGraph.forward`. Further arguments go to every block; those that are not in `arguments` must be None."""
+        further = drop_missing(more, named)
+        refused = {*range(1, len(further.values) + 1), *further.named} - self.arguments
+        if refused:
             raise UsageError(
-                f"a converted stage takes one tensor, got {len(given) + 1} arguments; a block that needs more must stay static"
+                f"the blocks of a converted stage were called without argument {min(refused, key=str)!r} in the conversion, and"
+                " cannot be called with it now; let the network call them in the same way, or convert others with stages"
             )
+        if isinstance(x, Proxy):
+            return self._trace(x, further)
         kept = _STEPS.values()
-        if not kept or isinstance(x, Proxy):
-            return super().forward(x)
-        walk = _StepWalk(self, x)
-        walk.put(0, self.input(x))
-        for node in walk.blocks:
-            walk.put(node, walk.compute(node))
-        walk.finish()
-        kept[-1][id(self)] = walk.steps
-        return walk.steps[0]
+        if not kept:
+            walk = self.start_walk(x)
+            walk.further = further
+            return self._follow(walk)
+        steps = _StepWalk(self, x)
+        steps.further = further
+        self._follow(steps)
+        kept[-1][id(self)] = steps.steps
+        return steps.steps[0]
 
 
 class _StepWalk(DenseWalk):
@@ -81,7 +88,7 @@ class Joined(nn.Identity):
         self.of = (stage,)  # in a tuple: it is no child module of this one
         self.step = step
 
-    def forward(self, input: Tensor, *more: None, **named: None) -> Tensor:
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
         """`input`; inside `keep_steps` the sum after this block."""
         kept = _STEPS.values()
         if kept and id(self.of[0]) in kept[-1]:

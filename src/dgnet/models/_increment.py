@@ -24,11 +24,14 @@ class Increment(nn.Module):
         self.block = block
         self.form = _find_form(block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *further: Any, **named: Any) -> Tensor:
+        """f(x). `further`, `named`: what the block is called with besides x."""
         block: Any = self.block
         y: Tensor
         if self.form == "skip":
-            y = block.drop_path(block(x))
+            y = block.drop_path(block(x, *further, **named))
+        elif further or named:
+            y = block(x, *further, **named) - x
         elif self.form == "convnext":
             y = _convnext_branch(block, x)
         elif self.form == "transformer":

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgnet.compat.torch import count_writes, find_tensors
+from dgnet.compat.torch import count_writes, find_leaves, find_tensors
 from dgnet.errors import UsageError, reason
+from dgnet.graph import Further
 
 _BATCH = 3
 """Images in the traced pass. The first size of a run's feature must be this number."""
@@ -35,13 +36,15 @@ class Run:
     """Consecutive blocks that can become a stage.
 
     `parent`: the name of the module that holds the blocks; `blocks`: their names in it; `layout`: see `dgnet.graph.LAYOUTS`;
-    `channels`: C of the feature that they keep.
+    `channels`: C of the feature that they keep; `arguments`: places (from 1) and names of what all blocks are called with
+    besides it.
     """
 
     parent: str
     blocks: tuple[str, ...]
     layout: str
     channels: int
+    arguments: frozenset[int | str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,6 +66,14 @@ class Runs:
 
     runs: tuple[Run, ...]
     static: tuple[StaticBlock, ...]
+
+
+def drop_missing(values: Sequence[Any], named: Mapping[str, Any]) -> Further:
+    """Arguments without those that are None, at the end or by name."""
+    values = tuple(values)
+    while values and values[-1] is None:
+        values = values[:-1]
+    return Further(values, {name: value for name, value in named.items() if value is not None})
 
 
 def join(parent: str, child: str) -> str:
@@ -97,15 +108,17 @@ def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, wi
 class _Call:
     """One call of a module.
 
-    `input`: if the module was called with one tensor and nothing else. `readers`: the modules that were running when an
-    operation read the output. `is_residual`: whether the input was added to something inside; `is_written`: changed in place.
+    `input`: the first argument, if it is a tensor; `further`: the others. `versions`: how often each tensor among them was
+    written before. `readers`: the modules that were running when an operation read the output. `is_residual`: whether the input
+    was added to something inside; `is_written`: whether an argument was changed in place.
     """
 
     name: str
     order: int
     input: Tensor | None
+    further: Further
     output: Any = None
-    version: int = 0
+    versions: list[int] = field(default_factory=list)
     readers: set[str] = field(default_factory=set)
     is_residual: bool = False
     is_written: bool = False
@@ -124,15 +137,15 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called."""
-        given = [value for value in (*args, *kwargs.values()) if value is not None]
-        single = args[0] if len(given) == 1 and args and isinstance(args[0], Tensor) else None
-        self.open.append(_Call(name, 0, single, version=0 if single is None else count_writes(single)))
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        further = drop_missing(args[1:] if args else (), kwargs)
+        self.open.append(_Call(name, 0, first, further, versions=_count_writes(first, further)))
 
     def leave(self, output: Any) -> None:
         """The module that was called last returns."""
         call = self.open.pop()
         call.order, call.output = len(self.calls), output
-        call.is_written = call.input is not None and count_writes(call.input) != call.version
+        call.is_written = _count_writes(call.input, call.further) != call.versions
         self.calls.append(call)
         if isinstance(output, Tensor):
             self.written.setdefault(id(output), []).append(call)
@@ -157,6 +170,10 @@ class _Trace(TorchFunctionMode):
             for call in self.open:
                 call.is_residual |= call.input is not None and id(call.input) in origins
         return result
+
+
+def _count_writes(*arguments: Any) -> list[int]:
+    return [count_writes(tensor) for tensor in find_tensors(arguments)]
 
 
 def _trace(network: nn.Module, size: tuple[int, ...]) -> _Trace:
@@ -239,7 +256,9 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
     if shared:
         return f"it shares parameters with {shared}"
     if call.input is None:
-        return "it is called with more than one tensor"
+        return "it is not called with one tensor"
+    if not _is_shared(call.further):
+        return "it is called with further values for each image"
     if not isinstance(call.output, Tensor):
         return "it does not return one tensor"
     if call.input.shape != call.output.shape:
@@ -249,6 +268,14 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
     if call.is_written:
         return "it changes its input in place"
     return "" if call.is_residual or not must_be_residual else "it has no residual shortcut"
+
+
+def _is_shared(further: Further) -> bool:
+    """Whether arguments can go to all blocks of a stage: plain values, and tensors that do not hold one part for each image."""
+    return all(
+        leaf.shape[:1] != (_BATCH,) if isinstance(leaf, Tensor) else isinstance(leaf, bool | int | float | str | None)
+        for leaf in find_leaves(further)
+    )
 
 
 def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
@@ -269,9 +296,18 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
 
 
 def _follows(before: _Block, block: _Block) -> bool:
-    if block.call.input is not before.call.output:
+    if block.call.input is not before.call.output or not _is_called_like(before, block):
         return False
     return all(reader == block.name or reader.startswith(f"{block.name}.") for reader in before.call.readers)
+
+
+def _is_called_like(first: _Block, second: _Block) -> bool:
+    """Whether the arguments besides the feature are the same."""
+    arguments = [(len(block.call.further.values), *block.call.further.named) for block in (first, second)]
+    leaves, others = find_leaves(first.call.further), find_leaves(second.call.further)
+    return arguments[0] == arguments[1] and all(
+        one is other or (not isinstance(one, Tensor) and one == other) for one, other in zip(leaves, others, strict=True)
+    )
 
 
 def _is_within(name: str, within: Sequence[str] | None) -> bool:
@@ -301,7 +337,9 @@ def _describe_run(chain: Sequence[_Block], modules: Mapping[str, nn.Module]) -> 
     shape = chain[0].call.output.shape
     layout = _find_layout(shape, modules[chain[0].name])
     names = tuple(block.name.rpartition(".")[2] for block in chain)
-    return Run(chain[0].parent, names, layout, shape[1] if layout == "NCHW" else shape[-1])
+    further = chain[0].call.further
+    arguments: set[int | str] = {*range(1, len(further.values) + 1), *further.named}
+    return Run(chain[0].parent, names, layout, shape[1] if layout == "NCHW" else shape[-1], frozenset(arguments))
 
 
 def _find_layout(shape: torch.Size, block: nn.Module) -> str:
@@ -332,5 +370,5 @@ def _explain(
             continue
         if any(block.name.startswith(f"{other}.") for other in names if not isinstance(modules[other], nn.Sequential)):
             continue
-        why = block.obstacle or "no other block of its shape stands beside it"
+        why = block.obstacle or "no other block of its shape, called in the same way, stands beside it"
         yield StaticBlock(block.name, why if _is_within(block.name, within) else "it is in none of the named stages")
