@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UnknownOptionError, UsageError, did_you_mean
+from dgnet.errors import UnknownOptionError, UsageError, did_you_mean, shorten
 from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
@@ -64,6 +64,13 @@ def convert(
     Raises UsageError for a network that takes no images or has no run, for a topology under which the function would change,
     and if the networks do not agree on `check`.
     """
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"convert takes a network, an nn.Module, got {network!r}; build it with timm.create_model, or convert by name with"
+            " dgnet.create_model(NAME, dynamic=True)"
+        )
+    if check is not None and not (isinstance(check, Tensor) and check.ndim == 4 and len(check)):
+        raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
     if find_stages(network):
         raise UsageError(f"{type(network).__name__} is dynamic already")
     connectivity = _read_connectivity(topology, weighting, node_gate, options)

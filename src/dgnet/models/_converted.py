@@ -19,6 +19,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock, drop_missing
+from dgnet.models._state import unwrap_names
 
 _STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
 """Stage, by its id -> what the last forward pass of the stage put out after each block."""
@@ -140,6 +141,7 @@ class ConvertedNetwork(DynamicNetwork):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's. A state dict of the static network is loaded too; it changes neither weightings nor gates."""
+        state_dict = unwrap_names(state_dict) if isinstance(state_dict, Mapping) else state_dict
         if isinstance(state_dict, Mapping) and not any(f"{name}.mask" in state_dict for name in self.stage_names):
             own = {name: tensor for name, tensor in self.state_dict().items() if self._is_added(name)}
             state_dict = {**own, **{self._rename(name, self.static_names): value for name, value in state_dict.items()}}
