@@ -159,7 +159,9 @@ class ConvertedNetwork(DynamicNetwork):
     def no_weight_decay(self) -> set[str]:
         """The static network's names, as they are here, and those of thresholds and learned edge weights."""
         static: set[str] = getattr(super(DynamicNetwork, self), "no_weight_decay", set)()
-        return {self._rename(name, self.static_names) for name in static} | super().no_weight_decay()
+        own = {name for name, _ in self.named_parameters()}  # some networks look for names, which then are those here
+        renamed = {name if name in own else self._rename(name, self.static_names) for name in static}
+        return renamed | super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """timm's parameter groups of the static network. What decides in a stage is in the group of its first block."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dgnet.compat.timm import FeatureGetterNet
 from dgnet.compat.torch import count_writes, find_leaves, find_tensors
 from dgnet.errors import UsageError, reason
 from dgnet.graph import Further
@@ -95,7 +96,8 @@ def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, wi
             raise UsageError(f"stages names {name!r}, which {type(network).__name__} does not have")
     trace = _trace(network, (_BATCH, in_chans, *image_size))
     blocks = _find_blocks(modules, trace, within)
-    runs = _choose([chain for chain in _find_chains(blocks) if _is_within(chain[0].name, within)])
+    may_tap = isinstance(network, FeatureGetterNet)  # the features between blocks, which places in a stage put out for it
+    runs = _choose([chain for chain in _find_chains(blocks, may_tap) if _is_within(chain[0].name, within)])
     found = tuple(_describe_run(chain, modules) for chain in runs)
     taken = {name for run in found for name in run.names}
     return Runs(found, tuple(_explain(modules, blocks, taken, within)))
@@ -278,8 +280,11 @@ def _is_shared(further: Further) -> bool:
     )
 
 
-def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
-    """The sequences of two or more blocks of one parent, each of which reads the output of the one before, and alone."""
+def _find_chains(blocks: Iterable[_Block], may_tap: bool) -> list[list[_Block]]:
+    """The sequences of two or more blocks of one parent, each of which reads the output of the one before.
+
+    `may_tap`: whether other modules may read it too.
+    """
     by_parent: dict[str, list[_Block]] = {}
     for block in blocks:
         by_parent.setdefault(block.parent, []).append(block)
@@ -287,7 +292,7 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
     for siblings in by_parent.values():
         chain: list[_Block] = []
         for block in siblings:
-            if chain and (block.obstacle or not _follows(chain[-1], block)):
+            if chain and (block.obstacle or not _follows(chain[-1], block, may_tap)):
                 chains.append(chain)
                 chain = []
             chain = [] if block.obstacle else [*chain, block]
@@ -295,10 +300,10 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
     return [chain for chain in chains if len(chain) > 1]
 
 
-def _follows(before: _Block, block: _Block) -> bool:
+def _follows(before: _Block, block: _Block, may_tap: bool) -> bool:
     if block.call.input is not before.call.output or not _is_called_like(before, block):
         return False
-    return all(reader == block.name or reader.startswith(f"{block.name}.") for reader in before.call.readers)
+    return may_tap or all(reader == block.name or reader.startswith(f"{block.name}.") for reader in before.call.readers)
 
 
 def _is_called_like(first: _Block, second: _Block) -> bool:
