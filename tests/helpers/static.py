@@ -54,6 +54,8 @@ def shake_all_norms(network: nn.Module) -> nn.Module:
                     parameter.uniform_(0.5, 1.5)
                 else:
                     parameter.normal_(std=0.2)
+            elif not parameter.any():  # such as a classifier, or the last normalisation of a block
+                parameter.normal_(std=0.1)
             elif name.endswith(("gamma", "gamma1", "gamma2", "gamma_1", "gamma_2", "layer_scale")):
                 parameter.uniform_(0.5, 1.5)
     return network

@@ -269,7 +269,7 @@ def test_options_of_timm_by_name():
     assert find_stages(converted)[0].nodes[-1].block.drop_path1.drop_prob == pytest.approx(0.2)
     windows = dgnet.create_model("test_maxvit", dynamic=True, img_size=96)  # its configuration still says 160
     assert windows.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
-    gated = create("resnet", dynamic="true", node_gate="hard", weighting="fixed", stages=["layer1"])
+    gated = create("resnet", dynamic=True, node_gate="hard", weighting="fixed", stages=["layer1"])
     assert gated.stage_names == ("layer1.0",)
     assert gated.connectivity_options["weighting"] == "fixed"
 

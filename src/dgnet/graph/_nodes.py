@@ -153,13 +153,14 @@ class StageNodes(nn.Module):
         return activated
 
     def empty_sum(self, x: Tensor, further: Further = NOTHING) -> Tensor:
-        """x̂ of an output node that has no open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input.
+        """x̂ of an output node that has no open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input."""
+        return x.new_zeros(len(x), *self.find_empty_feature(x, further).shape[1:])
 
-        The shape is found by running an empty batch.
-        """
+    def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
+        """What the nodes distribute for no samples, (0, C, H, W), found by running an empty batch. `x`: the raw stage input."""
         entry = self.topology.entry
-        first = self.call_block(entry[0], x[:0], further) if entry else self.input(x[:0])
-        return x.new_zeros(len(x), *first.shape[1:])
+        feature: Tensor = self.call_block(entry[0], x[:0], further) if entry else self.input(x[:0])
+        return feature
 
 
 def _check_mask(

@@ -149,7 +149,8 @@ class DenseWalk(Walk):
         if stage.router_reads == "activation":
             feature = stage.activation(feature.clone())  # a clone: timm's activations work in place
         feature = to_map(feature, stage.layout)
-        with use_area(None) if stage.layout == "NLC" else nullcontext():  # tokens are in no area of the image
+        # Tokens are in no area of the image. (Compiled code cannot set an area: where there is none, nothing is set.)
+        with use_area(None) if stage.layout == "NLC" and self.area is not None else nullcontext():
             if self.needs.alpha:
                 self.keep(self.alpha, node, self.topology.free_receivers(node), stage.weighting.predict(node, feature))
             if gates is not None and gated:

@@ -41,15 +41,15 @@ class BranchingWalk(DenseWalk):
 
     def _branch(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
         stage, sources, further = self.stage, self.sources(node), self.further
-        # Output shape: that of the senders. For an entry node it is found by running an empty batch.
-        like = stage.call_block(node, self.x[:0], further) if node in self.topology.entry else sources[0]
+        # Output shape: that of the senders. An entry node's senders include the raw stage input.
+        like = stage.find_empty_feature(self.x, further) if node in self.topology.entry else sources[0]
         shape, dtype = (self.x.shape[0], *like.shape[1:]), like.dtype
 
         # Both branches write one memory format. For maps it is channels last, in which convolutions are fastest.
         format = torch.channels_last if stage.layout == "NCHW" else torch.contiguous_format
 
         def compute(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
-            return stage.compute(node, weights, opened, *sources, further=further).clone(memory_format=format)
+            return stage.compute(node, weights, opened, *sources, further=further).to(dtype).clone(memory_format=format)
 
         def skip(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=format)

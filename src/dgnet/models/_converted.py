@@ -16,7 +16,7 @@ from torch.fx import Proxy
 
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
-from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
+from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, Further, StageNodes, aggregate
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock, drop_missing
 from dgnet.models._state import unwrap_names
@@ -62,6 +62,11 @@ class ConvertedStage(DynamicGraph):
         self._follow(steps)
         kept[-1][id(self)] = steps.steps
         return steps.steps[0]
+
+
+    def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
+        """All blocks keep the shape, and some cannot run on no samples."""
+        return x[:0]
 
 
 class _StepWalk(DenseWalk):

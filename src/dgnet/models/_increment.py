@@ -35,7 +35,7 @@ class Increment(nn.Module):
         elif self.form == "convnext":
             y = _convnext_branch(block, x)
         elif self.form == "transformer":
-            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x)))).to(x.dtype)  # under autocast it is narrower
             y = attended + block.drop_path2(block.ls2(block.mlp(block.norm2(x + attended))))
         else:
             y = block(x) - x
