@@ -12,7 +12,7 @@ import dgnet
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.graph import find_stages, record_connectivity
 from dgnet.models._convert import find_change
-from tests.helpers.static import LAYOUTS, NETWORKS, build_static, draw_images, largest_difference, shake_all_norms, use_gates
+from tests.helpers.static import LAYOUTS, NETWORKS, build_static, draw_images, largest_difference, use_gates
 
 # --- the same function
 
@@ -33,7 +33,9 @@ def test_a_converted_network_computes_the_same_function(name, node_gate):
         torch.testing.assert_close(ours, tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"weighting": "learned"}, {"weighting": "fixed"}, {"gate": "alpha"}, {"node_gate": "gumbel"}])
+@pytest.mark.parametrize(
+    "options", [{"weighting": "learned"}, {"weighting": "fixed"}, {"gate": "alpha"}, {"node_gate": "gumbel"}]
+)
 @torch.no_grad()
 def test_each_weighting_starts_with_the_same_function(options):
     static, images = build_static("vit"), draw_images("vit")
@@ -62,7 +64,9 @@ def test_a_skipped_block_is_left_out_of_the_static_network(name):
     use_gates(converted)
     with record_connectivity(converted) as record:
         found = converted(images)
-    ran = [dict(zip(run.blocks, record.ran[i][:, 1:].unbind(1), strict=False)) for i, run in enumerate(converted.conversion.stages)]
+    ran = [
+        dict(zip(run.blocks, record.ran[i][:, 1:].unbind(1), strict=False)) for i, run in enumerate(converted.conversion.stages)
+    ]
     decided = {block: column for stage in ran for block, column in stage.items()}
     assert any(column.any() and not column.all() for column in decided.values())
     for b, image in enumerate(images):
@@ -104,7 +108,7 @@ def test_to_static_gives_the_network_back(name, node_gate):
 
 
 def test_to_static_refuses_what_has_changed():
-    with pytest.raises(UsageError, match="ResNet was not made by dgnet.convert"):
+    with pytest.raises(UsageError, match=r"ResNet was not made by dgnet\.convert"):
         dgnet.to_static(build_static("resnet"))
     converted = dgnet.convert(build_static("resnet"), node_gate="hard")
     (stage,) = find_stages(converted)
@@ -241,13 +245,26 @@ def _shared() -> nn.ModuleList:
         (lambda: nn.ModuleList(Block() for _ in range(2)), _twice, "blocks.0: it is called 2 times"),
         (_shared, _loop, "blocks.0: it shares parameters with|blocks.1: it shares parameters with"),
         (lambda: nn.ModuleList(Block() for _ in range(2)), _per_image, "it is called with further values for each image"),
-        (lambda: nn.ModuleList(Block() for _ in range(2)), _each_another, "no other block of its shape, called in the same way"),
+        (
+            lambda: nn.ModuleList(Block() for _ in range(2)),
+            _each_another,
+            "no other block of its shape, called in the same way",
+        ),
         (lambda: nn.ModuleList(InPlace() for _ in range(2)), _loop, "it changes its input in place"),
         (lambda: nn.ModuleList(Plain() for _ in range(2)), _loop, "it has no residual shortcut"),
         (lambda: nn.ModuleList([Block()]), _loop, "no other block of its shape"),
         (lambda: nn.Identity(), None, "it has no residual blocks"),
     ],
-    ids=["called twice", "shared", "values for each image", "other arguments", "in place", "no shortcut", "one block", "no block"],
+    ids=[
+        "called twice",
+        "shared",
+        "values for each image",
+        "other arguments",
+        "in place",
+        "no shortcut",
+        "one block",
+        "no block",
+    ],
 )
 def test_blocks_that_stay_static_and_why(blocks, call, reason):
     with pytest.raises(UsageError, match=f"Network has no run of blocks that could become a stage .*({reason})"):
@@ -294,17 +311,17 @@ def test_a_network_that_cannot_run_on_the_meta_device():
 @pytest.mark.parametrize(
     ("network", "options", "line"),
     [
-        (lambda: nn.Embedding(4, 4), {}, r"Embedding cannot be converted: it takes no images of 3×3×224×224 \(.*\); give another"),
-        (lambda: build_static("vit"), {"image_size": 20}, r"VisionTransformer cannot be converted: it takes no images of 3×3×20×20"),
-        (lambda: build_static("resnet", layers=(1, 1, 1, 1)), {}, r"ResNet has no run of blocks .*layer2.0: it changes the shape"),
+        (lambda: nn.Embedding(4, 4), {}, r"Embedding cannot be converted: it takes no images of .*×224 \(.*\); give"),
+        (lambda: build_static("vit"), {"image_size": 20}, "VisionTransformer cannot be converted: it takes no"),
+        (lambda: build_static("resnet", layers=(1, 1, 1, 1)), {}, r"ResNet has no run .*layer2.0: it changes the shape"),
         (lambda: build_static("resnet"), {"stages": "layer9"}, r"stages names 'layer9', which ResNet does not have"),
         (lambda: build_static("resnet"), {"stages": 3}, "stages is 'auto' or a list of names of modules, got 3"),
         (lambda: build_static("resnet"), {"stages": []}, r"stages is 'auto' or a list of names of modules, got \[\]"),
         (lambda: dgnet.convert(build_static("resnet")), {}, "DynamicResNet is dynamic already"),
         (lambda: dgnet.create_model("dg_resnet20"), {}, "DynamicCifarResNet is dynamic already"),
-        (lambda: build_static("resnet"), {"topology": "chain"}, "would compute another function: in stage 1, layer1.0, it lacks edges"),
+        (lambda: build_static("resnet"), {"topology": "chain"}, "another function: in stage 1, layer1.0, it lacks edges"),
         (lambda: build_static("resnet"), {"router_std": 0.1}, "its weights depend on the image; leave out the options"),
-        (lambda: build_static("resnet"), {"node_gate": "hard", "node_gate_bias": -1.0}, "a gate is closed; leave out the options"),
+        (lambda: build_static("resnet"), {"node_gate": "hard", "node_gate_bias": -1.0}, "a gate is closed; leave out"),
         (lambda: build_static("resnet"), {"weighting": "learned", "learned_start": 0.5}, "an edge does not weigh 1"),
         (lambda: build_static("resnet"), {"shortcut": "node"}, "shortcut='node' is not possible"),
         (lambda: "resnet18", {}, "convert takes a network, an nn.Module, got 'resnet18'; build it with timm.create_model"),
@@ -328,7 +345,7 @@ def test_an_unknown_option_is_refused():
 def test_the_check_refuses_a_network_that_differs(monkeypatch):
     static, images = build_static("resnet"), draw_images("resnet")
     monkeypatch.setattr("dgnet.models._increment.Increment.forward", lambda self, x: self.block(x))
-    with pytest.raises(UsageError, match="the converted network differs from ResNet by .* name the modules to convert"):
+    with pytest.raises(UsageError, match=r"the converted network differs from ResNet by .* name the modules to convert"):
         dgnet.convert(static, check=images)
 
 

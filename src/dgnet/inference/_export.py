@@ -51,8 +51,8 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
         raise UsageError(f"{type(network).__name__} cannot be exported in its {mode} form: {reason(error)}") from error
     if any("_assert_scalar" in str(node.target) and "Ne(u" in str(node.args) for node in program.graph.nodes):
         raise UsageError(
-            f"{type(network).__name__} has blocks that torch cannot export for a number of samples that may be 0; export it with"
-            " --mode dense"
+            f"{type(network).__name__} has blocks that torch cannot export for a number of samples that may be 0; export it"
+            " with --mode dense"
         )
     return program
 

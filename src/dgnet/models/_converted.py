@@ -63,7 +63,6 @@ class ConvertedStage(DynamicGraph):
         kept[-1][id(self)] = steps.steps
         return steps.steps[0]
 
-
     def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
         """All blocks keep the shape, and some cannot run on no samples."""
         return x[:0]
