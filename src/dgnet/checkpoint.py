@@ -28,11 +28,13 @@ from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import (
     Connectivity,
+    ConvertedNetwork,
     TimmNetwork,
     classifier_prefixes,
     create_model,
     is_static,
     load_static_weights,
+    removed_blocks,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -336,6 +338,10 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
     state_dict, carried = read_tensors(path)
     with damaged(path):
         check_finite(state_dict)
+    removed = tuple(f"{name}." for name in removed_blocks(network))
+    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(removed)}
+    if isinstance(network, ConvertedNetwork):
+        state_dict = dict(network.from_static(state_dict))
     if is_static(network, state_dict):
         try:
             return load_static_weights(network, state_dict)
