@@ -292,7 +292,7 @@ def _is_within(name: str, within: Sequence[str] | None) -> bool:
 
 
 def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
-    """The chains that become runs. Of those inside one another: the outer one, unless it is one block or the inner are longer."""
+    """The chains that become runs. Of those inside one another: the outer, unless it is one block or the inner are longer."""
     chosen: list[list[_Block]] = []
     for chain in sorted(chains, key=lambda chain: chain[0].name.count(".")):
         if any(_contains(other, chain) for other in chosen):
