@@ -29,6 +29,7 @@ from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import (
     Connectivity,
     TimmNetwork,
+    adapt_input,
     classifier_prefixes,
     create_model,
     is_static,
@@ -120,7 +121,7 @@ class Checkpoint(Described):
 
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
-        network = self.create_network(num_classes=len(self.class_names))
+        network = self.create_network(num_classes=len(self.class_names), **self.preprocessing.network_options)
         self.load_into(network, f"are not those of {self.model}")
         return network.eval()
 
@@ -141,7 +142,7 @@ class Checkpoint(Described):
             return None
         connectivity = Connectivity.names()
         options = {option: value for option, value in self.model_kwargs.items() if option not in connectivity}
-        return create_model(name, num_classes=len(self.class_names), **options).eval()
+        return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
@@ -335,6 +336,7 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
     state_dict, carried = read_tensors(path)
     with damaged(path):
         check_finite(state_dict)
+    state_dict = adapt_input(network, state_dict)
     if is_static(network, state_dict):
         try:
             return load_static_weights(network, state_dict)

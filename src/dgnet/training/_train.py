@@ -42,7 +42,8 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
     try:
-        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+        channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
+        network = create_model(config.model, num_classes=classes, **channels, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
@@ -100,7 +101,7 @@ def prepare_data(
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, size, config.in_chans, config.mean, config.std)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment

@@ -1,0 +1,27 @@
+"""What a network takes as input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+
+def input_channels(network: nn.Module) -> int:
+    """The number of channels of a network's images: its `in_chans`, else those of its first convolution, else 3."""
+    own = getattr(network, "in_chans", None)
+    if isinstance(own, int):
+        return own
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for RGB images, for a network of another number of channels. For grey images they are summed over RGB."""
+    channels, adapted = input_channels(network), dict(state_dict)
+    first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()
+    for name in [first] if isinstance(first, str) else first:
+        weight = adapted.get(f"{name}.weight")
+        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and channels != 3:
+            adapted[f"{name}.weight"] = adapt_input_conv(channels, weight)
+    return adapted
