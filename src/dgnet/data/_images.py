@@ -337,8 +337,8 @@ class BadImages:
 class TrainingItems(Dataset[tuple[Tensor, int]]):
     """Items of a data set by (epoch, index): images of `shape`, and labels.
 
-    Augmentation is a function of (`seed`, epoch, index). Index -1 gives a grey image with label IGNORED. `bad`: where images that do not decode are listed; each is replaced by such
-    a grey image.
+    Augmentation is a function of (`seed`, epoch, index). Index -1 gives a grey image with label IGNORED. `bad`: where images
+    that do not decode are listed; each is replaced by such a grey image.
 
     Raises BadImageError for an image that does not decode, if `bad` is None.
     """

@@ -13,6 +13,7 @@ from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import list_models as list_models
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._input import adapt_input as adapt_input
+from dgnet.models._input import first_convolutions as first_convolutions
 from dgnet.models._input import input_channels as input_channels
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._state import unwrap_names as unwrap_names

@@ -16,12 +16,16 @@ def input_channels(network: nn.Module) -> int:
     return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
+def first_convolutions(network: nn.Module) -> tuple[str, ...]:
+    """The names of the convolutions that read the image, according to the network's timm config."""
+    names = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights for RGB images, for a network of another number of channels. For grey images they are summed over RGB."""
     channels, adapted = input_channels(network), dict(state_dict)
-    first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()
-    for name in [first] if isinstance(first, str) else first:
-        weight = adapted.get(f"{name}.weight")
-        if weight is not None and weight.ndim == 4 and weight.shape[1] == 3 and channels != 3:
-            adapted[f"{name}.weight"] = adapt_input_conv(channels, weight)
+    for name in (f"{name}.weight" for name in first_convolutions(network)):
+        if name in adapted and adapted[name].ndim == 4 and adapted[name].shape[1] == 3 and channels != 3:
+            adapted[name] = adapt_input_conv(channels, adapted[name])
     return adapted
