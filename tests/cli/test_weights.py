@@ -105,7 +105,7 @@ def test_mistakes_with_weights(run, bare, images, tmp_path, capsys):
         ),
         (["explore", "--weights", tmp_path / "none"], "none does not exist"),
         (["evaluate", run, "--weights", bare, *model], "nrecognized arguments"),
-        (["predict", "--weights", bare, *model], "IMAGE"),
+        (["predict", "--weights", bare, *model], "the following arguments are required: images"),
     ):
         assert message in refuse(capsys, *words)
 

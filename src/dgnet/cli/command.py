@@ -77,7 +77,7 @@ class Parser(ArgumentParser):
                 break
             if name in self.moved and (has_value or len(left) > 1):
                 value = value if has_value else left[1]
-                return [value, *rest, *left[1 if has_value else 2 :]]
+                return [read_word(Location, value, name), *rest, *left[1 if has_value else 2 :]]
             rest.append(left.pop(0))
         return [*rest, *left]
 
