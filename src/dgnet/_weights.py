@@ -12,7 +12,7 @@ from torch import Tensor
 from dgnet.checkpoint import NOT_STORED, Checkpoint, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
 from dgnet.errors import UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, first_convolutions
+from dgnet.models import TimmNetwork, classifier_prefixes, create_model, first_convolutions, match_image_size
 
 
 def read_weights(
@@ -37,7 +37,7 @@ def read_weights(
         raise UsageError(
             f"{path} is a checkpoint of {carried.get('model')} with its own classes and preprocessing; leave out --model"
         )
-    options = dict(model_kwargs or {})
+    options, image_size = match_image_size(model, model_kwargs or {}, image_size)
     for name in NOT_STORED:
         if name in options:
             raise UsageError(f"--model-kwargs cannot set {name}: it follows from the weights")

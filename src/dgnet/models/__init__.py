@@ -15,6 +15,7 @@ from dgnet.models._increment import Increment as Increment
 from dgnet.models._input import adapt_input as adapt_input
 from dgnet.models._input import first_convolutions as first_convolutions
 from dgnet.models._input import input_channels as input_channels
+from dgnet.models._input import match_image_size as match_image_size
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
