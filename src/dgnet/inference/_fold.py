@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from dgnet.models import input_channels
+from dgnet.models import find_channels
 
 
 def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -> nn.Module:
@@ -52,5 +52,5 @@ def _find_pairs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str
 
             module.register_forward_pre_hook(read)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    traced(torch.empty(2, input_channels(model), height, width, device="meta"))
+    traced(torch.empty(2, find_channels(model), height, width, device="meta"))
     return pairs

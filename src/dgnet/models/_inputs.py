@@ -1,4 +1,4 @@
-"""What a network takes as input."""
+"""What images a network takes, as far as it says."""
 
 from __future__ import annotations
 
@@ -8,13 +8,30 @@ from typing import Any
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
+_DEFAULT_SIDE = 224
 
-def input_channels(network: nn.Module) -> int:
-    """The number of channels of a network's images: its `in_chans`, else those of its first convolution, else 3."""
-    own = getattr(network, "in_chans", None)
-    if isinstance(own, int):
-        return own
-    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+
+def find_channels(network: nn.Module) -> int:
+    """The number of channels of the images that `network` takes; 3 if it does not say."""
+    given = getattr(network, "in_chans", None)
+    if isinstance(given, int):
+        return given
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+
+def find_image_size(network: nn.Module, given: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width in pixels: `given` (a side, or both), or what `network` is built for, or 224."""
+    if given is not None:
+        return (given, given) if isinstance(given, int) else (given[0], given[1])
+    for module in (network, getattr(network, "model", None)):  # `model`: of timm's feature extractors
+        built_for = getattr(getattr(module, "patch_embed", None), "img_size", None)
+        if isinstance(built_for, tuple) and len(built_for) == 2:
+            return built_for
+        cfg = getattr(module, "pretrained_cfg", None)
+        if isinstance(cfg, dict) and "input_size" in cfg:
+            return cfg["input_size"][1], cfg["input_size"][2]
+    return _DEFAULT_SIDE, _DEFAULT_SIDE
 
 
 def first_convolutions(network: nn.Module) -> tuple[str, ...]:
@@ -25,7 +42,7 @@ def first_convolutions(network: nn.Module) -> tuple[str, ...]:
 
 def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights for RGB images, for a network of another number of channels. For grey images they are summed over RGB."""
-    channels, adapted = input_channels(network), dict(state_dict)
+    channels, adapted = find_channels(network), dict(state_dict)
     for name in (f"{name}.weight" for name in first_convolutions(network)):
         if name in adapted and adapted[name].ndim == 4 and adapted[name].shape[1] == 3 and channels != 3:
             adapted[name] = adapt_input_conv(channels, adapted[name])

@@ -7,14 +7,14 @@ import timm
 import torch
 from torch import nn
 
-from dgnet.models import adapt_input, create_model, input_channels, match_image_size
+from dgnet.models import adapt_input, create_model, find_channels, match_image_size
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "vit_tiny_patch16_224", "mixer_s32_224", "test_convnext"])
 def test_channels_are_found_in_networks_of_all_kinds(name):
     with torch.device("meta"):
-        assert input_channels(timm.create_model(name, in_chans=2)) == 2
-    assert input_channels(nn.Linear(2, 2)) == 3
+        assert find_channels(timm.create_model(name, in_chans=2)) == 2
+    assert find_channels(nn.Linear(2, 2)) == 3
 
 
 def test_weights_for_rgb_give_a_grey_image_the_same_features():
