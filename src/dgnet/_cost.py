@@ -45,12 +45,20 @@ class StageCost:
 
         If input and output node have an edge, that is the path. All edges between these nodes are open.
         """
-        cheapest: list[tuple[int, tuple[int, ...]]] = [(0, (0,))]  # for each node the cheapest path to it
-        for node in range(1, self.topology.num_nodes):
-            own = 0 if node in self.always else self.nodes[node] + self.routers[node]
-            before, path = min(cheapest[sender] for sender in self.topology.senders(node))
-            cheapest.append((before + own + self.edges[node], (*path, node)))
-        return self._with({*self.always, *cheapest[-1][1]})
+        always, topology = self.always, self.topology
+        cheapest: list[tuple[int, tuple[int, ...]]] = [(0, (0,))]  # to each node: what it costs besides, and the path
+        for node in range(1, topology.num_nodes):
+            own = 0
+            if node not in always:  # the node, and its edges from and to the nodes that always run
+                own = self.nodes[node] + self.routers[node]
+                own += self.edges[node] * sum(sender in always for sender in topology.senders(node))
+                own += sum(self.edges[receiver] for receiver in topology.receivers(node) if receiver in always)
+            before, path = min(
+                (cheapest[sender][0] + self.edges[node] * (sender not in always and node not in always), cheapest[sender][1])
+                for sender in topology.senders(node)
+            )
+            cheapest.append((before + own, (*path, node)))
+        return self._with({*always, *cheapest[-1][1]})
 
     def _with(self, alive: Collection[int]) -> int:
         """With these nodes alive, and every edge between them open."""

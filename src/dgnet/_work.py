@@ -7,7 +7,6 @@ convolutions and matrix products from their shapes. Hooks note which place of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mkldnn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.backends import mha
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DenseWalk, DynamicGraph, find_stages
@@ -101,16 +99,16 @@ class _Meter:
     def run(self, shape: Sequence[int]) -> NetworkWork:
         """`shape`: of a batch of one image."""
         images = torch.zeros(shape, device=self.device)
-        with ExitStack() as context:
-            context.enter_context(torch.no_grad())
-            if (
-                self.device == "cpu"
-            ):  # without the fused forms of attention and recurrent layers, which the counter does not know
-                context.enter_context(sdpa_kernel(SDPBackend.MATH))
-                context.enter_context(mkldnn.flags(enabled=False))
-            context.enter_context(self.counter)
-            self.network(images)
-            self.book()
+        is_fused = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(
+            False
+        )  # on the CPU transformer layers may run as one operator, which the counter does not know
+        try:
+            with torch.no_grad(), self.counter:
+                self.network(images)
+                self.book()
+        finally:
+            mha.set_fastpath_enabled(is_fused)
         return self.work
 
     def book(self) -> None:
@@ -198,11 +196,14 @@ def _watch(graph: DynamicGraph, meter: _Meter) -> StageWork:
 
 
 _CONVOLUTION = torch.ops.aten.convolution
-# Matrix products that torch's counter does not know, from the shapes of their operands: two for each multiply-add.
+# Operators that torch's counter does not know, from the shapes of their operands: two for each multiply-add.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
     torch.ops.aten.dot: lambda left, right, **_: 2 * prod(left),
     torch.ops.aten.addmv: lambda added, matrix, vector, **_: 2 * prod(matrix),
     torch.ops.aten.addbmm: lambda added, left, right, **_: 2 * prod(left) * right[-1],
     torch.ops.aten._trilinear: lambda left, weight, right, *_, **__: 2 * left[0] * prod(weight),  # nn.Bilinear
+    # On the CPU; on the meta device they run as several operators.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, read, kept, *_, **__: 2 * prod(x[:-1]) * (prod(read) + prod(kept)),
 }

@@ -44,7 +44,8 @@ class Budget:
         self.costs = cost_model(network, image_size)
         # In training only gates close blocks.
         closing = [
-            cost.dense if stage.node_gates is None else cost.least for cost, stage in zip(self.costs.stages, self.stages, strict=True)
+            cost.dense if stage.node_gates is None else cost.least
+            for cost, stage in zip(self.costs.stages, self.stages, strict=True)
         ]
         least = (self.costs.fixed + sum(closing)) / self.costs.dense
         if not 0 < share <= 1:
