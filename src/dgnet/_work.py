@@ -100,9 +100,8 @@ class _Meter:
         """`shape`: of a batch of one image."""
         images = torch.zeros(shape, device=self.device)
         is_fused = mha.get_fastpath_enabled()
-        mha.set_fastpath_enabled(
-            False
-        )  # on the CPU transformer layers may run as one operator, which the counter does not know
+        # On the CPU a transformer layer may run as one operator, which the counter does not know.
+        mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad(), self.counter:
                 self.network(images)
