@@ -15,6 +15,7 @@ import dgnet
 from dgnet._cost import CostModel, StageCost, cost_model
 from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, RoutedOptions, RoutedWeighting
 from dgnet.graph._topology import RandomGraphOptions, complete, erdos_renyi
+from tests.helpers.networks import build_meta
 
 
 class Functional(nn.Module):
@@ -240,3 +241,17 @@ def test_fixed_weights_close_nothing():
     topology = complete(3)
     graph = DynamicGraph(topology, FixedWeighting(topology, 4), OnTokens(3, 4), [OnTokens(3, 4)], nn.Identity())
     assert cost_model(graph, 4).skippable == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_converted_network_costs_what_its_network_costs(name):
+    """Besides routers and aggregation, for each layout; and the nodes hold what its blocks cost."""
+    static = build_meta(name, in_chans=2)
+    converted = dgnet.convert(static)
+    size = static.pretrained_cfg["input_size"][1:]
+    before, after = dgnet.cost(static, size), dgnet.cost(converted, size)
+    assert (after.multiply_adds, after.linear_multiply_adds) == (before.multiply_adds, before.linear_multiply_adds)
+    assert after.router_multiply_adds > 0
+    costs = cost_model(converted, size)
+    assert all(all(stage.nodes[1:-1]) and stage.nodes[0] == 0 for stage in costs.stages)
+    assert costs.skippable > 0
