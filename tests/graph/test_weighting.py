@@ -157,3 +157,25 @@ def test_each_group_of_options_checks_itself_alone_and_in_a_connectivity():
         GateOptions("hard", float("nan"))
     with pytest.raises(UsageError, match="learned_start must not be 0"):
         Connectivity(weighting="learned", learned_start=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "alpha"}, {"router_bias": -1.0, "threshold": -3.0}], ids=str)
+@torch.no_grad()
+def test_with_a_unit_start_edges_weigh_1_or_0_and_no_more_than_they_learn(options):
+    chosen = RoutedOptions(unit_start=True, router_std=0.0, router_start="chain", **options)
+    weighting = RoutedWeighting(complete(5), 8, chosen, chain(5))
+    feature = torch.randn(2, 8, 3, 3)
+    alpha = torch.zeros(2, 5, 5)
+    for node in range(4):
+        alpha[:, node + 1 :, node] = weighting.predict(node, feature)
+    for node in range(1, 5):
+        weights = weighting.weigh(node, alpha[:, node, :node])
+        expected = torch.zeros(2, node)
+        expected[:, -1] = 1
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        # The weight follows α: an edge that started closed and one that started open change by the same.
+        moved = weighting.weigh(node, torch.full((2, node), 0.7))
+        if node > 1:
+            torch.testing.assert_close(moved[:, -1] - moved[:, 0], torch.full((2,), chosen.closed_shift), rtol=0, atol=1e-6)
+    # Without a part that starts closed nothing is subtracted.
+    assert RoutedWeighting(complete(5), 8, chosen, complete(5)).closed is None

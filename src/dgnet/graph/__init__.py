@@ -10,6 +10,7 @@ from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
+from dgnet.graph._gating import accept_cuts as accept_cuts
 from dgnet.graph._gating import least_logit as least_logit
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
 from dgnet.graph._layout import to_map as to_map

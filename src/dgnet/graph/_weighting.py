@@ -165,7 +165,7 @@ class RoutedOptions(RouterOptions):
     threshold: float = option(0.0, "initial τ", used_by=_ROUTED)
     learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
     unit_start: bool = option(
-        False, "divide weights by their initial value, so that an edge that starts open weighs 1", used_by=_ROUTED
+        False, "scale weights so that an edge that starts open weighs 1, and one that `router_start` closes 0", used_by=_ROUTED
     )
     inference_weight: str = option(
         "gated", "weight of an open edge in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
@@ -194,7 +194,23 @@ class RoutedOptions(RouterOptions):
     @property
     def start_weight(self) -> float:
         """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this."""
-        alpha = _sigmoid(self.router_bias)
+        return self._first_weight(self.router_bias)
+
+    @property
+    def closed_bias(self) -> float:
+        """Initial b of an edge that starts closed.
+
+        With `unit_start` it is the opposite of `router_bias`: such an edge weighs 0 whatever its α, and must be able to learn.
+        """
+        return -abs(self.router_bias) if self.unit_start else CLOSED_BIAS
+
+    @property
+    def closed_shift(self) -> float:
+        """What is subtracted from the weight of an edge that starts closed, after the division, so that it starts at 0."""
+        return self._first_weight(self.closed_bias) / self.start_weight if self.unit_start else 0.0
+
+    def _first_weight(self, bias: float) -> float:
+        alpha = _sigmoid(bias)
         return alpha if self.gate == "alpha" else alpha * _sigmoid(alpha - self.threshold)
 
 
@@ -204,8 +220,11 @@ class RoutedWeighting(Weighting):
     In training an edge weighs ψ(α); in evaluation an edge with α < τ is closed. With `gate="alpha"` τ has no gradient and keeps
     its initial value. A router receives pooled features in float32, under autocast too, and returns α in [0, 1].
 
-    `start`: the edges whose b starts at `router_bias`; b of the others starts at `CLOSED_BIAS`. None: all edges. Only `Router`
+    `start`: the edges whose b starts at `router_bias`; b of the others starts at `closed_bias`. None: all edges. Only `Router`
     uses it.
+
+    With `unit_start` the weight is ψ(α)/ψ(α₀) of an edge that starts open, and (ψ(α) - ψ(α₁))/ψ(α₀) of one that starts closed;
+    α₀ and α₁ are their α at the start, if W is 0.
     """
 
     def __init__(
@@ -215,12 +234,16 @@ class RoutedWeighting(Weighting):
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
         self.unit = self.options.start_weight if self.options.unit_start else 1.0  # weights are divided by this
+        closed = topology.mask & ~(start or topology).mask
+        self.closed: Tensor | None  # which edges start at 0, (N, N): `closed_shift` is subtracted from their weights
+        self.register_buffer("closed", closed if self.options.unit_start and closed.any() else None, persistent=False)
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
             if receivers:
                 opening = (start or topology).receivers(node)
-                biases = [self.options.router_bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
+                open_bias, closed_bias = self.options.router_bias, self.options.closed_bias
+                biases = [open_bias if receiver in opening else closed_bias for receiver in receivers]
                 self.routers[str(node)] = (
                     Router(channels, len(receivers), biases, self.options.router_std, self.options.router_norm)
                     if self.options.router is None
@@ -253,4 +276,8 @@ class RoutedWeighting(Weighting):
         is_raw = not self.training and self.options.inference_weight == "raw"
         is_alpha = is_raw or self.options.gate == "alpha"
         weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
-        return weight if self.unit == 1 else weight / self.unit
+        weight = weight if self.unit == 1 else weight / self.unit
+        if self.closed is None:
+            return weight
+        closed = self.closed[node, list(self.topology.senders(node))]
+        return weight - self.options.closed_shift * closed.to(weight)

@@ -101,7 +101,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     something reads it. Raises UsageError if blocks, topology and options do not fit together.
     """
     weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
-    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
+    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels, stage)
     first = parts[0]
     for node, part in enumerate(parts, start=1):
         reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
@@ -179,6 +179,13 @@ class DynamicNetwork(LoadsWrapped):
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A static checkpoint with timm's names. A family whose names in torchvision differ overrides this."""
         return state_dict
+
+    def static_obstacle(self, weights_of: str) -> str:
+        """Why this network cannot compute the function of its static counterpart, whatever its options; "" if it can.
+
+        `weights_of`: the name of the static model, "" if it is not known.
+        """
+        return ""
 
     def stored_options(self) -> dict[str, Any]:
         """Plain arguments of `create_model` that give the same connectivity.

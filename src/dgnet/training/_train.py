@@ -10,7 +10,7 @@ import torch
 from dgnet.checkpoint import describe_network, load_weights
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
+from dgnet.models import TimmNetwork, classifier_prefixes, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._module import Classifier, ImageDataModule
@@ -42,16 +42,21 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
     try:
-        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+        network = run.create_network(config, num_classes=classes)
+        if config.start == "static":
+            config = config.with_network(static_start_options(network, config.network_kwargs))
+            network = run.create_network(config, num_classes=classes)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        untrained = load_weights(network, config.model, config.weights)
-        if untrained:
-            run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
+        loaded = load_weights(network, config.model, config.weights, config.start, preprocessing.image_size)
+        if loaded.untrained:
+            run.say(f"{config.weights}: {describe_untrained(network, loaded.untrained)}")
+        if loaded.loss:
+            run.say(f"{config.weights}: {loaded.loss}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
