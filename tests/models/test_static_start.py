@@ -14,7 +14,8 @@ from dgnet.checkpoint import load_weights
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
 from dgnet.models import static_start_options
-from dgnet.models._static_start import TOLERANCE, measure_difference
+from dgnet.models._agreement import TOLERANCE
+from dgnet.models._static_start import measure_difference
 from tests.helpers.networks import build, shake_norms
 
 STATIC = {

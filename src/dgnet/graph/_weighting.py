@@ -5,7 +5,6 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -142,10 +141,6 @@ class LearnedWeighting(Weighting):
 _ROUTED = {"weighting": ("routed",)}
 
 
-def _sigmoid(x: float) -> float:
-    return (1 + math.tanh(x / 2)) / 2
-
-
 @dataclass(frozen=True)
 class RoutedOptions(RouterOptions):
     """Options of `RoutedWeighting`. The defaults are DG-Net's."""
@@ -188,13 +183,8 @@ class RoutedOptions(RouterOptions):
                 raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
         if self.unit_start and self.inference_weight == "raw":
             raise UsageError("unit_start divides the gated weight; use inference_weight='gated'")
-        if self.unit_start and self.start_weight < 1e-6:
+        if self.unit_start and self.start_weight() < 1e-6:
             raise UsageError(f"unit_start needs edges that start open, and with router_bias={self.router_bias} they do not")
-
-    @property
-    def start_weight(self) -> float:
-        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this."""
-        return self._first_weight(self.router_bias)
 
     @property
     def closed_bias(self) -> float:
@@ -204,14 +194,22 @@ class RoutedOptions(RouterOptions):
         """
         return -abs(self.router_bias) if self.unit_start else CLOSED_BIAS
 
-    @property
-    def closed_shift(self) -> float:
-        """What is subtracted from the weight of an edge that starts closed, after the division, so that it starts at 0."""
-        return self._first_weight(self.closed_bias) / self.start_weight if self.unit_start else 0.0
+    def start_weight(self, dtype: torch.dtype = torch.float32, bias: float | None = None) -> float:
+        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this.
 
-    def _first_weight(self, bias: float) -> float:
-        alpha = _sigmoid(bias)
-        return alpha if self.gate == "alpha" else alpha * _sigmoid(alpha - self.threshold)
+        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit. `bias`: of
+        another edge than one that starts open.
+        """
+        bias = self.router_bias if bias is None else bias
+        alpha, tau = torch.tensor([bias, self.threshold], dtype=dtype, device="cpu").unbind()
+        alpha = alpha.sigmoid()
+        return float(alpha if self.gate == "alpha" else psi(alpha, tau))
+
+    def closed_weight(self, dtype: torch.dtype = torch.float32) -> float:
+        """As `start_weight`, of an edge that starts closed, after the division."""
+        weights = [self.start_weight(dtype, bias) for bias in (self.closed_bias, self.router_bias)]
+        closed, opened = torch.tensor(weights, dtype=dtype, device="cpu")
+        return float(closed / opened)
 
 
 class RoutedWeighting(Weighting):
@@ -233,10 +231,15 @@ class RoutedWeighting(Weighting):
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
-        self.unit = self.options.start_weight if self.options.unit_start else 1.0  # weights are divided by this
+        # Weights are divided by `unit`, and less `closed_unit` if the edge starts closed; the others are for float64.
+        has_unit = self.options.unit_start
+        self.unit = self.options.start_weight() if has_unit else 1.0
+        self.unit_double = self.options.start_weight(torch.float64) if has_unit else 1.0
+        self.closed_unit = self.options.closed_weight() if has_unit else 0.0
+        self.closed_unit_double = self.options.closed_weight(torch.float64) if has_unit else 0.0
         closed = topology.mask & ~(start or topology).mask
-        self.closed: Tensor | None  # which edges start at 0, (N, N): `closed_shift` is subtracted from their weights
-        self.register_buffer("closed", closed if self.options.unit_start and closed.any() else None, persistent=False)
+        self.closed: Tensor | None  # which edges start at 0, (N, N); None if no edge does
+        self.register_buffer("closed", closed if has_unit and closed.any() else None, persistent=False)
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
@@ -276,8 +279,11 @@ class RoutedWeighting(Weighting):
         is_raw = not self.training and self.options.inference_weight == "raw"
         is_alpha = is_raw or self.options.gate == "alpha"
         weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
-        weight = weight if self.unit == 1 else weight / self.unit
+        if not self.options.unit_start:
+            return weight
+        is_double = weight.dtype == torch.float64
+        weight = weight / (self.unit_double if is_double else self.unit)
         if self.closed is None:
             return weight
-        closed = self.closed[node, list(self.topology.senders(node))]
-        return weight - self.options.closed_shift * closed.to(weight)
+        closed = self.closed[node, list(self.topology.senders(node))].to(weight)
+        return weight - closed * (self.closed_unit_double if is_double else self.closed_unit)

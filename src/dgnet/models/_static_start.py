@@ -3,8 +3,8 @@
 Two forms keep the function. *Without an activation after additions* (MobileNetV2) a chain of residual blocks is a sum over all
 blocks before: the complete graph with every weight 1, the shortcut an edge, and added projections at 0. *With an activation*
 (ResNet, RegNet) only the whole blocks in a row compute the same: the shortcut in the node, the edges of the chain at weight 1,
-all others at 0. Gates are refused there: a block that closes would cut the chain. (A ResNet-20 with 99 % on the digits, fine-tuned
-to a budget of 0.6, ended at 39 %.)
+all others at 0. Gates are refused there: a block that closes would cut the chain. (A ResNet-20 with 99 % on the digits,
+fine-tuned to a budget of 0.6, ended at 39 %.)
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import TOPOLOGIES, DynamicGraph, FixedWeighting, StageOptions
-from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._agreement import TOLERANCE, find_difference
+from dgnet.models._dynamic import DynamicFamily, DynamicNetwork
+from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._protocol import TimmNetwork
 
 STARTS = ("paper", "static")
 """How a dynamic network starts from static weights: with the paper's edge weights, or as the static network."""
-
-TOLERANCE = 1e-4
-"""The largest difference of a logit that still counts as the same function, as a share of the largest logit.
-
-Rounding in float32 gives up to 1e-5; one edge that starts at the weight 0.999 gives more than 1e-4.
-"""
 
 
 def static_start_options(network: TimmNetwork, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +34,9 @@ def static_start_options(network: TimmNetwork, given: Mapping[str, Any]) -> dict
     `given`: options that must stay as they are. Raises UsageError for one that contradicts, for gates where a closed one would
     cut the blocks that start in a row, and for a network without a static counterpart.
     """
-    if not isinstance(network, DynamicNetwork) or not network.static_names:
+    if isinstance(network, DynamicNetwork) and not isinstance(network, DynamicFamily):
+        raise UsageError("a converted network always starts as the static one; leave start 'static' out")
+    if not isinstance(network, DynamicFamily) or not network.static_names:
         raise UsageError(
             f"start 'static' is for dg_ networks that take the weights of a static one; {type(network).__name__} does not:"
             " leave it out"
@@ -57,7 +55,7 @@ def static_start_options(network: TimmNetwork, given: Mapping[str, Any]) -> dict
     return {**suggested, **given, **needed}
 
 
-def _choose(network: DynamicNetwork, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _choose(network: DynamicFamily, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that keep the function with the weighting and the gates that are given, and those that help to train it."""
     weighting, has_gates = given.get("weighting", "routed"), given.get("node_gate", "none") != "none"
     needed: dict[str, Any] = {"weighting": weighting}
@@ -84,7 +82,7 @@ def find_obstacle(network: TimmNetwork, weights_of: str = "") -> str:
 
     `weights_of`: the name of the static model, "" if it is not known.
     """
-    return network.static_obstacle(weights_of) if isinstance(network, DynamicNetwork) else ""
+    return network.static_obstacle(weights_of) if isinstance(network, DynamicFamily) else ""
 
 
 def keep_function(network: TimmNetwork, untrained: Sequence[str], image_size: int | tuple[int, int] | None = None) -> list[str]:
@@ -94,7 +92,8 @@ def keep_function(network: TimmNetwork, untrained: Sequence[str], image_size: in
 
     Raises UsageError if the logits of two random images differ by more than `TOLERANCE`.
     """
-    assert isinstance(network, DynamicNetwork)
+    if not isinstance(network, DynamicFamily):  # a converted network always starts so
+        return list(untrained)
     zeroed: set[str] = set()
     for name, stage in zip(network.stage_names, network.stages, strict=True):
         if stage.entry_shortcut or not any(other.startswith(f"{name}.input.") for other in untrained):
@@ -120,6 +119,8 @@ def keep_function(network: TimmNetwork, untrained: Sequence[str], image_size: in
 
 def describe_loss(network: TimmNetwork, image_size: int | tuple[int, int] | None = None, weights_of: str = "") -> str:
     """What a network that has taken static weights loses of the static network's function; "" if nothing."""
+    if not isinstance(network, DynamicFamily):
+        return ""
     obstacle = find_obstacle(network, weights_of)
     if obstacle:
         return f"this start does not keep the function of the static network ({obstacle})"
@@ -129,36 +130,30 @@ def describe_loss(network: TimmNetwork, image_size: int | tuple[int, int] | None
     return f"this start does not keep the function of the static network ({_in_words(difference)})"
 
 
-@torch.no_grad()
-def measure_difference(network: TimmNetwork, image_size: int | tuple[int, int] | None = None) -> float:
+def measure_difference(network: DynamicFamily, image_size: int | tuple[int, int] | None = None) -> float:
     """The largest difference of a logit from the static network of the same weights, as a share of the largest logit.
 
     On two random images, in evaluation; `image_size`: in pixels, None: the model's own. Infinite if a stage lacks the
     projection that the static network has.
     """
-    size: Any = network.pretrained_cfg["input_size"][1:] if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, getattr(network, "in_chans", 3), height, width, generator=generator).to(_like(network))
-    compared = copy.deepcopy(network).eval()
-    found = compared(images).double()
-    _make_static(compared)
+    shape = (2, find_channels(network), *find_image_size(network, image_size))
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(_like(network))
+    static = copy.deepcopy(network)
+    _make_static(static)
     try:
-        expected = compared(images).double()
+        return find_difference(static, network, images)
     except RuntimeError:  # a projection that nobody reads was not built
         return math.inf
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _make_static(network: nn.Module) -> None:
+def _make_static(network: DynamicFamily) -> None:
     """Replace each stage by its blocks in a row, with their shortcuts: the static network."""
-    assert isinstance(network, DynamicNetwork)
     for name, stage in zip(network.stage_names, network.stages, strict=True):
         chain = TOPOLOGIES["chain"](stage.topology.num_nodes)
         weighting = FixedWeighting(chain, 1).to(_like(network))
         options = StageOptions(shortcut="node")
         parts = stage.input, list(stage.nodes), stage.activation
-        network.set_submodule(name, DynamicGraph(chain, weighting, *parts, options, stage.entry_shortcut).eval())
+        network.set_submodule(name, DynamicGraph(chain, weighting, *parts, options, stage.entry_shortcut))
 
 
 def _like(network: nn.Module) -> torch.Tensor:
