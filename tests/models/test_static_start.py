@@ -106,16 +106,16 @@ def test_a_projection_that_a_static_network_lacks_starts_at_0_and_learns():
 
 
 def test_a_converted_network_always_starts_as_the_static_one(tmp_path):
-    static = trained("resnet20")
-    converted = dgnet.convert(build("resnet20"))
+    static = trained("resnet18")
+    converted = dgnet.convert(build("resnet18"))
     dgnet.load_static_weights(converted, static.state_dict(), start="static")
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative(converted.eval()(images), static(images)) < 1e-5
     with pytest.raises(UsageError, match="a converted network always starts as the static one"):
         static_start_options(converted, {})
-    torch.save(static.state_dict(), tmp_path / "resnet20.pth")
-    assert load_weights(dgnet.convert(build("resnet20")), "resnet20", tmp_path / "resnet20.pth", "paper", (32, 32)).loss == ""
+    torch.save(static.state_dict(), tmp_path / "resnet18.pth")
+    assert load_weights(dgnet.convert(build("resnet18")), "resnet18", tmp_path / "resnet18.pth", "paper", (64, 64)).loss == ""
 
 
 def test_options_that_contradict_are_refused():
