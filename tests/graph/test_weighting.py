@@ -179,3 +179,12 @@ def test_with_a_unit_start_edges_weigh_1_or_0_and_no_more_than_they_learn(option
             torch.testing.assert_close(moved[:, -1] - moved[:, 0], torch.full((2,), chosen.closed_weight()), rtol=0, atol=1e-6)
     # Without a part that starts closed nothing is subtracted.
     assert RoutedWeighting(complete(5), 8, chosen, complete(5)).closed is None
+
+
+def test_with_a_unit_start_an_edge_that_starts_closed_can_learn():
+    options = RoutedOptions(unit_start=True, router_std=0.0, router_start="chain")
+    weighting = RoutedWeighting(complete(5), 8, options, chain(5))
+    alpha = torch.cat([weighting.predict(node, torch.randn(2, 8, 3, 3))[:, 3 - node, None] for node in range(4)], dim=1)
+    weighting.weigh(4, alpha).sum().backward()
+    closed, opened = (abs(weighting.routers[node].bias.grad[-1]) for node in ("0", "3"))
+    assert closed > 0.3 * opened
