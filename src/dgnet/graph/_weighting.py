@@ -200,9 +200,11 @@ class RoutedOptions(RouterOptions):
         It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit. `bias`: of
         another edge than one that starts open.
         """
-        bias = self.router_bias if bias is None else bias
-        alpha, tau = torch.tensor([bias, self.threshold], dtype=dtype, device="cpu").unbind()
-        alpha = alpha.sigmoid()
+        first = torch.tensor(
+            [self.router_bias if bias is None else bias, self.threshold], device="cpu"
+        )  # float32, as parameters
+        b, tau = first.to(dtype).unbind()
+        alpha = b.sigmoid()
         return float(alpha if self.gate == "alpha" else psi(alpha, tau))
 
     def closed_weight(self, dtype: torch.dtype = torch.float32) -> float:
