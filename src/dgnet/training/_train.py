@@ -10,7 +10,7 @@ import torch
 from dgnet.checkpoint import DESCRIPTION, damaged, describe_network, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, create_model, match_image_size, stored_options
+from dgnet.models import TimmNetwork, match_image_size, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._head import settle_head
@@ -47,15 +47,19 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     model_kwargs, size = match_image_size(config.model, config.model_kwargs, size)
     config = replace(config, model_kwargs=model_kwargs, image_size=size)
     try:
-        channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
-        network = create_model(config.model, num_classes=classes, **channels, **config.network_kwargs)
+        fixed = {"num_classes": classes, **({} if config.in_chans is None else {"in_chans": config.in_chans})}
+        network = run.create_network(config, **fixed)
+        if config.start == "static":
+            config = config.with_network(static_start_options(network, config.network_kwargs))
+            network = run.create_network(config, **fixed)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        run.say(f"{config.weights}: {_start_from_weights(network, config, train_set.class_names)}")
+        line = _start_from_weights(network, config, train_set.class_names, preprocessing.image_size)
+        run.say(f"{config.weights}: {line}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
@@ -85,17 +89,18 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def _start_from_weights(network: TimmNetwork, config: TrainConfig, class_names: list[str]) -> str:
-    """Load `--weights` into `network`. Returns a line on what was loaded."""
+def _start_from_weights(network: TimmNetwork, config: TrainConfig, class_names: list[str], image_size: tuple[int, int]) -> str:
+    """Load `--weights` into `network`. Returns a line on what was loaded, and on what was lost."""
     path = find_checkpoint(str(config.weights))
     state_dict, carried = read_tensors(path)
-    untrained = fit_weights(network, config.model, path, state_dict, carried)
+    loaded = fit_weights(network, config.model, path, state_dict, carried, config.start, image_size)
     classes = len(class_names)
     known = imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
     if carried is not None:
         with damaged(path):
             known = read_entry(carried, "class_names", list[Label], DESCRIPTION)
-    return settle_head(network, untrained, class_names, known)
+    lines = settle_head(network, loaded.untrained, class_names, known), loaded.loss
+    return "; ".join(filter(None, lines))
 
 
 def prepare_data(
