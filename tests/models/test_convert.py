@@ -111,7 +111,7 @@ def test_to_static_refuses_what_has_changed():
     with pytest.raises(UsageError, match=r"ResNet was not made by dgnet\.convert"):
         dgnet.to_static(build_static("resnet"))
     converted = dgnet.convert(build_static("resnet"), node_gate="hard")
-    (stage,) = find_stages(converted)
+    stage, *_ = find_stages(converted)
     for change, reason in (
         (lambda s: nn.init.ones_(s.weighting.routers["1"].weight), "its weights depend on the image"),
         (lambda s: nn.init.ones_(s.weighting.routers["1"].bias), "an edge does not weigh 1"),
@@ -248,11 +248,11 @@ def _shared() -> nn.ModuleList:
         (
             lambda: nn.ModuleList(Block() for _ in range(2)),
             _each_another,
-            "no other block of its shape, called in the same way",
+            "it is one block only, and has no gate",
         ),
         (lambda: nn.ModuleList(InPlace() for _ in range(2)), _loop, "it changes its input in place"),
         (lambda: nn.ModuleList(Plain() for _ in range(2)), _loop, "it has no residual shortcut"),
-        (lambda: nn.ModuleList([Block()]), _loop, "no other block of its shape"),
+        (lambda: nn.ModuleList([Block()]), _loop, "it is one block only"),
         (lambda: nn.Identity(), None, "it has no residual blocks"),
     ],
     ids=[
@@ -277,7 +277,7 @@ def test_a_feature_that_is_read_later_too_ends_a_run():
     converted = dgnet.convert(static, image_size=16)
     assert [run.blocks for run in converted.conversion.stages] == [("blocks.1", "blocks.2", "blocks.3")]
     assert [(block.name, block.reason.partition(",")[0]) for block in converted.conversion.static] == [
-        ("blocks.0", "no other block of its shape")
+        ("blocks.0", "it is one block only")
     ]
     torch.testing.assert_close(converted(images), static(images))
 

@@ -122,7 +122,7 @@ CONVERTED: dict[str, tuple[str, int, dict[str, object]]] = {
 STATIC: dict[str, tuple[str, int, dict[str, object], str]] = {
     "coat": ("coat_tiny", 224, {}, "it shares parameters with"),
     "densenet": ("densenet121", 32, {}, "it changes the shape"),
-    "dla": ("dla46_c", 32, {}, "no other block of its shape"),
+    "dla": ("dla46_c", 32, {}, "it is one block only"),
     "dpn": ("dpn48b", 32, {}, "it changes the shape"),
     "efficientvim": ("efficientvim_m1", 32, {}, "it does not return one tensor"),
     "gcvit": ("gcvit_xxtiny", 224, {}, "it changes the shape"),

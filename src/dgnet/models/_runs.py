@@ -1,35 +1,25 @@
 """Find the runs of a network: consecutive residual blocks that keep the shape of their feature, called one after the other.
 
-One forward pass is traced with hooks. Letters: B batch, C channels, H and W height and width, L tokens.
+Letters: B batch, C channels, H and W height and width, L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dgnet.compat.timm import FeatureGetterNet
-from dgnet.compat.torch import count_writes, find_leaves, find_tensors
-from dgnet.errors import UsageError, reason
+from dgnet.compat.torch import find_leaves
+from dgnet.errors import UsageError
 from dgnet.graph import Further
-
-_BATCH = 3
-"""Images in the traced pass. The first size of a run's feature must be this number."""
+from dgnet.models._calls import BATCH, Call, trace_calls
 
 _WEIGHT_LAYERS = 2
 """A block has at least this number of convolutions and linear layers. Parts of blocks, such as an activation, have fewer."""
-
-# Operations whose result still is the shortcut of a residual block: its input in another shape, format or scale.
-_RESHAPING = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "to", "float", "clone"}
-_SCALING = {"mul", "__mul__", "__rmul__"}
-_ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 @dataclass(frozen=True)
@@ -63,18 +53,14 @@ class StaticBlock:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a network in the order in which they are called, and the blocks that are in none."""
+    """The runs of a network in the order in which they are called, and the blocks that are in none.
+
+    `removable`: the names of all residual blocks that keep the shape, also those that stand alone.
+    """
 
     runs: tuple[Run, ...]
     static: tuple[StaticBlock, ...]
-
-
-def drop_missing(values: Sequence[Any], named: Mapping[str, Any]) -> Further:
-    """Arguments without those that are None, at the end or by name."""
-    values = tuple(values)
-    while values and values[-1] is None:
-        values = values[:-1]
-    return Further(values, {name: value for name, value in named.items() if value is not None})
+    removable: tuple[str, ...]
 
 
 def join(parent: str, child: str) -> str:
@@ -82,11 +68,17 @@ def join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, within: Sequence[str] | None = None) -> Runs:
+def find_runs(
+    network: nn.Module,
+    image_size: tuple[int, int],
+    in_chans: int,
+    within: Sequence[str] | None = None,
+    least_blocks: int = 2,
+) -> Runs:
     """The runs of `network`, found by one forward pass on the meta device, or on the CPU if the network cannot run on it.
 
     `image_size`: height and width in pixels. `within`: the modules whose blocks become stages, also those without a residual
-    shortcut; None: all modules, residual blocks only.
+    shortcut; None: all modules, residual blocks only. `least_blocks`: in a run.
 
     Raises UsageError for a network that does not take such images, and for an unknown name in `within`.
     """
@@ -94,126 +86,15 @@ def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, wi
     for name in within or ():
         if name not in modules:
             raise UsageError(f"stages names {name!r}, which {type(network).__name__} does not have")
-    trace = _trace(network, (_BATCH, in_chans, *image_size))
-    blocks = _find_blocks(modules, trace, within)
+    blocks = _find_blocks(modules, trace_calls(network, in_chans, image_size), within)
     may_tap = isinstance(network, FeatureGetterNet)  # the features between blocks, which places in a stage put out for it
-    runs = _choose([chain for chain in _find_chains(blocks, may_tap) if _is_within(chain[0].name, within)])
+    chains = [chain for chain in _find_chains(blocks, may_tap) if len(chain) >= least_blocks]
+    runs = _choose([chain for chain in chains if _is_within(chain[0].name, within)])
     found = tuple(_describe_run(chain, modules) for chain in runs)
     taken = {name for run in found for name in run.names}
-    return Runs(found, tuple(_explain(modules, blocks, taken, within)))
-
-
-# --- the traced pass
-
-
-@dataclass
-class _Call:
-    """One call of a module.
-
-    `input`: the first argument, if it is a tensor; `further`: the others. `versions`: how often each tensor among them was
-    written before. `readers`: the modules that were running when an operation read the output. `is_residual`: whether the input
-    was added to something inside; `is_written`: whether an argument was changed in place.
-    """
-
-    name: str
-    order: int
-    input: Tensor | None
-    further: Further
-    output: Any = None
-    versions: list[int] = field(default_factory=list)
-    readers: set[str] = field(default_factory=set)
-    is_residual: bool = False
-    is_written: bool = False
-
-
-class _Trace(TorchFunctionMode):
-    """The calls of all modules in one forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []  # in the order in which they ended
-        self.open: list[_Call] = []  # the innermost last
-        self.written: dict[int, list[_Call]] = {}  # by the id of an output
-        self.shortcuts: dict[int, set[int]] = {}  # by the id of a tensor: ids of the inputs of calls that it is a view of
-        self.kept: list[Any] = []  # Python may reuse the id of a freed tensor
-
-    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module is called."""
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        further = drop_missing(args[1:] if args else (), kwargs)
-        self.open.append(_Call(name, 0, first, further, versions=_count_writes(first, further)))
-
-    def leave(self, output: Any) -> None:
-        """The module that was called last returns."""
-        call = self.open.pop()
-        call.order, call.output = len(self.calls), output
-        call.is_written = _count_writes(call.input, call.further) != call.versions
-        self.calls.append(call)
-        if isinstance(output, Tensor):
-            self.written.setdefault(id(output), []).append(call)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.kept.append((args, kwargs, result))
-        if not find_tensors(result):
-            return result  # such as `x.shape`, which reads no values
-        read = find_tensors((args, kwargs))
-        for tensor in read:
-            for call in self.written.get(id(tensor), ()):
-                call.readers.add(self.open[-1].name if self.open else "")
-        name = getattr(func, "__name__", "")
-        if name in _RESHAPING or name in _SCALING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
-            self.shortcuts.setdefault(id(result), set()).update(origins)
-        if name in _ADDING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
-            for call in self.open:
-                call.is_residual |= call.input is not None and id(call.input) in origins
-        return result
-
-
-def _count_writes(*arguments: Any) -> list[int]:
-    return [count_writes(tensor) for tensor in find_tensors(arguments)]
-
-
-def _trace(network: nn.Module, size: tuple[int, ...]) -> _Trace:
-    """One forward pass of a copy of `network`. Raises UsageError if it does not take images of this size."""
-    try:
-        return _run(deepcopy(network).to("meta"), torch.empty(size, device="meta"))
-    except Exception:  # a layer that reads values, or does not take the size: the CPU tells which
-        pass
-    try:
-        return _run(deepcopy(network).to("cpu", torch.float32), torch.randn(size, generator=torch.Generator().manual_seed(0)))
-    except Exception as error:  # a module may raise anything
-        images = "×".join(map(str, size))
-        raise UsageError(
-            f"{type(network).__name__} cannot be converted: it takes no images of {images} ({type(error).__name__}:"
-            f" {reason(error)}); give another image_size"
-        ) from error
-
-
-def _run(network: nn.Module, images: Tensor) -> _Trace:
-    trace = _Trace()
-    for name, module in network.named_modules():
-        if not name or isinstance(module, nn.Identity):
-            continue
-
-        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            trace.enter(name, args, kwargs)
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            trace.leave(output)
-
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, with_kwargs=True)
-    with torch.no_grad(), trace:
-        network.eval()(images)
-    return trace
-
-
-# --- from calls to runs
+    static = tuple(_explain(modules, blocks, taken, within))
+    removable = tuple(block.name for block in blocks if block.call.is_residual and not block.obstacle)
+    return Runs(found, static, removable)
 
 
 @dataclass
@@ -221,7 +102,7 @@ class _Block:
     """A module that could be a block: its call, and why it cannot be part of a stage ("" if it can)."""
 
     name: str
-    call: _Call
+    call: Call
     obstacle: str
 
     @property
@@ -229,10 +110,10 @@ class _Block:
         return self.name.rpartition(".")[0]
 
 
-def _find_blocks(modules: Mapping[str, nn.Module], trace: _Trace, within: Sequence[str] | None) -> list[_Block]:
+def _find_blocks(modules: Mapping[str, nn.Module], traced: Sequence[Call], within: Sequence[str] | None) -> list[_Block]:
     """The modules with at least `_WEIGHT_LAYERS` layers, in the order of their calls."""
-    by_name: dict[str, list[_Call]] = {}
-    for call in trace.calls:
+    by_name: dict[str, list[Call]] = {}
+    for call in traced:
         by_name.setdefault(call.name, []).append(call)
     owners: dict[int, set[str]] = {}  # by the id of a parameter
     for name, module in modules.items():
@@ -250,7 +131,7 @@ def _find_blocks(modules: Mapping[str, nn.Module], trace: _Trace, within: Sequen
     return sorted(blocks, key=lambda block: block.call.order)
 
 
-def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) -> str:
+def _find_obstacle(calls: Sequence[Call], shared: str, must_be_residual: bool) -> str:
     """Why a module cannot be part of a stage; "" if it can."""
     call = calls[0]
     if len(calls) > 1:
@@ -265,7 +146,7 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
         return "it does not return one tensor"
     if call.input.shape != call.output.shape:
         return "it changes the shape"
-    if call.input.ndim not in (3, 4) or len(call.input) != _BATCH:
+    if call.input.ndim not in (3, 4) or len(call.input) != BATCH:
         return "its input is not one map or one set of tokens for each image"
     if call.is_written:
         return "it changes its input in place"
@@ -275,13 +156,13 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
 def _is_shared(further: Further) -> bool:
     """Whether arguments can go to all blocks of a stage: plain values, and tensors that do not hold one part for each image."""
     return all(
-        leaf.shape[:1] != (_BATCH,) if isinstance(leaf, Tensor) else isinstance(leaf, bool | int | float | str | None)
+        leaf.shape[:1] != (BATCH,) if isinstance(leaf, Tensor) else isinstance(leaf, bool | int | float | str | None)
         for leaf in find_leaves(further)
     )
 
 
 def _find_chains(blocks: Iterable[_Block], may_tap: bool) -> list[list[_Block]]:
-    """The sequences of two or more blocks of one parent, each of which reads the output of the one before.
+    """The sequences of blocks of one parent, each of which reads the output of the one before.
 
     `may_tap`: whether other modules may read it too.
     """
@@ -297,7 +178,7 @@ def _find_chains(blocks: Iterable[_Block], may_tap: bool) -> list[list[_Block]]:
                 chain = []
             chain = [] if block.obstacle else [*chain, block]
         chains.append(chain)
-    return [chain for chain in chains if len(chain) > 1]
+    return [chain for chain in chains if chain]
 
 
 def _follows(before: _Block, block: _Block, may_tap: bool) -> bool:
@@ -320,7 +201,7 @@ def _is_within(name: str, within: Sequence[str] | None) -> bool:
 
 
 def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
-    """The chains that become runs: of those inside one another the outer one, unless the inner ones are longer."""
+    """The chains that become runs. Of those inside one another: the outer, unless it is one block or the inner are longer."""
     chosen: list[list[_Block]] = []
     for chain in sorted(chains, key=lambda chain: chain[0].name.count(".")):
         if any(_contains(other, chain) for other in chosen):
@@ -328,7 +209,7 @@ def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
         # Only the outermost of the chains inside count: they are what would be chosen instead.
         inner = [other for other in chains if _contains(chain, other)]
         inner = [other for other in inner if not any(_contains(between, other) for between in inner)]
-        if inner and mean(map(len, inner)) > len(chain):
+        if inner and (len(chain) == 1 or mean(map(len, inner)) > len(chain)):
             continue
         chosen.append(chain)
     return sorted(chosen, key=lambda chain: chain[0].call.order)
@@ -375,5 +256,5 @@ def _explain(
             continue
         if any(block.name.startswith(f"{other}.") for other in names if not isinstance(modules[other], nn.Sequential)):
             continue
-        why = block.obstacle or "no other block of its shape, called in the same way, stands beside it"
+        why = block.obstacle or "it is one block only, and has no gate"
         yield StaticBlock(block.name, why if _is_within(block.name, within) else "it is in none of the named stages")

@@ -6,6 +6,7 @@ torch and timm are imported only when a configuration is checked, so that `--hel
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -33,7 +34,7 @@ RESUME_OPTIONS = (
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
 _TAKEN = {
     "num_classes": "it follows from the data",
-    "in_chans": "images are read as RGB",
+    "in_chans": "dgnet train has --in-chans, and detectors read images as RGB",
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "the command decides it",
@@ -182,14 +183,19 @@ class RunConfig:
 
     def resolve(self, network: nn.Module) -> Self:
         """This configuration with all options of `network` filled in, so that it holds every value that decides the result."""
-        options = dict(getattr(network, "connectivity_options", {}))
-        axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
-        return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
+        return self.with_network(getattr(network, "connectivity_options", {}))
+
+    def with_network(self, options: Mapping[str, Any]) -> Self:
+        """This configuration with these options of the network."""
+        axes = {name: value for name, value in options.items() if name in _OWN_OPTIONS}
+        others = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+        return replace(self, model_kwargs={**self.model_kwargs, **others}, **axes)
 
 
 _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "epochs": (1,),
     "image_size": (1, LARGEST_SIDE),
+    "in_chans": (1,),
     "holdout": (0,),
     "evaluate_every": (1,),
     "epoch_images": (1,),
@@ -223,6 +229,11 @@ class TrainConfig(RunConfig):
     crop_pct: float | None = option(
         None, "share of the short side in the centre crop of evaluation (0.875: 224 of 256); by default the model's own"
     )
+    in_chans: int | None = option(None, "input channels: 3 reads images as RGB (the default), 1 as grey")
+    mean: list[float] | None = option(
+        None, "mean of each channel, for images in [0, 1], or one value for all: '[0.5]'; by default the model's own"
+    )
+    std: list[float] | None = option(None, "standard deviation, like --mean")
     augment: str = option(
         "auto",
         "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",
@@ -230,6 +241,12 @@ class TrainConfig(RunConfig):
     )
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; then the rate falls along a half-period cosine, by step")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    start: str = option(
+        "paper",
+        "how a dg_ network starts from the weights of a static one: paper: as the paper's routers do, with another function;"
+        " static: sets the options that keep the function, and checks it",
+        ("paper", "static"),
+    )
     budget: float | None = option(
         None, "train to this share of the dense cost in multiply-adds; blocks get gates (model option node_gate: hard)"
     )
@@ -261,6 +278,8 @@ class TrainConfig(RunConfig):
             raise UsageError(
                 f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
             )
+        if self.start == "static" and self.weights is None:
+            raise UsageError("--start static has no effect without --weights; add --weights FILE, or leave out --start")
         if self.holdout and self.val_data:
             raise UsageError("--holdout replaces --val-data; leave one of them out (a recipe's: --val-data null)")
         if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
