@@ -99,7 +99,8 @@ def test_the_compiler_traces_it_as_one_graph(name, is_training):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["eva", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "vit", "swin"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet", "vit", "swin", "eva"])
 @torch.no_grad()
 def test_the_compiled_sparse_form_branches(name):
     converted, images = convert_gated(name), draw_images(name, 4)
