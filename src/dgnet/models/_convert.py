@@ -85,7 +85,6 @@ def convert(
             static_names[f"{name}."] = f"{run.names[0]}.nodes.{step}.block."
     result = cast(ConvertedNetwork, converted)
     result.__class__ = converted_class(type(network))
-    result.stage_names = tuple(run.names[0] for run in found.runs)
     result.static_names = static_names
     result.connectivity_options = connectivity.plain_options()
     result.conversion = Conversion(described, found.static, tuple(within) if within else "auto")
@@ -112,7 +111,7 @@ def to_static(network: nn.Module) -> nn.Module:
         for name, node in zip(run.blocks, stage.nodes, strict=True):
             assert isinstance(node, Increment)
             static.set_submodule(name, node.take_block())
-    for name in ("stage_names", "static_names", "connectivity_options", "conversion"):
+    for name in ("static_names", "connectivity_options", "conversion"):
         delattr(static, name)
     static.__class__ = network.static_class  # type: ignore[assignment]
     return static

@@ -140,7 +140,7 @@ class ConvertedNetwork(DynamicNetwork):
 
     def from_static(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """`state_dict` with static blocks as nodes of stages, and the present weightings and gates of these stages."""
-        static = [name for name in self.stage_names if f"{name}.mask" not in state_dict]
+        static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
         names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
         added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
         return {**added, **{self._rename(name, names): value for name, value in state_dict.items()}} if static else state_dict

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretraine
 from torch import nn
 
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
+from dgnet.graph import find_stages
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
@@ -60,7 +61,10 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     try:
         network = timm.create_model(name, **built)
         network = remove_blocks(network, without) if without else network
-        network = network if conversion is None else convert(network, **conversion)
+        if conversion is not None:
+            if find_stages(network):
+                raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
+            network = convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
@@ -80,8 +84,6 @@ def _take_conversion(name: str, options: dict[str, Any]) -> dict[str, Any] | Non
     """Remove the arguments of `convert` from `options` and return them; None if the network is not to be converted."""
     if not read_value(bool, options.pop("dynamic", False), "dynamic"):
         return None
-    if name.partition(".")[0] in list_models():
-        raise UsageError(f"dynamic=True converts a static network, and {name} is one of dgnet's own; leave it out")
     own = [option for option in ("stages", *Connectivity.names()) if option in options]
     return {option: options.pop(option) for option in own}
 
