@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,12 +26,12 @@ from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import (
-    Connectivity,
     TimmNetwork,
     classifier_prefixes,
     create_model,
     is_static,
     load_static_weights,
+    static_counterpart,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -136,11 +135,10 @@ class Checkpoint(Described):
 
     def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
-        name = self.model.removeprefix("dg_")
-        if name == self.model or not timm.is_model(name):
+        static = static_counterpart(self.model, self.model_kwargs)
+        if static is None:
             return None
-        connectivity = Connectivity.names()
-        options = {option: value for option, value in self.model_kwargs.items() if option not in connectivity}
+        name, options = static
         return create_model(name, num_classes=len(self.class_names), **options).eval()
 
     def save(self, path: Path) -> None:

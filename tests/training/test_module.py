@@ -8,7 +8,7 @@ from timm.scheduler import CosineLRScheduler
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig
-from dgnet.training._module import build_parameter_groups
+from dgnet.training._parameter_groups import build_parameter_groups
 
 
 def test_parameters_fall_into_groups_once_and_thresholds_take_their_share_of_the_rate():

@@ -18,7 +18,8 @@ from dgnet.cli import main
 from dgnet.errors import UsageError
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 from dgnet.training._checkpointing import WholeCheckpointIO
-from dgnet.training._module import Classifier, ImageDataModule
+from dgnet.training._data_module import ImageDataModule
+from dgnet.training._module import Classifier
 from tests.helpers.processes import Run, wait_for
 from tests.helpers.runs import assert_same, options
 

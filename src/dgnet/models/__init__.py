@@ -9,7 +9,9 @@ from dgnet.models._connectivity import Connectivity as Connectivity
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
+from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes

@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from dgnet.training._checkpointing import Interrupted as Interrupted
     from dgnet.training._config import RunConfig as RunConfig
     from dgnet.training._config import TrainConfig as TrainConfig
+    from dgnet.training._data_module import RunDataModule as RunDataModule
     from dgnet.training._history import read_history as read_history
     from dgnet.training._launcher import check_launcher as check_launcher
     from dgnet.training._loading import EndlessOrder as EndlessOrder
     from dgnet.training._loading import TrainingLoader as TrainingLoader
     from dgnet.training._loading import TrainingOrder as TrainingOrder
-    from dgnet.training._module import RunDataModule as RunDataModule
     from dgnet.training._module import RunModule as RunModule
     from dgnet.training._module import take_figures as take_figures
     from dgnet.training._predict import predict as predict

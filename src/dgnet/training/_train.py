@@ -13,8 +13,12 @@ from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
-from dgnet.training._module import Classifier, ImageDataModule
+from dgnet.training._data_module import ImageDataModule
+from dgnet.training._freezing import Freezing
+from dgnet.training._module import Classifier
+from dgnet.training._pretrained import create_pretrained
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
+from dgnet.training._teacher import absolute_teacher, build_teacher
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -41,12 +45,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
-    try:
-        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
-    except UnknownOptionError as error:
-        if config.budget is not None and error.option == "node_gate":
-            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
-        raise
+    network = _create_network(config, classes, run)
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
         untrained = load_weights(network, config.model, config.weights)
@@ -56,7 +55,9 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
         budget = Budget(network, preprocessing.image_size, config.budget, *how)
+    teacher = None if config.teacher is None else build_teacher(config, train_set.class_names, preprocessing)
     config = with_absolute_paths(config, sources=("data", "val_data"))
+    config = replace(config, teacher=absolute_teacher(config.teacher))
     options = stored_options(network, config.network_kwargs)
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
@@ -65,20 +66,52 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
             network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
+    freezing = None
+    if config.freeze is not None:
+        freezing = Freezing(network, config.model, config.freeze, config.freeze_epochs)
+        run.say(freezing.describe())
+    networks = [network] if teacher is None else [network, teacher.network]
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)
-    module = Classifier(network, config, carried, budget)
+        for one in networks:
+            one.to(memory_format=torch.channels_last)
+    module = Classifier(network, config, carried, budget, teacher, freezing)
     trainer = run.build_trainer(config, module.best)
+    in_batch = config.batch_size // (trainer.world_size * config.accumulate)
+    if config.mixes and in_batch % 2:
+        raise UsageError(
+            f"--mixup and --cutmix mix images in pairs, and a batch has {in_batch} (--batch-size {config.batch_size});"
+            " make it an even number"
+        )
     if config.cache and trainer.world_size > 1:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
     check_single_image(network, preprocessing.image_size, config, trainer.world_size)
     if config.compile:
-        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
+        for one in networks:
+            one.compile(fullgraph=True)  # in place: the state dict keeps its keys
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
     )
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
+
+
+def _create_network(config: TrainConfig, classes: int, run: Run) -> TimmNetwork:
+    """The network of `config`: with published weights where a run with --pretrained begins, else untrained."""
+    options = {"num_classes": classes, **config.network_kwargs}
+    try:
+        if not config.pretrained or run.step is not None:
+            return create_model(config.model, **options)
+        network = create_pretrained(config.model, "--pretrained true", **options)
+        if network.pretrained_cfg.get("num_classes") != classes:
+            run.say(f"{config.model} was published for other classes; reset its classifier to {classes} classes")
+        return network
+    except UnknownOptionError as error:
+        if config.budget is not None and error.option == "node_gate":
+            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
+        asked = config.find_option(error.option)
+        if asked is not None:
+            raise UsageError(f"{asked}: {config.model} has no option {error.option}; leave it out") from None
+        raise
 
 
 def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
@@ -108,7 +141,8 @@ def prepare_data(
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
     if config.cache and augment == "rrc":
         raise UsageError(f"--cache true needs --augment pad-crop or none; images of {preprocessing.image_size} use rrc")
-    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
+    config.check_use(augment, config.cache)
+    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0, config.augmentation)
     val.transform = preprocessing.evaluation_transform()
     height, width = preprocessing.image_size
     config = replace(config, image_size=height if height == width else None, augment=augment)
