@@ -8,15 +8,15 @@ from dgnet.errors import UsageError, reason
 from dgnet.models import TimmNetwork, create_model, has_pretrained_weights
 
 
-def create_pretrained(model: str, asked: str, **options: Any) -> TimmNetwork:
-    """The network `model` with published weights. `asked`: the option that asks for them, as it is typed.
+def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> TimmNetwork:
+    """The network `model` with published weights.
+
+    `asked`: the option that asks for them, as it is typed; `instead`: the option to use if there are none.
 
     Raises UsageError if no weights are published, and if they cannot be downloaded.
     """
     if not has_pretrained_weights(model):
-        raise UsageError(
-            f"{asked}: no weights of {model} are published in timm; leave it out, or start from a file with --weights"
-        )
+        raise UsageError(f"{asked}: no weights of {model} are published in timm; use {instead}")
     try:
         return create_model(model, pretrained=True, **options)
     except UsageError as error:
@@ -25,6 +25,6 @@ def create_pretrained(model: str, asked: str, **options: Any) -> TimmNetwork:
         cause: Exception = error.__cause__
     except Exception as error:  # the libraries that download raise errors of their own
         cause = error
-    raise UsageError(
-        f"{asked}: the weights of {model} cannot be downloaded ({reason(cause)}); give them as a file with --weights"
-    ) from cause
+    # A file that is missing: huggingface_hub found neither a connection nor a copy.
+    why = "no connection, and no copy on this machine" if isinstance(cause, FileNotFoundError) else reason(cause)
+    raise UsageError(f"{asked}: the weights of {model} cannot be downloaded ({why}); use {instead}") from cause

@@ -77,7 +77,7 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], preprocessing
     if config.teacher == ORIGINAL:
         network = _load_static(config, asked, config.weights, len(class_names))
     elif timm.is_model(str(config.teacher).partition(".")[0]):
-        network = create_pretrained(str(config.teacher), asked)
+        network = create_pretrained(str(config.teacher), asked, "--teacher RUN")
         own_preprocessing = Preprocessing.of(network.pretrained_cfg)
     elif _is_described(asked, str(config.teacher)):
         checkpoint = load_checkpoint(str(config.teacher))
@@ -118,8 +118,7 @@ def _load_static(config: TrainConfig, asked: str, weights: str | None, classes: 
     """The static form of the network that is trained, with `weights` from a file, or published ones if that is None."""
     name, options = static_counterpart(config.model, config.network_kwargs) or (config.model, config.network_kwargs)
     if weights is None:
-        network = create_pretrained(name, asked, **options)
-        return network
+        return create_pretrained(name, asked, "--weights FILE", **options)
     network = create_model(name, num_classes=classes, **options)
     try:
         untrained = load_weights(network, name, weights)

@@ -101,7 +101,7 @@ def _create_network(config: TrainConfig, classes: int, run: Run) -> TimmNetwork:
     try:
         if not config.pretrained or run.step is not None:
             return create_model(config.model, **options)
-        network = create_pretrained(config.model, "--pretrained true", **options)
+        network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **options)
         if network.pretrained_cfg.get("num_classes") != classes:
             run.say(f"{config.model} was published for other classes; reset its classifier to {classes} classes")
         return network
