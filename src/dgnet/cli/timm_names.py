@@ -1,4 +1,4 @@
-"""The options of timm's `train.py` that have another name here: for those who type them, or whose recipe is an `args.yaml` of timm."""
+"""What the options of timm's `train.py` are called here: for those who type them, or use an `args.yaml` of timm as a recipe."""
 
 from __future__ import annotations
 
