@@ -112,9 +112,12 @@ def write_static_weights(folder: Path) -> str:
     return str(folder / "static.safetensors")
 
 
-@pytest.mark.parametrize("step", [7, 15])  # of 24, in the second epoch with frozen stages, and in the third without
-def test_a_fine_tuned_run_that_is_interrupted_continues_exactly(step, data, tmp_path, monkeypatch):
+# Of 24 steps: in the second epoch with frozen stages, and in the third without.
+@pytest.mark.parametrize(("step", "is_cached"), [(7, False), (15, True)])
+def test_a_fine_tuned_run_that_is_interrupted_continues_exactly(step, is_cached, data, tmp_path, monkeypatch):
     more = {**TUNED, "weights": write_static_weights(tmp_path), "checkpoint_every": "15 minutes"}
+    if is_cached:
+        more |= {"cache": True, "auto_augment": None, "reprob": 0.0}
     train(TrainConfig(**options(data, tmp_path / "whole", **more)))
     take_step = Classifier.training_step
 
