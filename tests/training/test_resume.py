@@ -85,7 +85,7 @@ def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed
     whole = Run(options(data, tmp_path / "whole", source, **more), ranks)
     begin = time.monotonic()
     assert whole.start().wait() == [0] * ranks, whole.log()
-    assert whole.log().count("3,075 parameters") == 1  # one process of all prints and writes
+    assert whole.log().count("3,075 parameters, on") == 1  # one process of all prints and writes
     duration = time.monotonic() - begin
     rng = random.Random(case)
     kills = 0
