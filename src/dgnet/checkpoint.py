@@ -129,7 +129,7 @@ class Checkpoint(Described):
         if not find_stages(network):
             raise UsageError(
                 f"{self.path} is of {self.model}, a static network: it has no routed edges to analyse;"
-                " use a checkpoint of a model whose name begins with dg_"
+                " use a checkpoint of a model whose name begins with dg_, or of a run with --dynamic true"
             )
         return network
 

@@ -8,9 +8,12 @@ dgnet.training.
 from dgnet.graph._aggregate import aggregate as aggregate
 from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
+from dgnet.graph._context import ContextStack as ContextStack
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import least_logit as least_logit
+from dgnet.graph._layout import LAYOUTS as LAYOUTS
+from dgnet.graph._layout import to_map as to_map
 from dgnet.graph._nodes import OWN_WEIGHTING as OWN_WEIGHTING
 from dgnet.graph._nodes import StageNodes as StageNodes
 from dgnet.graph._nodes import StageOptions as StageOptions
@@ -22,6 +25,7 @@ from dgnet.graph._pooling import use_area as use_area
 from dgnet.graph._record import Record as Record
 from dgnet.graph._record import record_connectivity as record_connectivity
 from dgnet.graph._record import use_connectivity as use_connectivity
+from dgnet.graph._router import PooledLinear as PooledLinear
 from dgnet.graph._router import Router as Router
 from dgnet.graph._stage import DynamicGraph as DynamicGraph
 from dgnet.graph._stage import find_stages as find_stages

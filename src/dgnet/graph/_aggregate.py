@@ -27,11 +27,10 @@ _ROW_ELEMENTS = 4 * 1024
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
-    `features`: one (B, C, H, W) tensor for each in-edge, E of them; `weights`: (B, E); `is_open`: (B, E), None for all
-    open. The feature of a closed edge never enters the sum, even if it is infinite or NaN.
+    `features`: one tensor for each in-edge, E of them, (B, C, H, W) or of another layout with B first; `weights`: (B, E);
+    `is_open`: (B, E), None for all open. The feature of a closed edge never enters the sum, even if it is infinite or NaN.
 
-    Sums in float32 if features are in half precision, otherwise in their own precision. Returns (B, C, H, W) in the features'
-    dtype.
+    Sums in float32 if features are in half precision, otherwise in their own precision. Returns a tensor like a feature.
     """
     first = features[0]
     # The compiler fuses the loop into one pass. On a GPU the CPU would have to wait to read which edges are open.
@@ -50,10 +49,10 @@ def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tens
     total: Any = None
     for edge, feature in enumerate(features):
         if is_open is not None:
-            feature = torch.where(is_open[:, edge, None, None, None], feature, 0)
+            feature = torch.where(_along(is_open[:, edge], feature), feature, 0)
         # The product promotes to the wider dtype. If the feature were cast, the compiler would keep the wider copy for the
         # backward pass.
-        term = feature * weights[:, edge, None, None, None].to(dtype)
+        term = feature * _along(weights[:, edge], feature).to(dtype)
         total = term if total is None else total + term
     summed: Tensor = total.to(features[0].dtype)
     return summed
@@ -69,7 +68,7 @@ def aggregate_rows(
     """
     first = features[0]
     # In the memory format of the features.
-    out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), -1, -1, -1))
+    out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), *first.shape[1:]))
     if not first.is_cpu:
         return _sum_blocks(out, features, weights, is_open, rows, size=max(len(out), 1))
     elements = max(first.shape[1:].numel(), 1)
@@ -131,16 +130,16 @@ def _sum_blocks(
                 continue
             seen = feature[block] if rows is None else _take(feature, rows[edge, block])
             if is_open is not None and (column is None or not all(column)):
-                seen = torch.where(is_open[block, edge, None, None, None], seen, 0)
-            total.addcmul_(seen, weights[block, edge, None, None, None].to(dtype))
+                seen = torch.where(_along(is_open[block, edge], seen), seen, 0)
+            total.addcmul_(seen, _along(weights[block, edge], seen).to(dtype))
         if total is not target:
             target.copy_(total)
     return out
 
 
 def _take(feature: Tensor, rows: Tensor) -> Tensor:
-    """Some samples of (B, C, H, W), in its memory format, which `index_select` does not keep."""
-    if not feature.is_contiguous(memory_format=torch.channels_last):
+    """Some samples of a feature, in its memory format, which `index_select` does not keep."""
+    if feature.ndim != 4 or not feature.is_contiguous(memory_format=torch.channels_last):
         return feature.index_select(0, rows)
     return feature.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
@@ -165,16 +164,21 @@ class _Aggregate(torch.autograd.Function):
         columns: list[Tensor | None] = []
         feature_grads: list[Tensor | None] = []
         for edge, (feature, needed) in enumerate(zip(features, ctx.needs_input_grad[2:], strict=True)):
-            weight = weights[:, edge, None, None, None].to(dtype)
+            weight = _along(weights[:, edge], feature).to(dtype)
             product = grad_sum * feature.to(dtype) if ctx.needs_input_grad[0] else None
             if is_open is not None:
-                edge_is_open = is_open[:, edge, None, None, None]
+                edge_is_open = _along(is_open[:, edge], feature)
                 weight = torch.where(edge_is_open, weight, 0)
                 product = None if product is None else torch.where(edge_is_open, product, 0)
-            columns.append(None if product is None else product.sum((1, 2, 3)).to(weights.dtype))
+            columns.append(None if product is None else product.sum(tuple(range(1, product.ndim))).to(weights.dtype))
             feature_grads.append((grad_sum * weight).to(feature.dtype) if needed else None)
         weight_grad = torch.stack(columns, 1) if ctx.needs_input_grad[0] else None  # type: ignore[arg-type]
         return weight_grad, None, *feature_grads
+
+
+def _along(values: Tensor, feature: Tensor) -> Tensor:
+    """One value for each sample, (B,), in the form that multiplies a feature: (B, 1, 1, 1) for (B, C, H, W)."""
+    return values.view(-1, *[1] * (feature.ndim - 1))
 
 
 def _sum_dtype(feature: Tensor) -> torch.dtype:

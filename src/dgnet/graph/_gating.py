@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dgnet.errors import check_choice, check_range
 from dgnet.graph._pooling import pool_feature
-from dgnet.graph._router import PooledLinear
+from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
-from dgnet.options import Options, option
+from dgnet.options import option
 
 
 def psi(alpha: Tensor, tau: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ _GATED = {"node_gate": ("hard", "gumbel")}
 
 
 @dataclass(frozen=True)
-class GateOptions(Options):
+class GateOptions(RouterOptions):
     """Options of block gates."""
 
     node_gate: str = option(
@@ -104,9 +104,12 @@ class GateOptions(Options):
         2.0, "initial c: a gumbel gate is open with probability σ(2) = 0.88 in training, a hard one is open", used_by=_GATED
     )
 
+    node_gate_std: float = option(0.01, "standard deviation of the initial weights of gates", used_by=_GATED)
+
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
         check_range("node_gate_bias", self.node_gate_bias)
+        check_range("node_gate_std", self.node_gate_std, 0)
 
 
 class NodeGates(nn.Module):
@@ -117,15 +120,15 @@ class NodeGates(nn.Module):
     sometimes opens.
     """
 
-    def __init__(self, topology: Topology, channels: int, options: GateOptions, std: float = 0.01) -> None:
+    def __init__(self, topology: Topology, channels: int, options: GateOptions) -> None:
         super().__init__()
         check_choice("node_gate", options.node_gate, _GATED["node_gate"])
         self.topology = topology
         self.form = options.node_gate
-        self.start = (options.node_gate_bias, std)
+        self.start = (options.node_gate_bias, options.node_gate_std)
         self.columns = nn.ModuleDict(
             {
-                str(i): PooledLinear(channels, len(self.receivers(i)), bias=False)
+                str(i): PooledLinear(channels, len(self.receivers(i)), bias=False, norm=options.router_norm)
                 for i in range(topology.output)
                 if self.receivers(i)
             }

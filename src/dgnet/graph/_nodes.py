@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError, check_range
+from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._aggregate import aggregate
 from dgnet.graph._gating import NodeGates
+from dgnet.graph._layout import LAYOUTS
 from dgnet.graph._topology import Topology
 from dgnet.graph._weighting import Weighting
 from dgnet.options import Options, option
@@ -47,6 +48,7 @@ class StageNodes(nn.Module):
 
     `input`: raw stage input -> x_0 (a projection, or the identity). `nodes`: f_1 … f_{N-2}, the static blocks without their
     shortcut and without the activation after their addition. `activation`: that activation. `node_gates`: block gates, or None.
+    `layout`: of all features, (B, C, H, W) if "NCHW"; see `dgnet.graph.LAYOUTS`.
 
     `shortcut="edge"`: the residual shortcut is an edge. The activation is applied to each aggregated sum, except that of an
     entry node. `shortcut="node"`: the shortcut is inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing is applied
@@ -64,12 +66,15 @@ class StageNodes(nn.Module):
         options: StageOptions | None = None,
         entry_shortcut: bool = True,
         node_gates: NodeGates | None = None,
+        layout: str = "NCHW",
     ) -> None:
         super().__init__()
         options = options or StageOptions()
         if len(nodes) != len(topology.blocks):
             raise UsageError(f"a topology of {topology.num_nodes} nodes has {len(topology.blocks)} blocks, got {len(nodes)}")
+        check_choice("layout", layout, LAYOUTS)
         self.topology = topology
+        self.layout = layout
         self.mask: Tensor
         # In the state dict, so that weights of one random graph are not loaded into another.
         self.register_buffer("mask", topology.mask.clone())

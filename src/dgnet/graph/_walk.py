@@ -6,6 +6,7 @@ Letters: B batch, N nodes of a stage, E in-edges of a node, C channels, H and W 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from dgnet.errors import UsageError
 from dgnet.graph._gating import close_edges, find_needed, stack_alive
+from dgnet.graph._layout import to_map
 from dgnet.graph._nodes import StageNodes
-from dgnet.graph._pooling import current_area
+from dgnet.graph._pooling import current_area, use_area
 from dgnet.graph._recompute import compute_checkpointed
 from dgnet.graph._wiring import Wiring, imposed_on, observers_of
 
@@ -144,10 +146,12 @@ class DenseWalk(Walk):
             return
         if stage.router_reads == "activation":
             feature = stage.activation(feature.clone())  # a clone: timm's activations work in place
-        if self.needs.alpha:
-            self.keep(self.alpha, node, self.topology.free_receivers(node), stage.weighting.predict(node, feature))
-        if gates is not None and gated:
-            self.keep(self.votes, node, gated, gates.predict(node, feature))
+        feature = to_map(feature, stage.layout)
+        with use_area(None) if stage.layout == "NLC" else nullcontext():  # tokens are in no area of the image
+            if self.needs.alpha:
+                self.keep(self.alpha, node, self.topology.free_receivers(node), stage.weighting.predict(node, feature))
+            if gates is not None and gated:
+                self.keep(self.votes, node, gated, gates.predict(node, feature))
 
     def weigh(self, node: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """α, weights and openness (None: all open) of the node's in-edges, each (B, E), as if all senders were alive."""

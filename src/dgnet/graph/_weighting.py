@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._gating import is_above_threshold, psi
 from dgnet.graph._pooling import global_average_pool, pool_feature
-from dgnet.graph._router import CLOSED_BIAS, Router
+from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
 from dgnet.graph._topology import TOPOLOGY_NAMES, Topology
 from dgnet.options import Options, option
 
@@ -142,7 +142,7 @@ _ROUTED = {"weighting": ("routed",)}
 
 
 @dataclass(frozen=True)
-class RoutedOptions(Options):
+class RoutedOptions(RouterOptions):
     """Options of `RoutedWeighting`. The defaults are DG-Net's."""
 
     router: Callable[[int, int], nn.Module] | None = option(
@@ -159,6 +159,9 @@ class RoutedOptions(Options):
     gate: str = option("psi", "weight in training: psi = α·σ(α - τ), or alpha", ("psi", "alpha"), _ROUTED)
     threshold: float = option(0.0, "initial τ", used_by=_ROUTED)
     learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
+    unit_start: bool = option(
+        False, "divide weights by their initial value, so that an edge that starts open weighs 1", used_by=_ROUTED
+    )
     inference_weight: str = option(
         "gated", "weight of an open edge in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
     )
@@ -172,8 +175,25 @@ class RoutedOptions(Options):
         check_range("router_bias", self.router_bias)
         check_range("router_std", self.router_std, 0)
         check_range("threshold", self.threshold)
-        if not isinstance(self.learn_threshold, bool):
-            raise UsageError(f"learn_threshold must be true or false, got {self.learn_threshold!r}")
+        for name in ("learn_threshold", "unit_start"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("unit_start", "router_norm"):
+            if self.router is not None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
+        if self.unit_start and self.inference_weight == "raw":
+            raise UsageError("unit_start divides the gated weight; use inference_weight='gated'")
+        if self.unit_start and self.start_weight() < 1e-6:
+            raise UsageError(f"unit_start needs edges that start open, and with router_bias={self.router_bias} they do not")
+
+    def start_weight(self, dtype: torch.dtype = torch.float32) -> float:
+        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this.
+
+        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit.
+        """
+        alpha, tau = torch.tensor([self.router_bias, self.threshold], dtype=dtype, device="cpu").unbind()
+        alpha = alpha.sigmoid()
+        return float(alpha if self.gate == "alpha" else psi(alpha, tau))
 
 
 class RoutedWeighting(Weighting):
@@ -192,6 +212,9 @@ class RoutedWeighting(Weighting):
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
+        # Weights are divided by this; the second is that of networks in float64.
+        self.unit = self.options.start_weight() if self.options.unit_start else 1.0
+        self.unit_double = self.options.start_weight(torch.float64) if self.options.unit_start else 1.0
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
@@ -199,7 +222,7 @@ class RoutedWeighting(Weighting):
                 opening = (start or topology).receivers(node)
                 biases = [self.options.router_bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
                 self.routers[str(node)] = (
-                    Router(channels, len(receivers), biases, self.options.router_std)
+                    Router(channels, len(receivers), biases, self.options.router_std, self.options.router_norm)
                     if self.options.router is None
                     else self.options.router(channels, len(receivers))
                 )
@@ -228,6 +251,8 @@ class RoutedWeighting(Weighting):
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         is_raw = not self.training and self.options.inference_weight == "raw"
-        if is_raw or self.options.gate == "alpha":
-            return alpha
-        return psi(alpha, self.tau[node].to(alpha.dtype))
+        is_alpha = is_raw or self.options.gate == "alpha"
+        weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
+        if not self.options.unit_start:
+            return weight
+        return weight / (self.unit_double if weight.dtype == torch.float64 else self.unit)

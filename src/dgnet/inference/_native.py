@@ -17,6 +17,7 @@ from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
     NodeGates,
+    PooledLinear,
     RoutedWeighting,
     Router,
     StageNodes,
@@ -233,6 +234,10 @@ def _supports(stage: StageNodes) -> bool:
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
+        return False
+    if stage.layout != "NCHW" or any(isinstance(part, PooledLinear) and part.norm != "none" for part in stage.modules()):
+        return False
+    if isinstance(weighting, RoutedWeighting) and weighting.unit != 1:
         return False
     return not isinstance(weighting, RoutedWeighting) or (
         weighting.pool is global_average_pool
