@@ -28,6 +28,19 @@ def test_the_first_groups_or_all_but_the_head_are_frozen():
     assert "layer1.weighting.tau" in names
 
 
+def test_routers_and_gates_are_frozen_with_the_last_block_of_their_stage():
+    sizes = {"img_size": 32, "depth": 3, "embed_dim": 12, "num_heads": 2}
+    one = dgnet.create_model("vit_tiny_patch16_224", dynamic=True, node_gate="hard", **sizes)
+    routing = {name for name, _ in one.named_parameters() if ".weighting." in name or ".node_gates." in name}
+    assert routing
+    for groups, nodes in (("2", "0"), ("3", "01"), ("4", "012")):  # the stem, then blocks
+        frozen = Freezing(one, "m", groups, epochs=1).names
+        assert {name for name in frozen if ".nodes." in name} == {
+            name for name, _ in one.named_parameters() if name.startswith(tuple(f"blocks.0.nodes.{node}." for node in nodes))
+        }
+        assert frozen & routing == (routing if len(nodes) == 3 else set())
+
+
 def test_what_is_frozen_for_the_whole_run_has_no_group_in_the_optimizer():
     one = network()
     Freezing(one, "m", "head")

@@ -6,6 +6,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from dgnet.errors import UsageError
+from dgnet.graph import find_stages
 from dgnet.models import TimmNetwork, classifier_prefixes
 from dgnet.training._config_finetuning import HEAD
 
@@ -14,14 +15,15 @@ class Freezing:
     """Keeps parameters, and the statistics of their normalisation layers, for `epochs`; for the whole run if that is None.
 
     `what`: "head" keeps all but the classifier, a number the first groups of the network's `group_matcher`. Routers and gates
-    belong to their stage. What is kept for the whole run needs no gradient from now on, and gets no group in the optimiser.
+    are kept if all blocks of their stage are. What is kept for the whole run needs no gradient from now on, and gets no group
+    in the optimiser.
 
     Raises UsageError if nothing would be left to train, and for a network that does not say what its groups are.
     """
 
     def __init__(self, network: TimmNetwork, model: str, what: str, epochs: int | None = None) -> None:
         self.network, self.epochs = network, epochs
-        self.names = set(_find_names(network, model, what))
+        self.names = _find_names(network, model, what)
         self._is_frozen: bool | None = None
         self._norms: list[nn.Module] | None = None
         if epochs is None:
@@ -75,13 +77,13 @@ class Freezing:
         return list(found.values())
 
 
-def _find_names(network: TimmNetwork, model: str, what: str) -> list[str]:
+def _find_names(network: TimmNetwork, model: str, what: str) -> set[str]:
     """The names of the parameters that `what` freezes."""
     heads = classifier_prefixes(network)
     if what == HEAD:
         if not heads:
             raise UsageError(f"--freeze head: {model} does not say which part is its classifier; give a number of groups")
-        return [name for name, _ in network.named_parameters() if not name.startswith(heads)]
+        return {name for name, _ in network.named_parameters() if not name.startswith(heads)}
     if not hasattr(network, "group_matcher"):
         raise UsageError(f"--freeze {what}: {model} does not say what its groups are; use --freeze head")
     groups: dict[int, list[str]] = group_parameters(network, network.group_matcher(coarse=True))
@@ -89,4 +91,17 @@ def _find_names(network: TimmNetwork, model: str, what: str) -> list[str]:
         raise UsageError(
             f"--freeze {what} leaves nothing to train: {model} has {len(groups)} groups; use {len(groups) - 1} or less"
         )
-    return [name for group in sorted(groups)[: int(what)] for name in groups[group]]
+    return _without_shared_routing(network, {name for group in sorted(groups)[: int(what)] for name in groups[group]})
+
+
+def _without_shared_routing(network: nn.Module, names: set[str]) -> set[str]:
+    """`names` without the routers and gates of stages that have a node whose name is not among them.
+
+    In a converted network the groups are blocks, and the routers of a stage decide about all its blocks.
+    """
+    parameters = {id(parameter): name for name, parameter in network.named_parameters()}
+    for stage in find_stages(network):
+        if not all(parameters[id(parameter)] in names for parameter in stage.nodes.parameters()):
+            routing = [stage.weighting] if stage.node_gates is None else [stage.weighting, stage.node_gates]
+            names = names - {parameters[id(parameter)] for part in routing for parameter in part.parameters()}
+    return names
