@@ -168,10 +168,11 @@ def test_the_optimizer_takes_its_own_numbers(data, tmp_path):
             made.append(super().configure_optimizers())
             return made[-1]
 
-    more = {"epochs": 1, "optimizer": "adamw", "opt_betas": [0.8, 0.7], "opt_eps": 1e-3}
+    more = {"epochs": 1, "optimizer": "adamw", "opt_betas": [0.8, 0.7], "opt_eps": 1e-3, "layer_decay": 0.5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dgnet.training._train.Classifier", Noted)
-        train(TrainConfig(**options(data, tmp_path / "run", **more)))
+        result = train(TrainConfig(**options(data, tmp_path / "run", **more)))
+    assert result.metrics["lr"] == pytest.approx(0.05 * (1 + 5 * 5 / 6) / 6)  # of the last of 6 steps of warm-up, of no layer
     group = made[0]["optimizer"].param_groups[0]
     assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-3)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_the_original_is_the_static_network_with_the_weights_from_which_training
     assert type(teacher.network) is type(dgnet.create_model("resnet20"))
     expected = load_file(weights)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.network.state_dict().items())
+
+
+def test_a_converted_network_follows_what_it_was_converted_from(data, tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.safetensors"
+    save_file(dgnet.create_model("test_convnext", num_classes=2).state_dict(), weights)
+    more = {"model": "test_convnext", "dynamic": True, "weights": str(weights), "teacher": "original", "model_kwargs": {}}
+    teacher = build_teacher(TrainConfig(**more, budget=0.9), NAMES, replace(PREPROCESSING, image_size=(32, 32)))
+    expected = load_file(weights)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.network.state_dict().items())
+    tuned = {"layer_decay": 0.8, "router_lr": 2.0, "freeze": "1", "freeze_epochs": 1, "drop_path": 0.1, "mixup": 0.2}
+    result = train(TrainConfig(**options(data, tmp_path / "run", **{"epochs": 2, "image_size": 32, **more, **tuned})))
+    assert result.metrics["epoch"] == 1
 
 
 def test_a_file_without_a_description_is_of_the_static_network(static, tmp_path):

@@ -78,7 +78,8 @@ class RunModule(L.LightningModule):
 
     def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
         """The return value of a training step. `hits`: see `Progress`."""
-        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler changes it before it is logged
+        first = self.trainer.optimizers[0].param_groups[0]
+        self.lr = first["lr"] / (first.get("lr_scale") or 1.0)  # of this step; the scheduler changes it before it is logged
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
         # Lightning divides "loss" by the number of accumulated batches; "value" is shown to the user.
