@@ -17,7 +17,7 @@ LAYERS = (
     ("graph",),
     ("models",),
     ("_cost", "data"),
-    ("_cost_tables", "checkpoint"),
+    ("_cost_tables", "checkpoint", "_weights"),
     ("inference",),
     ("evaluation",),
     ("training",),

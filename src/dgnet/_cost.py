@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DynamicGraph, Record, Topology, find_stages
+from dgnet.models import find_channels
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,9 @@ def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
         for kind, hook in hooks.items():
             if isinstance(module, kind):
                 module.register_forward_hook(hook)
-    in_chans = getattr(model, "in_chans", 3)
     try:
         with torch.no_grad():
-            counted(torch.empty(1, in_chans, height, width, device="meta"))
+            counted(torch.empty(1, find_channels(model), height, width, device="meta"))
     except Exception as error:  # a layer may raise anything for a size that it cannot take
         raise UsageError(f"{type(model).__name__} cannot take an image of {height}×{width}: {reason(error)}") from error
     return counts

@@ -46,7 +46,7 @@ class Noise(ImageDataset):
 
 def items(augment: str = "pad-crop", **options: object) -> TrainingItems:
     config = TrainConfig(augment=augment, **options)
-    return TrainingItems(Noise(PREPROCESSING.training_transform(augment, 0.5, config.augmentation)), (24, 24), seed=3)
+    return TrainingItems(Noise(PREPROCESSING.training_transform(augment, 0.5, config.augmentation)), (3, 24, 24), seed=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +83,14 @@ def test_a_random_resized_crop_is_the_one_of_timm():
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
             found.append(one(Noise().images[seed]))
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grey_images_are_augmented_too(kind):
+    config = TrainConfig(**{"augment": "pad-crop", **KINDS[kind]})
+    transform = Preprocessing((24, 24), (0.5,), (0.2,)).training_transform(config.augment, 0.5, config.augmentation)
+    for index in range(10):
+        assert transform(Noise().images[index]).shape == (1, 24, 24)
 
 
 def test_erasing_sets_pixels_to_the_mean():

@@ -77,6 +77,16 @@ def test_a_converted_network_follows_what_it_was_converted_from(data, tmp_path):
     assert result.metrics["epoch"] == 1
 
 
+def test_the_outputs_of_a_teacher_are_in_the_order_of_the_datas_classes(static):
+    images = torch.randn(2, 3, 8, 8)
+    config = TrainConfig(model_kwargs=SMALL, teacher=str(static))
+    one, other = (build_teacher(config, names, PREPROCESSING) for names in (NAMES, NAMES[::-1]))
+    assert torch.equal(one(images).flip(1), other(images))
+    started = TrainConfig(model_kwargs=SMALL, weights=str(static), teacher="original")
+    one, other = (build_teacher(started, names, PREPROCESSING) for names in (NAMES, NAMES[::-1]))
+    assert torch.equal(one(images).flip(1), other(images))
+
+
 def test_a_file_without_a_description_is_of_the_static_network(static, tmp_path):
     save_file(load_file(static / "model.safetensors"), tmp_path / "plain.safetensors")
     config = TrainConfig(model_kwargs=SMALL, teacher=str(tmp_path / "plain.safetensors"))
@@ -137,7 +147,7 @@ def test_what_cannot_be_a_teacher_is_one_line(static, tmp_path, monkeypatch):
     line = refused(teacher="original", weights=str(tmp_path / "dynamic.safetensors"))
     assert line.startswith("--teacher original needs weights of resnet20 (")
 
-    def create(model: str, asked: str, instead: str) -> object:
+    def create(model: str, asked: str, instead: str, **options: object) -> object:
         return dgnet.create_model(model, **SMALL, num_classes=7)
 
     monkeypatch.setattr("dgnet.training._teacher.create_pretrained", create)

@@ -19,9 +19,14 @@ from dgnet.models._factory import has_pretrained_weights as has_pretrained_weigh
 from dgnet.models._factory import list_models as list_models
 from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._increment import Increment as Increment
+from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
+from dgnet.models._inputs import first_convolutions as first_convolutions
+from dgnet.models._inputs import match_image_size as match_image_size
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
+from dgnet.models._shorten import remove_blocks as remove_blocks
+from dgnet.models._shorten import removed_blocks as removed_blocks
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
 from dgnet.models._static_weights import is_static as is_static

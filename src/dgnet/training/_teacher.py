@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgnet.checkpoint import find_checkpoint, load_checkpoint, load_weights, read_tensors
-from dgnet.data import Preprocessing, compose
+from dgnet.checkpoint import find_checkpoint, load_checkpoint, read_tensors
+from dgnet.data import Preprocessing, compose, imagenet_classes
 from dgnet.errors import UsageError, reason
-from dgnet.models import TimmNetwork, create_model, static_counterpart
+from dgnet.models import TimmNetwork, create_model, match_image_size, static_counterpart
 from dgnet.paths import absolute
 from dgnet.training._config import TrainConfig
 from dgnet.training._config_finetuning import ORIGINAL
+from dgnet.training._head import load_start, settle_head
 from dgnet.training._pretrained import create_pretrained
 
 
@@ -27,7 +28,7 @@ from dgnet.training._pretrained import create_pretrained
 class Teacher:
     """A network in evaluation mode, whose probabilities another network follows (Hinton et al., 2015).
 
-    `scale` and `shift`, (3, 1, 1): from images that are normalised for the other network to its own; None if they are the same.
+    `scale` and `shift`, (C, 1, 1): from images that are normalised for the other network to its own; None if they are the same.
     It is no module: checkpoints do not store it.
     """
 
@@ -73,24 +74,33 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], preprocessing
     Raises UsageError for a teacher that cannot be found or loaded, that has other classes, or that cannot read the images.
     """
     asked = f"--teacher {config.teacher}"
+    options = preprocessing.network_options
     own_preprocessing = preprocessing
     if config.teacher == ORIGINAL:
-        network = _load_static(config, asked, config.weights, len(class_names))
+        network = _load_static(config, asked, config.weights, class_names, options)
     elif timm.is_model(str(config.teacher).partition(".")[0]):
-        network = create_pretrained(str(config.teacher), asked, "--teacher RUN")
-        own_preprocessing = Preprocessing.of(network.pretrained_cfg)
+        name = str(config.teacher)
+        sized, _ = match_image_size(name, {}, max(preprocessing.image_size))
+        network = create_pretrained(name, asked, "--teacher RUN", **options, **sized)
+        if network.num_classes == len(class_names):
+            settle_head(network, [], class_names, imagenet_classes(len(class_names)))
+        own_preprocessing = Preprocessing.of(network.pretrained_cfg, in_chans=len(preprocessing.mean))
     elif _is_described(asked, str(config.teacher)):
         checkpoint = load_checkpoint(str(config.teacher))
-        known, asked_for = ([compose(name) for name in names] for names in (checkpoint.class_names, class_names))
-        if known != asked_for:
-            raise _other_classes(asked, f"{len(known)} classes ({known[0]}, …)", f"{len(asked_for)} ({asked_for[0]}, …)")
+        known, needed = ([compose(name) for name in names] for names in (checkpoint.class_names, class_names))
+        if sorted(known) != sorted(needed):
+            raise _other_classes(asked, f"{len(known)} classes ({known[0]}, …)", f"{len(needed)} ({needed[0]}, …)")
         network, own_preprocessing = checkpoint.build_network(), checkpoint.preprocessing
+        settle_head(network, [], class_names, checkpoint.class_names)
+        if len(own_preprocessing.mean) != len(preprocessing.mean):
+            channels = [len(one.mean) for one in (own_preprocessing, preprocessing)]
+            raise UsageError(f"{asked} reads {channels[0]}-channel images, and this run has {channels[1]}; see --in-chans")
     else:
-        network = _load_static(config, asked, config.teacher, len(class_names))
+        network = _load_static(config, asked, config.teacher, class_names, options)
     network.eval().requires_grad_(False)
     try:
         with torch.no_grad():
-            logits = network(torch.zeros(1, 3, *preprocessing.image_size))
+            logits = network(torch.zeros(1, *preprocessing.input_shape))
     except Exception as error:  # a network may raise anything for a size that it cannot read
         size = "×".join(map(str, preprocessing.image_size))
         raise UsageError(f"{asked} cannot read images of {size} pixels ({reason(error)}); choose --image-size for it") from None
@@ -114,18 +124,24 @@ def _is_described(asked: str, path: str) -> bool:
         raise UsageError(f"{asked} is no run folder, checkpoint, or name of a model ({error})") from None
 
 
-def _load_static(config: TrainConfig, asked: str, weights: str | None, classes: int) -> TimmNetwork:
+def _load_static(
+    config: TrainConfig, asked: str, weights: str | None, class_names: Sequence[str], channels: dict[str, int]
+) -> TimmNetwork:
     """The static form of the network that is trained, with `weights` from a file, or published ones if that is None."""
     name, options = static_counterpart(config.model, config.network_kwargs) or (config.model, config.network_kwargs)
+    options = {**options, **channels}
     if weights is None:
-        return create_pretrained(name, asked, "--weights FILE", **options)
-    network = create_model(name, num_classes=classes, **options)
+        network = create_pretrained(name, asked, "--weights FILE", **options)
+        if network.num_classes == len(class_names):
+            settle_head(network, [], class_names, imagenet_classes(len(class_names)))
+        return network
+    network = create_model(name, num_classes=len(class_names), **options)
     try:
-        untrained = load_weights(network, name, weights)
+        untrained, _ = load_start(network, name, weights, class_names)
     except UsageError as error:
         raise UsageError(f"{asked} needs weights of {name} ({error})") from None
     if untrained:
-        raise _other_classes(asked, f"other classes in {Path(weights).name}", str(classes))
+        raise _other_classes(asked, f"other classes in {Path(weights).name}", str(len(class_names)))
     return network
 
 
@@ -137,7 +153,7 @@ def _other_classes(asked: str, found: str, needed: str) -> UsageError:
 
 
 def _renormalisation(given: Preprocessing, wanted: Preprocessing) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift, (3, 1, 1) each, from images normalised as `given` to `wanted`; None if there is nothing to change."""
+    """Scale and shift, (C, 1, 1) each, from images normalised as `given` to `wanted`; None if there is nothing to change."""
     if (given.mean, given.std) == (wanted.mean, wanted.std):
         return None, None
     mean, std, own_mean, own_std = (

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
+from dgnet.checkpoint import describe_network
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
+from dgnet.models import TimmNetwork, create_model, match_image_size, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._data_module import ImageDataModule
 from dgnet.training._freezing import Freezing
+from dgnet.training._head import load_start, settle_head
 from dgnet.training._module import Classifier
 from dgnet.training._pretrained import create_pretrained
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
@@ -45,12 +46,14 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
-    network = _create_network(config, classes, run)
+    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
+    model_kwargs, size = match_image_size(config.model, config.model_kwargs, size)
+    config = replace(config, model_kwargs=model_kwargs, image_size=size)
+    network = _create_network(config, train_set.class_names, run)
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        untrained = load_weights(network, config.model, config.weights)
-        if untrained:
-            run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
+        _, line = load_start(network, config.model, config.weights, train_set.class_names)
+        run.say(f"{config.weights}: {line}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
@@ -95,16 +98,15 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def _create_network(config: TrainConfig, classes: int, run: Run) -> TimmNetwork:
+def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> TimmNetwork:
     """The network of `config`: with published weights where a run with --pretrained begins, else untrained."""
-    options = {"num_classes": classes, **config.network_kwargs}
+    classes = len(class_names)
+    channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
+    options = {"num_classes": classes, **channels, **config.network_kwargs}
     try:
         if not config.pretrained or run.step is not None:
             return create_model(config.model, **options)
         network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **options)
-        if network.pretrained_cfg.get("num_classes") != classes:
-            run.say(f"{config.model} was published for other classes; reset its classifier to {classes} classes")
-        return network
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
@@ -112,28 +114,18 @@ def _create_network(config: TrainConfig, classes: int, run: Run) -> TimmNetwork:
         if asked is not None:
             raise UsageError(f"{asked}: {config.model} has no option {error.option}; leave it out") from None
         raise
-
-
-def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
-    """One line on the parameters `names`, which loading trained weights left as initialised."""
-    heads = [name for name in names if name.startswith(classifier_prefixes(network))]
-    others = [name for name in names if name not in heads]
-    lines = []
-    if heads:
-        classes = network.num_classes
-        lines.append(f"trained for other classes; reset {', '.join(heads)} to {classes} classes")
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        lines.append(f"stayed as initialised: {', '.join(others[:3])}{more}")
-    return "; ".join(lines)
+    if network.pretrained_cfg.get("num_classes") == classes:
+        run.say(f"--pretrained true: {settle_head(network, [], class_names, imagenet_classes(classes))}")
+    else:
+        run.say(f"--pretrained true: published for other classes; reset the classifier to {classes} classes")
+    return network
 
 
 def prepare_data(
     config: TrainConfig, network: TimmNetwork, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
-    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, config.image_size, config.in_chans, config.mean, config.std)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment
