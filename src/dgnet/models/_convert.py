@@ -26,14 +26,12 @@ from dgnet.graph import (
     TopologyLike,
     find_stages,
 )
+from dgnet.models._agreement import TOLERANCE, find_difference
 from dgnet.models._connectivity import Connectivity, WeightingLike
 from dgnet.models._converted import Conversion, ConvertedNetwork, ConvertedRun, ConvertedStage, Joined, converted_class
 from dgnet.models._increment import Increment
 from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._runs import Run, find_runs
-
-TOLERANCE = 1e-4
-"""Of the difference between the logits of the static and the converted network, relative to the largest logit."""
 
 # The start of every weight at 1 and of every gate open; and routers that read features of any scale.
 _ROUTED_START = {"router_std": 0.0, "router_norm": "layer", "unit_start": True}
@@ -156,25 +154,13 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
 
     Raises UsageError if it is above `tolerance`.
     """
-    expected, found = (_run(network, images) for network in (static, converted))
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    difference = find_difference(static, converted, images)
     if not difference <= tolerance:
         raise UsageError(
             f"the converted network differs from {type(static).__name__} by {difference:.1e} of the largest logit, more than"
             f" {tolerance:.0e}; name the modules to convert with stages, to leave out the one that differs"
         )
     return difference
-
-
-@torch.no_grad()
-def _run(network: nn.Module, images: Tensor) -> Tensor:
-    was_training = network.training
-    try:
-        output = network.eval()(images)
-    finally:
-        network.train(was_training)
-    outputs = output if isinstance(output, list | tuple) else [output]
-    return torch.cat([part.flatten(1).float() for part in outputs], dim=1)
 
 
 def _read_connectivity(
@@ -209,7 +195,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             nodes=[Increment(network.get_submodule(name)) for name in run.names],
             activation=nn.Identity(),
             options=connectivity,
-            node_gates=connectivity.build_node_gates(topology, run.channels),
+            node_gates=connectivity.build_node_gates(topology, run.channels, number),
             layout=run.layout,
         )
         change = find_change(stage)

@@ -101,7 +101,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     something reads it. Raises UsageError if blocks, topology and options do not fit together.
     """
     weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
-    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
+    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels, stage)
     first = parts[0]
     for node, part in enumerate(parts, start=1):
         reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
@@ -198,6 +198,13 @@ class DynamicNetwork(LoadsWrapped):
 
 class DynamicFamily(DynamicNetwork):
     """Mixin before the static class of dgnet's own networks, whose stages are graphs from the start."""
+
+    def static_obstacle(self, weights_of: str) -> str:
+        """Why this network cannot compute the function of its static counterpart, whatever its options; "" if it can.
+
+        `weights_of`: the name of the static model, "" if it is not known.
+        """
+        return ""
 
     @property
     def stages(self) -> list[DynamicGraph]:

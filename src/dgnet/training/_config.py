@@ -6,6 +6,7 @@ torch and timm are imported only when a configuration is checked, so that `--hel
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -161,9 +162,13 @@ class RunConfig(OptimizerOptions):
 
     def resolve(self, network: nn.Module) -> Self:
         """This configuration with all options of `network` filled in, so that it holds every value that decides the result."""
-        options = dict(getattr(network, "connectivity_options", {}))
-        axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
-        return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
+        return self.with_network(getattr(network, "connectivity_options", {}))
+
+    def with_network(self, options: Mapping[str, Any]) -> Self:
+        """This configuration with these options of the network."""
+        axes = {name: value for name, value in options.items() if name in _OWN_OPTIONS}
+        others = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+        return replace(self, model_kwargs={**self.model_kwargs, **others}, **axes)
 
 
 _NETWORK_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate"}
@@ -212,6 +217,12 @@ class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunCo
     )
     std: list[float] | None = option(None, "standard deviation, like --mean")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    start: str = option(
+        "paper",
+        "how a dg_ network starts from the weights of a static one: paper: as the paper's routers do, with another function;"
+        " static: sets the options that keep the function, and checks it",
+        ("paper", "static"),
+    )
     budget: float | None = option(
         None, "train to this share of the dense cost in multiply-adds; blocks get gates (model option node_gate: hard)"
     )
@@ -243,6 +254,8 @@ class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunCo
             raise UsageError(
                 f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
             )
+        if self.start == "static" and self.weights is None:
+            raise UsageError("--start static has no effect without --weights; add --weights FILE, or leave out --start")
         if self.holdout and self.val_data:
             raise UsageError("--holdout replaces --val-data; leave one of them out (a recipe's: --val-data null)")
         self.check_start(self.weights)

@@ -10,7 +10,7 @@ import torch
 from dgnet.checkpoint import describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, create_model, match_image_size, stored_options
+from dgnet.models import TimmNetwork, match_image_size, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._data_module import ImageDataModule
@@ -49,10 +49,11 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
     model_kwargs, size = match_image_size(config.model, config.model_kwargs, size)
     config = replace(config, model_kwargs=model_kwargs, image_size=size)
-    network = _create_network(config, train_set.class_names, run)
+    network, config = _create_network(config, train_set.class_names, run)
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        _, line = load_start(network, config.model, config.weights, train_set.class_names)
+        start = config.start, preprocessing.image_size
+        _, line = load_start(network, config.model, config.weights, train_set.class_names, *start)
         run.say(f"{config.weights}: {line}")
     budget = None
     if config.budget is not None:
@@ -98,15 +99,21 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> TimmNetwork:
-    """The network of `config`: with published weights where a run with --pretrained begins, else untrained."""
+def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> tuple[TimmNetwork, TrainConfig]:
+    """The network of `config`, and `config` with the options of `--start static` where it is asked for.
+
+    A run that begins with `--pretrained true` has published weights, any other an untrained network.
+    """
     classes = len(class_names)
-    channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
-    options = {"num_classes": classes, **channels, **config.network_kwargs}
+    fixed = {"num_classes": classes, **({} if config.in_chans is None else {"in_chans": config.in_chans})}
     try:
         if not config.pretrained or run.step is not None:
-            return create_model(config.model, **options)
-        network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **options)
+            network = run.create_network(config, **fixed)
+            if config.start == "static":
+                config = config.with_network(static_start_options(network, config.network_kwargs))
+                network = run.create_network(config, **fixed)
+            return network, config
+        network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **fixed, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
@@ -118,7 +125,7 @@ def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> Ti
         run.say(f"--pretrained true: {settle_head(network, [], class_names, imagenet_classes(classes))}")
     else:
         run.say(f"--pretrained true: published for other classes; reset the classifier to {classes} classes")
-    return network
+    return network, config
 
 
 def prepare_data(
