@@ -15,7 +15,9 @@ from dgnet.models._dynamic import DynamicNetwork as DynamicNetwork
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
+from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
