@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from dgnet._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from dgnet.training._budget import Budget as Budget
     from dgnet.training._checkpointing import Interrupted as Interrupted
     from dgnet.training._config import RunConfig as RunConfig
     from dgnet.training._config import TrainConfig as TrainConfig
