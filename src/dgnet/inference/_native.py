@@ -118,8 +118,9 @@ class NativeWalk(Walk):
             if summed is None or len(summed) == 0:
                 return None
             if is_entry:
-                return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
-            return self.stage.transform(node, summed, is_activated=self.applies_relu)
+                y = self.stage.call_block(node, summed, self.further)
+                return self.stage.finish_entry(y, lambda: self.native.take_shortcut(node))
+            return self.stage.transform(node, summed, self.applies_relu, self.further)
 
     def finish(self) -> Tensor:
         with self.without_gradients:
@@ -132,7 +133,7 @@ class NativeWalk(Walk):
         if self.observers:
             self._report()
         if summed is None:
-            return self.stage.transform(output, self.stage.empty_sum(self.x))
+            return self.stage.transform(output, self.stage.empty_sum(self.x, self.further))
         return self.stage.transform(output, summed, is_activated=self.applies_relu)
 
     def _report(self) -> None:
