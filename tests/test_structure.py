@@ -19,6 +19,7 @@ LAYERS = (
     ("_work", "data"),
     ("_cost",),
     ("_cost_tables", "checkpoint"),
+    ("_weights",),
     ("inference",),
     ("evaluation",),
     ("training",),

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop
 
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DenseWalk, DynamicGraph, find_stages
+from dgnet.models import find_channels
 
 
 @dataclass
@@ -68,7 +69,7 @@ def measure_work(network: nn.Module, image_size: int | tuple[int, int]) -> Netwo
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
-    shape = (1, getattr(network, "in_chans", 3), height, width)
+    shape = (1, find_channels(network), height, width)
     try:
         return _Meter(network, "meta").run(shape)
     except Exception as error:  # a layer may raise anything for a size that it cannot take

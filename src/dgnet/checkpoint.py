@@ -29,6 +29,7 @@ from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import (
     Connectivity,
     TimmNetwork,
+    adapt_input,
     classifier_prefixes,
     create_model,
     is_static,
@@ -42,8 +43,12 @@ CLASSIFY, DETECT = "classify", "detect"
 """The tasks of checkpoints."""
 
 _COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
+_ADVICE = {
+    CLASSIFY: "name the model with --model NAME, or start from it with: dgnet train --weights FILE",
+    DETECT: "start from it with: dgnet detect train --weights FILE",
+}  # for a file of weights only
 
-_NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
+NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
 """Model options that a checkpoint cannot hold, because they follow from it."""
 
 
@@ -76,7 +81,7 @@ class Described:
         """The fields that `carried` describes. Raises UsageError for a value that is missing or of another type."""
         kinds = {"model": str, "model_kwargs": dict[str, Any], "class_names": list[Label], "config": dict[str, Any]}
         values = {name: read_entry(carried, name, kind, DESCRIPTION) for name, kind in kinds.items()}
-        for name in _NOT_STORED:
+        for name in NOT_STORED:
             if name in values["model_kwargs"]:
                 raise UsageError(f"{DESCRIPTION}: model_kwargs sets {name}, which follows from the checkpoint")
         if not values["class_names"]:
@@ -120,7 +125,7 @@ class Checkpoint(Described):
 
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
-        network = self.create_network(num_classes=len(self.class_names))
+        network = self.create_network(num_classes=len(self.class_names), **self.preprocessing.network_options)
         self.load_into(network, f"are not those of {self.model}")
         return network.eval()
 
@@ -142,7 +147,7 @@ class Checkpoint(Described):
             return None
         dynamic = (*Connectivity.names(), "dynamic", "stages")
         options = {option: value for option, value in self.model_kwargs.items() if option not in dynamic}
-        return create_model(name, num_classes=len(self.class_names), **options).eval()
+        return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
@@ -243,10 +248,7 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
     path = find_checkpoint(path)
     state_dict, carried = read_tensors(path)
     if carried is None:
-        raise UsageError(
-            f"{path} holds weights only, without the model's name and classes; use it with:"
-            f" {_COMMANDS[task]} train --weights {path}"
-        )
+        raise UsageError(f"{path} holds weights only, without the model's name and classes; {_ADVICE[task]}")
     own = carried.get("task", CLASSIFY)
     if own not in (CLASSIFY, DETECT):
         raise UsageError(f"{path} is of the unknown task {own!r}; this version has the tasks {CLASSIFY} and {DETECT}")
@@ -333,9 +335,16 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
     have, and what a static network lacks. Raises UsageError for weights of another model.
     """
     path = find_checkpoint(path)
-    state_dict, carried = read_tensors(path)
+    return fit_weights(network, model, path, *read_tensors(path))
+
+
+def fit_weights(
+    network: TimmNetwork, model: str, path: Path, state_dict: Mapping[str, Tensor], carried: dict[str, Any] | None = None
+) -> list[str]:
+    """As `load_weights`, from the content of the file `path`: its state dict, and the description that dgnet's files have."""
     with damaged(path):
         check_finite(state_dict)
+    state_dict = adapt_input(network, state_dict)
     if is_static(network, state_dict):
         try:
             return load_static_weights(network, state_dict)

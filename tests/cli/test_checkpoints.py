@@ -27,7 +27,8 @@ def test_checkpoints_hold_tensors_and_plain_values(run):
 
 def test_weights_start_a_run_and_reset_another_head(run, images, tmp_path, capsys):
     options = ["--epochs", 1, "--lr", 1e-9, *QUICK[:-2], "--weights", run]
-    ask(capsys, "train", "--data", images, "--output", tmp_path / "same", *options)
+    assert main([str(a) for a in ["train", "--data", images, "--output", tmp_path / "same", *options]]) == 0
+    assert f"{run}: kept the classifier of 2 classes\n" in capsys.readouterr().err
     before, after = load_checkpoint(run).state_dict, load_checkpoint(tmp_path / "same").state_dict
     torch.testing.assert_close(before["fc.weight"], after["fc.weight"])
     write_folder(tmp_path / "three", {"a": 4, "b": 4, "c": 4})

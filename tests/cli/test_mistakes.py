@@ -147,4 +147,17 @@ def test_every_option_for_a_path_expands_the_home_folder(words, option, hint, ca
         assert "there is no such home folder" in line
 
 
-PATHS = {"data", "val-data", "data-root", "images", "val-images", "weights", "output", "write", "curves", "config", "resume"}
+PATHS = {
+    "class-names",
+    "data",
+    "val-data",
+    "data-root",
+    "images",
+    "val-images",
+    "weights",
+    "output",
+    "write",
+    "curves",
+    "config",
+    "resume",
+}

@@ -335,16 +335,16 @@ class BadImages:
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):
-    """Items of a data set by (epoch, index). Augmentation is a function of (`seed`, epoch, index).
+    """Items of a data set by (epoch, index): images of `shape`, and labels.
 
-    Index -1 gives a grey image with label IGNORED. `bad`: where images that do not decode are listed; each is replaced by such
-    a grey image.
+    Augmentation is a function of (`seed`, epoch, index). Index -1 gives a grey image with label IGNORED. `bad`: where images
+    that do not decode are listed; each is replaced by such a grey image.
 
     Raises BadImageError for an image that does not decode, if `bad` is None.
     """
 
-    def __init__(self, dataset: ImageDataset, image_size: tuple[int, int], seed: int, bad: BadImages | None = None) -> None:
-        self.dataset, self.image_size, self.seed, self.bad = dataset, image_size, seed, bad
+    def __init__(self, dataset: ImageDataset, shape: tuple[int, int, int], seed: int, bad: BadImages | None = None) -> None:
+        self.dataset, self.shape, self.seed, self.bad = dataset, shape, seed, bad
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
@@ -356,4 +356,4 @@ class TrainingItems(Dataset[tuple[Tensor, int]]):
                 if self.bad is None:
                     raise
                 self.bad.add(self.dataset.name(index), error)
-        return torch.zeros(3, *self.image_size), IGNORED
+        return torch.zeros(self.shape), IGNORED

@@ -17,8 +17,10 @@ from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import list_models as list_models
 from dgnet.models._increment import Increment as Increment
+from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
+from dgnet.models._inputs import first_convolutions as first_convolutions
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes

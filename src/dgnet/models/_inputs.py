@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
 
 _DEFAULT_SIDE = 224
 
@@ -28,3 +31,18 @@ def find_image_size(network: nn.Module, given: int | tuple[int, int] | None = No
         if isinstance(cfg, dict) and "input_size" in cfg:
             return cfg["input_size"][1], cfg["input_size"][2]
     return _DEFAULT_SIDE, _DEFAULT_SIDE
+
+
+def first_convolutions(network: nn.Module) -> tuple[str, ...]:
+    """The names of the convolutions that read the image, according to the network's timm config."""
+    names = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for RGB images, for a network of another number of channels. For grey images they are summed over RGB."""
+    channels, adapted = find_channels(network), dict(state_dict)
+    for name in (f"{name}.weight" for name in first_convolutions(network)):
+        if name in adapted and adapted[name].ndim == 4 and adapted[name].shape[1] == 3 and channels != 3:
+            adapted[name] = adapt_input_conv(channels, adapted[name])
+    return adapted

@@ -16,7 +16,7 @@ from dgnet.training._loading import TrainingOrder
 
 
 class CachedLoader:
-    """Batches of a data set whose decoded images are kept in memory: images (B, 3, H, W), normalised, and labels (B,).
+    """Batches of a data set whose decoded images are kept in memory: images (B, C, H, W), normalised, and labels (B,).
 
     The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
     eighth, cropped at random and flipped with probability `hflip`, like in `Preprocessing.training_transform`. What is drawn
@@ -71,7 +71,7 @@ class CachedLoader:
         return top.to(device), left.to(device), flipped.to(device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-        """Pad each image, crop it at its (`top`, `left`), and mirror it where `flipped`; (B, 3, H, W)."""
+        """Pad each image, crop it at its (`top`, `left`), and mirror it where `flipped`; (B, C, H, W)."""
         batch, channels, height, width = images.shape
         (down, across), device = self.padding, images.device
         rows = top + torch.arange(height, device=device)
@@ -84,9 +84,9 @@ class CachedLoader:
 
 
 def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, H, W), resized and cropped as for evaluation, and labels (N,)."""
+    """uint8 images (N, C, H, W), resized and cropped as for evaluation, and labels (N,)."""
     resize_and_crop = preprocessing.cropping()
-    images = torch.empty((len(dataset), 3, *preprocessing.image_size), dtype=torch.uint8)
+    images = torch.empty((len(dataset), *preprocessing.input_shape), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.long)
     for index in tqdm(range(len(dataset)), desc="decoding images", leave=False, disable=None, file=sys.stderr):
         image, label = dataset.load(index)

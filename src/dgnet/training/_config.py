@@ -33,7 +33,7 @@ RESUME_OPTIONS = (
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
 _TAKEN = {
     "num_classes": "it follows from the data",
-    "in_chans": "images are read as RGB",
+    "in_chans": "dgnet train has --in-chans, and detectors read images as RGB",
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "the command decides it",
@@ -190,6 +190,7 @@ class RunConfig:
 _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "epochs": (1,),
     "image_size": (1, LARGEST_SIDE),
+    "in_chans": (1,),
     "holdout": (0,),
     "evaluate_every": (1,),
     "epoch_images": (1,),
@@ -223,6 +224,11 @@ class TrainConfig(RunConfig):
     crop_pct: float | None = option(
         None, "share of the short side in the centre crop of evaluation (0.875: 224 of 256); by default the model's own"
     )
+    in_chans: int | None = option(None, "input channels: 3 reads images as RGB (the default), 1 as grey")
+    mean: list[float] | None = option(
+        None, "mean of each channel, for images in [0, 1], or one value for all: '[0.5]'; by default the model's own"
+    )
+    std: list[float] | None = option(None, "standard deviation, like --mean")
     augment: str = option(
         "auto",
         "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",

@@ -360,7 +360,7 @@ class ImageDataModule(RunDataModule):
         return self._load(self.val, EvaluationOrder(len(self.val), self.batch_size, *self.ranks))
 
     def _load(self, dataset: ImageDataset, order: TrainingOrder | EvaluationOrder) -> DataLoader[Any]:
-        items = TrainingItems(dataset, self.preprocessing.image_size, self.config.seed, self._bad_images())
+        items = TrainingItems(dataset, self.preprocessing.input_shape, self.config.seed, self._bad_images())
         return build_loader(items, order, self.config.workers)
 
     def _bad_images(self) -> BadImages | None:

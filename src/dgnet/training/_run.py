@@ -19,6 +19,7 @@ from dgnet.data import Ledger, absolute_source, compose
 from dgnet.documents import read_yaml
 from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
 from dgnet.evaluation import DATA
+from dgnet.models import find_channels
 from dgnet.options import flag, hints_of
 from dgnet.paths import absolute, find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
@@ -232,7 +233,7 @@ def check_single_image(network: torch.nn.Module, image_size: Sequence[int], conf
     trained = deepcopy(network).to("meta").train()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trained(torch.empty(1, 3, *image_size, device="meta"))
+            trained(torch.empty(1, find_channels(network), *image_size, device="meta"))
     except ValueError as error:
         if "Expected more than 1" in str(error):
             raise UsageError(one_value_line(config, processes)) from None

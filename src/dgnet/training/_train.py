@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
-from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
+from dgnet.checkpoint import DESCRIPTION, damaged, describe_network, find_checkpoint, fit_weights, read_tensors
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
+from dgnet.models import TimmNetwork, create_model, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
+from dgnet.training._head import settle_head
 from dgnet.training._module import Classifier, ImageDataModule
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
+from dgnet.typed import Label, read_entry
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -42,16 +44,15 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
     try:
-        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
+        channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
+        network = create_model(config.model, num_classes=classes, **channels, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
             raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
         raise
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        untrained = load_weights(network, config.model, config.weights)
-        if untrained:
-            run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
+        run.say(f"{config.weights}: {_start_from_weights(network, config, train_set.class_names)}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
@@ -81,18 +82,17 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
-    """One line on the parameters `names`, which loading trained weights left as initialised."""
-    heads = [name for name in names if name.startswith(classifier_prefixes(network))]
-    others = [name for name in names if name not in heads]
-    lines = []
-    if heads:
-        classes = network.num_classes
-        lines.append(f"trained for other classes; reset {', '.join(heads)} to {classes} classes")
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        lines.append(f"stayed as initialised: {', '.join(others[:3])}{more}")
-    return "; ".join(lines)
+def _start_from_weights(network: TimmNetwork, config: TrainConfig, class_names: list[str]) -> str:
+    """Load `--weights` into `network`. Returns a line on what was loaded."""
+    path = find_checkpoint(str(config.weights))
+    state_dict, carried = read_tensors(path)
+    untrained = fit_weights(network, config.model, path, state_dict, carried)
+    classes = len(class_names)
+    known = imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
+    if carried is not None:
+        with damaged(path):
+            known = read_entry(carried, "class_names", list[Label], DESCRIPTION)
+    return settle_head(network, untrained, class_names, known)
 
 
 def prepare_data(
@@ -100,7 +100,7 @@ def prepare_data(
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
     size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, size, config.in_chans, config.mean, config.std)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment
