@@ -19,7 +19,7 @@ LAYERS = (
     ("_work", "data"),
     ("_cost",),
     ("_cost_tables", "checkpoint"),
-    ("_weights",),
+    ("_weights", "_describe"),
     ("inference",),
     ("evaluation",),
     ("training",),

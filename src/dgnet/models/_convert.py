@@ -26,14 +26,12 @@ from dgnet.graph import (
     TopologyLike,
     find_stages,
 )
+from dgnet.models._agreement import TOLERANCE, Agreement, Comparison
 from dgnet.models._connectivity import Connectivity, WeightingLike
 from dgnet.models._converted import Conversion, ConvertedNetwork, ConvertedRun, ConvertedStage, Joined, converted_class
 from dgnet.models._increment import Increment
 from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._runs import Run, find_runs
-
-TOLERANCE = 1e-4
-"""Of the difference between the logits of the static and the converted network, relative to the largest logit."""
 
 # The start of every weight at 1 and of every gate open; and routers that read features of any scale.
 _ROUTED_START = {"router_std": 0.0, "router_norm": "layer", "unit_start": True}
@@ -89,8 +87,7 @@ def convert(
     result.conversion = Conversion(described, found.static, tuple(within) if within else "auto")
     result.train(network.training)
     if check is not None:
-        difference = check_agreement(network, result, check)
-        result.conversion = replace(result.conversion, difference=difference)
+        result.conversion = replace(result.conversion, agreement=check_agreement(network, result, check))
     return result
 
 
@@ -147,19 +144,16 @@ def find_change(stage: StageNodes) -> str:
     return ""
 
 
-def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tolerance: float = TOLERANCE) -> float:
-    """The largest difference of the logits on `images`, (B, C, H, W), relative to the largest logit, in evaluation mode.
+def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tolerance: float = TOLERANCE) -> Agreement:
+    """Compare the outputs of both networks on `images`, (B, C, H, W), in evaluation mode.
 
-    Raises UsageError if it is above `tolerance`.
+    Raises UsageError if they differ by more than `tolerance` of the largest logit.
     """
-    expected, found = (_run(network, images) for network in (static, converted))
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if not difference <= tolerance:
-        raise UsageError(
-            f"the converted network differs from {type(static).__name__} by {difference:.1e} of the largest logit, more than"
-            f" {tolerance:.0e}; name the modules to convert with stages, to leave out the one that differs"
-        )
-    return difference
+    comparison = Comparison()
+    comparison.add(_run(static, images), _run(converted, images))
+    agreement = comparison.result()
+    agreement.require(type(static).__name__, tolerance)
+    return agreement
 
 
 @torch.no_grad()

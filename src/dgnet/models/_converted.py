@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
 from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
+from dgnet.models._agreement import Agreement
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
 
@@ -112,7 +113,7 @@ class Conversion:
     stages: tuple[ConvertedRun, ...]
     static: tuple[StaticBlock, ...]
     within: str | tuple[str, ...] = "auto"  # the modules that were named to be converted
-    difference: float | None = None  # of the logits on the images of the check, relative to the largest; None: not checked
+    agreement: Agreement | None = None  # with the static network on the images of the check; None: not checked
 
 
 class ConvertedNetwork(DynamicNetwork):
