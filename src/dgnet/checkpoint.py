@@ -28,12 +28,14 @@ from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, find_stages
 from dgnet.models import (
     Connectivity,
+    ConvertedNetwork,
     TimmNetwork,
     adapt_input,
     classifier_prefixes,
     create_model,
     is_static,
     load_static_weights,
+    removed_blocks,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -345,6 +347,10 @@ def fit_weights(
     with damaged(path):
         check_finite(state_dict)
     state_dict = adapt_input(network, state_dict)
+    removed = tuple(f"{name}." for name in removed_blocks(network))
+    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(removed)}
+    if isinstance(network, ConvertedNetwork):
+        state_dict = dict(network.from_static(state_dict))
     if is_static(network, state_dict):
         try:
             return load_static_weights(network, state_dict)

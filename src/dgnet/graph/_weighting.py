@@ -191,8 +191,9 @@ class RoutedOptions(RouterOptions):
 
         It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit.
         """
-        alpha, tau = torch.tensor([self.router_bias, self.threshold], dtype=dtype, device="cpu").unbind()
-        alpha = alpha.sigmoid()
+        start = torch.tensor([self.router_bias, self.threshold], device="cpu")  # in float32, as parameters are initialised
+        bias, tau = start.to(dtype).unbind()
+        alpha = bias.sigmoid()
         return float(alpha if self.gate == "alpha" else psi(alpha, tau))
 
 

@@ -24,6 +24,8 @@ from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
 from dgnet.models._inputs import first_convolutions as first_convolutions
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
+from dgnet.models._shorten import remove_blocks as remove_blocks
+from dgnet.models._shorten import removed_blocks as removed_blocks
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
 from dgnet.models._static_weights import is_static as is_static

@@ -51,8 +51,9 @@ def convert(
 ) -> nn.Module:
     """A copy of `network` with dynamic connectivity that computes the same function. Its `conversion` is a report.
 
-    Runs of residual blocks, which keep the shape of their feature and are called one after the other with one tensor, become
-    stages. The rest stays static. The copy's class is a subclass of the network's own.
+    Runs of two or more residual blocks, which keep the shape of their feature and are called one after the other with one
+    tensor, become stages; with gates also single blocks. The rest stays static. The copy's class is a subclass of the network's
+    own.
 
     `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `stages`: "auto", or
     the names of modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or
@@ -66,7 +67,10 @@ def convert(
         raise UsageError(f"{type(network).__name__} is dynamic already")
     connectivity = _read_connectivity(topology, weighting, node_gate, options)
     within = _read_stages(stages)
-    found = find_runs(network, find_image_size(network, image_size), find_channels(network), within)
+    # With a gate, a block that stands alone can be skipped; without one, its three edges are not worth a router.
+    least_blocks = 2 if connectivity.node_gate == "none" else 1
+    size = find_image_size(network, image_size)
+    found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
         why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
         raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why})")

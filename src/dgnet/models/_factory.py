@@ -17,6 +17,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import unwrap_names
 from dgnet.paths import find_kind
 from dgnet.typed import read_value
@@ -39,7 +40,9 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
-    those of `dgnet.convert` (stages, …). Raises UsageError for an unknown model, option or value.
+    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out.
+
+    Raises UsageError for an unknown model, option or value.
     """
     if not isinstance(name, str):
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
@@ -52,9 +55,11 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
     built = {option: value for option, value in kwargs.items() if option != "checkpoint_path"}
+    without = read_value(list[str], built.pop("without_blocks", []), "without_blocks")
     conversion = _take_conversion(name, built)
     try:
         network = timm.create_model(name, **built)
+        network = remove_blocks(network, without) if without else network
         network = network if conversion is None else convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
