@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from dgnet._cost import CostModel, StageCost, cost_model
-from dgnet.graph import DynamicGraph, require_stages
+from dgnet.graph import DynamicGraph, find_stages, require_stages
 from dgnet.models import (
     Agreement,
     ConvertedNetwork,
     DynamicNetwork,
     Increment,
+    add_gates,
     find_image_size,
 )
 
@@ -39,7 +40,7 @@ class StageDescription:
     edges: int
     added_params: int  # of routers, gates and thresholds, and of a projection that the static network does not have
     multiply_adds: int  # of one image, with every edge open
-    skippable: float  # percent of the network's multiply-adds that need not run if every block has a gate
+    skippable: float  # percent of the network's multiply-adds that need not run if its blocks have gates
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class Description:
     image_size: tuple[int, int]  # height, width in pixels, for which multiply-adds are counted
     stages: tuple[StageDescription, ...]
     static: tuple[StaticDescription, ...]  # empty for dgnet's own networks
+    gated: tuple[str, ...]  # single blocks that become stages too if gates are added
     params: int
     added_params: int
     multiply_adds: int  # of one image, with every edge open
     router_multiply_adds: int  # of routers and gates, part of `multiply_adds`
-    least_budget: float  # what always runs if every block has a gate, as a share of `multiply_adds`
+    least_budget: float  # the lowest --budget of dgnet train, which adds gates: the share that always runs
     agreement: Agreement | None  # with the static network, if it was checked
     next_command: str
 
@@ -76,7 +78,8 @@ class Description:
         lines += [
             f"parameters {self.params:,}, of which {self.added_params:,} are added ({share:+.2f} %)",
             f"multiply-adds at {size} pixels {self.multiply_adds / 1e6:,.2f} M, of which routers and gates {routers:.2f} %",
-            f"least budget {self.least_budget:.3f}: what always runs, if every block has a gate (--budget adds the gates)",
+            f"least budget {self.least_budget:.3f}: the share that always runs, if blocks have gates (--budget adds them"
+            + (f", also to {_list(self.gated)})" if self.gated else ")"),
         ]
         if self.agreement is not None:
             lines.append(describe_agreement(self.agreement))
@@ -122,7 +125,8 @@ def describe(
     require_stages(model)
     size = find_image_size(model, image_size)
     graphs = {name: module for name, module in model.named_modules() if isinstance(module, DynamicGraph)}
-    costs = with_gates(cost_model(model, size))
+    costs = cost_model(model, size)
+    gated, gated_costs = _add_gates(model, list(graphs), costs, size)
     added = {stage: _count_added(model, stage) for stage in graphs}
     stages = tuple(
         StageDescription(
@@ -132,17 +136,18 @@ def describe(
             graph.topology.num_edges,
             added[stage],
             cost.dense,
-            100 * (cost.dense - cost.least) / max(costs.dense, 1),
+            100 * (gated[stage].dense - gated[stage].least) / max(gated_costs.dense, 1),
         )
         for (stage, graph), cost in zip(graphs.items(), costs.stages, strict=True)
     )
     conversion = model.conversion if isinstance(model, ConvertedNetwork) else None
-    least = costs.least / max(costs.dense, 1)
+    least = gated_costs.least / max(gated_costs.dense, 1)
     return Description(
         network=type(model).__name__,
         image_size=size,
         stages=stages,
         static=() if conversion is None else _group((block.name, block.reason) for block in conversion.static),
+        gated=tuple(name for name in gated if name not in graphs),
         params=sum(parameter.numel() for parameter in model.parameters()),
         added_params=sum(added.values()),
         multiply_adds=costs.dense,
@@ -153,13 +158,18 @@ def describe(
     )
 
 
-def with_gates(costs: CostModel) -> CostModel:
-    """The costs if every block has a gate, which costs nothing: only the input and the output node always run."""
-
-    def gated(stage: StageCost) -> StageCost:
-        return replace(stage, always=(0, stage.topology.output))
-
-    return replace(costs, stages=list(map(gated, costs.stages)))
+def _add_gates(
+    model: nn.Module, stages: Sequence[str], costs: CostModel, size: tuple[int, int]
+) -> tuple[dict[str, StageCost], CostModel]:
+    """The costs if every block has a gate, by stage and in total. `costs`: of the network as it is, with these `stages`."""
+    # The gates of these stages cost next to nothing: only the input and the output node always run.
+    own = [replace(stage, always=(0, stage.topology.output)) for stage in costs.stages]
+    by_name = dict(zip(stages, own, strict=True))
+    if not isinstance(model, ConvertedNetwork) or any(stage.node_gates is not None for stage in find_stages(model)):
+        return by_name, replace(costs, stages=own)
+    gated: Any = add_gates(model)
+    total = cost_model(gated, size)
+    return {**by_name, **dict(zip(gated.stage_names, total.stages, strict=True))}, total
 
 
 def describe_agreement(agreement: Agreement) -> str:

@@ -73,7 +73,8 @@ def convert(
     found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
         why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
-        raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why})")
+        gates = "; with node_gate='hard' single blocks become stages too" if found.removable and least_blocks > 1 else ""
+        raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why}){gates}")
     converted = deepcopy(network)
     described = tuple(ConvertedRun.of(run, converted.get_submodule(run.names[0])) for run in found.runs)
     static_names: dict[str, str] = {}
@@ -102,18 +103,31 @@ def to_static(network: nn.Module) -> nn.Module:
     """
     if not isinstance(network, ConvertedNetwork):
         raise UsageError(f"{type(network).__name__} was not made by dgnet.convert")
-    static = deepcopy(network)
     for run in network.conversion.stages:
-        stage = cast(StageNodes, static.get_submodule(run.name))
-        change = find_change(stage)
+        change = find_change(cast(StageNodes, network.get_submodule(run.name)))
         if change:
             raise UsageError(f"stage {run.name} cannot become static: {change}")
+    return _take_apart(deepcopy(network))
+
+
+def add_gates(network: ConvertedNetwork) -> nn.Module:
+    """What `network` becomes if gates are added, which also make stages of single blocks. On the meta device, untrained."""
+    options = network.stored_options()
+    del options["dynamic"]
+    return convert(_take_apart(deepcopy(network).to("meta")), **{**options, "node_gate": "hard"})
+
+
+def _take_apart(network: ConvertedNetwork) -> nn.Module:
+    """`network`, changed in place: its blocks where they were, called in a row."""
+    for run in network.conversion.stages:
+        stage = cast(StageNodes, network.get_submodule(run.name))
         for name, node in zip(run.blocks, stage.nodes, strict=True):
             assert isinstance(node, Increment)
-            static.set_submodule(name, node.take_block())
+            network.set_submodule(name, node.take_block())
+    static, own = cast(nn.Module, network), network.static_class
     for name in ("stage_names", "static_names", "connectivity_options", "conversion"):
         delattr(static, name)
-    static.__class__ = network.static_class  # type: ignore[assignment]
+    static.__class__ = own
     return static
 
 
