@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.models import group_parameters
@@ -152,8 +152,23 @@ class ConvertedNetwork(DynamicNetwork):
             return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible. Raises UsageError."""
-        raise UsageError("a converted network cannot be pruned: prune the static network, then convert it")
+        """As the static network's. Raises UsageError if it would remove a part of a stage."""
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        left = {name for name, module in self.named_modules() if isinstance(module, ConvertedStage | Joined)}
+        stages = []
+        for run in self.conversion.stages:
+            missing = [name for name in run.blocks if name not in left]
+            if missing and len(missing) < len(run.blocks):
+                raise UsageError(
+                    f"pruning would cut the stage {run.name}: {missing[0]} goes, {run.blocks[0]} stays; prune the static"
+                    " network, then convert it"
+                )
+            stages += [] if missing else [run]
+        self.conversion = replace(self.conversion, stages=tuple(stages))
+        self.stage_names = tuple(run.name for run in stages)
+        blocks = {f"{name}." for run in stages for name in run.blocks}
+        self.static_names = {old: new for old, new in self.static_names.items() if old in blocks}
+        return kept
 
     def no_weight_decay(self) -> set[str]:
         """The static network's names, as they are here, and those of thresholds and learned edge weights."""
