@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain as flatten
 from itertools import combinations
+from random import Random
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 import dgnet
 from dgnet._cost import CostModel, StageCost, cost_model
 from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, RoutedOptions, RoutedWeighting
-from dgnet.graph._topology import complete
+from dgnet.graph._topology import RandomGraphOptions, complete, erdos_renyi
+from tests.helpers.networks import build_meta
 
 
 class Functional(nn.Module):
@@ -57,6 +59,20 @@ def attend(x: Tensor, weight: Tensor) -> Tensor:
 def test_an_operator_is_counted_whoever_calls_it(layer, convolutions, products):
     cost = dgnet.cost(layer, 4)
     assert (cost.multiply_adds, cost.linear_multiply_adds) == (convolutions, products)
+
+
+def test_a_module_may_take_a_parameter():
+    """As class tokens in CaiT: torch's counter fails on such an argument if it needs a gradient."""
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.linear = nn.Parameter(torch.ones(1, 3)), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.token.expand(1, -1)) + x.sum()
+
+    assert dgnet.cost(Given(), 4).linear_multiply_adds == 15
 
 
 class Recurrent(nn.Module):
@@ -137,11 +153,11 @@ def test_all_that_a_router_of_your_own_does_is_a_routers_work():
 def test_a_module_that_is_called_again_counts_again():
     shared = OnTokens(4, 4)
     twice = nn.Sequential(shared, shared)
-    network = nn.Sequential(make_stage([OnTokens(3, 4), shared, shared, twice]), shared)
+    network = nn.Sequential(OnTokens(3, 4), shared, OnTokens(4, 3), make_stage([OnTokens(3, 4), shared, shared, twice]), shared)
     costs = cost_model(network, 4)
     assert costs.stages[0].nodes == [16 * 12, 16 * 12, 16 * 16, 16 * 16, 2 * 16 * 16, 0]
     assert costs.stages[0].routers == [4 * 5, 4 * 4, 4 * 3, 4 * 2, 4, 0]
-    assert costs.fixed == 16 * 16  # outside the stage it always runs
+    assert costs.fixed == 2 * 16 * (12 + 16)  # outside the stage it always runs
 
     stage = make_stage([OnTokens(3, 4)])
     back = OnTokens(4, 3)
@@ -198,6 +214,19 @@ def test_the_least_cost_is_that_of_the_cheapest_wiring(topology, weighting, node
             assert stage.always == tuple(range(depth + 2))
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_the_least_cost_with_any_costs(seed):
+    rng = Random(seed)
+    topology = erdos_renyi(9, RandomGraphOptions(er_p=0.4), rng)
+    nodes, routers, edges = ([rng.randrange(30) for _ in range(9)] for _ in range(3))
+    always = {0, 8}
+    for node in topology.blocks:
+        if always.intersection(topology.senders(node)) and rng.random() < 0.2:
+            always.add(node)
+    stage = StageCost(topology, nodes, routers, edges, tuple(sorted(always)))
+    assert stage.least == least_of_all(stage)
+
+
 def test_the_skippable_share():
     topology = complete(4)
     always = (0, 3)
@@ -212,3 +241,17 @@ def test_fixed_weights_close_nothing():
     topology = complete(3)
     graph = DynamicGraph(topology, FixedWeighting(topology, 4), OnTokens(3, 4), [OnTokens(3, 4)], nn.Identity())
     assert cost_model(graph, 4).skippable == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_converted_network_costs_what_its_network_costs(name):
+    """Besides routers and aggregation, for each layout; and the nodes hold what its blocks cost."""
+    static = build_meta(name, in_chans=2)
+    converted = dgnet.convert(static)
+    size = static.pretrained_cfg["input_size"][1:]
+    before, after = dgnet.cost(static, size), dgnet.cost(converted, size)
+    assert (after.multiply_adds, after.linear_multiply_adds) == (before.multiply_adds, before.linear_multiply_adds)
+    assert after.router_multiply_adds > 0
+    costs = cost_model(converted, size)
+    assert all(all(stage.nodes[1:-1]) and stage.nodes[0] == 0 for stage in costs.stages)
+    assert costs.skippable > 0

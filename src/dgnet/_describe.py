@@ -154,7 +154,7 @@ def describe(
         router_multiply_adds=sum(sum(cost.routers) for cost in costs.stages),
         least_budget=least,
         agreement=None if conversion is None else conversion.agreement,
-        next_command=_next_command(model, name, weights, model_kwargs or {}, image_size, least),
+        next_command=_next_command(model, name, weights, model_kwargs or {}, size, least),
     )
 
 
@@ -214,12 +214,12 @@ def _next_command(
     name: str | None,
     weights: str,
     model_kwargs: Mapping[str, Any],
-    image_size: int | tuple[int, int] | None,
+    image_size: tuple[int, int],
     least: float,
 ) -> str:
     """The command that fine-tunes the network."""
-    own = getattr(network, "pretrained_cfg", {}).get("architecture") if name is None else name
-    words = ["dgnet", "train", "--model", own or "NAME"]
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    words = ["dgnet", "train", "--model", name or cfg.get("architecture", "NAME")]
     stored = network.stored_options() if isinstance(network, DynamicNetwork) else {}
     if stored.get("dynamic"):
         words += ["--dynamic", "true"]
@@ -227,8 +227,8 @@ def _next_command(
     budget = _BUDGET if least < _BUDGET - 0.05 else math.ceil(50 * (1 + least)) / 100  # half-way to 1, rounded up
     words += ["--budget", f"{budget:g}"] if budget < 1 else []
     words += ["--data", "DATA", *_RECIPE]
-    if image_size is not None:
-        words += ["--image-size", str(image_size if isinstance(image_size, int) else max(image_size))]
+    if image_size != tuple(cfg.get("input_size", (3, *image_size))[1:]):
+        words += ["--image-size", str(max(image_size))]
     for axis, default in (("topology", "complete"), ("weighting", "routed")):
         if isinstance(stored.get(axis), str) and stored[axis] != default:
             words += [f"--{axis}", stored[axis]]

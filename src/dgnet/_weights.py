@@ -12,7 +12,7 @@ from torch import Tensor
 from dgnet.checkpoint import NOT_STORED, Checkpoint, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
 from dgnet.errors import UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, find_channels, first_convolutions
+from dgnet.models import TimmNetwork, classifier_prefixes, create_model, find_channels, first_convolutions, match_image_size
 
 
 def read_weights(
@@ -37,7 +37,7 @@ def read_weights(
         raise UsageError(
             f"{path} is a checkpoint of {carried.get('model')} with its own classes and preprocessing; leave out --model"
         )
-    options = _check_options(model_kwargs)
+    options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network = create_model(model, **options)
@@ -69,7 +69,7 @@ def open_model(
     `num_classes`, `image_size`: by default the model's own. Classes and preprocessing are as for `read_weights`. Raises
     UsageError for an unknown model or option, and if there are no published weights or they cannot be read.
     """
-    options = _check_options(model_kwargs)
+    options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         given = {} if num_classes is None else {"num_classes": num_classes}

@@ -6,7 +6,7 @@ convolutions and matrix products from their shapes. Hooks note which place of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.backends import mha
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from dgnet.compat.torch import UNCOUNTED
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DenseWalk, DynamicGraph, find_stages
 from dgnet.models import find_channels
@@ -89,7 +90,7 @@ class _Meter:
         # Without gradients: the counter asks tensors that need one for its function, which they do not have here.
         self.network = deepcopy(network).to(device).eval().requires_grad_(False)
         self.device = device
-        self.counter = FlopCounterMode(display=False, custom_mapping={**_FORMULAS, _CONVOLUTION: self._convolution})
+        self.counter = FlopCounterMode(display=False, custom_mapping={**UNCOUNTED, _CONVOLUTION: self._convolution})
         self.outputs = 0  # elements of the outputs of convolutions so far
         self.booked = Work()  # the work of all places so far
         self.work = NetworkWork(Work(), [])
@@ -101,9 +102,8 @@ class _Meter:
         """`shape`: of a batch of one image."""
         images = torch.zeros(shape, device=self.device)
         is_fused = mha.get_fastpath_enabled()
-        mha.set_fastpath_enabled(
-            False
-        )  # on the CPU transformer layers may run as one operator, which the counter does not know
+        # On the CPU a transformer layer may run as one operator, which the counter does not know.
+        mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad(), self.counter:
                 self.network(images)
@@ -197,14 +197,3 @@ def _watch(graph: DynamicGraph, meter: _Meter) -> StageWork:
 
 
 _CONVOLUTION = torch.ops.aten.convolution
-# Operators that torch's counter does not know, from the shapes of their operands: two for each multiply-add.
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
-    torch.ops.aten.dot: lambda left, right, **_: 2 * prod(left),
-    torch.ops.aten.addmv: lambda added, matrix, vector, **_: 2 * prod(matrix),
-    torch.ops.aten.addbmm: lambda added, left, right, **_: 2 * prod(left) * right[-1],
-    torch.ops.aten._trilinear: lambda left, weight, right, *_, **__: 2 * left[0] * prod(weight),  # nn.Bilinear
-    # On the CPU; on the meta device they run as several operators.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten.mkldnn_rnn_layer: lambda x, read, kept, *_, **__: 2 * prod(x[:-1]) * (prod(read) + prod(kept)),
-}

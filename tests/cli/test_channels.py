@@ -62,3 +62,10 @@ def test_channels_and_values_that_do_not_fit_are_refused(images, tmp_path, capsy
     ):
         assert message in refuse(capsys, *words, *options)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_is_trained_at_another_size_than_its_own(images, tmp_path, capsys):
+    words = ["--model", "test_vit", "--image-size", 32, "--batch-size", 4, "--epochs", 1, "--lr", 0.01]
+    ask(capsys, "train", "--data", images, "--output", tmp_path / "run", *words)
+    assert load_checkpoint(tmp_path / "run").model_kwargs == {"img_size": 32}
+    assert json.loads(ask(capsys, "evaluate", tmp_path / "run", "--json"))["images"] == 6

@@ -116,3 +116,34 @@ def test_timms_weights_have_their_accuracy_on_photos_of_imagenet(capsys):
     words = ["--model", "tf_efficientnet_lite0", "--weights", SHARED_DATA / "weights" / "tf_efficientnet_lite0.safetensors"]
     result = json.loads(ask(capsys, "evaluate", *words, "--data", SHARED_DATA / "imagenet_samples", "--json"))
     assert (result["images"], result["top1"], result["top5"]) == (1000, pytest.approx(84.8), pytest.approx(96.6))
+
+
+def test_a_converted_network_gives_what_the_static_one_gives(tmp_path, images, capsys):
+    save_file(create_model("test_convnext", num_classes=2).state_dict(), tmp_path / "a.safetensors")
+    words = [
+        "evaluate",
+        "--model",
+        "test_convnext",
+        "--weights",
+        tmp_path / "a.safetensors",
+        "--image-size",
+        32,
+        "--data",
+        images,
+    ]
+    static, dynamic = (json.loads(ask(capsys, *words, *more, "--json")) for more in ([], ["--dynamic", "true"]))
+    assert (dynamic["top1"], dynamic["loss"]) == (static["top1"], pytest.approx(static["loss"], rel=1e-5))
+    assert dynamic["executed_multiply_adds"] > static["executed_multiply_adds"]  # its routers
+
+
+def test_a_converted_network_of_grey_images_starts_from_static_weights_for_rgb(tmp_path, images, capsys):
+    trained = create_model("test_convnext", num_classes=2)
+    save_file(trained.state_dict(), tmp_path / "rgb.safetensors")
+    words = ["--dynamic", "true", "--in-chans", 1, "--epochs", 1, "--lr", 1e-12, "--batch-size", 4, "--image-size", 32]
+    start = ["--model", "test_convnext", "--weights", tmp_path / "rgb.safetensors"]
+    ask(capsys, "train", "--data", images, "--output", tmp_path / "run", *start, *words)
+    network = load_checkpoint(tmp_path / "run").build_network()
+    name = network.pretrained_cfg["first_conv"]
+    expected = trained.get_submodule(name).weight.sum(1, keepdim=True)
+    torch.testing.assert_close(network.get_submodule(name).weight, expected)
+    assert json.loads(ask(capsys, "evaluate", tmp_path / "run", "--json"))["images"] == 6

@@ -85,21 +85,21 @@ def run_convert(args: Namespace) -> None:
     kwargs = dict(args.model_kwargs)
     options = {name: kwargs.pop(name) for name in Connectivity.names() if name in kwargs}
     checkpoint = _open_static(args, kwargs)
-    static = checkpoint.build_network()
+    static, size = checkpoint.build_network(), checkpoint.preprocessing.image_size
     converted: Any = convert(
         static,
         topology=args.topology,
         weighting=args.weighting,
         node_gate=args.node_gate,
         stages="auto" if args.stages == ["auto"] else args.stages,
-        image_size=checkpoint.preprocessing.image_size,
+        image_size=size,
         **options,
     )
     if args.check is not None:
         agreement = _compare(args, checkpoint, static, converted, device)
         converted.conversion = replace(converted.conversion, agreement=agreement)
     weights = args.output or args.weights or "FILE"
-    described = describe(converted, args.image_size, name=args.model, weights=weights, model_kwargs={**kwargs, **options})
+    described = describe(converted, size, name=args.model, weights=weights, model_kwargs={**kwargs, **options})
     if args.output is not None:
         stored = replace(
             checkpoint,

@@ -24,6 +24,7 @@ from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
 from dgnet.models._inputs import first_convolutions as first_convolutions
+from dgnet.models._inputs import match_image_size as match_image_size
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._shorten import remove_blocks as remove_blocks
 from dgnet.models._shorten import removed_blocks as removed_blocks

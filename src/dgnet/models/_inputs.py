@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
 _DEFAULT_SIDE = 224
@@ -46,3 +47,18 @@ def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
         if name in adapted and adapted[name].ndim == 4 and adapted[name].shape[1] == 3 and channels != 3:
             adapted[name] = adapt_input_conv(channels, adapted[name])
     return adapted
+
+
+def match_image_size(name: str, options: Mapping[str, Any], image_size: int | None) -> tuple[dict[str, Any], int | None]:
+    """Options and image size in pixels that agree, for a network whose parts depend on the size, such as most transformers.
+
+    For a network that timm marks so, `image_size` sets its option `img_size`. A given `img_size` sets the image size. For all
+    other networks, and where both are given, nothing changes.
+    """
+    own = options.get("img_size")
+    cfg = get_pretrained_cfg(name)
+    if image_size is None:
+        return dict(options), own if isinstance(own, int) else None
+    if own is None and cfg is not None and cfg.fixed_input_size:
+        return {**options, "img_size": image_size}, image_size
+    return dict(options), image_size

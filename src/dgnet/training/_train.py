@@ -10,7 +10,7 @@ import torch
 from dgnet.checkpoint import DESCRIPTION, damaged, describe_network, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, create_model, stored_options
+from dgnet.models import TimmNetwork, create_model, match_image_size, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._head import settle_head
@@ -43,6 +43,9 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
+    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
+    model_kwargs, size = match_image_size(config.model, config.model_kwargs, size)
+    config = replace(config, model_kwargs=model_kwargs, image_size=size)
     try:
         channels = {} if config.in_chans is None else {"in_chans": config.in_chans}
         network = create_model(config.model, num_classes=classes, **channels, **config.network_kwargs)
@@ -99,8 +102,7 @@ def prepare_data(
     config: TrainConfig, network: TimmNetwork, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
-    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size, config.in_chans, config.mean, config.std)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, config.image_size, config.in_chans, config.mean, config.std)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment
