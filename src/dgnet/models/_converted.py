@@ -6,7 +6,7 @@ Letters: B batch, C channels, H and W height and width, L tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +148,7 @@ class ConvertedNetwork(DynamicNetwork):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As the static network's: a feature between two blocks of a stage is the sum so far."""
-        with keep_steps():
+        with keep_steps() if self._taps_stages() else nullcontext():
             return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +184,13 @@ class ConvertedNetwork(DynamicNetwork):
         static = _Named({self._rename(name, names): parameter for name, parameter in self.named_parameters()})
         groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
         return lambda name: groups.get(self._rename(name, names), float("inf"))
+
+    def _taps_stages(self) -> bool:
+        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass in evaluation too."""
+        infos: Any = getattr(self, "feature_info", None)
+        infos = infos.get_dicts() if hasattr(infos, "get_dicts") else infos
+        inside = {name for run in self.conversion.stages for name in run.blocks[:-1]}
+        return not infos or any(info["module"] in inside for info in infos)
 
     @staticmethod
     def _is_added(name: str, stages: Sequence[str]) -> bool:
