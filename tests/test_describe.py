@@ -26,7 +26,7 @@ def test_figures_are_those_of_both_networks(name, size):
     converted = dgnet.convert(static)
     found = dgnet.describe(converted, size)
     assert found.image_size == (size, size)
-    assert [stage.name for stage in found.stages] == list(converted.stage_names)
+    assert [stage.name for stage in found.stages] == list(converted.graph_names)
     assert [stage.blocks for stage in found.stages] == [len(run.blocks) for run in converted.conversion.stages]
     assert [stage.edges for stage in found.stages] == [(n + 2) * (n + 1) // 2 for n in (stage.blocks for stage in found.stages)]
     assert (found.params, found.added_params) == (count(converted), count(converted) - count(static))
@@ -36,7 +36,7 @@ def test_figures_are_those_of_both_networks(name, size):
     gated = dgnet.convert(static, node_gate="hard")
     costs = cost_model(gated, size)
     assert found.least_budget == pytest.approx(costs.least / costs.dense)
-    assert set(found.gated) == set(gated.stage_names) - set(converted.stage_names)
+    assert set(found.gated) == set(gated.graph_names) - set(converted.graph_names)
     # The slow way: what is left of the static network without all these blocks, besides aggregation and routers.
     blocks = [block for run in gated.conversion.stages for block in run.blocks]
     bare = dgnet.cost(remove_blocks(static, blocks), size)

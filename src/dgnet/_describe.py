@@ -169,7 +169,7 @@ def _add_gates(
         return by_name, replace(costs, stages=own)
     gated: Any = add_gates(model)
     total = cost_model(gated, size)
-    return {**by_name, **dict(zip(gated.stage_names, total.stages, strict=True))}, total
+    return {**by_name, **dict(zip(gated.graph_names, total.stages, strict=True))}, total
 
 
 def describe_agreement(agreement: Agreement) -> str:

@@ -48,7 +48,7 @@ def read_weights(
         if classes != network.num_classes or channels != 3:
             torch.default_generator.manual_seed(0)
             network = create_model(model, num_classes=classes, **preprocessing.network_options, **options)
-    untrained = fit_weights(network, model, path, state_dict)
+    untrained = fit_weights(network, model, path, state_dict).untrained
     if class_names is None:
         class_names = (imagenet_classes(classes) if own_classes == classes else None) or number_classes(classes)
     if len(class_names) != classes:

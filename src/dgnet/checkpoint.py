@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,17 +24,20 @@ from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.documents import parse_json
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
-from dgnet.graph import DynamicGraph, find_stages
+from dgnet.graph import DynamicGraph, accept_cuts, find_stages
 from dgnet.models import (
-    Connectivity,
     ConvertedNetwork,
     TimmNetwork,
     adapt_input,
     classifier_prefixes,
     create_model,
+    describe_loss,
+    find_obstacle,
     is_static,
+    keep_function,
     load_static_weights,
     removed_blocks,
+    static_counterpart,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -93,7 +95,8 @@ class Described:
     def create_network(self, **options: Any) -> TimmNetwork:
         """The network as described, untrained. Raises UsageError, which names the checkpoint, if it cannot be built."""
         try:
-            return create_model(self.model, **options, **self.model_kwargs)
+            with accept_cuts():
+                return create_model(self.model, **options, **self.model_kwargs)
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from None
 
@@ -143,12 +146,10 @@ class Checkpoint(Described):
 
     def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
-        name = self.model.removeprefix("dg_")
-        is_converted = self.model_kwargs.get("dynamic", False)
-        if (name == self.model and not is_converted) or not timm.is_model(name):
+        static = static_counterpart(self.model, self.model_kwargs)
+        if static is None:
             return None
-        dynamic = (*Connectivity.names(), "dynamic", "stages")
-        options = {option: value for option, value in self.model_kwargs.items() if option not in dynamic}
+        name, options = static
         return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
 
     def save(self, path: Path) -> None:
@@ -330,19 +331,39 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     return tensors, description
 
 
-def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_weights` has loaded."""
+
+    untrained: list[str]
+    """The names that keep their initial values: a head of other classes, block gates that the trained network did not have,
+    and what a static network lacks."""
+    loss: str = ""
+    """What is lost of the function of the static network that the weights are of, in words; "" if nothing."""
+
+
+def load_weights(
+    network: TimmNetwork, model: str, path: str | Path, start: str = "paper", image_size: tuple[int, int] | None = None
+) -> Loaded:
     """Load trained weights into `network`; weights of a static network go to the nodes of its dynamic counterpart.
 
-    Returns the names that keep their initial values: a head of other classes, block gates that the trained network did not
-    have, and what a static network lacks. Raises UsageError for weights of another model.
+    `start`: as in `dgnet.load_static_weights`, for the network `model`. The function is compared on images of `image_size`.
+
+    Raises UsageError for weights of another model, and if with `start="static"` the function is not kept.
     """
     path = find_checkpoint(path)
-    return fit_weights(network, model, path, *read_tensors(path))
+    return fit_weights(network, model, path, *read_tensors(path), start, image_size)
 
 
 def fit_weights(
-    network: TimmNetwork, model: str, path: Path, state_dict: Mapping[str, Tensor], carried: dict[str, Any] | None = None
-) -> list[str]:
+    network: TimmNetwork,
+    model: str,
+    path: Path,
+    state_dict: Mapping[str, Tensor],
+    carried: dict[str, Any] | None = None,
+    start: str = "paper",
+    image_size: tuple[int, int] | None = None,
+) -> Loaded:
     """As `load_weights`, from the content of the file `path`: its state dict, and the description that dgnet's files have."""
     with damaged(path):
         check_finite(state_dict)
@@ -353,9 +374,20 @@ def fit_weights(
         state_dict = dict(network.from_static(state_dict))
     if is_static(network, state_dict):
         try:
-            return load_static_weights(network, state_dict)
+            untrained = load_static_weights(network, state_dict)
         except UsageError as error:
             raise UsageError(f"{path} {_mismatch(carried, model)} ({error}); name its own model with --model") from None
+        weights_of = str((carried or {}).get("model", ""))
+        obstacle = find_obstacle(network, weights_of)
+        convert = f"--model {model.removeprefix('dg_')} --dynamic true"
+        if start == "paper":
+            loss = describe_loss(network, image_size, weights_of) if image_size else ""
+            return Loaded(untrained, loss and f"{loss}; {convert if obstacle else '--start static'} keeps it")
+        if obstacle:
+            raise UsageError(f"{model} cannot start as the static network: {obstacle}; use {convert}, or --start paper")
+        return Loaded(keep_function(network, untrained, image_size))
+    if start == "static":
+        raise UsageError(f"--start static needs the weights of a static network, and {path} has others; leave out --start")
     own = network.state_dict()
     reset = find_resized(state_dict, own, classifier_prefixes(network))
     # A DG-Net that was trained without block gates is fine-tuned to a budget: its gates are new.
@@ -367,7 +399,7 @@ def fit_weights(
         else:
             line = f"{path} {_mismatch(carried, model)} ({difference}); name its own model with --model"
         raise UsageError(line)
-    return [*reset, *new]
+    return Loaded([*reset, *new])
 
 
 def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:

@@ -77,7 +77,7 @@ def test_conversion_on_the_command_line_changes_no_prediction(name, weights, ima
     assert agreement["difference"] < 1e-5
     network = load_checkpoint(run).build_network()
     assert isinstance(network, ConvertedNetwork)
-    assert [stage["name"] for stage in found["stages"]] == list(network.stage_names)
+    assert [stage["name"] for stage in found["stages"]] == list(network.graph_names)
     photos = sorted((images / "val" / "dark").iterdir())
     static = json.loads(ask(capsys, "predict", "--model", name, "--weights", weights[name], *SIZE, *photos, "--json"))
     for one, other in zip(static, json.loads(ask(capsys, "predict", run, *photos, "--json")), strict=True):

@@ -237,7 +237,7 @@ def _supports(stage: StageNodes) -> bool:
         return False
     if stage.layout != "NCHW" or any(isinstance(part, PooledLinear) and part.norm != "none" for part in stage.modules()):
         return False
-    if isinstance(weighting, RoutedWeighting) and weighting.unit != 1:
+    if isinstance(weighting, RoutedWeighting) and (weighting.unit != 1 or weighting.closed is not None):
         return False
     return not isinstance(weighting, RoutedWeighting) or (
         weighting.pool is global_average_pool

@@ -18,7 +18,9 @@ from dgnet.models._dynamic import DynamicNetwork as DynamicNetwork
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
+from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
@@ -29,6 +31,11 @@ from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._shorten import remove_blocks as remove_blocks
 from dgnet.models._shorten import removed_blocks as removed_blocks
 from dgnet.models._state import unwrap_names as unwrap_names
+from dgnet.models._static_start import STARTS as STARTS
+from dgnet.models._static_start import describe_loss as describe_loss
+from dgnet.models._static_start import find_obstacle as find_obstacle
+from dgnet.models._static_start import keep_function as keep_function
+from dgnet.models._static_start import static_start_options as static_start_options
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
 from dgnet.models._static_weights import is_static as is_static
 from dgnet.models._static_weights import load_static_weights as load_static_weights

@@ -1,4 +1,4 @@
-"""Compare a converted network with the static one: the logits, and the classes that they predict.
+"""Whether two networks compute the same: their logits, and the classes that they predict.
 
 Letters: B batch, K classes.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgnet.errors import UsageError
 
 TOLERANCE = 1e-4
-"""Of the difference between the logits of the static and the converted network, relative to the largest logit."""
+"""The largest difference between logits that counts as rounding, as a share of the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,21 @@ class Comparison:
         """The figures over all batches so far."""
         top1 = [100 * n / self.labelled for n in self.right] if self.labelled else [None, None]
         return Agreement(self.images, self.difference / max(self.largest, 1e-12), 100 * self.same / self.images, *top1)
+
+
+def compare(static: nn.Module, converted: nn.Module, images: Tensor) -> Agreement:
+    """Compare two networks on `images`, (B, C, H, W), in evaluation. The modes of the networks stay as they are."""
+    comparison = Comparison()
+    comparison.add(_run(static, images), _run(converted, images))
+    return comparison.result()
+
+
+@torch.no_grad()
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    was_training = network.training
+    try:
+        output = network.eval()(images)
+    finally:
+        network.train(was_training)
+    outputs = output if isinstance(output, list | tuple) else [output]
+    return torch.cat([part.flatten(1).float() for part in outputs], dim=1)

@@ -26,7 +26,7 @@ from dgnet.graph import (
     TopologyLike,
     find_stages,
 )
-from dgnet.models._agreement import TOLERANCE, Agreement, Comparison
+from dgnet.models._agreement import TOLERANCE, Agreement, compare
 from dgnet.models._connectivity import Connectivity, WeightingLike
 from dgnet.models._converted import Conversion, ConvertedNetwork, ConvertedRun, ConvertedStage, Joined, converted_class
 from dgnet.models._increment import Increment
@@ -86,7 +86,6 @@ def convert(
             static_names[f"{name}."] = f"{run.names[0]}.nodes.{step}.block."
     result = cast(ConvertedNetwork, converted)
     result.__class__ = converted_class(type(network))
-    result.stage_names = tuple(run.names[0] for run in found.runs)
     result.static_names = static_names
     result.connectivity_options = connectivity.plain_options()
     result.conversion = Conversion(described, found.static, tuple(within) if within else "auto")
@@ -125,7 +124,7 @@ def _take_apart(network: ConvertedNetwork) -> nn.Module:
             assert isinstance(node, Increment)
             network.set_submodule(name, node.take_block())
     static, own = cast(nn.Module, network), network.static_class
-    for name in ("stage_names", "static_names", "connectivity_options", "conversion"):
+    for name in ("static_names", "connectivity_options", "conversion"):
         delattr(static, name)
     static.__class__ = own
     return static
@@ -167,22 +166,9 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
 
     Raises UsageError if they differ by more than `tolerance` of the largest logit.
     """
-    comparison = Comparison()
-    comparison.add(_run(static, images), _run(converted, images))
-    agreement = comparison.result()
+    agreement = compare(static, converted, images)
     agreement.require(type(static).__name__, tolerance)
     return agreement
-
-
-@torch.no_grad()
-def _run(network: nn.Module, images: Tensor) -> Tensor:
-    was_training = network.training
-    try:
-        output = network.eval()(images)
-    finally:
-        network.train(was_training)
-    outputs = output if isinstance(output, list | tuple) else [output]
-    return torch.cat([part.flatten(1).float() for part in outputs], dim=1)
 
 
 def _read_connectivity(
@@ -217,7 +203,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             nodes=[Increment(network.get_submodule(name)) for name in run.names],
             activation=nn.Identity(),
             options=connectivity,
-            node_gates=connectivity.build_node_gates(topology, run.channels),
+            node_gates=connectivity.build_node_gates(topology, run.channels, number),
             layout=run.layout,
         )
         change = find_change(stage)

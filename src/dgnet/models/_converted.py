@@ -141,7 +141,7 @@ class ConvertedNetwork(DynamicNetwork):
 
     def from_static(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """`state_dict` with static blocks as nodes of stages, and the present weightings and gates of these stages."""
-        static = [name for name in self.stage_names if f"{name}.mask" not in state_dict]
+        static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
         names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
         added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
         return {**added, **{self._rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
@@ -165,7 +165,6 @@ class ConvertedNetwork(DynamicNetwork):
                 )
             stages += [] if missing else [run]
         self.conversion = replace(self.conversion, stages=tuple(stages))
-        self.stage_names = tuple(run.name for run in stages)
         blocks = {f"{name}." for run in stages for name in run.blocks}
         self.static_names = {old: new for old, new in self.static_names.items() if old in blocks}
         return kept
@@ -186,7 +185,7 @@ class ConvertedNetwork(DynamicNetwork):
         return lambda name: groups.get(self._rename(name, names), float("inf"))
 
     def _taps_stages(self) -> bool:
-        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass in evaluation too."""
+        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass."""
         infos: Any = getattr(self, "feature_info", None)
         infos = infos.get_dicts() if hasattr(infos, "get_dicts") else infos
         inside = {name for run in self.conversion.stages for name in run.blocks[:-1]}
