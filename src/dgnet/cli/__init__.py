@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, detect, explore, tools
+from dgnet.cli import analyze, classify, convert, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
@@ -23,6 +23,7 @@ from dgnet.memory import keep_freed_memory
 
 COMMANDS: dict[str, Command | Group] = {
     "models": tools.MODELS,
+    "convert": convert.CONVERT,
     "train": classify.TRAIN,
     "evaluate": classify.EVALUATE,
     "analyze": analyze.ANALYZE,

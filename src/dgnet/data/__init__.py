@@ -1,5 +1,6 @@
 """Labelled images from a source string, their preprocessing, and loaders of batches."""
 
+from dgnet.data._datasets import Photos as Photos
 from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset

@@ -5,7 +5,10 @@ from dgnet.models import mobilenetv2 as mobilenetv2
 from dgnet.models import randwire as randwire
 from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
+from dgnet.models._agreement import Agreement as Agreement
+from dgnet.models._agreement import Comparison as Comparison
 from dgnet.models._connectivity import Connectivity as Connectivity
+from dgnet.models._convert import add_gates as add_gates
 from dgnet.models._convert import check_agreement as check_agreement
 from dgnet.models._convert import convert as convert
 from dgnet.models._convert import to_static as to_static
