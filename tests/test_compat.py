@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dgnet
 from dgnet.cli.command import Parser
 from dgnet.compat.argparse import option_strings
-from dgnet.compat.timm import FeatureGetterNet
+from dgnet.compat.timm import EfficientSqueezeExcite, FeatureGetterNet
 from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
     UNCOUNTED,
@@ -295,6 +295,17 @@ def test_timm_builds_feature_extractors_of_the_class_that_conversion_expects():
     features = timm.create_model("test_vit", features_only=True)
     assert isinstance(features, FeatureGetterNet), moved("timm", "FeatureGetterNet")
     assert features(torch.zeros(1, 3, 160, 160))[0].ndim == 4
+
+
+def test_timms_efficient_networks_have_the_squeeze_and_excitation_that_detection_expects():
+    network = timm.create_model("mobilenetv3_small_050")
+    found = [module for module in network.modules() if isinstance(module, EfficientSqueezeExcite)]
+    assert found, moved("timm", "SqueezeExcite")
+    feature = torch.randn(2, found[0].conv_reduce.in_channels, 3, 4)
+    reads = []
+    found[0].conv_reduce.register_forward_pre_hook(lambda module, inputs: reads.append(inputs[0]))
+    found[0](feature)
+    torch.testing.assert_close(reads[0], feature.mean((2, 3), keepdim=True))
 
 
 def test_tensors_are_found_in_nested_containers():

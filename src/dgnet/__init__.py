@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dgnet import training as training
     from dgnet._cost import Cost as Cost
     from dgnet._cost import cost as cost
+    from dgnet._describe import Description as Description
+    from dgnet._describe import describe as describe
     from dgnet._version import __version__ as __version__
     from dgnet.analysis import plot_adjacency as plot_adjacency
     from dgnet.analysis import plot_graph as plot_graph

@@ -1,4 +1,4 @@
-"""A checkpoint from a file of weights only, such as timm's: what the file does not say follows from the model."""
+"""A checkpoint from a model's name, and weights without dgnet's description: what they do not say follows from the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dgnet.checkpoint import NOT_STORED, Checkpoint, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
 from dgnet.errors import UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, first_convolutions, match_image_size
+from dgnet.models import TimmNetwork, classifier_prefixes, create_model, find_channels, first_convolutions, match_image_size
 
 
 def read_weights(
@@ -37,10 +37,7 @@ def read_weights(
         raise UsageError(
             f"{path} is a checkpoint of {carried.get('model')} with its own classes and preprocessing; leave out --model"
         )
-    options, image_size = match_image_size(model, model_kwargs or {}, image_size)
-    for name in NOT_STORED:
-        if name in options:
-            raise UsageError(f"--model-kwargs cannot set {name}: it follows from the weights")
+    options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network = create_model(model, **options)
@@ -58,6 +55,41 @@ def read_weights(
         raise UsageError(f"{path} has {classes:,} classes, and {len(class_names):,} are named; give one name for each class")
     checkpoint = Checkpoint(path, network.state_dict(), model, options, list(class_names), {}, preprocessing)
     return checkpoint, untrained
+
+
+def open_model(
+    model: str,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    pretrained: bool = False,
+) -> Checkpoint:
+    """A checkpoint of `model` as it is initialised, always in the same way, or with the weights that timm publishes for it.
+
+    `num_classes`, `image_size`: by default the model's own. Classes and preprocessing are as for `read_weights`. Raises
+    UsageError for an unknown model or option, and if there are no published weights or they cannot be read.
+    """
+    options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        given = {} if num_classes is None else {"num_classes": num_classes}
+        network = create_model(model, pretrained=pretrained, **given, **options)
+    classes = int(network.num_classes)
+    if classes < 1:
+        raise UsageError(f"{model} has no classifier; give the number of classes with --num-classes")
+    is_own = network.pretrained_cfg.get("num_classes") == classes
+    names = (imagenet_classes(classes) if is_own else None) or number_classes(classes)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, find_channels(network))
+    return Checkpoint(Path(model), network.state_dict(), model, options, names, {}, preprocessing)
+
+
+def _check_options(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Raises UsageError for an option that follows from the weights."""
+    options = dict(model_kwargs or {})
+    for name in NOT_STORED:
+        if name in options:
+            raise UsageError(f"--model-kwargs cannot set {name}: it follows from the weights")
+    return options
 
 
 def _count_classes(network: TimmNetwork, state_dict: Mapping[str, Tensor], misfit: str) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,7 +26,6 @@ from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, accept_cuts, find_stages
 from dgnet.models import (
-    Connectivity,
     ConvertedNetwork,
     TimmNetwork,
     adapt_input,
@@ -39,6 +37,7 @@ from dgnet.models import (
     keep_function,
     load_static_weights,
     removed_blocks,
+    static_counterpart,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -147,12 +146,10 @@ class Checkpoint(Described):
 
     def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
-        name = self.model.removeprefix("dg_")
-        is_converted = self.model_kwargs.get("dynamic", False)
-        if (name == self.model and not is_converted) or not timm.is_model(name):
+        static = static_counterpart(self.model, self.model_kwargs)
+        if static is None:
             return None
-        dynamic = (*Connectivity.names(), "dynamic", "stages")
-        options = {option: value for option, value in self.model_kwargs.items() if option not in dynamic}
+        name, options = static
         return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
 
     def save(self, path: Path) -> None:

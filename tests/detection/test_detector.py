@@ -9,9 +9,9 @@ import dgnet
 from dgnet.detection import Backbone, Detector
 from dgnet.detection._checkpoint import load_trained
 from dgnet.errors import UsageError
-from dgnet.graph import accept_cuts, current_area
+from dgnet.graph import ValidArea, accept_cuts, current_area, find_stages, use_area
 from dgnet.inference import fold_batch_norms, set_mode
-from tests.helpers.networks import shake_norms
+from tests.helpers.networks import close_some, shake_norms, spread_routers
 
 SIZES = {"short_side": 64, "long_side": 128}
 TARGETS = [
@@ -173,3 +173,54 @@ def test_refusals(model, options, expected):
     with pytest.raises(UsageError) as caught:
         Detector(dgnet.create_model(model), 3, **options)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_convnext", "test_mambaout"])
+def test_a_converted_backbone_gives_the_maps_of_the_static_one_and_does_not_read_the_padding(name):
+    torch.manual_seed(0)
+    static = shake_norms(dgnet.create_model(name)).eval()
+    converted = dgnet.convert(static)
+    backbones = [Backbone(network, channels=8).eval() for network in (static, converted)]
+    backbones[1].fpn.load_state_dict(backbones[0].fpn.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for level, feature in backbones[0](image).items():
+            torch.testing.assert_close(backbones[1](image)[level], feature, atol=1e-4, rtol=1e-3)
+        for stage in find_stages(converted):
+            spread_routers(stage)
+        padded = torch.nn.functional.pad(image, (0, 32, 0, 64))
+        padded[..., 64:, :] = padded[..., 96:] = 1  # what a network must not see
+        body = backbones[1].body
+        taps = {"indices": list(backbones[1].indices), "intermediates_only": True, "stop_early": True}
+        alone = body.forward_intermediates(image, **taps)
+        with use_area(ValidArea([(64, 96)], (128, 128))):
+            found = body.forward_intermediates(padded, **taps)
+    for one, other in zip(alone, found, strict=True):
+        height, width = one.shape[2:]
+        torch.testing.assert_close(other[..., :height, :width], one, atol=1e-4, rtol=1e-3)
+
+
+def test_a_converted_backbone_runs_in_the_sparse_mode():
+    converted = shake_norms(dgnet.create_model("mobilenetv3_small_050", dynamic=True)).eval()
+    for stage in find_stages(converted):
+        spread_routers(stage)
+    close_some(converted, torch.randn(8, 3, 64, 64))
+    backbone = Backbone(converted, channels=8).eval()
+    images, ran = torch.randn(3, 3, 64, 64), []
+    for stage in find_stages(backbone):
+        for node in stage.nodes:
+            node.register_forward_hook(lambda module, inputs, output: ran.append(len(output)))
+    with torch.no_grad():
+        expected, dense = backbone(images), sum(ran)
+        ran.clear()
+        found = dgnet.set_sparse(backbone, "plain")(images)
+    assert 0 < sum(ran) < dense
+    for level, feature in found.items():
+        torch.testing.assert_close(feature, expected[level], atol=1e-5, rtol=1e-4)
+
+
+def test_networks_without_maps_of_any_size_are_refused():
+    with pytest.raises(UsageError, match=r"takes images of one size only.*strict_img_size: false"):
+        Backbone(dgnet.create_model("swin_tiny_patch4_window7_224", dynamic=True))
+    with pytest.raises(UsageError, match="has feature maps of strides 16, and detection needs 4, 8, 16, 32"):
+        Backbone(dgnet.create_model("test_vit", dynamic=True))

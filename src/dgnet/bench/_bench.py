@@ -31,7 +31,8 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         keep_freed_memory()
     against = config.against or config.model.removeprefix("dg_")
     torch.manual_seed(config.seed)
-    networks = dgnet.create_model(config.model, **config.model_kwargs), dgnet.create_model(against)
+    kwargs = {**config.model_kwargs, **({"dynamic": True} if config.dynamic else {})}
+    networks = dgnet.create_model(config.model, **kwargs), dgnet.create_model(against)
     own_size = SHORT_SIDE if config.is_detection else int(networks[0].pretrained_cfg["input_size"][-1])
     image_size = config.image_size or own_size
     with tqdm(total=2 + config.rounds, disable=not show_progress, file=sys.stderr, unit="round", mininterval=1) as bar:
@@ -65,7 +66,7 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         rounds=config.rounds,
         threads=torch.get_num_threads(),
         allocator=config.allocator,
-        model_kwargs=config.model_kwargs,
+        model_kwargs=kwargs,
         model_side=model_side,
         against_side=against_side,
         hardware=describe_hardware(config.device),

@@ -15,7 +15,7 @@ SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels, of a detector's images (§6.3)
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured. `against` None: the static baseline, the model's name without `dg_`.
+    """What is measured. `against` None: the static baseline, the model's name without `dg_`, or itself if it is converted.
 
     "train" is a step of cross-entropy and SGD with momentum, with autocast if `dtype` is half precision. "infer" is a forward
     pass in evaluation mode, with batch normalisations folded into convolutions and weights in `dtype`. "detect-train" and
@@ -44,6 +44,7 @@ class BenchConfig:
         "memory that a step frees on the CPU; keep: for the next step; system: return it to the system",
         ("keep", "system"),
     )
+    dynamic: bool = option(False, "convert MODEL, a static network of timm; by default against itself as it is")
     model_kwargs: dict[str, Any] = option({}, "options of MODEL, not of the other network")
     seed: int = 0
 
@@ -52,8 +53,8 @@ class BenchConfig:
         check_choices(self)
         check_bounds(self, dict.fromkeys(("batch_size", "rounds"), (1,)))
         check_bounds(self, {"threads": (1, MOST_THREADS), "image_size": (1, LARGEST_SIDE)})
-        if self.against is None and not self.model.startswith("dg_"):
-            raise UsageError(f"{self.model} has no static baseline; name the other model with --against")
+        if self.against is None and not self.model.startswith("dg_") and not self.is_converted:
+            raise UsageError(f"{self.model} has no static baseline; name the other model with --against, or use --dynamic true")
         if self.cuda_graphs and not (self.compile and self.device.startswith("cuda")):
             raise UsageError("--cuda-graphs needs --compile true and a CUDA device; leave it out")
         if self.is_detection and self.compile:
@@ -62,6 +63,11 @@ class BenchConfig:
             raise UsageError("--task train needs --batch-size 2 or more: batch normalisation does not train on one image")
         if self.is_training and self.dtype == "float16" and self.device == "cpu":
             raise UsageError("--dtype float16 cannot be trained on a CPU; use bfloat16 or float32")
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether MODEL is a static network that is converted."""
+        return self.dynamic or bool(self.model_kwargs.get("dynamic", False))
 
     @property
     def is_training(self) -> bool:

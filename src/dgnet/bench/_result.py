@@ -53,21 +53,23 @@ def format_bench(result: BenchResult) -> str:
     form = f"compiled{' with CUDA graphs' if result.cuda_graphs else ''}" if result.compile else "eager"
     layout = "channels_last" if result.channels_last else "contiguous"
     size = f"{result.image_size}×{image_width(result.task, result.image_size)}"
+    model = f"{result.model} (dynamic)" if result.model_kwargs.get("dynamic") else result.model
+    width = max(24, len(model) + 2, len(result.against) + 2)
     lines = [
         f"{result.task}, batch {result.batch_size}, {size} pixels, {result.dtype}, {form},"
         f" {layout}, {result.rounds} alternating rounds",
-        f"{'':24}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'first call s':>14}",
+        f"{'':{width}}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'first call s':>14}",
     ]
-    for name, side in ((result.model, result.model_side), (result.against, result.against_side)):
+    for name, side in ((model, result.model_side), (result.against, result.against_side)):
         low, high = (1000 * value for value in side.quartiles)
         peak = "–" if side.peak_memory is None else f"{side.peak_memory / 2**20:,.0f}"
         lines.append(
-            f"{name:24}{1000 * side.seconds:10.2f}{f'{low:.2f} … {high:.2f}':>20}{side.images_per_second:12.1f}{peak:>12}"
+            f"{name:{width}}{1000 * side.seconds:10.2f}{f'{low:.2f} … {high:.2f}':>20}{side.images_per_second:12.1f}{peak:>12}"
             f"{side.first_call_seconds:14.1f}"
         )
     low, high = result.ratio_quartiles
     memory = "" if result.peak_memory_ratio is None else f"; peak memory {result.peak_memory_ratio:.3f}"
-    lines.append(f"{result.model} / {result.against}: time {result.ratio:.3f} (quartiles {low:.3f} … {high:.3f}){memory}")
+    lines.append(f"{model} / {result.against}: time {result.ratio:.3f} (quartiles {low:.3f} … {high:.3f}){memory}")
     packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     lines.append(f"{result.hardware}; {packages}")
     return "\n".join(lines)

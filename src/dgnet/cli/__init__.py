@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, detect, explore, tools
+from dgnet.cli import analyze, classify, convert, detect, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
@@ -23,6 +23,7 @@ from dgnet.memory import keep_freed_memory
 
 COMMANDS: dict[str, Command | Group] = {
     "models": tools.MODELS,
+    "convert": convert.CONVERT,
     "train": classify.TRAIN,
     "evaluate": classify.EVALUATE,
     "analyze": analyze.ANALYZE,
@@ -122,7 +123,7 @@ def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
         name = word.partition("=")[0].partition(".")[0]
         is_option = name.startswith("--") or (name[:1] == "-" and name[1:2].isalpha())
         if is_option and name not in options:
-            raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: {command} --help")
+            raise UsageError(f"unknown option {name}{parser.suggest(name, options)}; options: {command} --help")
 
 
 def entry_point() -> NoReturn:

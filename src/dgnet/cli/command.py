@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
+from dgnet.cli.timm_names import suggest
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
@@ -36,6 +37,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}  # what a recipe may hold: destination -> type
         self.hints: dict[str, Any] = {}  # option as typed -> type
+        self.suggest = did_you_mean  # from an unknown name and the known ones to a hint
         self.moved: set[str] = set()  # options as typed, whose value is the first argument
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
@@ -114,7 +116,7 @@ class Parser(ArgumentParser):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
             if name not in self.recipe:
-                raise UsageError(f"--config {path}: unknown option {name!r}{did_you_mean(str(name), self.recipe)}")
+                raise UsageError(f"--config {path}: unknown option {name!r}{self.suggest(str(name), self.recipe)}")
         return {
             name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
             for name, value in (values or {}).items()
@@ -178,6 +180,7 @@ def add_fields(parser: Parser, config: type[Any]) -> None:
 def build_train_parser(config: type[RunConfig], description: str) -> Parser:
     """The parser of a training command with the options of the dataclass `config`."""
     parser = Parser(description=description)
+    parser.suggest = suggest
     parser.add_argument(
         "--config", type=Location | None, help="recipe: a YAML file of these options; typed options decide over it"
     )

@@ -1,5 +1,6 @@
 """Labelled images from a source string, their preprocessing, and loaders of batches."""
 
+from dgnet.data._datasets import Photos as Photos
 from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
@@ -26,6 +27,7 @@ from dgnet.data._loading import EvaluationLoader as EvaluationLoader
 from dgnet.data._loading import EvaluationOrder as EvaluationOrder
 from dgnet.data._loading import build_loader as build_loader
 from dgnet.data._loading import worker_options as worker_options
+from dgnet.data._preprocessing import Augmentation as Augmentation
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dgnet.data._images import IGNORED, ImageDataset, check_label, read_image, to_rgb
 from dgnet.data._labels import map_labels
-from dgnet.data._ledger import Ledger, Walk, compose, escape, is_image_name
+from dgnet.data._ledger import Ledger, Walk, compose, escape, find_image_files, is_image_name
 from dgnet.data._shards import expand_shards, is_shards, pair_samples, read_classes, walk_shard
 from dgnet.data._splits import EVALUATION, NAMES, TRAIN
 from dgnet.data._tars import TarReader, refuse_compressed
@@ -125,6 +125,28 @@ def _class_folders(root: Path, folders: Sequence[Path]) -> dict[str, Path]:
             )
         by_name[name] = folder
     return dict(sorted(by_name.items()))
+
+
+class Photos(ImageDataset):
+    """Image files, and the images in folders with their subfolders, without labels.
+
+    Raises UsageError for a path that does not exist, and for a folder without images.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        files, ledgers = find_image_files(paths)
+        self.files = [path for path, _ in files]
+        self.class_names: list[str] = []
+        self.ledger = ledgers[0] if len(paths) == len(ledgers) == 1 else Ledger(" ".join(paths), len(files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        return read_image(self.files[index]), IGNORED
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
 
 
 class Shards(ImageDataset):

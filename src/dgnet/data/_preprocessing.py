@@ -22,6 +22,20 @@ _LARGEST_VALUE = 1_000_000
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """What is drawn for a training image besides crop and flip, in the terms of `timm.data.create_transform`."""
+
+    scale: tuple[float, float] | None = None  # of a random resized crop: share of the area
+    ratio: tuple[float, float] | None = None  # of a random resized crop: width over height
+    interpolation: str | None = None  # of a random resized crop; "random": bilinear or bicubic; None: the model's own
+    auto_augment: str | None = None
+    color_jitter: float = 0.0
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+    re_count: int = 1
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """Size, normalisation and cropping of images, as plain values that a checkpoint can store.
 
@@ -111,35 +125,46 @@ class Preprocessing:
         *resize_and_crop, _, _ = self.evaluation_transform().transforms
         return transforms.Compose(resize_and_crop)
 
-    def training_transform(self, augment: str, hflip: float) -> transforms.Compose:
+    def training_transform(
+        self,
+        augment: str,
+        hflip: float,
+        augmentation: Augmentation = Augmentation(),
+    ) -> transforms.Compose:
         """Random augmentation, then normalise.
 
         `augment`: "rrc" (random resized crop, as for ImageNet), "pad-crop" (the crop of evaluation, padded with zeros by an
-        eighth, 4 pixels for CIFAR's 32, and cropped at random), or "none". `hflip`: probability of a horizontal flip.
+        eighth, 4 pixels for CIFAR's 32, and cropped at random), or "none", which draws nothing. `hflip`: probability of a
+        horizontal flip.
         """
         if augment == "none":
             return self.evaluation_transform()
+        crop, change, finish = self._timm_training_transforms(hflip, augmentation)
         if augment == "rrc":
-            transform: transforms.Compose = timm.data.create_transform(
-                self.input_shape,
-                is_training=True,
-                hflip=hflip,
-                color_jitter=0.0,
-                interpolation=self.interpolation,
-                mean=self.mean,
-                std=self.std,
-            )
-            return self._from_rgb(transform)
+            return self._from_rgb(transforms.Compose([*crop.transforms, *change.transforms, *finish.transforms]))
         height, width = self.image_size
         return transforms.Compose(
             [
                 self.cropping(),
                 transforms.RandomCrop(self.image_size, padding=(width // 8, height // 8)),
                 transforms.RandomHorizontalFlip(hflip),
-                transforms.ToTensor(),
-                transforms.Normalize(self.mean, self.std),
+                *(change.transforms if augmentation.auto_augment or augmentation.color_jitter else ()),
+                *finish.transforms,
             ]
         )
+
+    def _timm_training_transforms(self, hflip: float, augmentation: Augmentation) -> list[transforms.Compose]:
+        """timm's three steps: random resized crop and flip; changes of colour and shape; to a tensor, normalise, erase."""
+        steps: tuple[transforms.Compose, ...] = timm.data.create_transform(
+            self.input_shape,
+            is_training=True,
+            separate=True,
+            hflip=hflip,
+            mean=self.mean,
+            std=self.std,
+            **{**asdict(augmentation), "interpolation": augmentation.interpolation or self.interpolation},
+        )
+        return list(steps)
 
     def _from_rgb(self, transform: transforms.Compose) -> transforms.Compose:
         """`transform`, after a conversion to grey if the network's input has one channel."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from timm.layers import SqueezeExcite
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from dgnet.compat.timm import EfficientSqueezeExcite
 from dgnet.errors import UsageError
 from dgnet.graph import ValidArea, current_area, find_stages, use_area
 
@@ -31,10 +33,11 @@ class Backbone(nn.Module):
     layers keep their statistics, scale and shift. `fpn_norm`: add batch normalisation to the pyramid.
 
     In a dynamic network, routers pool over each image's own area, and each convolution larger than 1×1 reads zeros outside this
-    area. So an image has the same maps and the same wiring with any padding. (The pyramid and the heads read the padding, as in
+    area. So an image has the same maps and the same wiring with any padding, unless the network has attention or another layer
+    that mixes places, besides convolutions and squeeze-and-excitation. (The pyramid and the heads read the padding, as in
     torchvision.) `announce_area` gives the padding of the next batch. A static network behaves like torchvision's.
 
-    Raises UsageError for a network without one of the maps.
+    Raises UsageError for a network without one of the maps, and for stages of tokens, of which no area can be told.
     """
 
     def __init__(
@@ -48,6 +51,18 @@ class Backbone(nn.Module):
         super().__init__()
         infos = _feature_infos(network)
         self.indices = _find_maps(network, infos)
+        embedding = getattr(network, "patch_embed", None)
+        if getattr(embedding, "strict_img_size", False):
+            raise UsageError(
+                f"{type(network).__name__} takes images of one size only, and a detector's have many; where the network can,"
+                " allow others with --model-kwargs '{strict_img_size: false}'"
+            )
+        for stage in find_stages(network):
+            if stage.layout == "NLC":
+                raise UsageError(
+                    f"{type(network).__name__} has dynamic stages of tokens, which detection cannot use: routers would read the"
+                    " padding; leave out --dynamic, or name stages of maps with --model-kwargs"
+                )
         stages = self.indices[-1] + 1
         if not 0 <= frozen_stages <= stages:
             raise UsageError(f"--frozen-stages must be 0 to {stages} (the stem counts as one), got {frozen_stages}")
@@ -93,10 +108,11 @@ class Backbone(nn.Module):
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
                 module.register_forward_pre_hook(_mask)
-            elif isinstance(module, SqueezeExcite):
+            elif isinstance(module, SqueezeExcite | EfficientSqueezeExcite):
+                reader = module.fc1 if isinstance(module, SqueezeExcite) else module.conv_reduce
                 module.register_forward_pre_hook(_mask)
-                module.register_forward_pre_hook(_note_share)
-                module.fc1.register_forward_pre_hook(_rescale_mean)
+                module.register_forward_pre_hook(partial(_note_share, reader))
+                reader.register_forward_pre_hook(_rescale_mean)
 
 
 _ANNOUNCED: ContextVar[ValidArea | None] = ContextVar("announced_area", default=None)
@@ -116,11 +132,11 @@ def _mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] |
     return (feature * area.mask(feature), *rest)
 
 
-def _note_share(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Keep the share of the map that the image covers, for `_rescale_mean`."""
+def _note_share(reader: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep the share of the map that the image covers, for `_rescale_mean` of the module that reads the mean."""
     area = current_area()
     if area is not None:
-        area.shares[id(module.fc1)] = area.share(inputs[0])
+        area.shares[id(reader)] = area.share(inputs[0])
 
 
 def _rescale_mean(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -3,6 +3,7 @@
 from dgnet.evaluation._accuracy import ACCURACY as ACCURACY
 from dgnet.evaluation._accuracy import Accuracy as Accuracy
 from dgnet.evaluation._accuracy import accuracy_figures as accuracy_figures
+from dgnet.evaluation._agreement import compare_networks as compare_networks
 from dgnet.evaluation._evaluate import Evaluation as Evaluation
 from dgnet.evaluation._evaluate import EvaluationMeters as EvaluationMeters
 from dgnet.evaluation._evaluate import evaluate as evaluate
@@ -27,6 +28,7 @@ from dgnet.evaluation._source import DATA as DATA
 from dgnet.evaluation._source import announce as announce
 from dgnet.evaluation._source import describe_source as describe_source
 from dgnet.evaluation._source import open_evaluation_data as open_evaluation_data
+from dgnet.evaluation._source import open_photos as open_photos
 from dgnet.evaluation._wiring import WiringStatistics as WiringStatistics
 from dgnet.evaluation._wiring import edge_figure_names as edge_figure_names
 from dgnet.evaluation._wiring import edge_figures as edge_figures

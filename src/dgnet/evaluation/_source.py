@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from dgnet._streams import say_once
 from dgnet.checkpoint import Checkpoint, RunData
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, hold_out, open_dataset, set_max_pixels
+from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, Photos, hold_out, open_dataset, set_max_pixels
+from dgnet.errors import UsageError
 from dgnet.paths import find_kind
 
 DATA = "data.json"
@@ -48,6 +50,26 @@ def open_evaluation_data(
         dataset = _leave_out_bad(dataset, checkpoint.path)
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
+
+
+def open_photos(checkpoint: Checkpoint, sources: Sequence[str]) -> tuple[ImageDataset, str]:
+    """Photos on which networks are compared, with the checkpoint's preprocessing, and a line on why they have no labels, or "".
+
+    `sources`: image files, or one source as in `open_evaluation_data`. Images whose classes the checkpoint does not have are
+    taken without labels. Raises UsageError for a source that does not exist or holds no images.
+    """
+    if len(sources) == 1 and find_kind(sources[0]) != "file":
+        try:
+            return open_evaluation_data(checkpoint, sources[0], needs_labels=False), ""
+        except UsageError as error:
+            if find_kind(sources[0]) != "folder":
+                raise
+            why = f"{error}; top-1 is left out"
+    else:
+        why = ""
+    photos = Photos(sources)
+    photos.transform = checkpoint.preprocessing.evaluation_transform()
+    return photos, why
 
 
 class HasLedger(Protocol):

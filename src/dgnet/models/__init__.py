@@ -5,7 +5,10 @@ from dgnet.models import mobilenetv2 as mobilenetv2
 from dgnet.models import randwire as randwire
 from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
+from dgnet.models._agreement import Agreement as Agreement
+from dgnet.models._agreement import Comparison as Comparison
 from dgnet.models._connectivity import Connectivity as Connectivity
+from dgnet.models._convert import add_gates as add_gates
 from dgnet.models._convert import check_agreement as check_agreement
 from dgnet.models._convert import convert as convert
 from dgnet.models._convert import to_static as to_static
@@ -15,7 +18,9 @@ from dgnet.models._dynamic import DynamicNetwork as DynamicNetwork
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
+from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels

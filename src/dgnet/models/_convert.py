@@ -26,7 +26,7 @@ from dgnet.graph import (
     TopologyLike,
     find_stages,
 )
-from dgnet.models._agreement import TOLERANCE, find_difference
+from dgnet.models._agreement import TOLERANCE, Agreement, compare
 from dgnet.models._connectivity import Connectivity, WeightingLike
 from dgnet.models._converted import Conversion, ConvertedNetwork, ConvertedRun, ConvertedStage, Joined, converted_class
 from dgnet.models._increment import Increment
@@ -80,7 +80,8 @@ def convert(
     found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
         why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
-        raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why})")
+        gates = "; with node_gate='hard' single blocks become stages too" if found.removable and least_blocks > 1 else ""
+        raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why}){gates}")
     converted = deepcopy(network)
     described = tuple(ConvertedRun.of(run, converted.get_submodule(run.names[0])) for run in found.runs)
     static_names: dict[str, str] = {}
@@ -92,14 +93,12 @@ def convert(
             static_names[f"{name}."] = f"{run.names[0]}.nodes.{step}.block."
     result = cast(ConvertedNetwork, converted)
     result.__class__ = converted_class(type(network))
-    result.stage_names = tuple(run.names[0] for run in found.runs)
     result.static_names = static_names
     result.connectivity_options = connectivity.plain_options()
     result.conversion = Conversion(described, found.static, tuple(within) if within else "auto")
     result.train(network.training)
     if check is not None:
-        difference = check_agreement(network, result, check)
-        result.conversion = replace(result.conversion, difference=difference)
+        result.conversion = replace(result.conversion, agreement=check_agreement(network, result, check))
     return result
 
 
@@ -110,18 +109,31 @@ def to_static(network: nn.Module) -> nn.Module:
     """
     if not isinstance(network, ConvertedNetwork):
         raise UsageError(f"{type(network).__name__} was not made by dgnet.convert")
-    static = deepcopy(network)
     for run in network.conversion.stages:
-        stage = cast(StageNodes, static.get_submodule(run.name))
-        change = find_change(stage)
+        change = find_change(cast(StageNodes, network.get_submodule(run.name)))
         if change:
             raise UsageError(f"stage {run.name} cannot become static: {change}")
+    return _take_apart(deepcopy(network))
+
+
+def add_gates(network: ConvertedNetwork) -> nn.Module:
+    """What `network` becomes if gates are added, which also make stages of single blocks. On the meta device, untrained."""
+    options = network.stored_options()
+    del options["dynamic"]
+    return convert(_take_apart(deepcopy(network).to("meta")), **{**options, "node_gate": "hard"})
+
+
+def _take_apart(network: ConvertedNetwork) -> nn.Module:
+    """`network`, changed in place: its blocks where they were, called in a row."""
+    for run in network.conversion.stages:
+        stage = cast(StageNodes, network.get_submodule(run.name))
         for name, node in zip(run.blocks, stage.nodes, strict=True):
             assert isinstance(node, Increment)
-            static.set_submodule(name, node.take_block())
-    for name in ("stage_names", "static_names", "connectivity_options", "conversion"):
+            network.set_submodule(name, node.take_block())
+    static, own = cast(nn.Module, network), network.static_class
+    for name in ("static_names", "connectivity_options", "conversion"):
         delattr(static, name)
-    static.__class__ = network.static_class  # type: ignore[assignment]
+    static.__class__ = own
     return static
 
 
@@ -156,18 +168,14 @@ def find_change(stage: StageNodes) -> str:
     return ""
 
 
-def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tolerance: float = TOLERANCE) -> float:
-    """The largest difference of the logits on `images`, (B, C, H, W), relative to the largest logit, in evaluation mode.
+def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tolerance: float = TOLERANCE) -> Agreement:
+    """Compare the outputs of both networks on `images`, (B, C, H, W), in evaluation mode.
 
-    Raises UsageError if it is above `tolerance`.
+    Raises UsageError if they differ by more than `tolerance` of the largest logit.
     """
-    difference = find_difference(static, converted, images)
-    if not difference <= tolerance:
-        raise UsageError(
-            f"the converted network differs from {type(static).__name__} by {difference:.1e} of the largest logit, more than"
-            f" {tolerance:.0e}; name the modules to convert with stages, to leave out the one that differs"
-        )
-    return difference
+    agreement = compare(static, converted, images)
+    agreement.require(type(static).__name__, tolerance)
+    return agreement
 
 
 def _read_connectivity(

@@ -6,8 +6,8 @@ Letters: B batch, C channels, H and W height and width, L tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.models import group_parameters
@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
 from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, Further, StageNodes, aggregate
+from dgnet.models._agreement import Agreement
 from dgnet.models._calls import drop_missing
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
@@ -125,7 +126,7 @@ class Conversion:
     stages: tuple[ConvertedRun, ...]
     static: tuple[StaticBlock, ...]
     within: str | tuple[str, ...] = "auto"  # the modules that were named to be converted
-    difference: float | None = None  # of the logits on the images of the check, relative to the largest; None: not checked
+    agreement: Agreement | None = None  # with the static network on the images of the check; None: not checked
 
 
 class ConvertedNetwork(DynamicNetwork):
@@ -152,19 +153,33 @@ class ConvertedNetwork(DynamicNetwork):
 
     def from_static(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """`state_dict` with static blocks as nodes of stages, and the present weightings and gates of these stages."""
-        static = [name for name in self.stage_names if f"{name}.mask" not in state_dict]
+        static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
         names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
         added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
         return {**added, **{self._rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As the static network's: a feature between two blocks of a stage is the sum so far."""
-        with keep_steps():
+        with keep_steps() if self._taps_stages() else nullcontext():
             return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible. Raises UsageError."""
-        raise UsageError("a converted network cannot be pruned: prune the static network, then convert it")
+        """As the static network's. Raises UsageError if it would remove a part of a stage."""
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        left = {name for name, module in self.named_modules() if isinstance(module, ConvertedStage | Joined)}
+        stages = []
+        for run in self.conversion.stages:
+            missing = [name for name in run.blocks if name not in left]
+            if missing and len(missing) < len(run.blocks):
+                raise UsageError(
+                    f"pruning would cut the stage {run.name}: {missing[0]} goes, {run.blocks[0]} stays; prune the static"
+                    " network, then convert it"
+                )
+            stages += [] if missing else [run]
+        self.conversion = replace(self.conversion, stages=tuple(stages))
+        blocks = {f"{name}." for run in stages for name in run.blocks}
+        self.static_names = {old: new for old, new in self.static_names.items() if old in blocks}
+        return kept
 
     def no_weight_decay(self) -> set[str]:
         """The static network's names, as they are here, and those of thresholds and learned edge weights."""
@@ -182,6 +197,13 @@ class ConvertedNetwork(DynamicNetwork):
         static = _Named({self._rename(name, names): parameter for name, parameter in self.named_parameters()})
         groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
         return lambda name: groups.get(self._rename(name, names), float("inf"))
+
+    def _taps_stages(self) -> bool:
+        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass."""
+        infos: Any = getattr(self, "feature_info", None)
+        infos = infos.get_dicts() if hasattr(infos, "get_dicts") else infos
+        inside = {name for run in self.conversion.stages for name in run.blocks[:-1]}
+        return not infos or any(info["module"] in inside for info in infos)
 
     @staticmethod
     def _is_added(name: str, stages: Sequence[str]) -> bool:

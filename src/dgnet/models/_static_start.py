@@ -19,7 +19,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import TOPOLOGIES, DynamicGraph, FixedWeighting, StageOptions
-from dgnet.models._agreement import TOLERANCE, find_difference
+from dgnet.models._agreement import TOLERANCE, compare
 from dgnet.models._dynamic import DynamicFamily, DynamicNetwork
 from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._protocol import TimmNetwork
@@ -141,7 +141,7 @@ def measure_difference(network: DynamicFamily, image_size: int | tuple[int, int]
     static = copy.deepcopy(network)
     _make_static(static)
     try:
-        return find_difference(static, network, images)
+        return compare(static, network, images).difference
     except RuntimeError:  # a projection that nobody reads was not built
         return math.inf
 

@@ -105,10 +105,10 @@ def _parts_without_static_counterpart(model: DynamicNetwork, loaded: Mapping[str
     """Weightings, gates, and projections that the static network lacks."""
     own, taken = model.state_dict(), set(model.static_names.values())
     added = []
-    for prefix in (f"{name}.input." for name in model.stage_names):
+    for prefix in (f"{name}.input." for name in model.graph_names):
         weight = own.get(f"{prefix}0.weight")
         # ResNet-18's stage 1 keeps its channels: the static network needs a projection only for DG's stride.
         keeps_channels = weight is not None and weight.shape[0] == weight.shape[1]
         if prefix not in taken or (keeps_channels and not any(name.startswith(prefix) for name in loaded)):
             added.append(prefix)
-    return [*(f"{name}.{part}." for name in model.stage_names for part in ("weighting", "node_gates")), *added]
+    return [*(f"{name}.{part}." for name in model.graph_names for part in ("weighting", "node_gates")), *added]

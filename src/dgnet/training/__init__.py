@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 from dgnet._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from dgnet.training._budget import Budget as Budget
     from dgnet.training._checkpointing import Interrupted as Interrupted
     from dgnet.training._config import RunConfig as RunConfig
     from dgnet.training._config import TrainConfig as TrainConfig
+    from dgnet.training._data_module import RunDataModule as RunDataModule
     from dgnet.training._head import describe_untrained as describe_untrained
     from dgnet.training._head import settle_head as settle_head
     from dgnet.training._history import read_history as read_history
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from dgnet.training._loading import EndlessOrder as EndlessOrder
     from dgnet.training._loading import TrainingLoader as TrainingLoader
     from dgnet.training._loading import TrainingOrder as TrainingOrder
-    from dgnet.training._module import RunDataModule as RunDataModule
     from dgnet.training._module import RunModule as RunModule
     from dgnet.training._module import take_figures as take_figures
     from dgnet.training._predict import predict as predict

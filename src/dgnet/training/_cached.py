@@ -20,7 +20,7 @@ class CachedLoader:
 
     The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
     eighth, cropped at random and flipped with probability `hflip`, like in `Preprocessing.training_transform`. What is drawn
-    for an image is a function of (seed, epoch, index).
+    for an image is a function of (seed, epoch, index), and of the number of the copy if the order repeats images.
 
     `order`: a training order. Without it every image is given once, in the order of the data set, `batch_size` at a time.
 
@@ -53,17 +53,22 @@ class CachedLoader:
             for index in torch.arange(len(self.images), device=self.images.device).split(self.batch_size):
                 yield self._normalise(self.images[index]), self.labels[index]
             return
-        places = self._draw_places(mix_seed(self.order.seed, self.order.epoch, 1))
-        for index in self.order.indices().to(self.images.device):
-            yield self._normalise(self._crop(self.images[index], *(column[index] for column in places))), self.labels[index]
+        order, device = self.order, self.images.device
+        places = self._draw_places(mix_seed(order.seed, order.epoch, 1), order.repeats)
+        for index, copy in zip(order.indices().to(device), order.copies().to(device), strict=True):
+            row = index + len(self.images) * copy
+            yield self._normalise(self._crop(self.images[index], *(column[row] for column in places))), self.labels[index]
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
 
-    def _draw_places(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For each image top, left, and whether to flip it, (images, 1) each. Drawn on the CPU: the same for every device."""
+    def _draw_places(self, seed: int, repeats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each image, copy by copy: top, left, and whether to flip it, (images × `repeats`, 1) each.
+
+        Drawn on the CPU: the same for every device.
+        """
         generator = torch.Generator().manual_seed(seed)
-        shape, (down, across) = (len(self.images), 1), self.padding
+        shape, (down, across) = (len(self.images) * repeats, 1), self.padding
         top = torch.randint(2 * down + 1, shape, generator=generator)
         left = torch.randint(2 * across + 1, shape, generator=generator)
         flipped = torch.rand(shape, generator=generator) < self.hflip

@@ -6,9 +6,37 @@ from collections.abc import Sequence
 
 import torch
 
-from dgnet.data import map_labels
+from dgnet.checkpoint import DESCRIPTION, damaged, find_checkpoint, fit_weights, read_tensors
+from dgnet.data import imagenet_classes, map_labels
 from dgnet.errors import UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes
+from dgnet.typed import Label, read_entry
+
+
+def load_start(
+    network: TimmNetwork,
+    model: str,
+    weights: str,
+    class_names: Sequence[str],
+    start: str = "paper",
+    image_size: tuple[int, int] | None = None,
+) -> tuple[list[str], str]:
+    """Load the file or run folder `weights`, with the classifier in the order of the data's classes.
+
+    `model`: the name of the network; `class_names`: of the data; `start`, `image_size`: as in `fit_weights`. Returns the
+    parameters that were not loaded, and a line on what was loaded, and on what was lost. Raises UsageError for weights of
+    another model.
+    """
+    path = find_checkpoint(weights)
+    state_dict, carried = read_tensors(path)
+    loaded = fit_weights(network, model, path, state_dict, carried, start, image_size)
+    classes = len(class_names)
+    known = imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
+    if carried is not None:
+        with damaged(path):
+            known = read_entry(carried, "class_names", list[Label], DESCRIPTION)
+    lines = settle_head(network, loaded.untrained, class_names, known), loaded.loss
+    return loaded.untrained, "; ".join(filter(None, lines))
 
 
 def describe_untrained(network: TimmNetwork, names: Sequence[str]) -> str:
