@@ -19,7 +19,6 @@ from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity
 from tests.helpers.static import NETWORKS, build_static, draw_images, largest_difference, use_gates
 
-
 # EfficientNet has many layers, and nothing here depends on its blocks.
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name == "efficientnet" else name for name in NETWORKS]
 
