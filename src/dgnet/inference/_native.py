@@ -17,7 +17,6 @@ from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
     NodeGates,
-    PooledLinear,
     RoutedWeighting,
     Router,
     StageNodes,
@@ -30,8 +29,8 @@ from dgnet.graph import (
     require_stages,
 )
 from dgnet.inference._build import load_native
+from dgnet.inference._lower import lower
 from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
-from dgnet.models import Transform
 
 EXECUTORS = ("recommended", "plain", "native")
 
@@ -174,13 +173,18 @@ class NativePlan:
             None if gates is None else _constant(gates.bias),
             routed is not None and routed.options.gate == "psi",
             routed is not None and routed.options.inference_weight == "raw",
+            1.0 if routed is None else routed.unit,
+            _is_normed(routers),
+            _is_normed(columns),
         )
-        steps = [_flatten(block) for block in stage.nodes]
-        # A stage of plain blocks is one call. In other stages each block is called as a module.
-        self.runs_blocks = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
+        # A stage whose blocks can all be lowered is one call. In other stages each block is called as a module.
+        programs = []
+        if stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity):
+            programs = [lower(block, stage.layout) for block in stage.nodes]
+        self.runs_blocks = bool(programs) and all(program is not None for program in programs)
         if self.runs_blocks:
-            for node, block in enumerate(steps, start=1):
-                self._add_block(node, block or [])
+            for node, program in enumerate(programs, start=1):
+                self.constants.set_block(node, program)
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
         """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
@@ -193,16 +197,6 @@ class NativePlan:
         """See `dgnet.graph.Walk`."""
         return SparseWalk.in_graph()
 
-    def _add_block(self, node: int, steps: list[nn.Module]) -> None:
-        """Add the convolutions and ReLUs of a node's block to the constants."""
-        for step in steps:
-            if isinstance(step, nn.Conv2d):
-                options: Any = [list(step.padding), list(step.stride), list(step.dilation), step.groups]
-                bias = None if step.bias is None else step.bias.detach()
-                self.constants.add_convolution(node, step.weight.detach(), bias, *options)
-            else:
-                self.constants.add_relu(node)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _sparse_walk, ()  # a copy of the stage runs in plain PyTorch
 
@@ -211,17 +205,9 @@ def _sparse_walk() -> type[Walk]:
     return SparseWalk
 
 
-def _flatten(block: nn.Module) -> list[nn.Module] | None:
-    """The steps of a plain block, which is a sequence of convolutions and ReLUs; None for any other block."""
-    if has_forward_hooks(block):
-        return None
-    if type(block) in (nn.Sequential, Transform):
-        parts = [_flatten(child) for child in block.children()]
-        return None if None in parts else [step for part in parts for step in part or []]
-    if type(block) is nn.Identity:
-        return []
-    is_plain = type(block) is nn.Conv2d and block.padding_mode == "zeros" and not isinstance(block.padding, str)
-    return [block] if is_plain or type(block) is nn.ReLU else None
+def _is_normed(parts: Any) -> bool:
+    """Whether routers or gates, which share this option, normalise pooled features."""
+    return any(part.norm == "layer" for part in parts.values())
 
 
 def _supports(stage: StageNodes) -> bool:
@@ -235,9 +221,7 @@ def _supports(stage: StageNodes) -> bool:
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
         return False
-    if stage.layout != "NCHW" or any(isinstance(part, PooledLinear) and part.norm != "none" for part in stage.modules()):
-        return False
-    if isinstance(weighting, RoutedWeighting) and weighting.unit != 1:
+    if stage.layout != "NCHW":
         return False
     return not isinstance(weighting, RoutedWeighting) or (
         weighting.pool is global_average_pool
