@@ -29,7 +29,7 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
     """
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
-        return without_gradients(use_native(network))
+        return without_gradients(use_native(network, is_copy=True))
     set_mode(network, mode)
     return compile_graph(network, mode)
 

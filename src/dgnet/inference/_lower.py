@@ -101,6 +101,9 @@ class _Tracer(fx.Tracer):
 
 _CONTAINERS = (nn.Sequential,)
 
+_LEAST_CHANNELS = 4
+"""A convolution that reads fewer channels, such as that of the image, is faster in PyTorch."""
+
 
 class _UnknownError(Exception):
     """A step that is not translated."""
@@ -195,6 +198,7 @@ def _flatten(value: Any) -> list[Any]:
 
 def _convolution(to: _Translation, x: _Map, conv: nn.Conv2d) -> _Map:
     _require(not x.is_last and conv.padding_mode == "zeros")
+    _require(conv.in_channels >= _LEAST_CHANNELS or conv.groups > 1)
     pads_same = type(conv) is Conv2dSame or conv.padding == "same"
     _require(pads_same or not isinstance(conv.padding, str))
     # torch's "same" puts the odd pixel to the right and below, as TensorFlow's does.

@@ -35,12 +35,12 @@ from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
 EXECUTORS = ("recommended", "plain", "native")
 
 
-def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
+def set_sparse(network: nn.Module, executor: str = "recommended", is_copy: bool = False) -> nn.Module:
     """Set `network` to the sparse mode, in place, and choose its executor; returns the network.
 
     "plain": plain PyTorch, on any device. "native": the compiled extension, on a CPU only; see `use_native`. "recommended": the
     faster one on the network's device, native on a CPU and plain elsewhere. If the extension cannot be built, a line on stderr
-    gives the reason, and the plain one is used.
+    gives the reason, and the plain one is used. `is_copy`: see `use_native`.
 
     Raises UsageError for an unknown executor, for a network without dynamic stages, and if "native" is not possible.
     """
@@ -52,7 +52,7 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     if executor == "plain" or not is_cpu:
         return set_mode(network, "sparse")
     try:
-        return use_native(network)
+        return use_native(network, is_copy)
     except UsageError as error:
         if executor == "native":
             raise
@@ -65,12 +65,15 @@ def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def use_native(network: nn.Module) -> nn.Module:
+def use_native(network: nn.Module, is_copy: bool = False) -> nn.Module:
     """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it supports.
 
     It supports routed weights (`Router`, average pooling), learned and fixed ones, with or without block gates, in float32. A
     stage runs in plain PyTorch if it has a weighting, router or pool of the user's own, hooks on these, or routers that read
-    activations. So does a pass with a padded batch, autocast or another precision.
+    activations. So does a pass with a padded batch, autocast or another precision. A stage is one call if its blocks can be
+    lowered (`dgnet.inference._lower`).
+
+    `is_copy`: nobody else uses the network's modules. Then the extension also runs the static blocks that can be lowered.
 
     Weights are copied, and hooks are looked up, now: call it again after changing either.
 
@@ -81,7 +84,41 @@ def use_native(network: nn.Module) -> nn.Module:
     for stage in find_stages(network):
         if _supports(stage):
             stage.inference_walk = NativePlan(stage)
+    if is_copy:
+        _run_static_blocks(network)
     return network
+
+
+def _run_static_blocks(module: nn.Module) -> None:
+    """Let the extension run the largest parts of `module` outside its stages that can be lowered."""
+    for child in module.children():
+        if isinstance(child, StageNodes):
+            continue
+        program = None if find_stages(child) else lower(child)
+        if program is None:
+            _run_static_blocks(child)
+        else:
+            child.forward = NativeForward(child, program)
+
+
+class NativeForward:
+    """The forward pass of a lowered module; in plain PyTorch where the extension does not support the input."""
+
+    def __init__(self, module: nn.Module, program: Any) -> None:
+        self.plain, self.program = module.forward, program
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not _is_supported(x) or x.ndim != 4 or len(x) == 0:
+            output: Tensor = self.plain(x)
+            return output
+        output = self.program.run(x)
+        return output
+
+
+def _is_supported(x: Tensor) -> bool:
+    """Whether the extension can compute with `x`. A padded batch needs masks, which only plain PyTorch knows."""
+    is_float = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_float and current_area() is None
 
 
 class NativeWalk(Walk):
@@ -188,10 +225,7 @@ class NativePlan:
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
         """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
-        is_supported = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not is_supported or current_area() is not None:
-            return SparseWalk(stage, x)
-        return NativeWalk(self, stage, x)
+        return NativeWalk(self, stage, x) if _is_supported(x) else SparseWalk(stage, x)
 
     def in_graph(self) -> type[Walk]:
         """See `dgnet.graph.Walk`."""

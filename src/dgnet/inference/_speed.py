@@ -61,4 +61,4 @@ def deploy(
     is_cpu = next(folded.parameters()).is_cpu
     if compile and (mode != "sparse" or is_cpu or batch_size == 1):
         return compile_network(folded, mode)
-    return without_gradients(set_sparse(folded, executor) if mode == "sparse" else set_mode(folded, mode))
+    return without_gradients(set_sparse(folded, executor, is_copy=True) if mode == "sparse" else set_mode(folded, mode))
