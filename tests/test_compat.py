@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import timm
 import torch
 import torch.utils.checkpoint
 from jsonargparse import ArgumentParser
@@ -25,8 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 import dgnet
 from dgnet.cli.command import Parser
 from dgnet.compat.argparse import option_strings
+from dgnet.compat.timm import FeatureGetterNet
 from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
+    count_writes,
+    find_tensors,
     has_forward_hooks,
     is_compiled_for_all_sizes,
     is_in_backward,
@@ -268,3 +272,26 @@ def test_no_other_file_touches_a_private_name_of_another_library():
 def test_importing_the_package_imports_no_lightning():
     code = "import sys, dgnet; sys.exit('lightning' in sys.modules or 'dgnet.compat.lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_timm_builds_feature_extractors_of_the_class_that_conversion_expects():
+    features = timm.create_model("test_vit", features_only=True)
+    assert isinstance(features, FeatureGetterNet), moved("timm", "FeatureGetterNet")
+    assert features(torch.zeros(1, 3, 160, 160))[0].ndim == 4
+
+
+def test_tensors_are_found_in_nested_containers():
+    one, two = torch.zeros(1), torch.ones(1)
+    assert [id(t) for t in find_tensors(([one, 3], {"a": (two, "b")}, None))] == [id(one), id(two)], moved(
+        "torch", "tree_leaves"
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_changes_in_place_are_counted(device):
+    tensor = torch.zeros(2, device=device)
+    before = count_writes(tensor)
+    tensor + 1
+    assert count_writes(tensor) == before
+    tensor.view(1, 2).relu_()
+    assert count_writes(tensor) > before, moved("torch", "Tensor._version")

@@ -13,6 +13,8 @@ USERS_NEED = (
     *(
         "record_connectivity",
         "use_connectivity",
+        "convert",
+        "to_static",
         "set_mode",
         "set_sparse",
         "set_threshold_offset",

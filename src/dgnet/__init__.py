@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from dgnet.inference import set_threshold_offset as set_threshold_offset
     from dgnet.memory import keep_freed_memory as keep_freed_memory
     from dgnet.models import Connectivity as Connectivity
+    from dgnet.models import convert as convert
     from dgnet.models import create_model as create_model
     from dgnet.models import list_models as list_models
     from dgnet.models import load_static_weights as load_static_weights
+    from dgnet.models import to_static as to_static
     from dgnet.training import TrainConfig as TrainConfig
     from dgnet.training import train as train
 else:

@@ -130,17 +130,18 @@ class Checkpoint(Described):
         if not find_stages(network):
             raise UsageError(
                 f"{self.path} is of {self.model}, a static network: it has no routed edges to analyse;"
-                " use a checkpoint of a model whose name begins with dg_"
+                " use a checkpoint of a model whose name begins with dg_, or of a run with --dynamic true"
             )
         return network
 
     def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
         name = self.model.removeprefix("dg_")
-        if name == self.model or not timm.is_model(name):
+        is_converted = self.model_kwargs.get("dynamic", False)
+        if (name == self.model and not is_converted) or not timm.is_model(name):
             return None
-        connectivity = Connectivity.names()
-        options = {option: value for option, value in self.model_kwargs.items() if option not in connectivity}
+        dynamic = (*Connectivity.names(), "dynamic", "stages")
+        options = {option: value for option, value in self.model_kwargs.items() if option not in dynamic}
         return create_model(name, num_classes=len(self.class_names), **options).eval()
 
     def save(self, path: Path) -> None:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
+from torch.utils._pytree import tree_leaves
 
 DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
 """Whether `torch.compile` can trace `ContextVar.get`: it cannot in torch 2.11, and can in 2.14. There is no public test."""
@@ -53,3 +54,13 @@ def message_from_worker(error: type[Exception], text: str) -> str:
     """
     line = f"\n{error.__module__}.{error.__qualname__}: "
     return text.rpartition(line)[2] if text.startswith(f"Caught {error.__name__} in ") else text
+
+
+def find_tensors(values: object) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def count_writes(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version

@@ -8,6 +8,7 @@ dgnet.training.
 from dgnet.graph._aggregate import aggregate as aggregate
 from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
+from dgnet.graph._context import ContextStack as ContextStack
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import least_logit as least_logit

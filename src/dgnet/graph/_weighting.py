@@ -5,7 +5,6 @@ Letters: B batch, N nodes of a stage, E edges, C channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -142,10 +141,6 @@ class LearnedWeighting(Weighting):
 _ROUTED = {"weighting": ("routed",)}
 
 
-def _sigmoid(x: float) -> float:
-    return (1 + math.tanh(x / 2)) / 2
-
-
 @dataclass(frozen=True)
 class RoutedOptions(RouterOptions):
     """Options of `RoutedWeighting`. The defaults are DG-Net's."""
@@ -188,14 +183,17 @@ class RoutedOptions(RouterOptions):
                 raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
         if self.unit_start and self.inference_weight == "raw":
             raise UsageError("unit_start divides the gated weight; use inference_weight='gated'")
-        if self.unit_start and self.start_weight < 1e-6:
+        if self.unit_start and self.start_weight() < 1e-6:
             raise UsageError(f"unit_start needs edges that start open, and with router_bias={self.router_bias} they do not")
 
-    @property
-    def start_weight(self) -> float:
-        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this."""
-        alpha = _sigmoid(self.router_bias)
-        return alpha if self.gate == "alpha" else alpha * _sigmoid(alpha - self.threshold)
+    def start_weight(self, dtype: torch.dtype = torch.float32) -> float:
+        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this.
+
+        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit.
+        """
+        alpha, tau = torch.tensor([self.router_bias, self.threshold], dtype=dtype, device="cpu").unbind()
+        alpha = alpha.sigmoid()
+        return float(alpha if self.gate == "alpha" else psi(alpha, tau))
 
 
 class RoutedWeighting(Weighting):
@@ -214,7 +212,9 @@ class RoutedWeighting(Weighting):
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
-        self.unit = self.options.start_weight if self.options.unit_start else 1.0  # weights are divided by this
+        # Weights are divided by this; the second is that of networks in float64.
+        self.unit = self.options.start_weight() if self.options.unit_start else 1.0
+        self.unit_double = self.options.start_weight(torch.float64) if self.options.unit_start else 1.0
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
@@ -253,4 +253,6 @@ class RoutedWeighting(Weighting):
         is_raw = not self.training and self.options.inference_weight == "raw"
         is_alpha = is_raw or self.options.gate == "alpha"
         weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
-        return weight if self.unit == 1 else weight / self.unit
+        if not self.options.unit_start:
+            return weight
+        return weight / (self.unit_double if weight.dtype == torch.float64 else self.unit)

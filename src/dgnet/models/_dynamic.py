@@ -148,13 +148,56 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
 
 
 class DynamicNetwork(LoadsWrapped):
-    """Mixin before the static class of a dynamic network: timm's interface for stages that are a `DynamicGraph`."""
+    """Mixin before the static class of a network with dynamic stages: what timm's interface says of their parameters."""
 
     stage_names: tuple[str, ...]
+    """The names of the dynamic stages, in order."""
     connectivity_options: dict[str, Any]
     """`Connectivity.plain_options` of the network."""
     static_names: Mapping[str, str] = MappingProxyType({})
     """Prefixes of the static network's parameter names -> prefixes of the same parameters here."""
+
+    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A static checkpoint with timm's names. A family whose names in torchvision differ overrides this."""
+        return state_dict
+
+    def stored_options(self) -> dict[str, Any]:
+        """Plain arguments of `create_model` that give the same connectivity.
+
+        Random graphs, and the user's own, are given by their edges instead of by options. A weighting or router of the user's
+        own has no plain form and is left out.
+        """
+        options = dict(self.connectivity_options)
+        if options.get("topology") not in TOPOLOGIES:
+            drawn = {f.name for f in fields(RandomGraphOptions)}
+            options = {name: value for name, value in options.items() if name not in drawn}
+            options["topology"] = [stage.topology.to_dict() for stage in find_stages(self)]
+        return options
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The static network's initialisation, except for weightings and gates, which have their own."""
+        static = getattr(super(), "init_weights", None)
+        deciders = [part for stage in find_stages(self) for part in (stage.weighting, stage.node_gates) if part is not None]
+        # A router of the user's own may initialise its layers differently, and have no `reset_parameters`.
+        before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in deciders]
+        if static is not None:
+            static(*args, **kwargs)
+        for part, state in zip(deciders, before, strict=True):
+            part.load_state_dict(state)
+            part.reset_parameters()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each node in the backward pass: a stage keeps its N features, but nothing inside the nodes."""
+        for stage in find_stages(self):
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of thresholds and learned edge weights: decay would pull them towards 0."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("weighting.tau", "weighting.alpha"))}
+
+
+class DynamicFamily(DynamicNetwork):
+    """Mixin before the static class of dgnet's own networks, whose stages are graphs from the start."""
 
     @property
     def stages(self) -> list[DynamicGraph]:
@@ -175,44 +218,6 @@ class DynamicNetwork(LoadsWrapped):
                     static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
                 static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
         self.static_names = static_names
-
-    def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A static checkpoint with timm's names. A family whose names in torchvision differ overrides this."""
-        return state_dict
-
-    def stored_options(self) -> dict[str, Any]:
-        """Plain arguments of `create_model` that give the same connectivity.
-
-        Random graphs, and the user's own, are given by their edges instead of by options. A weighting or router of the user's
-        own has no plain form and is left out.
-        """
-        options = dict(self.connectivity_options)
-        if options.get("topology") not in TOPOLOGIES:
-            drawn = {f.name for f in fields(RandomGraphOptions)}
-            options = {name: value for name, value in options.items() if name not in drawn}
-            options["topology"] = [stage.topology.to_dict() for stage in self.stages]
-        return options
-
-    def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """The static network's initialisation, except for weightings and gates, which have their own."""
-        static = getattr(super(), "init_weights", None)
-        deciders = [part for stage in self.stages for part in (stage.weighting, stage.node_gates) if part is not None]
-        # A router of the user's own may initialise its layers differently, and have no `reset_parameters`.
-        before = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in deciders]
-        if static is not None:
-            static(*args, **kwargs)
-        for part, state in zip(deciders, before, strict=True):
-            part.load_state_dict(state)
-            part.reset_parameters()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each node in the backward pass: a stage keeps its N features, but nothing inside the nodes."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """The names of thresholds and learned edge weights: decay would pull them towards 0."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("weighting.tau", "weighting.alpha"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem, then each node. A projection is in the group of its stage's first block."""

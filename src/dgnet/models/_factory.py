@@ -14,6 +14,7 @@ from torch import nn
 
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
 from dgnet.models._connectivity import Connectivity
+from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._state import unwrap_names
@@ -37,7 +38,8 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
 
     `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
-    drop_path_rate, features_only, checkpoint_path, …). Raises UsageError for an unknown model, option or value.
+    drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
+    those of `dgnet.convert` (stages, …). Raises UsageError for an unknown model, option or value.
     """
     if not isinstance(name, str):
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
@@ -50,8 +52,10 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
     built = {option: value for option, value in kwargs.items() if option != "checkpoint_path"}
+    conversion = _take_conversion(name, built)
     try:
         network = timm.create_model(name, **built)
+        network = network if conversion is None else convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
@@ -65,6 +69,16 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         raise UsageError(
             f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}"
         ) from error
+
+
+def _take_conversion(name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove the arguments of `convert` from `options` and return them; None if the network is not to be converted."""
+    if not read_value(bool, options.pop("dynamic", False), "dynamic"):
+        return None
+    if name.partition(".")[0] in list_models():
+        raise UsageError(f"dynamic=True converts a static network, and {name} is one of dgnet's own; leave it out")
+    own = [option for option in ("stages", *Connectivity.names()) if option in options]
+    return {option: options.pop(option) for option in own}
 
 
 def build_model(

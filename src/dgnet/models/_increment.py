@@ -58,10 +58,9 @@ def _find_form(block: Any) -> str:
 def _convnext_branch(block: Any, x: Tensor) -> Tensor:
     """timm's `ConvNeXtBlock.forward` without the shortcut."""
     y = block.conv_dw(x)
-    if block.use_conv_mlp:
-        y = block.mlp(block.norm(y))
-    else:
-        y = block.mlp(block.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # (B, H, W, C) and back
+    y = y if block.use_conv_mlp else y.permute(0, 2, 3, 1)  # (B, H, W, C)
+    y = block.mlp(block.norm(y))
+    y = y if block.use_conv_mlp else y.permute(0, 3, 1, 2)  # back to (B, C, H, W)
     if block.gamma is not None:
         y = y.mul(block.gamma.reshape(1, -1, 1, 1))
     branch: Tensor = block.drop_path(y)

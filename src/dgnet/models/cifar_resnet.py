@@ -15,7 +15,7 @@ from torch import nn
 
 from dgnet.errors import check_range
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._dynamic import DynamicFamily
 from dgnet.models._factory import build_model
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
@@ -89,7 +89,7 @@ class CifarResNet(StagedNetwork):
                 module.zero_init_last()
 
 
-class DynamicCifarResNet(DynamicNetwork, CifarResNet):
+class DynamicCifarResNet(DynamicFamily, CifarResNet):
     """CifarResNet whose stages are graphs. Takes its arguments and those of `Connectivity`."""
 
     def __init__(self, layers: tuple[int, int, int], zero_init_last: bool = False, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from timm.models.efficientnet import EfficientNet, mobilenetv2_100
 from torch import Tensor, nn
 
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._dynamic import BlockParts, DynamicFamily, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
 
@@ -34,7 +34,7 @@ def split_block(block: Any) -> BlockParts:
     )
 
 
-class DynamicMobileNetV2(DynamicNetwork, EfficientNet):
+class DynamicMobileNetV2(DynamicFamily, EfficientNet):
     """MobileNetV2 whose stages are graphs. Takes the arguments of timm's `mobilenetv2_100` and those of `Connectivity`."""
 
     stage_names = tuple(f"blocks.{index}" for index in range(7))

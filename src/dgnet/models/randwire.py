@@ -17,7 +17,7 @@ from torch import nn
 from dgnet.errors import check_range
 from dgnet.graph import Topology
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._dynamic import BlockParts, DynamicNetwork, Transform, build_stage
+from dgnet.models._dynamic import BlockParts, DynamicFamily, Transform, build_stage
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._staged import StagedNetwork
@@ -41,7 +41,7 @@ def build_convolution(in_channels: int, out_channels: int, kernel_size: int, str
     return nn.Sequential(*([nn.ReLU()] if act else []), convolution, nn.BatchNorm2d(out_channels))
 
 
-class RandWire(DynamicNetwork, StagedNetwork):
+class RandWire(DynamicFamily, StagedNetwork):
     """Two strided convolutions, three wired stages of C, 2C and 4C channels, a 1×1 convolution, pooling, classifier.
 
     `num_blocks`: blocks of each stage (N of Xie et al.). `channels`: C. `stem_stride`: stride of each of the two convolutions;

@@ -11,7 +11,7 @@ from timm.models.regnet import RegNet, model_cfgs
 from torch import Tensor
 
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._dynamic import BlockParts, DynamicFamily, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
 
@@ -46,7 +46,7 @@ def split_block(block: Any) -> BlockParts:
     )
 
 
-class DynamicRegNet(DynamicNetwork, RegNet):
+class DynamicRegNet(DynamicFamily, RegNet):
     """RegNet whose stages are graphs. Takes the arguments of timm's RegNet and those of `Connectivity`."""
 
     stage_names = ("s1", "s2", "s3", "s4")

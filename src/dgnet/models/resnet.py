@@ -11,7 +11,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._dynamic import BlockParts, DynamicNetwork, take_modules
+from dgnet.models._dynamic import BlockParts, DynamicFamily, take_modules
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._state import LoadsWrapped
@@ -64,7 +64,7 @@ class StridedResNet(LoadsWrapped, ResNet):
             first.downsample[0].stride = (2, 2)
 
 
-class DynamicResNet(DynamicNetwork, StridedResNet):
+class DynamicResNet(DynamicFamily, StridedResNet):
     """ResNet whose stages are graphs. Takes timm's ResNet arguments and those of `Connectivity`."""
 
     stage_names = ("layer1", "layer2", "layer3", "layer4")

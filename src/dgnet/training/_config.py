@@ -37,6 +37,7 @@ _TAKEN = {
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "the command decides it",
+    "dynamic": "use --dynamic",
     **{name: f"use --{name}" for name in _OWN_OPTIONS},
 }
 
@@ -82,6 +83,7 @@ class RunConfig:
         "which edges exist: complete (the default), residual, chain, er, ba, ws; or one for each stage, separated by commas",
     )
     shortcut: str | None = option(None, "where the residual shortcut is: edge (the default), node")
+    dynamic: bool = option(False, "convert a static network of timm: its runs of residual blocks become dynamic stages")
     model_kwargs: dict[str, Any] = option(
         {}, "further model options, as a dict; to add one to those of a recipe: --model-kwargs.router_bias 0"
     )
@@ -171,7 +173,8 @@ class RunConfig:
     def network_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `create_model`: weighting, topology and shortcut, if given, and `model_kwargs`."""
         axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
-        return {**{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+        dynamic = {"dynamic": True} if self.dynamic else {}
+        return {**dynamic, **{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
 
     def schedule(self) -> tuple[int, int]:
         """The number of epochs, each a row of metrics.csv; and after how many of them there is an evaluation."""

@@ -1,0 +1,3 @@
+"""Names of timm that it does not export."""
+
+from timm.models._features import FeatureGetterNet as FeatureGetterNet

@@ -1,0 +1,217 @@
+"""What a converted network consists of: its stages, the places of their blocks, and timm's interface.
+
+Letters: B batch, C channels, H and W height and width, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from dgnet.compat.timm import FeatureGetterNet
+from dgnet.errors import UsageError
+from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
+from dgnet.models._dynamic import DynamicNetwork
+from dgnet.models._runs import Run, StaticBlock
+
+_STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
+"""Stage, by its id -> what the last forward pass of the stage put out after each block."""
+
+
+def keep_steps() -> AbstractContextManager[None]:
+    """Inside the `with` block each block's place puts out the sum so far, as in the static network; see `ConvertedStage`."""
+    return _STEPS.hold({})
+
+
+class ConvertedStage(DynamicGraph):
+    """A run of blocks as a graph, in the place of the run's first block. It maps a feature to one of the same shape.
+
+    Usually it puts out the feature after the last block, and the places of the other blocks pass it on. Inside `keep_steps`
+    each place puts out what the static network has there: Σ α_i x_i over the input node and the blocks up to that place, α
+    being the weights of the output node.
+    """
+
+    def forward(self, x: Tensor, *more: None, **named: None) -> Tensor:
+        """As `DynamicGraph.forward`; further arguments of the block must be None."""
+        given = [value for value in (*more, *named.values()) if value is not None]
+        if given:
+            raise UsageError(
+                f"a converted stage takes one tensor, got {len(given) + 1} arguments; a block that needs more must stay static"
+            )
+        kept = _STEPS.values()
+        if not kept or isinstance(x, Proxy):
+            return super().forward(x)
+        walk = _StepWalk(self, x)
+        walk.put(0, self.input(x))
+        for node in walk.blocks:
+            walk.put(node, walk.compute(node))
+        walk.finish()
+        kept[-1][id(self)] = walk.steps
+        return walk.steps[0]
+
+
+class _StepWalk(DenseWalk):
+    """A dense walk that keeps the sum after each block."""
+
+    def __init__(self, stage: StageNodes, x: Tensor) -> None:
+        super().__init__(stage, x)
+        self.steps: list[Tensor] = []
+
+    def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Any:
+        if node != self.topology.output:
+            return super().run(node, weights, is_open, runs)
+        for last in self.topology.blocks:
+            senders = slice(last + 1)
+            opened = None if is_open is None else is_open[:, senders]
+            self.steps.append(aggregate(self.features[senders], weights[:, senders], opened))
+        return self.steps[-1]
+
+
+class Joined(nn.Identity):
+    """The place of a block that is part of the stage before it: it passes its input on. See `ConvertedStage`."""
+
+    def __init__(self, stage: ConvertedStage, step: int) -> None:
+        super().__init__()
+        self.of = (stage,)  # in a tuple: it is no child module of this one
+        self.step = step
+
+    def forward(self, input: Tensor, *more: None, **named: None) -> Tensor:
+        """`input`; inside `keep_steps` the sum after this block."""
+        kept = _STEPS.values()
+        if kept and id(self.of[0]) in kept[-1]:
+            return kept[-1][id(self.of[0])][self.step]
+        return input
+
+
+@dataclass(frozen=True)
+class ConvertedRun:
+    """A run that became a stage: where it was, its blocks' names in the network, and its feature."""
+
+    name: str  # of the stage's module, which was the first block's
+    blocks: tuple[str, ...]
+    block_class: str
+    layout: str
+    channels: int
+
+    @classmethod
+    def of(cls, run: Run, block: nn.Module) -> ConvertedRun:
+        """The description of `run`, whose first block is `block`."""
+        return cls(run.names[0], run.names, type(block).__name__, run.layout, run.channels)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The report of a conversion: what became dynamic, and what stayed static and why."""
+
+    stages: tuple[ConvertedRun, ...]
+    static: tuple[StaticBlock, ...]
+    within: str | tuple[str, ...] = "auto"  # the modules that were named to be converted
+    difference: float | None = None  # of the logits on the images of the check, relative to the largest; None: not checked
+
+
+class ConvertedNetwork(DynamicNetwork):
+    """Mixin before the class of a network whose runs became stages; `dgnet.convert` makes such classes."""
+
+    conversion: Conversion
+    static_class: type[nn.Module]
+
+    def stored_options(self) -> dict[str, Any]:
+        """Plain arguments of `create_model` that convert a network in the same way."""
+        within = self.conversion.within
+        return {**super().stored_options(), "dynamic": True, "stages": within if isinstance(within, str) else list(within)}
+
+    @property
+    def original_names(self) -> Mapping[str, str]:
+        """Prefixes of parameter names here -> prefixes of the same parameters in the static network."""
+        return {dynamic: static for static, dynamic in self.static_names.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. A state dict of the static network is loaded too; it changes neither weightings nor gates."""
+        if isinstance(state_dict, Mapping) and not any(f"{name}.mask" in state_dict for name in self.stage_names):
+            own = {name: tensor for name, tensor in self.state_dict().items() if self._is_added(name)}
+            state_dict = {**own, **{self._rename(name, self.static_names): value for name, value in state_dict.items()}}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As the static network's: a feature between two blocks of a stage is the sum so far."""
+        with keep_steps():
+            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible. Raises UsageError."""
+        raise UsageError("a converted network cannot be pruned: prune the static network, then convert it")
+
+    def no_weight_decay(self) -> set[str]:
+        """The static network's names, as they are here, and those of thresholds and learned edge weights."""
+        static: set[str] = getattr(super(DynamicNetwork, self), "no_weight_decay", set)()
+        return {self._rename(name, self.static_names) for name in static} | super().no_weight_decay()
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """timm's parameter groups of the static network. What decides in a stage is in the group of its first block."""
+        matcher = getattr(super(DynamicNetwork, self), "group_matcher", None)
+        if matcher is None:
+            return lambda name: 0
+        names = self.original_names
+        static = _Named({self._rename(name, names): parameter for name, parameter in self.named_parameters()})
+        groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
+        return lambda name: groups.get(self._rename(name, names), float("inf"))
+
+    def _is_added(self, name: str) -> bool:
+        """Whether a tensor belongs to a stage, and to no block in it."""
+        return any(name.startswith(f"{stage}.") and not name.startswith(f"{stage}.nodes.") for stage in self.stage_names)
+
+    @staticmethod
+    def _rename(name: str, prefixes: Mapping[str, str]) -> str:
+        for old, new in prefixes.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time: a pickle holds the static class."""
+        return _rebuild, (self.static_class,), self.__dict__.copy()
+
+
+class ConvertedFeatures(ConvertedNetwork):
+    """Mixin before timm's feature extractor, which calls the `forward_intermediates` of a network inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the static network's: a feature between two blocks of a stage is the sum so far."""
+        with keep_steps():
+            return super().forward(*args, **kwargs)
+
+
+@dataclass
+class _Named:
+    """Parameters under other names, in the form that timm's grouping reads."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def named_parameters(self) -> Any:
+        """Pairs of name and parameter."""
+        return self.parameters.items()
+
+
+_CLASSES: dict[type[nn.Module], type[ConvertedNetwork]] = {}
+
+
+def converted_class(static: type[nn.Module]) -> type[ConvertedNetwork]:
+    """The class of converted networks whose static class is `static`."""
+    if static in _CLASSES:
+        return _CLASSES[static]
+    mixin = ConvertedFeatures if issubclass(static, FeatureGetterNet) else ConvertedNetwork
+    _CLASSES[static] = made = type(
+        f"Dynamic{static.__name__}", (mixin, static), {"static_class": static, "__doc__": static.__doc__}
+    )
+    return made
+
+
+def _rebuild(static: type[nn.Module]) -> nn.Module:
+    cls = converted_class(static)
+    return cls.__new__(cls)
