@@ -52,13 +52,16 @@ class Operation:
 
 
 def lower(block: nn.Module, layout: str = "NCHW") -> Any | None:
-    """`block` as a `torch.classes.dgnet.Program`, which holds copies of its weights; None if it has a step of another kind.
+    """`block` as a `torch.classes.dgnet.Program`; None if it has a step of another kind.
 
     `layout`: of what the block reads and writes; the program's maps are (B, C, H, W) in any case.
     """
     operations = find_operations(block, layout)
-    if operations is None:
-        return None
+    return None if operations is None else write_program(operations)
+
+
+def write_program(operations: list[Operation]) -> Any:
+    """The operations as a `torch.classes.dgnet.Program`, which holds copies of their weights."""
     program = torch.classes.dgnet.Program()
     for one in operations:
         act = (one.activation.name, one.activation.first, one.activation.second)
@@ -151,7 +154,7 @@ class _Translation:
     def step(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.block)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: self.values[argument])  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: self.values[argument])
         if node.op == "call_module":
             module = self.block.get_submodule(str(node.target))
             known = _MODULES.get(type(module))
@@ -165,8 +168,9 @@ class _Translation:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        function = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)  # type: ignore[call-overload]
-        _require(function is not None)
+        function = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
+        if function is None:
+            raise _UnknownError
         written = function(self, *args, **kwargs)
         if node.target in _IN_PLACE or kwargs.get("inplace") or any(value is True for value in args[1:]):
             self.overwrite(args[0])
@@ -215,7 +219,8 @@ def _linear(to: _Translation, x: _Map, linear: nn.Linear) -> _Map:
 
 def _batch_norm(to: _Translation, x: _Map, norm: nn.BatchNorm2d) -> _Map:
     _require(not x.is_last and norm.running_mean is not None and norm.running_var is not None)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.double()
     shift = -norm.running_mean.double() * scale
@@ -235,7 +240,7 @@ def _batch_norm_and_activation(to: _Translation, x: _Map, norm: BatchNormAct2d) 
 
 def _layer_norm(to: _Translation, x: _Map, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> _Map:
     _require(x.is_last and len(tuple(shape)) == 1)
-    channels = int(tuple(shape)[0])
+    (channels,) = shape
     weight = torch.ones(channels) if weight is None else weight
     bias = torch.zeros(channels) if bias is None else bias
     return to.write("normalize", [x], weight=weight, bias=bias, epsilon=eps)
@@ -427,7 +432,9 @@ def _absorb(last: Operation, one: Operation) -> bool:
     if one.kind == "affine":  # of the convolution's own weights
         if last.kind != "convolve" or not is_open or added >= 0:
             return False
-        assert last.weight is not None and one.weight is not None and one.bias is not None
+        assert last.weight is not None
+        assert one.weight is not None
+        assert one.bias is not None
         scale = one.weight.double()
         last.weight = last.weight.double() * scale[:, None, None, None]
         last.bias = one.bias.double() if last.bias is None else last.bias.double() * scale + one.bias.double()

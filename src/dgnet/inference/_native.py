@@ -24,23 +24,25 @@ from dgnet.graph import (
     Wiring,
     current_area,
     find_stages,
+    from_map,
     global_average_pool,
     least_logit,
     require_stages,
+    to_map,
 )
 from dgnet.inference._build import load_native
-from dgnet.inference._lower import lower
+from dgnet.inference._lower import find_operations, lower, write_program
 from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
 
 EXECUTORS = ("recommended", "plain", "native")
 
 
-def set_sparse(network: nn.Module, executor: str = "recommended", is_copy: bool = False) -> nn.Module:
+def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     """Set `network` to the sparse mode, in place, and choose its executor; returns the network.
 
     "plain": plain PyTorch, on any device. "native": the compiled extension, on a CPU only; see `use_native`. "recommended": the
     faster one on the network's device, native on a CPU and plain elsewhere. If the extension cannot be built, a line on stderr
-    gives the reason, and the plain one is used. `is_copy`: see `use_native`.
+    gives the reason, and the plain one is used.
 
     Raises UsageError for an unknown executor, for a network without dynamic stages, and if "native" is not possible.
     """
@@ -52,7 +54,7 @@ def set_sparse(network: nn.Module, executor: str = "recommended", is_copy: bool 
     if executor == "plain" or not is_cpu:
         return set_mode(network, "sparse")
     try:
-        return use_native(network, is_copy)
+        return use_native(network)
     except UsageError as error:
         if executor == "native":
             raise
@@ -65,15 +67,13 @@ def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def use_native(network: nn.Module, is_copy: bool = False) -> nn.Module:
+def use_native(network: nn.Module) -> nn.Module:
     """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it supports.
 
     It supports routed weights (`Router`, average pooling), learned and fixed ones, with or without block gates, in float32. A
     stage runs in plain PyTorch if it has a weighting, router or pool of the user's own, hooks on these, or routers that read
     activations. So does a pass with a padded batch, autocast or another precision. A stage is one call if its blocks can be
     lowered (`dgnet.inference._lower`).
-
-    `is_copy`: nobody else uses the network's modules. Then the extension also runs the static blocks that can be lowered.
 
     Weights are copied, and hooks are looked up, now: call it again after changing either.
 
@@ -84,21 +84,29 @@ def use_native(network: nn.Module, is_copy: bool = False) -> nn.Module:
     for stage in find_stages(network):
         if _supports(stage):
             stage.inference_walk = NativePlan(stage)
-    if is_copy:
-        _run_static_blocks(network)
     return network
 
 
-def _run_static_blocks(module: nn.Module) -> None:
-    """Let the extension run the largest parts of `module` outside its stages that can be lowered."""
+def lower_static_blocks(network: nn.Module) -> nn.Module:
+    """If the extension runs stages of `network`, let it run the static blocks too that can be lowered; returns the network.
+
+    Their modules' `forward` is replaced, with copies of their weights: only for a network that nobody else uses.
+    """
+    if any(isinstance(stage.inference_walk, NativePlan) for stage in find_stages(network)):
+        _lower_children(network)
+    return network
+
+
+def _lower_children(module: nn.Module) -> None:
+    """Lower the largest parts of `module` that can be."""
     for child in module.children():
         if isinstance(child, StageNodes):
             continue
-        program = None if find_stages(child) else lower(child)
-        if program is None:
-            _run_static_blocks(child)
-        else:
-            child.forward = NativeForward(child, program)
+        operations = None if find_stages(child) else find_operations(child)
+        if operations is None:
+            _lower_children(child)
+        elif operations:
+            child.forward = NativeForward(child, write_program(operations))
 
 
 class NativeForward:
@@ -132,7 +140,10 @@ class NativeWalk(Walk):
         self.runs_blocks = plan.runs_blocks
         self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
-        self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
+        # The extension sees every feature as (B, C, H, W).
+        self.native = torch.classes.dgnet.Walk(
+            plan.constants, to_map(x, stage.layout), self.imposed, offset, least_logit(offset)
+        )
         self.summed: Tensor | None = None  # x̂ of the output node
         self.without_gradients = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
@@ -142,19 +153,28 @@ class NativeWalk(Walk):
 
     def put(self, node: int, feature: Tensor | None) -> None:
         with self.without_gradients:
+            if feature is None:
+                return
+            feature = to_map(feature, self.stage.layout)
             if self.runs_blocks:
-                self.summed = self.native.run(feature, self.applies_relu)
-            elif feature is not None:
+                self.summed = self._seen(self.native.run(feature, self.applies_relu))
+            else:
                 self.native.put(node, feature)
+
+    def _seen(self, summed: Tensor | None) -> Tensor | None:
+        """A sum in the stage's layout."""
+        return None if summed is None else from_map(summed, self.stage.layout)
 
     def compute(self, node: int) -> Tensor | None:
         is_entry = node in self.topology.entry
         with self.without_gradients:
-            summed: Tensor | None = self.native.take(node, self.applies_relu and not is_entry)
+            summed = self._seen(self.native.take(node, self.applies_relu and not is_entry))
             if summed is None or len(summed) == 0:
                 return None
             if is_entry:
-                return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
+                return self.stage.finish_entry(
+                    self.stage.nodes[node - 1](summed), lambda: from_map(self.native.take_shortcut(node), self.stage.layout)
+                )
             return self.stage.transform(node, summed, is_activated=self.applies_relu)
 
     def finish(self) -> Tensor:
@@ -164,7 +184,7 @@ class NativeWalk(Walk):
 
     def _compute_output(self) -> Tensor:
         output = self.topology.output
-        summed = self.summed if self.runs_blocks else self.native.take(output, self.applies_relu)
+        summed = self.summed if self.runs_blocks else self._seen(self.native.take(output, self.applies_relu))
         if self.observers:
             self._report()
         if summed is None:
@@ -254,8 +274,6 @@ def _supports(stage: StageNodes) -> bool:
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
-        return False
-    if stage.layout != "NCHW":
         return False
     return not isinstance(weighting, RoutedWeighting) or (
         weighting.pool is global_average_pool
