@@ -40,6 +40,8 @@ CONVOLUTIONS = {
     "dilated": conv(20, 17, 3, padding=2, dilation=2),
     "oblong": conv(20, 17, (1, 5), padding=(0, 2)),
     "grouped": conv(20, 40, 3, padding=1, groups=5),
+    "groups of 4": conv(20, 20, 3, padding=1, groups=5),
+    "groups of 8": conv(56, 56, 3, padding=1, groups=7, stride=2),
     "depthwise": conv(20, 20, 3, padding=1, groups=20),
     "depthwise of 5": conv(20, 20, 5, padding=2, groups=20),
     "depthwise of 7": conv(20, 20, 7, padding=3, groups=20, stride=2),
@@ -56,7 +58,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("size", [(9, 13), (4, 4), (17, 34)])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_convolutions(name, size, samples):
-    x = torch.randn(samples, 20, *size)
+    x = torch.randn(samples, CONVOLUTIONS[name].in_channels, *size)
     torch.testing.assert_close(lower(CONVOLUTIONS[name]).run(x), CONVOLUTIONS[name](x), rtol=1e-5, atol=1e-5)
 
 

@@ -26,6 +26,14 @@ constexpr int kWidth = 8, kRows = 4, kVectors = 3;
 constexpr int kWidth = 4, kRows = 6, kVectors = 3;
 #endif
 
+// Whether the compiler can permute a vector's lanes (clang has another function for it).
+#if defined(__GNUC__) && !defined(__clang__)
+constexpr bool kCanShuffle = true;
+#else
+constexpr bool kCanShuffle = false;
+#endif
+
+constexpr int64_t kPositions = 64;           // outputs of a convolution of narrow groups that one task computes
 constexpr int64_t kBlockBytes = 256 * 1024;  // of a product's left side, which is read once for each panel of the right side
 constexpr int64_t kTaskWork = 256 * 1024;    // fewest multiply-adds for which another thread pays off
 
@@ -51,6 +59,14 @@ inline void store(float* to, Vector value, int64_t count) {
     return;
   }
   std::memcpy(to, &value, count * sizeof(float));
+}
+
+inline Vector shuffle(Vector value, Mask lanes) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(value, lanes);
+#else
+  return value;
+#endif
 }
 
 inline Vector fill(float value) { return value - Vector{}; }  // not a sum: that would be computed, because of -0
@@ -225,12 +241,18 @@ class Cursor {
 
 // The weights of a convolution in the order in which they are read.
 // Full and grouped: for each group panels of up to kVectors · kWidth output channels, of each (taps, input channels, width).
-// Depthwise: (taps, C).
+// Narrow groups: for each kWidth output channels (taps, input channels of a group, kWidth). Depthwise: (taps, C).
 struct Packed {
   Floats values;
   Floats zeros;  // a pixel of the padding
   int64_t in_channels, out_channels, groups, taps;
   std::vector<int64_t> firsts;  // first output channel of each panel in its group, and the end, a multiple of kWidth
+
+  // Whether a vector holds the channels of several groups, each of as many inputs as outputs.
+  bool is_narrow() const {
+    const int64_t size = group_out();
+    return kCanShuffle && groups > 1 && group_in() == size && (size == 8 || size == 4) && size < kWidth;
+  }
 
   bool is_depthwise() const { return groups == in_channels && groups == out_channels && groups > 1; }
   int64_t group_in() const { return in_channels / groups; }
@@ -249,6 +271,18 @@ struct Packed {
       values.resize(taps * out_channels);
       for (int64_t c = 0; c < out_channels; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) values[tap * out_channels + c] = weight[c * taps + tap];
+      }
+      return;
+    }
+    if (is_narrow()) {
+      const int64_t padded = (out_channels + kWidth - 1) / kWidth * kWidth;
+      values.assign(padded * taps * group_in(), 0.0f);
+      for (int64_t c = 0; c < out_channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int64_t k = 0; k < group_in(); ++k) {
+            values[((c / kWidth * taps + tap) * group_in() + k) * kWidth + c % kWidth] = weight[(c * group_in() + k) * taps + tap];
+          }
+        }
       }
       return;
     }
@@ -279,6 +313,10 @@ void multiply_tile(const float* const* rows, int64_t taps, int64_t depth, const 
     const Vector start = finish.start(channel + v * kWidth, count - v * kWidth);
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) sums[row][v] = start;
+  }
+  for (int row = 0; row < Rows; ++row) {  // they are written soon
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(out + at + row * stride + v * kWidth, 1);
   }
   for (int64_t tap = 0; tap < taps; ++tap) {
     const float* from[Rows];
@@ -353,6 +391,59 @@ inline void multiply(const float* in, float* out, const Packed& packed, const Sh
     }
     find_tile(height, vectors)(rows.data(), taps, depth, weights, out, packed.out_channels,
                                position * packed.out_channels + channel, channel, count, finish);
+  }
+}
+
+// `Rows` positions of kWidth channels, which are groups of `Size`. `rows`: for each tap and position, its input channels.
+template <int Rows, int Size>
+void multiply_groups(const float* const* rows, int64_t taps, const float* weights, float* out, int64_t stride, int64_t at,
+                     int64_t channel, int64_t count, const Finish& finish) {
+  Mask lanes[Size];  // the k-th input of each lane's group
+  for (int k = 0; k < Size; ++k) {
+    for (int lane = 0; lane < kWidth; ++lane) lanes[k][lane] = lane / Size * Size + k;
+  }
+  Vector sums[Rows];
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) sums[row] = finish.start(channel, count);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    Vector in[Rows];
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) in[row] = load(rows[tap * Rows + row] + channel, count);
+#pragma GCC unroll 8
+    for (int k = 0; k < Size; ++k, weights += kWidth) {
+      const Vector weight = load(weights);
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) sums[row] += shuffle(in[row], lanes[k]) * weight;
+    }
+  }
+  const Vector low = fill(finish.low()), high = fill(finish.high());
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) store(out + at + row * stride, least(most(sums[row], low), high), count);
+  if (!finish.is_clamp()) finish.complete(out, Rows, stride, at, count);
+}
+
+// The positions `begin` to `end` of a convolution of narrow groups.
+inline void multiply_narrow(const float* in, float* out, const Packed& packed, const Shape& shape, int64_t begin, int64_t end,
+                            const Finish& finish) {
+  constexpr int kTile = 8;
+  const int64_t taps = packed.taps, channels = packed.out_channels, size = packed.group_in();
+  std::vector<const float*> rows(taps * (end - begin));  // of each tile
+  Cursor cursor(shape, in, packed.zeros.data(), channels, begin);
+  for (int64_t position = begin; position < end;) {
+    const int64_t height = end - position >= kTile ? kTile : 1;
+    cursor.find(rows.data() + taps * (position - begin), height, 0);
+    position += height;
+  }
+  for (int64_t channel = 0; channel < channels; channel += kWidth) {
+    const float* const weights = packed.values.data() + channel * taps * size;
+    for (int64_t position = begin; position < end;) {
+      const int64_t height = end - position >= kTile ? kTile : 1;
+      const auto run = height == kTile ? (size == 8 ? multiply_groups<kTile, 8> : multiply_groups<kTile, 4>)
+                                       : (size == 8 ? multiply_groups<1, 8> : multiply_groups<1, 4>);
+      run(rows.data() + taps * (position - begin), taps, weights, out, channels, position * channels + channel, channel,
+          channels - channel, finish);
+      position += height;
+    }
   }
 }
 
@@ -478,6 +569,17 @@ inline void convolve(const float* in, float* out, const Packed& packed, const Sh
     const int64_t work = packed.taps * packed.out_channels * shape.out_size[1];
     at::parallel_for(0, samples * shape.out_size[0], std::max<int64_t>(kTaskWork / 4 / work, 1),
                      [&](int64_t begin, int64_t end) { slide(in, out, packed, shape, begin, end, finish); });
+    return;
+  }
+  if (packed.is_narrow()) {
+    const int64_t work = kPositions * packed.taps * packed.group_in() * packed.out_channels;
+    at::parallel_for(0, (positions + kPositions - 1) / kPositions, std::max<int64_t>(kTaskWork / work, 1),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t task = begin; task < end; ++task) {
+                         multiply_narrow(in, out, packed, shape, task * kPositions, std::min((task + 1) * kPositions, positions),
+                                         finish);
+                       }
+                     });
     return;
   }
   // A task is some positions of one panel.
