@@ -15,6 +15,9 @@ from dgnet.files import read_table
 
 KEYS = {"recipe", "data", "test", "options", "groups", "compare"}
 
+RUN_OF = "$run:"
+"""An option with this prefix names an arm: the option's value is the folder of that arm's run with the same seed."""
+
 PLACES = ("data", "val_data", "data_root", "output", "threads")
 """Options that do not change the result: where the images are stored, but not which images they are (the grid names those)."""
 
@@ -41,6 +44,12 @@ class Run:
         return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
 
     @property
+    def needs(self) -> list[str]:
+        """The arms whose runs of the same seed must be finished before this one."""
+        values = (value for value in self.options.values() if isinstance(value, str))
+        return [value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)]
+
+    @property
     def training(self) -> dict[str, Any]:
         """The options that change the result of training."""
         return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
@@ -59,6 +68,13 @@ class Grid:
     compare: list[tuple[str, str]]
     data: str
     test: str | None  # None: runs are evaluated on held-out training images
+
+    def find(self, arm: str, seed: int) -> Run:
+        """The run of an arm with a seed. Raises UsageError if there is none."""
+        for run in self.runs:
+            if (run.arm, run.seed) == (arm, seed):
+                return run
+        raise UsageError(f"{self.path} has no arm {arm!r} with seed {seed}, which another arm names")
 
     @property
     def evaluated(self) -> str:
@@ -99,6 +115,9 @@ def read_grid(path: Path) -> Grid:
                 f"{path}: arm {run.arm!r} needs either `test` in the grid or `holdout` among its options, not both"
             )
     arms = {run.arm for run in runs}
+    for run in runs:
+        for needed in run.needs:
+            grid.find(needed, run.seed)
     for name in (name for pair in compare for name in pair):
         if name not in arms:
             raise UsageError(f"{path} compares {name!r}, which is not an arm; arms: {', '.join(sorted(arms))}")

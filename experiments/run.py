@@ -31,7 +31,7 @@ from dgnet.errors import UsageError, check_range
 from dgnet.files import lock, make_writable, read_table, write_table
 from dgnet.graph import find_stages
 from dgnet.options import flag
-from grid import Grid, Run, missing_runs, read_grid
+from grid import RUN_OF, Grid, Run, missing_runs, read_grid
 
 
 def main() -> int:
@@ -39,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the grid's data")
+    parser.add_argument("--weights", type=Path, help="folder that holds the grid's weights; by default that of --data")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for run folders and logs")
     parser.add_argument("--groups", nargs="+", help="run only these groups")
     parser.add_argument("--jobs", type=int, help="runs in parallel; by default one per core, or four on a GPU")
@@ -78,15 +79,15 @@ def run_grid(args: argparse.Namespace) -> int:
     check_range("--jobs", jobs, 1)
     make_writable(args.output)
     refusal = f"another run.py is already running {args.grid}"
-    with lock(args.grid, refusal), Workers(grid, args.data, args.output, device) as workers:
+    with lock(args.grid, refusal), Workers(grid, args.data, args.weights or args.data, args.output, device) as workers:
         return workers.run(missing, jobs, args.minutes)
 
 
 class Workers:
     """Runs in parallel, each in its own process. Leaving the `with` block stops the ones still running."""
 
-    def __init__(self, grid: Grid, data: Path, output: Path, device: str) -> None:
-        self.grid, self.data, self.output, self.device = grid, data, output, device
+    def __init__(self, grid: Grid, data: Path, weights: Path, output: Path, device: str) -> None:
+        self.grid, self.data, self.weights, self.output, self.device = grid, data, weights, output, device
         self.lock = threading.Lock()
         self.folders: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.processes: set[subprocess.Popen[str]] = set()
@@ -139,6 +140,16 @@ class Workers:
         log = self.output / f"{run.name}.log"
         options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
         options["val_data"] = None if self.grid.test is None else str(self.data / self.grid.test)
+        if options.get("weights"):
+            options["weights"] = str(self.weights / options["weights"])
+        for arm in run.needs:
+            needed = self.grid.find(arm, run.seed).name
+            with self.lock:
+                needed_lock = self.folders[needed]
+            with needed_lock:  # it comes first in the grid: until it is finished, its thread holds the lock
+                options = {
+                    name: str(self.output / needed) if value == f"{RUN_OF}{arm}" else value for name, value in options.items()
+                }
         if self.device == "cpu":
             options["threads"] = self.threads
         started = time.monotonic()

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import dgnet
 from dgnet.cli.command import Parser
@@ -29,6 +30,7 @@ from dgnet.compat.argparse import option_strings
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
+    UNCOUNTED,
     count_writes,
     find_tensors,
     has_forward_hooks,
@@ -44,6 +46,21 @@ SOURCE = Path(dgnet.__file__).parent
 def moved(library: str, name: str) -> str:
     file = library.lower()
     return f"{library} has moved or changed {name}: see dgnet/compat/{file}.py"
+
+
+def test_matrix_products_that_torch_does_not_count():
+    x = torch.ones(1, 2, 5, 4)
+    layer, recurrent = nn.Bilinear(3, 4, 5), nn.LSTM(4, 3, batch_first=True)
+    counted = []
+    for run in (
+        lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        lambda: layer(torch.ones(2, 3), torch.ones(2, 4)),
+        lambda: recurrent(x[0]),
+    ):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            run()
+        counted.append(counter.get_total_flops() // 2)
+    assert counted == [2 * 2 * 5 * 5 * 4, 2 * 3 * 4 * 5, 2 * 5 * 4 * 3 * (4 + 3)], moved("torch", "operators of UNCOUNTED")
 
 
 def test_a_backward_pass_is_noticed():

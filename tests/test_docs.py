@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/extending.md", "docs/analysis.md", "docs/graph.md", "docs/inference.md", "docs/training.md", "README.md"]
+    "page",
+    [
+        "docs/convert.md",
+        "docs/extending.md",
+        "docs/analysis.md",
+        "docs/graph.md",
+        "docs/inference.md",
+        "docs/training.md",
+        "README.md",
+    ],
 )
 def test_the_code_on_the_page_runs(page):
     scope: dict[str, object] = {}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError, reason
-from dgnet.graph import DynamicGraph, Record, Topology, find_stages
+from dgnet._work import StageWork, measure_work
+from dgnet.graph import DynamicGraph, Record, Topology
 
 
 @dataclass(frozen=True)
@@ -21,9 +18,10 @@ class Cost:
 
     params: int  # all parameters, routers and thresholds included
     multiply_adds: int  # of convolutions outside routers: what Table 1 counts
+    linear_multiply_adds: int  # of linear layers, attention and other matrix products outside routers
     router_multiply_adds: int  # of the linear layers and convolutions of routers and block gates
     aggregation_multiply_adds: int  # one for each element of each edge's feature
-    activations: int  # elements of the outputs of convolutions
+    activations: int  # elements of the outputs of convolutions outside routers
 
 
 @dataclass(frozen=True)
@@ -31,21 +29,42 @@ class StageCost:
     """Multiply-adds of one stage on one image. The lists have one entry for each of its N nodes."""
 
     topology: Topology
-    nodes: list[int]  # of the convolutions, if the node runs; the input node's projection; 0 for the output node
+    nodes: list[int]  # of the node's own module, if it runs; the input node's projection; 0 for the output node
     routers: list[int]  # of router and gate weights, if the sending node runs
     edges: list[int]  # of each open in-edge of the receiving node
+    always: tuple[int, ...]  # nodes that run for every image, whatever routers and gates decide
 
     @property
     def dense(self) -> int:
         """With every node alive and every edge open."""
-        senders = [len(self.topology.senders(node)) for node in range(self.topology.num_nodes)]
-        return sum(self.nodes) + sum(self.routers) + sum(n * cost for n, cost in zip(senders, self.edges, strict=True))
+        return self._with(range(self.topology.num_nodes))
 
     @property
     def least(self) -> int:
-        """With every block dead: the input node, its router, and its edge to the output node if there is one."""
-        last = self.topology.num_nodes - 1
-        return self.nodes[0] + self.routers[0] + self.edges[last] * (0 in self.topology.senders(last))
+        """With every block dead that can be: what always runs, and the cheapest path from the input node to the output node.
+
+        If input and output node have an edge, that is the path. All edges between these nodes are open.
+        """
+        always, topology = self.always, self.topology
+        cheapest: list[tuple[int, tuple[int, ...]]] = [(0, (0,))]  # to each node: what it costs besides, and the path
+        for node in range(1, topology.num_nodes):
+            own = 0
+            if node not in always:  # the node, and its edges from and to the nodes that always run
+                own = self.nodes[node] + self.routers[node]
+                own += self.edges[node] * sum(sender in always for sender in topology.senders(node))
+                own += sum(self.edges[receiver] for receiver in topology.receivers(node) if receiver in always)
+            before, path = min(
+                (cheapest[sender][0] + self.edges[node] * (sender not in always and node not in always), cheapest[sender][1])
+                for sender in topology.senders(node)
+            )
+            cheapest.append((before + own, (*path, node)))
+        return self._with({*always, *cheapest[-1][1]})
+
+    def _with(self, alive: Collection[int]) -> int:
+        """With these nodes alive, and every edge between them open."""
+        ran = torch.zeros(1, self.topology.num_nodes, dtype=torch.float64, device="cpu")
+        ran[:, list(alive)] = 1
+        return int(self.executed(ran))
 
     def executed(self, ran: Tensor, is_open: Tensor | None = None) -> Tensor:
         """Multiply-adds for each sample, (B,). `ran`: which nodes ran, (B, N), 0 or 1; `is_open`: which edges, (B, N, N).
@@ -61,20 +80,25 @@ class StageCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The multiply-adds of a network on one image, stage by stage."""
+    """The multiply-adds of a network on one image, stage by stage: convolutions, matrix products, routers and aggregation."""
 
-    fixed: int  # convolutions outside dynamic stages
+    fixed: int  # outside dynamic stages: stem, transitions and head
     stages: list[StageCost]
 
     @property
     def dense(self) -> int:
-        """With every node alive and every edge open: convolutions, routers and aggregation."""
+        """With every node alive and every edge open."""
         return self.fixed + sum(stage.dense for stage in self.stages)
 
     @property
     def least(self) -> int:
-        """With every block dead."""
+        """With every block dead that can be; see `StageCost.least`."""
         return self.fixed + sum(stage.least for stage in self.stages)
+
+    @property
+    def skippable(self) -> float:
+        """The share of the dense cost that need not run, 0 to 1; 0 if no block can be dead."""
+        return 1 - self.least / self.dense if self.dense else 0.0
 
     def executed(self, ran: Sequence[Tensor], is_open: Sequence[Tensor] | None = None) -> Tensor:
         """Multiply-adds for each sample, (B,), from one tensor for each stage; see `StageCost.executed`."""
@@ -90,94 +114,42 @@ class CostModel:
 def cost(model: nn.Module, image_size: int | tuple[int, int] = 224) -> Cost:
     """Count the cost of `model` on one image of `image_size` pixels (side, or height and width), on the meta device.
 
-    Raises UsageError for a size that the model cannot take.
+    A network that reads values cannot run there and runs on the CPU. Raises UsageError for a size that the model cannot take.
     """
-    counts = _count(model, image_size)
-    stages = counts.stages.values()
+    work = measure_work(model, image_size)
     return Cost(
         params=sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds=counts.fixed + sum(sum(stage.nodes) for stage in stages),
-        router_multiply_adds=sum(sum(stage.routers) for stage in stages),
-        aggregation_multiply_adds=sum(stage.dense - sum(stage.nodes) - sum(stage.routers) for stage in stages),
-        activations=counts.activations,
+        multiply_adds=sum(place.convolutions for place in work.nodes),
+        linear_multiply_adds=sum(place.products for place in work.nodes),
+        router_multiply_adds=sum(router.multiply_adds for stage in work.stages for router in stage.routers),
+        aggregation_multiply_adds=sum(
+            len(stage.graph.topology.senders(node)) * edge for stage in work.stages for node, edge in enumerate(stage.edges)
+        ),
+        activations=sum(place.activations for place in work.nodes),
     )
 
 
 def cost_model(model: nn.Module, image_size: int | tuple[int, int] = 224) -> CostModel:
-    """Count the cost of each node of `model` on one image, on the meta device. Raises UsageError as `cost` does."""
-    counts = _count(model, image_size)
-    return CostModel(counts.fixed, list(counts.stages.values()))
+    """Count the cost of each node of `model` on one image, as `cost` does."""
+    work = measure_work(model, image_size)
+    return CostModel(work.fixed.multiply_adds, [_stage_cost(stage) for stage in work.stages])
 
 
-@dataclass
-class _Counts:
-    fixed: int = 0
-    activations: int = 0
-    stages: dict[int, StageCost] = field(default_factory=dict)  # by the id of the stage
+def _stage_cost(stage: StageWork) -> StageCost:
+    return StageCost(
+        stage.graph.topology,
+        [node.multiply_adds for node in stage.nodes],
+        [router.multiply_adds for router in stage.routers],
+        stage.edges,
+        _always_alive(stage.graph),
+    )
 
 
-def _count(model: nn.Module, image_size: int | tuple[int, int]) -> _Counts:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
-    counted = deepcopy(model).to("meta").eval()
-    counts = _Counts()
-    nodes: dict[int, tuple[StageCost, int]] = {}  # id of a module inside a node -> its stage and node
-    routing: set[int] = set()  # ids of modules of weightings and gates
-    done: list[tuple[StageCost, int]] = []  # stages and nodes that ran; routers that run next belong to the last of them
-
-    def count_routing(output: Tensor, inputs_each: int) -> None:
-        stage, node = done[-1]
-        stage.routers[node] += output[0].numel() * inputs_each
-
-    def count_convolution(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs_each = module.weight[0].numel()
-        if id(module) in routing:
-            count_routing(output, inputs_each)
-            return
-        counts.activations += output[0].numel()
-        if id(module) in nodes:
-            stage, node = nodes[id(module)]
-            stage.nodes[node] += output[0].numel() * inputs_each
-        else:
-            counts.fixed += output[0].numel() * inputs_each
-
-    def count_linear(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(module) in routing:
-            count_routing(output, module.in_features)
-
-    def count_edges(module: DynamicGraph, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        feature, entry = output[0].numel(), inputs[0][0].numel()
-        if module.shortcut == "node" and module.entry_shortcut:  # the shortcut of an entry node is weighted too
-            entry += feature
-        for node in range(1, module.topology.num_nodes):
-            counts.stages[id(module)].edges[node] = entry if node in module.topology.entry else feature
-
-    def note_done(stage: StageCost, node: int, *of_hook: Any) -> None:
-        done.append((stage, node))
-
-    for graph in find_stages(counted):
-        num_nodes = graph.topology.num_nodes
-        stage = StageCost(graph.topology, [0] * num_nodes, [0] * num_nodes, [0] * num_nodes)
-        counts.stages[id(graph)] = stage
-        for node, block in enumerate([graph.input, *graph.nodes]):
-            nodes |= {id(child): (stage, node) for child in block.modules()}
-            block.register_forward_hook(partial(note_done, stage, node))
-        for decider in filter(None, (graph.weighting, graph.node_gates)):
-            routing |= {id(child) for child in decider.modules()}
-    hooks: dict[type[nn.Module], Callable[..., Any]] = {
-        nn.Conv2d: count_convolution,
-        nn.Linear: count_linear,
-        DynamicGraph: count_edges,
-    }
-    for module in counted.modules():
-        for kind, hook in hooks.items():
-            if isinstance(module, kind):
-                module.register_forward_hook(hook)
-    in_chans = getattr(model, "in_chans", 3)
-    try:
-        with torch.no_grad():
-            counted(torch.empty(1, in_chans, height, width, device="meta"))
-    except Exception as error:  # a layer may raise anything for a size that it cannot take
-        raise UsageError(f"{type(model).__name__} cannot take an image of {height}×{width}: {reason(error)}") from error
-    return counts
+def _always_alive(graph: DynamicGraph) -> tuple[int, ...]:
+    """Input and output node, and the blocks that neither a gate of their own nor the thresholds of their in-edges can close."""
+    topology, alive = graph.topology, {0, graph.topology.output}
+    for node in topology.blocks:
+        can_close = graph.node_gates is not None or (graph.weighting.can_close and node not in topology.pinned)
+        if not can_close and alive.intersection(topology.senders(node)):
+            alive.add(node)
+    return tuple(sorted(alive))

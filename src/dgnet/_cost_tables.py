@@ -131,9 +131,8 @@ def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, 
     """`cost_rows` as a text or Markdown table, in the unit of the paper's `table`."""
     of = TABLES[table or "1"]
     scale, unit, digits = (2e-9, "GFLOPs", 1) if of.in_gflops else (1e-6, "MAdds M", 2)
-    lines: list[Sequence[str]] = [
-        ("model", "size", "params M", "paper", "diff", unit, "paper", "diff", "router M", "aggregation M", "activations M")
-    ]
+    others = ("linear M", "router M", "aggregation M", "activations M")
+    lines: list[Sequence[str]] = [("model", "size", "params M", "paper", "diff", unit, "paper", "diff", *others)]
     for row in rows:
         params, paper = row["paper_params"], row["paper_multiply_adds"]
         lines.append(
@@ -146,6 +145,7 @@ def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, 
                 f"{row['multiply_adds'] * scale:.{digits}f}",
                 f"{paper * scale:.0f}" if paper else "-",
                 f"{100 * (row['multiply_adds'] / paper - 1):+.2f} %" if paper else "-",
+                f"{row['linear_multiply_adds'] / 1e6:.2f}",
                 f"{row['router_multiply_adds'] / 1e6:.4f}",
                 f"{row['aggregation_multiply_adds'] / 1e6:.2f}",
                 f"{row['activations'] / 1e6:.2f}",
@@ -160,5 +160,9 @@ def format_cost_table(rows: Sequence[dict[str, Any]], table: str | None = None, 
         for line in lines
     ]
     counted = "GFLOPs: twice the multiply-adds" if of.in_gflops else "MAdds: multiply-adds"
-    notes = [f"{counted} of convolutions, as the paper counts; one image, every edge open.", of.note]
+    notes = [
+        f"{counted} of convolutions, as the paper counts; one image, every edge open.",
+        "linear: multiply-adds of linear layers and attention, routers left out.",
+        of.note,
+    ]
     return "\n".join([*text, "", *filter(None, notes)])

@@ -107,6 +107,12 @@ def say(line: str) -> None:
     stream.flush()
 
 
+def say_once(line: str) -> None:
+    """As `say`, but under torchrun only in the first process."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        say(line)
+
+
 @contextmanager
 def safe_streams() -> Iterator[Stream]:
     """Inside the `with` block stdout and stderr are streams of this module. Yields stdout, whose failures are raised."""

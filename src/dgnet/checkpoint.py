@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,14 +24,20 @@ from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.documents import parse_json
 from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
-from dgnet.graph import DynamicGraph, find_stages
+from dgnet.graph import DynamicGraph, accept_cuts, find_stages
 from dgnet.models import (
-    Connectivity,
+    ConvertedNetwork,
     TimmNetwork,
+    adapt_input,
     classifier_prefixes,
     create_model,
+    describe_loss,
+    find_obstacle,
     is_static,
+    keep_function,
     load_static_weights,
+    removed_blocks,
+    static_counterpart,
     unwrap_names,
 )
 from dgnet.paths import expand, find_kind, is_file
@@ -42,8 +47,12 @@ CLASSIFY, DETECT = "classify", "detect"
 """The tasks of checkpoints."""
 
 _COMMANDS = {CLASSIFY: "dgnet", DETECT: "dgnet detect"}
+_ADVICE = {
+    CLASSIFY: "name the model with --model NAME, or start from it with: dgnet train --weights FILE",
+    DETECT: "start from it with: dgnet detect train --weights FILE",
+}  # for a file of weights only
 
-_NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
+NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
 """Model options that a checkpoint cannot hold, because they follow from it."""
 
 
@@ -76,7 +85,7 @@ class Described:
         """The fields that `carried` describes. Raises UsageError for a value that is missing or of another type."""
         kinds = {"model": str, "model_kwargs": dict[str, Any], "class_names": list[Label], "config": dict[str, Any]}
         values = {name: read_entry(carried, name, kind, DESCRIPTION) for name, kind in kinds.items()}
-        for name in _NOT_STORED:
+        for name in NOT_STORED:
             if name in values["model_kwargs"]:
                 raise UsageError(f"{DESCRIPTION}: model_kwargs sets {name}, which follows from the checkpoint")
         if not values["class_names"]:
@@ -86,7 +95,8 @@ class Described:
     def create_network(self, **options: Any) -> TimmNetwork:
         """The network as described, untrained. Raises UsageError, which names the checkpoint, if it cannot be built."""
         try:
-            return create_model(self.model, **options, **self.model_kwargs)
+            with accept_cuts():
+                return create_model(self.model, **options, **self.model_kwargs)
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from None
 
@@ -120,7 +130,7 @@ class Checkpoint(Described):
 
     def build_network(self) -> TimmNetwork:
         """The trained network, in evaluation mode. Raises UsageError if the weights do not fit the model."""
-        network = self.create_network(num_classes=len(self.class_names))
+        network = self.create_network(num_classes=len(self.class_names), **self.preprocessing.network_options)
         self.load_into(network, f"are not those of {self.model}")
         return network.eval()
 
@@ -136,13 +146,11 @@ class Checkpoint(Described):
 
     def build_static(self) -> TimmNetwork | None:
         """The static baseline, untrained: the model without `dg_`, with the same classes and sizes. None if there is none."""
-        name = self.model.removeprefix("dg_")
-        is_converted = self.model_kwargs.get("dynamic", False)
-        if (name == self.model and not is_converted) or not timm.is_model(name):
+        static = static_counterpart(self.model, self.model_kwargs)
+        if static is None:
             return None
-        dynamic = (*Connectivity.names(), "dynamic", "stages")
-        options = {option: value for option, value in self.model_kwargs.items() if option not in dynamic}
-        return create_model(name, num_classes=len(self.class_names), **options).eval()
+        name, options = static
+        return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
@@ -243,10 +251,7 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
     path = find_checkpoint(path)
     state_dict, carried = read_tensors(path)
     if carried is None:
-        raise UsageError(
-            f"{path} holds weights only, without the model's name and classes; use it with:"
-            f" {_COMMANDS[task]} train --weights {path}"
-        )
+        raise UsageError(f"{path} holds weights only, without the model's name and classes; {_ADVICE[task]}")
     own = carried.get("task", CLASSIFY)
     if own not in (CLASSIFY, DETECT):
         raise UsageError(f"{path} is of the unknown task {own!r}; this version has the tasks {CLASSIFY} and {DETECT}")
@@ -326,21 +331,63 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     return tensors, description
 
 
-def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str]:
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_weights` has loaded."""
+
+    untrained: list[str]
+    """The names that keep their initial values: a head of other classes, block gates that the trained network did not have,
+    and what a static network lacks."""
+    loss: str = ""
+    """What is lost of the function of the static network that the weights are of, in words; "" if nothing."""
+
+
+def load_weights(
+    network: TimmNetwork, model: str, path: str | Path, start: str = "paper", image_size: tuple[int, int] | None = None
+) -> Loaded:
     """Load trained weights into `network`; weights of a static network go to the nodes of its dynamic counterpart.
 
-    Returns the names that keep their initial values: a head of other classes, block gates that the trained network did not
-    have, and what a static network lacks. Raises UsageError for weights of another model.
+    `start`: as in `dgnet.load_static_weights`, for the network `model`. The function is compared on images of `image_size`.
+
+    Raises UsageError for weights of another model, and if with `start="static"` the function is not kept.
     """
     path = find_checkpoint(path)
-    state_dict, carried = read_tensors(path)
+    return fit_weights(network, model, path, *read_tensors(path), start, image_size)
+
+
+def fit_weights(
+    network: TimmNetwork,
+    model: str,
+    path: Path,
+    state_dict: Mapping[str, Tensor],
+    carried: dict[str, Any] | None = None,
+    start: str = "paper",
+    image_size: tuple[int, int] | None = None,
+) -> Loaded:
+    """As `load_weights`, from the content of the file `path`: its state dict, and the description that dgnet's files have."""
     with damaged(path):
         check_finite(state_dict)
+    state_dict = adapt_input(network, state_dict)
+    removed = tuple(f"{name}." for name in removed_blocks(network))
+    state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(removed)}
+    if isinstance(network, ConvertedNetwork):
+        state_dict = dict(network.from_static(state_dict))
     if is_static(network, state_dict):
         try:
-            return load_static_weights(network, state_dict)
+            untrained = load_static_weights(network, state_dict)
         except UsageError as error:
             raise UsageError(f"{path} {_mismatch(carried, model)} ({error}); name its own model with --model") from None
+        weights_of = str((carried or {}).get("model", ""))
+        obstacle = find_obstacle(network, weights_of)
+        convert = f"--model {model.removeprefix('dg_')} --dynamic true"
+        if start == "paper":
+            loss = describe_loss(network, image_size, weights_of) if image_size else ""
+            return Loaded(untrained, loss and f"{loss}; {convert if obstacle else '--start static'} keeps it")
+        if obstacle:
+            raise UsageError(f"{model} cannot start as the static network: {obstacle}; use {convert}, or --start paper")
+        return Loaded(keep_function(network, untrained, image_size))
+    if start == "static":
+        raise UsageError(f"--start static needs the weights of a static network, and {path} has others; leave out --start")
     own = network.state_dict()
     reset = find_resized(state_dict, own, classifier_prefixes(network))
     # A DG-Net that was trained without block gates is fine-tuned to a budget: its gates are new.
@@ -352,7 +399,7 @@ def load_weights(network: TimmNetwork, model: str, path: str | Path) -> list[str
         else:
             line = f"{path} {_mismatch(carried, model)} ({difference}); name its own model with --model"
         raise UsageError(line)
-    return [*reset, *new]
+    return Loaded([*reset, *new])
 
 
 def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:

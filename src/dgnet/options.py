@@ -38,9 +38,14 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choices(self, spell=str)
-        for group in reversed(type(self).__mro__):
-            if "check" in vars(group):
-                vars(group)["check"](self)
+        check_groups(self)
+
+
+def check_groups(config: Any) -> None:
+    """Call the `check` of each group of options that the dataclass `config` is made of, bases first."""
+    for group in reversed(type(config).__mro__):
+        if "check" in vars(group):
+            vars(group)["check"](config)
 
 
 def hints_of(config: type[Any]) -> dict[str, Any]:

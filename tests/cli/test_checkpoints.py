@@ -10,6 +10,7 @@ import torch
 import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.graph import accept_cuts
 from tests.helpers.command import QUICK, ask, refuse
 from tests.helpers.data import write_folder
 
@@ -27,7 +28,8 @@ def test_checkpoints_hold_tensors_and_plain_values(run):
 
 def test_weights_start_a_run_and_reset_another_head(run, images, tmp_path, capsys):
     options = ["--epochs", 1, "--lr", 1e-9, *QUICK[:-2], "--weights", run]
-    ask(capsys, "train", "--data", images, "--output", tmp_path / "same", *options)
+    assert main([str(a) for a in ["train", "--data", images, "--output", tmp_path / "same", *options]]) == 0
+    assert f"{run}: kept the classifier of 2 classes\n" in capsys.readouterr().err
     before, after = load_checkpoint(run).state_dict, load_checkpoint(tmp_path / "same").state_dict
     torch.testing.assert_close(before["fc.weight"], after["fc.weight"])
     write_folder(tmp_path / "three", {"a": 4, "b": 4, "c": 4})
@@ -50,6 +52,43 @@ def test_weights_of_the_static_network_start_a_dynamic_one(images, tmp_path, cap
     torch.testing.assert_close(dynamic["layer2.nodes.1.conv1.weight"], static["layer2.1.conv1.weight"])
     line = refuse(capsys, "train", "--model", "dg_resnet32", "--weights", tmp_path / "static", *options)
     assert "is a checkpoint of resnet20, not of dg_resnet32 as asked for (these are not the weights of the static" in line
+
+
+def test_a_dynamic_network_starts_as_the_static_one(images, tmp_path, capsys):
+    options = ["--data", images, "--epochs", 1, "--lr", 1e-9, *QUICK[:-2]]
+    ask(capsys, "train", "--model", "resnet20", "--output", tmp_path / "resnet20", *options)
+    words = ["train", "--weights", tmp_path / "resnet20", *options]
+    for start, is_lossy in (("paper", True), ("static", False)):
+        assert main([str(word) for word in [*words, "--start", start, "--output", tmp_path / start]]) == 0
+        assert ("; --start static keeps it" in capsys.readouterr().err) == is_lossy
+    # The run holds the options, so it can be repeated and continued; `static` again finds no contradiction.
+    config = load_checkpoint(tmp_path / "static").config
+    assert (config["shortcut"], config["start"]) == ("node", "static")
+    assert config["model_kwargs"].items() >= {"unit_start": True, "router_start": "chain", "channels": [4, 4, 4]}.items()
+    ask(capsys, "train", "--config", tmp_path / "static" / "config.yaml", "--output", tmp_path / "again")
+    first, second = (load_checkpoint(tmp_path / name).state_dict for name in ("static", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (tmp_path / "again" / "checkpoints" / "last.ckpt").unlink()  # as if it had been killed before its first checkpoint
+    (tmp_path / "again" / "metrics.csv").unlink()
+    ask(capsys, "train", "--resume", tmp_path / "again")
+    words = [*words, "--start", "static", "--output", tmp_path / "x"]
+    assert "needs shortcut='node', got 'edge'" in refuse(capsys, *words, "--shortcut", "edge")
+    assert "a closed gate would cut it" in refuse(capsys, *words, "--budget", 0.7)
+    assert "CifarResNet does not: leave it out" in refuse(capsys, *words, "--model", "resnet20")
+    words = ["train", "--start", "static", "--output", tmp_path / "x", *options]
+    assert "--start static has no effect without --weights" in refuse(capsys, *words)
+    assert "has others; leave out --start" in refuse(capsys, *words, "--weights", tmp_path / "paper")
+
+
+def test_gates_that_cut_a_stage_are_refused_but_those_that_were_trained_load(images, tmp_path, capsys):
+    words = ["train", "--data", images, "--epochs", 1, "--topology", "chain", *QUICK, "--output", tmp_path / "run"]
+    assert "stage 1: node_gate='hard' is not possible here" in refuse(capsys, *words, "--budget", 0.9)
+    with accept_cuts():  # as an older version
+        ask(capsys, *words, "--budget", 0.9)
+    assert "executed multiply-adds" in ask(capsys, "evaluate", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    (tmp_path / "run" / "metrics.csv").unlink()
+    ask(capsys, "train", "--resume", tmp_path / "run")
 
 
 def test_weights_of_another_model(run, images, tmp_path, capsys):

@@ -17,6 +17,11 @@ from tests.helpers.command import list_commands, refuse
     [
         ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("train --modle x", "unknown option --modle; did you mean '--model'?"),
+        ("train --aa rand-m9", "unknown option --aa; here it is --auto-augment; options: dgnet train --help"),
+        ("train -b 64", "unknown option -b; here it is --batch-size"),
+        ("train --model_ema", "unknown option --model_ema; here it is --ema"),
+        ("train --num-classes 10", "unknown option --num-classes; it is not needed here: leave it out"),
+        ("train --opt-betas 0.9 0.99", "--opt-betas must be a list of numbers"),
         ("train extra", "unrecognized arguments: extra"),
         ("train --model dg_resnt20", "unknown model 'dg_resnt20'; did you mean 'dg_resnet20'?"),
         ("train --model resnet20 --weighting fixed", "resnet20 is static and has no option 'weighting'; use dg_resnet20"),
@@ -147,4 +152,17 @@ def test_every_option_for_a_path_expands_the_home_folder(words, option, hint, ca
         assert "there is no such home folder" in line
 
 
-PATHS = {"data", "val-data", "data-root", "images", "val-images", "weights", "output", "write", "curves", "config", "resume"}
+PATHS = {
+    "class-names",
+    "data",
+    "val-data",
+    "data-root",
+    "images",
+    "val-images",
+    "weights",
+    "output",
+    "write",
+    "curves",
+    "config",
+    "resume",
+}

@@ -49,6 +49,7 @@ def test_cost(capsys, monkeypatch):
         "image_size",
         "params",
         "multiply_adds",
+        "linear_multiply_adds",
         "router_multiply_adds",
         "aggregation_multiply_adds",
         "activations",
@@ -56,6 +57,7 @@ def test_cost(capsys, monkeypatch):
         "paper_multiply_adds",
     }
     assert row["multiply_adds"] == 1_826_406_400
+    assert row["linear_multiply_adds"] == 512_000
     assert json.loads(ask(capsys, "cost", "dg_resnet20", "--image-size", 64, 32, "--json"))[0]["image_size"] == [64, 32]
     for table, name in (("1", "dg_resnet18"), ("4", "dg_randwire_small")):  # not all rows: others recount them
         rows = tuple(row for row in TABLES[table].rows if row.model == name)

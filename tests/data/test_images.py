@@ -167,7 +167,7 @@ def test_a_bad_image_has_one_line_whatever_its_name_is(tmp_path, name):
     dataset = open_dataset(str(tmp_path / "data"), TRAIN)
     dataset.transform = PREPROCESSING.evaluation_transform()
     bad = BadImages(tmp_path / "bad.txt", limit=1)
-    items = TrainingItems(dataset, (8, 8), 0, bad)
+    items = TrainingItems(dataset, (3, 8, 8), 0, bad)
     for epoch in range(3):
         for index in range(2):
             items[epoch, index]
@@ -238,7 +238,7 @@ def test_too_many_bad_images_end_the_run(folder):
 def test_what_fills_a_batch_up_counts_in_nothing(folder):
     dataset = open_dataset(str(folder / "data"), TRAIN)
     dataset.transform = PREPROCESSING.evaluation_transform()
-    items = TrainingItems(dataset, (8, 8), seed=0, bad=BadImages(folder / "bad.txt", 9))
+    items = TrainingItems(dataset, (3, 8, 8), seed=0, bad=BadImages(folder / "bad.txt", 9))
     image, label = items[0, 12 + 9]
     assert label == IGNORED
     assert not image.any()

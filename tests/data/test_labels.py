@@ -5,8 +5,17 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
+from timm.data import ImageNetInfo
 
-from dgnet.data import EVALUATION, TRAIN, map_labels, open_dataset, open_train_and_evaluation
+from dgnet.data import (
+    EVALUATION,
+    TRAIN,
+    imagenet_classes,
+    map_labels,
+    number_classes,
+    open_dataset,
+    open_train_and_evaluation,
+)
 from dgnet.errors import UsageError
 from tests.helpers.data import jpeg, write_folder, write_shard
 
@@ -120,3 +129,24 @@ def test_a_shard_that_is_named_twice_is_said(tmp_path):
     dataset = open_dataset(f"{train}::{train}", TRAIN)
     assert len(dataset) == 2
     assert dataset.ledger.warnings == [f"{train} is named 2 times; its images count 2 times"]
+
+
+def test_imagenets_classes_are_found_by_synset_and_by_each_of_their_words():
+    known = imagenet_classes(1000)
+    assert known is not None
+    assert map_labels("x", ["n01440764", "goldfish", "Tiger_Shark", "tench, Tinca tinca"], known) == [0, 1, 3, 0]
+    synsets = ImageNetInfo().label_names()
+    assert map_labels("x", synsets, known) == list(range(1000))
+    assert map_labels("x", known[::-1][:100], synsets) == list(range(999, 899, -1))
+    assert map_labels("x", [name.partition(",")[0] for name in known], known) == list(range(1000))  # two are called crane
+    for name in ("aeroplane", "crane"):  # no class, and two
+        with pytest.raises(UsageError, match=f"x: class '{name}' is not one of the 1000 classes"):
+            map_labels("x", ["tench", name], known)
+    with pytest.raises(UsageError, match="class 'n01440764' is not one of the 3 classes"):
+        map_labels("x", ["n01440764"], known[:3])
+
+
+def test_numbered_classes_are_taken_in_the_order_of_the_data():
+    assert map_labels("x", ["b", "a"], number_classes(2)) == [0, 1]
+    with pytest.raises(UsageError, match="x has 3 classes, the network 2"):
+        map_labels("x", ["a", "b", "c"], number_classes(2))

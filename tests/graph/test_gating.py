@@ -8,7 +8,7 @@ from torch import nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, record_connectivity
+from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, Topology, accept_cuts, record_connectivity
 from dgnet.graph._topology import complete
 
 
@@ -94,3 +94,18 @@ def test_gates_go_with_every_weighting_and_options_that_idle_are_refused():
             dgnet.create_model("dg_resnet20", **options)
     # Gates read what routers would read.
     dgnet.create_model("dg_resnet20", weighting="fixed", node_gate="hard", threshold_offset=0.1, router_reads="activation")
+
+
+def test_gates_whose_closing_would_cut_a_stage_are_refused():
+    message = r"stage {}: node_gate='hard' is not possible here: every path through the stage leads through block 1, .*--budget"
+    for options, stage in [({"topology": "chain"}, 1), ({"topology": "complete,chain,complete"}, 2)]:
+        with pytest.raises(UsageError, match=message.format(stage)):
+            dgnet.create_model("dg_resnet20", node_gate="hard", **options)
+        with accept_cuts():  # what older versions trained
+            dgnet.create_model("dg_resnet20", node_gate="hard", **options)
+    mask = torch.ones(5, 5).tril(-1)
+    mask[4, 0] = mask[4, 1] = mask[3, 0] = mask[3, 1] = 0  # all paths lead through block 2
+    mask[1, 0] = 1
+    with pytest.raises(UsageError, match="through block 2"):
+        NodeGates(Topology(mask), 4, GateOptions("gumbel"))
+    dgnet.create_model("dg_resnet20", node_gate="hard", topology="residual")

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, FixedWeighting, LearnedWeighting, RoutedWeighting, Topology, build_topology
+from dgnet.graph import (
+    DynamicGraph,
+    FixedWeighting,
+    LearnedWeighting,
+    RandomGraphOptions,
+    RoutedWeighting,
+    Topology,
+    build_topology,
+)
 from dgnet.graph._topology import chain, complete, residual
 
 
@@ -81,3 +89,28 @@ def test_pinned_nodes_keep_their_constant(weighting):
     third = x * free.sum(1)[:, None, None, None]
     torch.testing.assert_close(output, 0.5 * x + 0.5 * third)
     assert torch.equal(record.adjacency[0][:, 1, 0], torch.ones(2))
+
+
+def find_cut_by_closing(topology: Topology) -> int | None:
+    """`find_cut` by counting paths: powers of the adjacency without one block's edges."""
+    for block in topology.blocks:
+        matrix = topology.mask.double().clone()
+        matrix[block] = matrix[:, block] = 0
+        paths = sum(torch.linalg.matrix_power(matrix, length) for length in range(1, topology.num_nodes))
+        if not paths[topology.output, 0]:
+            return block
+    return None
+
+
+def test_the_block_that_is_on_every_path_is_found():
+    for name, cut in [("complete", None), ("residual", None), ("chain", 1)]:
+        assert build_topology(name, 6).find_cut() == cut
+    # Two rows of blocks that meet in block 3.
+    mask = torch.zeros(7, 7)
+    for i, j in [(0, 1), (0, 2), (1, 3), (2, 3), (3, 4), (3, 5), (4, 6), (5, 6)]:
+        mask[j, i] = 1
+    assert Topology(mask).find_cut() == 3
+    for seed in range(30):
+        for name in ("er", "ba", "ws"):
+            topology = build_topology(name, 10, RandomGraphOptions(topology_seed=seed, er_p=0.5, ba_m=2))
+            assert topology.find_cut() == find_cut_by_closing(topology)

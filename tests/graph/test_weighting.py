@@ -157,3 +157,74 @@ def test_each_group_of_options_checks_itself_alone_and_in_a_connectivity():
         GateOptions("hard", float("nan"))
     with pytest.raises(UsageError, match="learned_start must not be 0"):
         Connectivity(weighting="learned", learned_start=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "alpha"}, {"router_bias": -1.0, "threshold": -3.0}], ids=str)
+@torch.no_grad()
+def test_with_a_unit_start_edges_weigh_1_or_0_and_no_more_than_they_learn(options):
+    chosen = RoutedOptions(unit_start=True, router_std=0.0, router_start="chain", **options)
+    weighting = RoutedWeighting(complete(5), 8, chosen, chain(5))
+    feature = torch.randn(2, 8, 3, 3)
+    alpha = torch.zeros(2, 5, 5)
+    for node in range(4):
+        alpha[:, node + 1 :, node] = weighting.predict(node, feature)
+    for node in range(1, 5):
+        weights = weighting.weigh(node, alpha[:, node, :node])
+        expected = torch.zeros(2, node)
+        expected[:, -1] = 1
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+        # The weight follows α: an edge that started closed and one that started open change by the same.
+        moved = weighting.weigh(node, torch.full((2, node), 0.7))
+        if node > 1:
+            torch.testing.assert_close(moved[:, -1] - moved[:, 0], torch.full((2,), chosen.closed_weight()), rtol=0, atol=1e-6)
+    # Without a part that starts closed nothing is subtracted.
+    assert RoutedWeighting(complete(5), 8, chosen, complete(5)).closed is None
+
+
+def test_with_a_unit_start_an_edge_that_starts_closed_can_learn():
+    options = RoutedOptions(unit_start=True, router_std=0.0, router_start="chain")
+    weighting = RoutedWeighting(complete(5), 8, options, chain(5))
+    alpha = torch.cat([weighting.predict(node, torch.randn(2, 8, 3, 3))[:, 3 - node, None] for node in range(4)], dim=1)
+    weighting.weigh(4, alpha).sum().backward()
+    closed, opened = (abs(weighting.routers[node].bias.grad[-1]) for node in ("0", "3"))
+    assert closed > 0.3 * opened
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gate", ["psi", "alpha"])
+def test_edges_can_start_at_exactly_1_and_follow_psi_from_there(gate, dtype):
+    options = RoutedOptions(unit_start=True, router_std=0.0, gate=gate, threshold=0.1)
+    weighting = RoutedWeighting(complete(4), 8, options).to(dtype)
+    alpha = weighting.predict(0, torch.randn(16, 8, 3, 3, dtype=dtype))
+    for mode in (True, False):
+        assert (weighting.train(mode).weigh(1, alpha) == 1).all()
+    plain = RoutedWeighting(complete(4), 8, RoutedOptions(router_std=0.0, gate=gate, threshold=0.1)).to(dtype)
+    others = torch.tensor([[0.2, 0.5, 0.99]], dtype=dtype)
+    torch.testing.assert_close(weighting.weigh(1, others), plain.weigh(1, others) / plain.weigh(1, alpha[:1]))
+
+
+def test_normalised_routers_do_not_see_scale_and_shift():
+    feature = torch.randn(4, 8, 3, 3)
+    torch.manual_seed(0)
+    plain, normed = (Router(8, 3, 0.0, std=1.0, norm=norm) for norm in ("none", "layer"))
+    plain.load_state_dict(normed.state_dict())
+    pooled = feature.mean((2, 3))
+    expected = plain((pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, correction=0, keepdim=True) + 1e-5).sqrt())
+    torch.testing.assert_close(normed(pooled), expected)
+    torch.testing.assert_close(normed(1000 * pooled + 50), normed(pooled), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"unit_start": True, "router": Router}, "unit_start=True has no effect with a router of your own"),
+        ({"router_norm": "layer", "router": Router}, "router_norm='layer' has no effect with a router of your own"),
+        ({"unit_start": True, "inference_weight": "raw"}, "unit_start divides the gated weight"),
+        ({"unit_start": True, "router_bias": -50.0}, "unit_start needs edges that start open"),
+        ({"unit_start": 2}, "unit_start must be true or false, got 2"),
+        ({"router_norm": "batch"}, "unknown router_norm 'batch'; allowed: none, layer"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, text):
+    with pytest.raises(UsageError, match=text):
+        RoutedOptions(**options)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import DynamicGraph, RoutedWeighting, Topology, find_stages, least_logit, record_connectivity, use_connectivity
+from dgnet.graph import (
+    DynamicGraph,
+    RoutedWeighting,
+    Topology,
+    accept_cuts,
+    find_stages,
+    least_logit,
+    record_connectivity,
+    use_connectivity,
+)
 from dgnet.inference import can_skip, fold_batch_norms, set_mode, set_threshold_offset
 from dgnet.inference._build import load_native
 from dgnet.inference._native import NativePlan, use_native
@@ -110,7 +119,8 @@ def test_imposed_connectivity_gives_the_same_in_both_modes(set_sparse, name, bat
 )
 @torch.no_grad()
 def test_blocks_run_on_the_samples_for_which_they_are_alive(tiny, set_sparse, options, batch):
-    network = tiny(**options)
+    with accept_cuts():
+        network = tiny(**options)
     images = torch.randn(batch, 3, 12, 10)
     if "node_gate" not in options:
         close_some(network, torch.randn(8, 3, 12, 10))
@@ -151,7 +161,8 @@ def test_nothing_that_a_dead_block_holds_reaches_the_output(tiny, set_sparse):
 
 def test_a_stage_without_entry_nodes_may_be_dead_altogether(tiny, set_sparse):
     chain = Topology(torch.ones(5, 5).tril(-1).triu(-1), entry=())
-    network = tiny(topology=[chain, "complete", "complete"], node_gate="hard", node_gate_bias=-50.0).eval()
+    with accept_cuts():
+        network = tiny(topology=[chain, "complete", "complete"], node_gate="hard", node_gate_bias=-50.0).eval()
     ran = check_modes_agree(network, torch.randn(3, 3, 12, 10), set_sparse)
     assert not ran[0][:, 1:-1].any()
 
@@ -225,13 +236,16 @@ def test_plain_blocks_run_inside_the_extension(tiny, threads, layout):
         {"weighting": "learned", "learned_activation": "sigmoid", "node_gate": "hard"},
         {"gate": "alpha"},
         {"inference_weight": "raw", "node_gate": "hard"},
+        {"unit_start": True, "router_norm": "layer", "node_gate": "hard"},
+        {"unit_start": True, "router_start": "chain", "shortcut": "node"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("offset", [-0.1, 0.0, 0.1])
 @torch.no_grad()
 def test_the_extension_decides_as_pytorch_does(tiny, options, offset):
-    network = fold_batch_norms(tiny(layers=(4, 3, 2), **options), (12, 10))
+    with accept_cuts():
+        network = fold_batch_norms(tiny(layers=(4, 3, 2), **options), (12, 10))
     for stage in find_stages(network):
         spread_routers(stage)
     set_threshold_offset(network, offset)

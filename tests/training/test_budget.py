@@ -17,7 +17,7 @@ def count_by_hand(network: nn.Module, ran: list[torch.Tensor], size: tuple[int, 
     counts = []
     for b in range(len(ran[0])):
         height, width = size
-        total = height * width * 9 * 3 * 4
+        total = height * width * 9 * 3 * 4 + 8 * 5  # stem and head
         before = 4
         for index, (stage, alive) in enumerate(zip(network.stages, ran, strict=True)):
             channels = (4, 6, 8)[index]
@@ -55,7 +55,8 @@ def test_what_is_executed_equals_a_count_by_hand(tiny, training):
     all_run = [torch.ones_like(ran) for ran in record.ran]
     assert costs.executed(all_run).tolist() == [costs.dense] * 6 == count_by_hand(network, all_run, (12, 8))
     cost = dgnet.cost(network, (12, 8))
-    assert costs.dense == cost.multiply_adds + cost.router_multiply_adds + cost.aggregation_multiply_adds
+    outside_routers = cost.multiply_adds + cost.linear_multiply_adds
+    assert costs.dense == outside_routers + cost.router_multiply_adds + cost.aggregation_multiply_adds
 
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
@@ -98,6 +99,17 @@ def test_the_target_falls_to_the_budget_over_the_warm_up(tiny):
     assert budget.penalty(executed, 1.0).item() == pytest.approx(2 * 0.3**2)
     budget.per = "sample"
     assert budget.penalty(executed, 1.0).item() == pytest.approx(2 * (0.2**2 + 0.4**2) / 2)
+
+
+def test_a_stage_without_gates_runs_in_training(tiny):
+    """Its thresholds close edges in evaluation only."""
+    network = tiny(node_gate="hard")
+    network.stages[0].node_gates = None
+    costs = cost_model(network, 12)
+    always = (costs.least + costs.stages[0].dense - costs.stages[0].least) / costs.dense
+    assert Budget(network, 12, always + 0.001).share > always
+    with pytest.raises(UsageError, match=f"is less than what always runs, {always:.3f}"):
+        Budget(network, 12, always - 0.001)
 
 
 def test_budgets_that_cannot_be(tiny):

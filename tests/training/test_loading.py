@@ -11,8 +11,8 @@ from PIL import Image
 
 from dgnet.data import IGNORED, EvaluationOrder, ImageDataset, Preprocessing, mix_seed
 from dgnet.training import TrainConfig
+from dgnet.training._data_module import ImageDataModule
 from dgnet.training._loading import TrainingOrder
-from dgnet.training._module import ImageDataModule
 
 PREPROCESSING = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.optim import create_optimizer_v2
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.training import TrainConfig
-from dgnet.training._module import build_parameter_groups
+from dgnet.training import TrainConfig, train
+from dgnet.training._module import Classifier
+from dgnet.training._parameter_groups import build_parameter_groups
+from tests.helpers.runs import options
 
 
 def test_parameters_fall_into_groups_once_and_thresholds_take_their_share_of_the_rate():
@@ -47,12 +52,12 @@ def test_routing_decays_as_asked():
 
 
 def test_without_thresholds_there_is_nothing_to_set_apart():
-    for name, options in (
+    for name, kwargs in (
         ("resnet20", {}),
         ("dg_resnet20", {"weighting": "fixed"}),
         ("dg_resnet20", {"learn_threshold": False}),
     ):
-        network = dgnet.create_model(name, **options)
+        network = dgnet.create_model(name, **kwargs)
         assert len(build_parameter_groups(network, TrainConfig(threshold_lr=0.1))) == 2
 
 
@@ -85,6 +90,118 @@ def test_normalisation_and_biases_decay_where_asked_for():
 def test_the_rate_follows_the_batch_size_where_it_is_meant_for_another():
     assert TrainConfig(lr=0.4, batch_size=256).peak_lr == 0.4
     assert TrainConfig(lr=0.4, batch_size=256, lr_batch_size=1024).peak_lr == 0.1
+
+
+def groups_by_name(model: str, layer_decay: float | None = None, **options: object) -> dict[str, dict[str, float]]:
+    """For each parameter its weight decay and its share of the learning rate."""
+    network = dgnet.create_model(model, node_gate="hard") if model.startswith("dg_") else dgnet.create_model(model)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = build_parameter_groups(network, TrainConfig(weight_decay=0.5, **options), layer_decay)
+    found = {}
+    for group in groups:
+        what = {"decay": group["weight_decay"], "share": group.get("lr_scale", 1.0)}
+        found |= {names[id(parameter)]: what for parameter in group["params"]}
+    assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+    return found
+
+
+def is_routing(name: str) -> bool:
+    return ".weighting." in name or ".node_gates." in name
+
+
+def test_routers_and_gates_take_their_share_of_the_rate_and_keep_their_weight_decay():
+    for decay in ("weights", "all", "none"):
+        before = groups_by_name("dg_resnet20", routing_decay=decay)
+        after = groups_by_name("dg_resnet20", routing_decay=decay, router_lr=0.2)
+        for name, group in after.items():
+            is_router = is_routing(name) and not name.endswith(".tau")
+            assert group == {"decay": before[name]["decay"], "share": 0.2 if is_router else 1.0}
+
+
+@pytest.mark.parametrize("norm_decay", [False, True])
+def test_the_rate_decays_from_layer_to_layer_as_in_timm_but_not_of_routers(norm_decay):
+    found = groups_by_name("dg_resnet20", 0.5, norm_decay=norm_decay, router_lr=0.3, threshold_lr=0.1)
+    layers = group_parameters(
+        dgnet.create_model("dg_resnet20"), dgnet.create_model("dg_resnet20").group_matcher(), reverse=True
+    )
+    last = max(layers.values())
+    without = groups_by_name("dg_resnet20", norm_decay=norm_decay)
+    for name, group in found.items():
+        share = 0.5 ** (last - layers[name]) if not is_routing(name) else 0.1 if name.endswith(".tau") else 0.3
+        assert group == {"decay": without[name]["decay"], "share": pytest.approx(share)}
+    assert found["fc.weight"]["share"] == 1
+    assert found["conv1.weight"]["share"] < 0.01
+
+
+def test_the_layer_decay_of_a_static_network_is_timms():
+    network = dgnet.create_model("resnet18")
+    own = build_parameter_groups(network, TrainConfig(weight_decay=0.5), 0.8)
+    theirs = param_groups_layer_decay(network, 0.5, layer_decay=0.8)
+    assert [{**group, "params": len(group["params"])} for group in own] == [
+        {**group, "params": len(group["params"])} for group in theirs
+    ]
+
+
+@pytest.mark.parametrize("mode", ["value", "agc"])
+def test_gradients_are_clipped_as_timm_does(mode, data, tmp_path, monkeypatch):
+    seen: dict[str, Tensor] = {}
+
+    def note(parameters: list[Tensor], value: float, mode: str) -> None:
+        before = [p.grad.clone() for p in parameters]
+        dispatch_clip_grad(parameters, value, mode)
+        if not seen:
+            heads = 2 if mode == "agc" else 0
+            assert len(parameters) == len(list(dgnet.create_model("dg_resnet20").parameters())) - heads
+            seen["largest"] = max(p.grad.abs().max() for p in parameters)
+            assert any(not torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))
+
+    monkeypatch.setattr("dgnet.training._module.dispatch_clip_grad", note)
+    train(TrainConfig(**options(data, tmp_path / "run", epochs=1, clip_grad=0.001, clip_mode=mode)))
+    assert seen["largest"] <= 0.001 or mode == "agc"
+
+
+def test_the_optimizer_takes_its_own_numbers(data, tmp_path):
+    made = []
+
+    class Noted(Classifier):
+        def configure_optimizers(self) -> object:
+            made.append(super().configure_optimizers())
+            return made[-1]
+
+    more = {"epochs": 1, "optimizer": "adamw", "opt_betas": [0.8, 0.7], "opt_eps": 1e-3, "layer_decay": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dgnet.training._train.Classifier", Noted)
+        result = train(TrainConfig(**options(data, tmp_path / "run", **more)))
+    assert result.metrics["lr"] == pytest.approx(0.05 * (1 + 5 * 5 / 6) / 6)  # of the last of 6 steps of warm-up, of no layer
+    group = made[0]["optimizer"].param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"opt_betas": [0.9, 0.99]}, "--optimizer sgd has no betas"),
+        ({"opt_eps": 1e-8}, "--optimizer sgd has no epsilon"),
+        ({"optimizer": "adamw", "opt_betas": [0.9]}, "--opt-betas must be 2 numbers from 0 to below 1 for adamw, got"),
+        ({"clip_mode": "agc"}, "--clip-mode agc needs a value to clip at"),
+        ({"layer_decay": 0.0}, "--layer-decay must be above 0"),
+        ({"drop": 0.1, "model_kwargs": {"drop_rate": 0.2}}, "--drop and --model-kwargs.drop_rate are the same"),
+    ],
+)
+def test_bad_options_of_the_optimizer_are_one_line(given, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**given)
+
+
+def test_a_network_without_drop_path_says_so(tmp_path):
+    with pytest.raises(UsageError, match=r"--drop-path 0.1: vgg11 has no option drop_path_rate; leave it out"):
+        train(TrainConfig(model="vgg11", drop_path=0.1, output=str(tmp_path / "run")))
+    assert TrainConfig(drop=0.2, drop_path=0.1).network_kwargs == {"drop_rate": 0.2, "drop_path_rate": 0.1}
+
+
+def test_images_are_mixed_in_even_batches_only(data, tmp_path):
+    with pytest.raises(UsageError, match=r"a batch has 1 \(--batch-size 4\); make it an even number"):
+        train(TrainConfig(**options(data, tmp_path / "run", mixup=0.5, accumulate=4)))
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import dgnet
 from dgnet.cli import main
 from dgnet.errors import UsageError
 from dgnet.training import Interrupted, TrainConfig, read_run, train
 from dgnet.training._checkpointing import WholeCheckpointIO
-from dgnet.training._module import Classifier, ImageDataModule
+from dgnet.training._data_module import ImageDataModule
+from dgnet.training._module import Classifier
 from tests.helpers.processes import Run, wait_for
 from tests.helpers.runs import assert_same, options
 
@@ -31,8 +34,33 @@ def whole(data, tmp_path_factory) -> Path:
     return folder
 
 
+TUNED: dict[str, Any] = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_off_epoch": 3,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.5,
+    "aug_repeats": 2,
+    "bce_loss": True,
+    "sched": "step",
+    "decay_epochs": 1.5,
+    "layer_decay": 0.9,
+    "router_lr": 0.5,
+    "optimizer": "adamw",
+    "opt_betas": [0.8, 0.9],
+    "clip_grad": 0.1,
+    "clip_mode": "agc",
+    "freeze": "2",
+    "freeze_epochs": 2,
+    "teacher": "original",
+    "ema": 0.9,
+}
+"""Options of fine-tuning, all that draw or that change with the epoch. They need --weights."""
+
 CASES = {
     "folder": {},
+    "fine-tuning": {"workers": 1, **TUNED},
+    "fine-tuning, two ranks": {"ranks": 2, **TUNED, "accumulate": 1},
     "folder, workers, EMA": {"workers": 2, "ema": 0.9},
     "shards, accumulation": {"source": "shards", "accumulate": 2, "clip_grad": 1.0, "evaluate_every": 2},
     "folder, two ranks": {"ranks": 2},
@@ -51,11 +79,13 @@ CASES = {
 def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed(case, data, tmp_path):
     more = dict(CASES[case])
     ranks, source = more.pop("ranks", 1), more.pop("source", "folder")
+    if "teacher" in more:
+        more["weights"] = write_static_weights(tmp_path)
     Run(options(data, tmp_path / "first", epochs=1)).start().wait()  # the server of processes has started
     whole = Run(options(data, tmp_path / "whole", source, **more), ranks)
     begin = time.monotonic()
     assert whole.start().wait() == [0] * ranks, whole.log()
-    assert whole.log().count("3,075 parameters") == 1  # one process of all prints and writes
+    assert whole.log().count("3,075 parameters, on") == 1  # one process of all prints and writes
     duration = time.monotonic() - begin
     rng = random.Random(case)
     kills = 0
@@ -72,6 +102,37 @@ def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed
         if kills >= 4:
             return
     raise AssertionError(f"{kills} kills in 20 runs")
+
+
+def write_static_weights(folder: Path) -> str:
+    """Weights of the static network, as a file."""
+    torch.manual_seed(0)
+    network = dgnet.create_model("resnet20", num_classes=2, channels=(4, 4, 4))
+    save_file(network.state_dict(), folder / "static.safetensors")
+    return str(folder / "static.safetensors")
+
+
+# Of 24 steps: in the second epoch with frozen stages, and in the third without.
+@pytest.mark.parametrize(("step", "is_cached"), [(7, False), (15, True)])
+def test_a_fine_tuned_run_that_is_interrupted_continues_exactly(step, is_cached, data, tmp_path, monkeypatch):
+    more = {**TUNED, "weights": write_static_weights(tmp_path), "checkpoint_every": "15 minutes"}
+    if is_cached:
+        more |= {"cache": True, "auto_augment": None, "reprob": 0.0}
+    train(TrainConfig(**options(data, tmp_path / "whole", **more)))
+    take_step = Classifier.training_step
+
+    def be_told_to_stop(module: Classifier, *arguments: Any) -> Any:
+        if module.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(module, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", be_told_to_stop)
+        with pytest.raises(Interrupted, match=f"interrupted by SIGTERM after step {step + 1}"):
+            train(TrainConfig(**options(data, tmp_path / "run", **more)))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    train(read_run(tmp_path / "run", {}, TrainConfig)[0], tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def saved_step(checkpoint: Path) -> int:

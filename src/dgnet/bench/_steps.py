@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dgnet.bench._config import BenchConfig, image_width
 from dgnet.inference import Step, fold_batch_norms
+from dgnet.models import find_channels
 
 _CLASSES, _OBJECTS = 80, 8  # of a detector, and of each of its images
 
@@ -58,7 +59,7 @@ def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) 
     device = torch.device(config.device)
     dtype = torch.float32 if config.is_training else _find_dtype(config)
     network = network.to(dtype).to(device).to(memory_format=_memory_format(config)).train(config.is_training)
-    images = torch.randn(config.batch_size, 3, image_size, image_size, device=device, dtype=dtype)
+    images = torch.randn(config.batch_size, find_channels(network), image_size, image_size, device=device, dtype=dtype)
     images = images.to(memory_format=_memory_format(config))
     labels = torch.randint(int(network.num_classes), (config.batch_size,), device=device)  # type: ignore[arg-type]
     mode = "reduce-overhead" if config.cuda_graphs else None

@@ -122,7 +122,7 @@ def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
         name = word.partition("=")[0].partition(".")[0]
         is_option = name.startswith("--") or (name[:1] == "-" and name[1:2].isalpha())
         if is_option and name not in options:
-            raise UsageError(f"unknown option {name}{did_you_mean(name, options)}; options: {command} --help")
+            raise UsageError(f"unknown option {name}{parser.suggest(name, options)}; options: {command} --help")
 
 
 def entry_point() -> NoReturn:

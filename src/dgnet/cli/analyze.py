@@ -20,6 +20,7 @@ from dgnet.cli.command import (
     print_json,
     write_then_print,
 )
+from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
 from dgnet.errors import UsageError, check_range
 from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
@@ -27,7 +28,7 @@ from dgnet.typed import Location
 
 def _parser() -> Parser:
     parser = Parser(description="Analyse a checkpoint's connectivity: statistics, the paper's figures, an interactive page.")
-    parser.add_argument("checkpoint", type=Location, nargs="?", help="run folder, .ckpt file or model.safetensors")
+    add_checkpoint_or_weights(parser, nargs="?")
     parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
     parser.add_argument(
         "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
@@ -119,12 +120,11 @@ def _find_folder(args: Namespace) -> Path:
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:
     """Analyse the checkpoint; returns the JSON document, the lines to print, and functions that write files."""
     from dgnet.analysis import find_analysis, save_analysis, write_explorer
-    from dgnet.checkpoint import load_checkpoint
     from dgnet.evaluation import announce, describe_source, open_evaluation_data
     from dgnet.inference import can_skip
 
     apply_max_pixels(args)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint, remarks = open_checkpoint(args)
     network = checkpoint.build_dynamic()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root, needs_labels=False)
     extremes = (0 if args.images else 3) if args.extremes is None else args.extremes
@@ -132,6 +132,7 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
     check_range("--seed", args.seed, 0)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
     source = describe_source(checkpoint, args.data)
+    remark(remarks)
     announce(dataset)
     found = find_analysis(network, dataset, folder, args.images, extremes, seed=args.seed, **loading)
 

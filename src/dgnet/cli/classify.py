@@ -12,7 +12,6 @@ from jsonargparse import Namespace
 from dgnet.cli.command import (
     Command,
     Parser,
-    add_checkpoint,
     add_device,
     add_json,
     add_loader_options,
@@ -25,6 +24,7 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
     write_then_print,
 )
+from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
 from dgnet.errors import BadImageError, UsageError, check_choice, check_range
 from dgnet.files import make_writable
 from dgnet.paths import is_folder
@@ -50,7 +50,7 @@ def run_train(args: Namespace) -> None:
 
 def _evaluate_parser() -> Parser:
     parser = Parser(description="Evaluate a checkpoint: accuracy, executed cost and connectivity.")
-    add_checkpoint(parser)
+    add_checkpoint_or_weights(parser)
     parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
     parser.add_argument(
         "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
@@ -111,19 +111,19 @@ def _evaluate_parser() -> Parser:
 
 def run_evaluate(args: Namespace) -> None:
     """`dgnet evaluate`."""
-    from dgnet.checkpoint import load_checkpoint
     from dgnet.evaluation import announce, describe_source, evaluate, open_evaluation_data
     from dgnet.training import is_main_process, join_processes
 
     _check_evaluate(args)
     apply_max_pixels(args)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint, remarks = open_checkpoint(args)
     changes = _changes(args)
     if changes:
         checkpoint = replace(checkpoint, model_kwargs={**checkpoint.model_kwargs, **changes})
     network = checkpoint.build_network()
     dataset = open_evaluation_data(checkpoint, args.data, args.data_root)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
+    remark(remarks)
     if args.sweep_threshold:
         if is_main_process():  # under torchrun the others have nothing to do: the sweep measures times
             _sweep(args, checkpoint.path, network, dataset, loading)
@@ -248,7 +248,7 @@ def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dic
 
 def _predict_parser() -> Parser:
     parser = Parser(description="Classify images: print the most probable classes of each.")
-    add_checkpoint(parser)
+    add_checkpoint_or_weights(parser)
     parser.add_argument("images", type=Location, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top-k", type=int, default=5, help="number of classes to print for each image")
     add_max_pixels(parser)
@@ -259,15 +259,16 @@ def _predict_parser() -> Parser:
 
 def run_predict(args: Namespace) -> None:
     """`dgnet predict`."""
-    from dgnet.checkpoint import load_checkpoint
     from dgnet.data import escape
     from dgnet.training import predict
 
     check_range("--top-k", args.top_k, 1)
     apply_max_pixels(args)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint, remarks = open_checkpoint(args)
     bad: list[BadImageError] = []
     predictions = predict(checkpoint, args.images, args.top_k, find_device(args.device), bad)
+    if predictions:
+        remark(remarks)
     if predictions and args.json:
         print_json([asdict(prediction) for prediction in predictions])
     for prediction in predictions if not args.json else []:

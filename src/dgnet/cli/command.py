@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
+from dgnet.cli.timm_names import suggest
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
@@ -36,6 +37,8 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}  # what a recipe may hold: destination -> type
         self.hints: dict[str, Any] = {}  # option as typed -> type
+        self.suggest = did_you_mean  # from an unknown name and the known ones to a hint
+        self.moved: set[str] = set()  # options as typed, whose value is the first argument
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
         """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
@@ -51,7 +54,7 @@ class Parser(ArgumentParser):
 
         Raises UsageError for a mistake in the words or in a recipe.
         """
-        words, recipes, entries = self._take_apart(words)
+        words, recipes, entries = self._take_apart(self._move(words))
         for path in recipes:
             self.set_defaults(self._read_recipe(path))
         args = self.parse_args(words, defaults=defaults)
@@ -65,6 +68,20 @@ class Parser(ArgumentParser):
         while cause is not None and not isinstance(cause, UsageError):
             cause = cause.__cause__ or cause.__context__
         raise UsageError(str(cause) if cause is not None else message) from None
+
+    def _move(self, words: Sequence[str]) -> list[str]:
+        """The words with the value of an option of `moved` as the first argument."""
+        rest: list[str] = []
+        left = list(words)
+        while left:
+            name, has_value, value = left[0].partition("=")
+            if left[0] == "--":
+                break
+            if name in self.moved and (has_value or len(left) > 1):
+                value = value if has_value else left[1]
+                return [read_word(Location, value, name), *rest, *left[1 if has_value else 2 :]]
+            rest.append(left.pop(0))
+        return [*rest, *left]
 
     def _take_apart(self, words: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, list[str], Any]]]:
         """The words without recipes and entries; the recipes' paths; and for each entry (destination, names, value)."""
@@ -99,7 +116,7 @@ class Parser(ArgumentParser):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
             if name not in self.recipe:
-                raise UsageError(f"--config {path}: unknown option {name!r}{did_you_mean(str(name), self.recipe)}")
+                raise UsageError(f"--config {path}: unknown option {name!r}{self.suggest(str(name), self.recipe)}")
         return {
             name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
             for name, value in (values or {}).items()
@@ -163,6 +180,7 @@ def add_fields(parser: Parser, config: type[Any]) -> None:
 def build_train_parser(config: type[RunConfig], description: str) -> Parser:
     """The parser of a training command with the options of the dataclass `config`."""
     parser = Parser(description=description)
+    parser.suggest = suggest
     parser.add_argument(
         "--config", type=Location | None, help="recipe: a YAML file of these options; typed options decide over it"
     )
@@ -199,9 +217,9 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
     return (result if is_main_process() else None), config
 
 
-def add_checkpoint(parser: Parser) -> None:
+def add_checkpoint(parser: Parser, nargs: str | None = None) -> None:
     """Add the argument for the checkpoint."""
-    parser.add_argument("checkpoint", type=Location, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument("checkpoint", type=Location, nargs=nargs, help="run folder, .ckpt file or model.safetensors")
 
 
 def add_json(parser: Parser) -> None:

@@ -7,12 +7,13 @@ import time
 
 from jsonargparse import Namespace
 
-from dgnet.cli.command import Command, Parser, add_checkpoint, add_device, find_device
+from dgnet.cli.command import Command, Parser, add_device, find_device
+from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
 
 
 def _explore_parser() -> Parser:
     parser = Parser(description="Serve a page that shows a photo's prediction, path, executed cost and time.")
-    add_checkpoint(parser)
+    add_checkpoint_or_weights(parser)
     parser.add_argument(
         "--host", type=str, default="127.0.0.1", help="address to listen on; by default reachable from this machine only"
     )
@@ -33,14 +34,14 @@ def _explore_parser() -> Parser:
 def run_explore(args: Namespace) -> None:
     """`dgnet explore`; serves until it is interrupted."""
     from dgnet.analysis import build_app, check_address, import_gradio, is_loopback, own_uploads, serve
-    from dgnet.checkpoint import load_checkpoint
 
     with own_uploads():  # also removed after a signal: it is an exception; see dgnet._guard
         import_gradio()
         check_address(args.host, args.port)
-        checkpoint = load_checkpoint(args.checkpoint)
+        checkpoint, remarks = open_checkpoint(args)
         app = build_app(checkpoint, find_device(args.device), args.max_megabytes)
         server = serve(app, args.host, args.port, args.max_megabytes, args.allowed_host)
+        remark(remarks)
         try:
             if not is_loopback(args.host):
                 print("anyone who can reach this machine over the network can use the page", file=sys.stderr)

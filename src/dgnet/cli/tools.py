@@ -12,7 +12,6 @@ import dgnet
 from dgnet.cli.command import (
     Command,
     Parser,
-    add_checkpoint,
     add_device,
     add_fields,
     add_json,
@@ -20,6 +19,7 @@ from dgnet.cli.command import (
     print_json,
     warn_if_nothing_skips,
 )
+from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
 from dgnet.errors import UsageError, check_choice
 from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
@@ -85,7 +85,7 @@ def run_bench(args: Namespace) -> None:
 
 def _export_parser() -> Parser:
     parser = Parser(description="Export a checkpoint's network for other runtimes, and compare the file with the checkpoint.")
-    add_checkpoint(parser)
+    add_checkpoint_or_weights(parser)
     parser.add_argument("--format", type=str, default="onnx", help="onnx, or torch (torch.export, .pt2)")
     parser.add_argument(
         "--mode",
@@ -102,12 +102,12 @@ def _export_parser() -> Parser:
 
 def run_export(args: Namespace) -> None:
     """`dgnet export`."""
-    from dgnet.checkpoint import describe_network, load_checkpoint
+    from dgnet.checkpoint import describe_network
     from dgnet.inference import FORMATS, MODES, check_export, export_network, save_export
 
     check_choice("--format", args.format, FORMATS)
     check_choice("--mode", args.mode, MODES)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint, remarks = open_checkpoint(args)
     network = checkpoint.build_network()
     size = checkpoint.preprocessing.image_size
     path = Path(args.output or f"{checkpoint.model}-{args.mode}{FORMATS[args.format]}")
@@ -117,6 +117,7 @@ def run_export(args: Namespace) -> None:
         raise UsageError(f"--output {path} is no file; name another")
     if not is_folder(path.parent):
         raise UsageError(f"--output {path}: the folder {path.parent} does not exist; create it first")
+    remark(remarks)
     print(f"exporting {checkpoint.model}, {args.mode} form, {size[0]}×{size[1]} pixels: about half a minute", file=sys.stderr)
     program = export_network(network, size, args.mode)
     if args.mode == "sparse":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._dynamo import source
@@ -10,9 +14,23 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import sdpa_flop_count
 
 DYNAMO_READS_CONTEXT_VARS: bool = hasattr(source, "ContextVarGetSource")
 """Whether `torch.compile` can trace `ContextVar.get`: it cannot in torch 2.11, and can in 2.14. There is no public test."""
+
+UNCOUNTED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
+    torch.ops.aten.dot: lambda left, right, **_: 2 * prod(left),
+    torch.ops.aten.addmv: lambda added, matrix, vector, **_: 2 * prod(matrix),
+    torch.ops.aten.addbmm: lambda added, left, right, **_: 2 * prod(left) * right[-1],
+    torch.ops.aten._trilinear: lambda left, weight, right, *_, **__: 2 * left[0] * prod(weight),  # nn.Bilinear
+    # On the CPU; on the meta device they run as several operators.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, read, kept, *_, **__: 2 * prod(x[:-1]) * (prod(read) + prod(kept)),
+}
+"""Matrix products that torch's `FlopCounterMode` does not know: operator -> its operations (two for each multiply-add), from
+the shapes of its operands. Some have private names."""
 
 
 def is_in_backward() -> bool:

@@ -1,6 +1,5 @@
 """Labelled images from a source string, their preprocessing, and loaders of batches."""
 
-from dgnet.data._datasets import map_labels as map_labels
 from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
@@ -12,6 +11,10 @@ from dgnet.data._images import mix_seed as mix_seed
 from dgnet.data._images import read_image as read_image
 from dgnet.data._images import seed_generators as seed_generators
 from dgnet.data._images import set_max_pixels as set_max_pixels
+from dgnet.data._labels import imagenet_classes as imagenet_classes
+from dgnet.data._labels import map_labels as map_labels
+from dgnet.data._labels import number_classes as number_classes
+from dgnet.data._labels import read_class_names as read_class_names
 from dgnet.data._ledger import Ledger as Ledger
 from dgnet.data._ledger import compose as compose
 from dgnet.data._ledger import escape as escape
@@ -23,6 +26,7 @@ from dgnet.data._loading import EvaluationLoader as EvaluationLoader
 from dgnet.data._loading import EvaluationOrder as EvaluationOrder
 from dgnet.data._loading import build_loader as build_loader
 from dgnet.data._loading import worker_options as worker_options
+from dgnet.data._preprocessing import Augmentation as Augmentation
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards

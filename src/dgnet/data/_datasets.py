@@ -16,43 +16,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from dgnet.data._images import IGNORED, ImageDataset, check_label, read_image, to_rgb
+from dgnet.data._labels import map_labels
 from dgnet.data._ledger import Ledger, Walk, compose, escape, is_image_name
 from dgnet.data._shards import expand_shards, is_shards, pair_samples, read_classes, walk_shard
 from dgnet.data._splits import EVALUATION, NAMES, TRAIN
 from dgnet.data._tars import TarReader, refuse_compressed
-from dgnet.errors import BadImageError, UsageError, did_you_mean, reason
+from dgnet.errors import BadImageError, UsageError, reason
 
 # torchvision's data sets with two parts only: the test set is the one that the field evaluates on.
 _TWO_PARTS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _MOST_LABELS = 10_000  # without class names; more are allowed if there are more images
-
-
-def map_labels(source: str, own: Sequence[str], known: Sequence[str]) -> list[int]:
-    """For each class name in `own` its label: its position in `known`. Names are equal if their Unicode is (NFC).
-
-    Raises UsageError for a class that is not in `known`, and for a name that stands for several classes in one of them.
-    """
-    own, known = list(map(compose, own)), list(map(compose, known))
-    if own == known:  # not by name, because names may repeat (ImageNet has two classes "crane")
-        return list(range(len(known)))
-    labels = {name: label for label, name in enumerate(known)}
-    unknown = [name for name in own if name not in labels]
-    if unknown:
-        raise UsageError(
-            f"{source}: class {unknown[0]!r} is not one of the {len(known)} classes known from training"
-            f"{did_you_mean(unknown[0], known)}{_explain_numbers(known)}"
-        )
-    counts = [Counter(names) for names in (own, known)]
-    for name in own:
-        if max(names[name] for names in counts) > 1:
-            raise UsageError(f"{source}: several classes are called {name!r}, so labels cannot be found by name; rename them")
-    return [labels[name] for name in own]
-
-
-def _explain_numbers(known: Sequence[str]) -> str:
-    if list(known) != [str(label) for label in range(len(known))]:
-        return ""
-    return f", which are numbers (0 to {len(known) - 1}); names of classes in shards are read from classes.txt beside them"
 
 
 class Digits(ImageDataset):

@@ -268,9 +268,10 @@ def check_label(where: str, label: int, classes: int) -> None:
 
 
 def seed_generators(*key: int) -> None:
-    """Seed the generators of Python and torch (CPU) with `key`."""
+    """Seed the generators of Python, NumPy and torch (CPU) with `key`."""
     seed = mix_seed(*key)
     random.seed(seed)
+    np.random.seed(seed % 2**32)  # timm's RandAugment draws from it
     torch.default_generator.manual_seed(seed)
 
 
@@ -335,25 +336,25 @@ class BadImages:
 
 
 class TrainingItems(Dataset[tuple[Tensor, int]]):
-    """Items of a data set by (epoch, index). Augmentation is a function of (`seed`, epoch, index).
+    """Items of a data set: images of `shape`, and labels.
 
-    Index -1 gives a grey image with label IGNORED. `bad`: where images that do not decode are listed; each is replaced by such
-    a grey image.
+    Keys are (epoch, index) or (epoch, index, copy), and augmentation is a function of `seed` and the key. Index -1 gives a grey
+    image with label IGNORED. `bad`: where images that do not decode are listed; each is replaced by such a grey image.
 
     Raises BadImageError for an image that does not decode, if `bad` is None.
     """
 
-    def __init__(self, dataset: ImageDataset, image_size: tuple[int, int], seed: int, bad: BadImages | None = None) -> None:
-        self.dataset, self.image_size, self.seed, self.bad = dataset, image_size, seed, bad
+    def __init__(self, dataset: ImageDataset, shape: tuple[int, int, int], seed: int, bad: BadImages | None = None) -> None:
+        self.dataset, self.shape, self.seed, self.bad = dataset, shape, seed, bad
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int]:
+        index = key[1]
         if index >= 0:
             try:
-                seed_generators(self.seed, epoch, index)
+                seed_generators(self.seed, *key)
                 return self.dataset[index]
             except BadImageError as error:
                 if self.bad is None:
                     raise
                 self.bad.add(self.dataset.name(index), error)
-        return torch.zeros(3, *self.image_size), IGNORED
+        return torch.zeros(self.shape), IGNORED

@@ -21,11 +21,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dgnet._streams import say
 from dgnet.data._images import IGNORED, BadImages, check_label, decode, mix_seed, seed_generators
+from dgnet.data._labels import read_class_names
 from dgnet.data._ledger import Ledger, compose, escape, extension_of, is_hidden_path, is_image_name
 from dgnet.data._open_stream import open_stream
 from dgnet.data._tars import TarReader, decompress
 from dgnet.errors import BadImageError, UsageError, reason
-from dgnet.paths import find_kind, is_file, read_text
+from dgnet.paths import find_kind, is_file
 
 T = TypeVar("T")
 
@@ -96,25 +97,12 @@ def read_classes(shards: list[str]) -> list[str] | None:
     for folder in dict.fromkeys(Path(shard).parent for shard in shards):
         path = folder / "classes.txt"
         if is_file(path):
-            found[path] = _read_names(path)
+            found[path] = read_class_names(path)
     for path, names in found.items():
         first = next(iter(found))
         if list(map(compose, names)) != list(map(compose, found[first])):
             raise UsageError(f"{first} and {path} differ, but shards of one data set have the same classes; make them equal")
     return next(iter(found.values()), None)
-
-
-def _read_names(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path).split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise UsageError(f"{path} holds no class names; expected one on each line")
-    if "" in lines:
-        raise UsageError(
-            f"{path}: line {lines.index('') + 1} is blank, but line numbers are labels; remove it or name the class"
-        )
-    return lines
 
 
 def read_label(content: bytes, shard: str, name: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dgnet.data._datasets import Digits, Folder, Shards, TimmDataset
 from dgnet.data._images import ImageDataset, hold_out
+from dgnet.data._labels import number_classes
 from dgnet.data._open_stream import check_stream, local_path
 from dgnet.data._shards import ShardStream, is_shards, is_stream
 from dgnet.data._splits import EVALUATION, TRAIN, has_both, split_folder
@@ -43,7 +44,7 @@ def open_dataset(
     """
     if source == "digits":
         digits = Digits(role)
-        if class_names is not None and list(class_names) != digits.class_names:
+        if class_names is not None and list(class_names) not in (digits.class_names, number_classes(10)):
             raise UsageError(f"digits has the classes 0 to 9, not the {len(class_names)} known from training")
         return digits
     if source.startswith("file:"):

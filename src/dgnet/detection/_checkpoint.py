@@ -136,7 +136,7 @@ def load_backbone(network: TimmNetwork, model: str, path: str | Path) -> list[st
     if any(name.startswith(_BODY) for name in state_dict):
         return None
     heads = classifier_prefixes(network)
-    return [name for name in load_weights(network, model, path) if not name.startswith(heads)]
+    return [name for name in load_weights(network, model, path).untrained if not name.startswith(heads)]
 
 
 def load_trained(detector: Detector, path: str | Path) -> list[str]:

@@ -13,7 +13,7 @@ from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
-from dgnet.models import create_model, stored_options
+from dgnet.models import stored_options
 from dgnet.training import Run, RunResult, describe_untrained, open_run, with_absolute_paths
 
 
@@ -36,7 +36,7 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
     if val_set.annotations.is_crowd.all():
         raise UsageError(f"{config.val_data} holds no boxes to evaluate on; give other annotations with --val-data")
     evaluation = CocoEvaluation(val_set.annotations)
-    network = create_model(config.model, **config.network_kwargs)
+    network = run.create_network(config)
     config = config.resolve(network)
     config = with_absolute_paths(config)
     options = stored_options(network, config.network_kwargs)

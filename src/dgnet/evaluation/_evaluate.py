@@ -35,7 +35,7 @@ class Evaluation:
     distinct_wirings: int  # number of different patterns of open edges over all stages together
     empty_outputs: int  # output nodes × images without an open in-edge
     weight_std: float  # standard deviation of an edge's weight over the images; mean over all but the pinned edges
-    dense_multiply_adds: int  # of one image with every edge open: convolutions, routers and aggregation
+    dense_multiply_adds: int  # of one image with every edge open: all that `CostModel` counts
     executed_multiply_adds: float  # mean over the images; counts the nodes that ran and the edges that were open
     executed_std: float  # over the images
     executed_percentiles: dict[str, float]  # the 5th, 25th, 50th, 75th and 95th, over the images

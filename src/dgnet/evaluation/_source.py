@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Protocol
 
-from dgnet._streams import say
+from dgnet._streams import say_once
 from dgnet.checkpoint import Checkpoint, RunData
 from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, hold_out, open_dataset, set_max_pixels
 from dgnet.paths import find_kind
@@ -60,9 +59,8 @@ class HasLedger(Protocol):
 
 def announce(dataset: HasLedger) -> None:
     """Print what the data set gave and left out on stderr, in the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        for line in dataset.ledger.lines("evaluation data: "):
-            say(line)
+    for line in dataset.ledger.lines("evaluation data: "):
+        say_once(line)
 
 
 def _is_of_old_run(path: Path) -> bool:

@@ -11,6 +11,7 @@ from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
 from dgnet.graph._context import ContextStack as ContextStack
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
+from dgnet.graph._gating import accept_cuts as accept_cuts
 from dgnet.graph._gating import least_logit as least_logit
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
 from dgnet.graph._layout import from_map as from_map

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import check_choice, check_range
+from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.graph._context import ContextStack
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
@@ -112,17 +114,35 @@ class GateOptions(RouterOptions):
         check_range("node_gate_std", self.node_gate_std, 0)
 
 
+_CUTS: ContextStack[None] = ContextStack("accept_cuts")
+
+
+def accept_cuts() -> AbstractContextManager[None]:
+    """Inside the `with` block: build gates on any topology, as older versions did: for the runs that they trained."""
+    return _CUTS.hold(None)
+
+
 class NodeGates(nn.Module):
     """One gate for each block: open if σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders i that are alive.
 
     v_ij: this module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its
     gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate
     sometimes opens.
+
+    Raises UsageError if all paths through the stage lead through one block: closing its gate would remove the image from the
+    network, and a budget would count that as saved.
     """
 
     def __init__(self, topology: Topology, channels: int, options: GateOptions) -> None:
         super().__init__()
         check_choice("node_gate", options.node_gate, _GATED["node_gate"])
+        cut = None if _CUTS.values() else topology.find_cut()
+        if cut is not None:
+            raise UsageError(
+                f"node_gate={options.node_gate!r} is not possible here: every path through the stage leads through block {cut},"
+                " so a closed gate would leave no feature; use a topology with a path around each block, such as complete or"
+                " residual (a random one: another topology_seed), or leave out gates and --budget"
+            )
         self.topology = topology
         self.form = options.node_gate
         self.start = (options.node_gate_bias, options.node_gate_std)

@@ -77,16 +77,28 @@ class Topology:
 
     def _check_paths(self) -> None:
         last = self.num_nodes - 1
-        reached, reaching = {0}, {last}
-        for j in range(1, last + 1):
-            if reached.intersection(self.senders(j)):
-                reached.add(j)
+        reached, reaching = self._reached(), {last}
         for i in range(last - 1, -1, -1):
             if reaching.intersection(self.receivers(i)):
                 reaching.add(i)
         stranded = sorted(set(range(last + 1)) - (reached & reaching))
         if stranded:
             raise UsageError(f"node {stranded[0]} lies on no path from the input node 0 to the output node {last}")
+
+    def _reached(self, without: int | None = None) -> set[int]:
+        """The nodes to which a path leads from the input node, if the node `without` is closed."""
+        reached = {0}
+        for j in range(1, self.num_nodes):
+            if j != without and reached.intersection(self.senders(j)):
+                reached.add(j)
+        return reached
+
+    def find_cut(self) -> int | None:
+        """The first block that is on every path from the input node to the output node; None if there is none.
+
+        If this block is closed, nothing reaches the output node.
+        """
+        return next((j for j in self.blocks if self.output not in self._reached(without=j)), None)
 
     @property
     def num_edges(self) -> int:

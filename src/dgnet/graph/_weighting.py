@@ -160,7 +160,7 @@ class RoutedOptions(RouterOptions):
     threshold: float = option(0.0, "initial τ", used_by=_ROUTED)
     learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
     unit_start: bool = option(
-        False, "divide weights by their initial value, so that an edge that starts open weighs 1", used_by=_ROUTED
+        False, "scale weights so that an edge that starts open weighs 1, and one that `router_start` closes 0", used_by=_ROUTED
     )
     inference_weight: str = option(
         "gated", "weight of an open edge in evaluation: as in training, or its raw α (Eq. 5)", ("gated", "raw"), _ROUTED
@@ -186,14 +186,32 @@ class RoutedOptions(RouterOptions):
         if self.unit_start and self.start_weight() < 1e-6:
             raise UsageError(f"unit_start needs edges that start open, and with router_bias={self.router_bias} they do not")
 
-    def start_weight(self, dtype: torch.dtype = torch.float32) -> float:
+    @property
+    def closed_bias(self) -> float:
+        """Initial b of an edge that starts closed.
+
+        With `unit_start` it is the opposite of `router_bias`: such an edge weighs 0 whatever its α, and must be able to learn.
+        """
+        return -abs(self.router_bias) if self.unit_start else CLOSED_BIAS
+
+    def start_weight(self, dtype: torch.dtype = torch.float32, bias: float | None = None) -> float:
         """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this.
 
-        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit.
+        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit. `bias`: of
+        another edge than one that starts open.
         """
-        alpha, tau = torch.tensor([self.router_bias, self.threshold], dtype=dtype, device="cpu").unbind()
-        alpha = alpha.sigmoid()
+        first = torch.tensor(
+            [self.router_bias if bias is None else bias, self.threshold], device="cpu"
+        )  # float32, as parameters
+        b, tau = first.to(dtype).unbind()
+        alpha = b.sigmoid()
         return float(alpha if self.gate == "alpha" else psi(alpha, tau))
+
+    def closed_weight(self, dtype: torch.dtype = torch.float32) -> float:
+        """As `start_weight`, of an edge that starts closed, after the division."""
+        weights = [self.start_weight(dtype, bias) for bias in (self.closed_bias, self.router_bias)]
+        closed, opened = torch.tensor(weights, dtype=dtype, device="cpu")
+        return float(closed / opened)
 
 
 class RoutedWeighting(Weighting):
@@ -202,8 +220,11 @@ class RoutedWeighting(Weighting):
     In training an edge weighs ψ(α); in evaluation an edge with α < τ is closed. With `gate="alpha"` τ has no gradient and keeps
     its initial value. A router receives pooled features in float32, under autocast too, and returns α in [0, 1].
 
-    `start`: the edges whose b starts at `router_bias`; b of the others starts at `CLOSED_BIAS`. None: all edges. Only `Router`
+    `start`: the edges whose b starts at `router_bias`; b of the others starts at `closed_bias`. None: all edges. Only `Router`
     uses it.
+
+    With `unit_start` the weight is ψ(α)/ψ(α₀) of an edge that starts open, and (ψ(α) - ψ(α₁))/ψ(α₀) of one that starts closed;
+    α₀ and α₁ are their α at the start, if W is 0.
     """
 
     def __init__(
@@ -212,15 +233,22 @@ class RoutedWeighting(Weighting):
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
-        # Weights are divided by this; the second is that of networks in float64.
-        self.unit = self.options.start_weight() if self.options.unit_start else 1.0
-        self.unit_double = self.options.start_weight(torch.float64) if self.options.unit_start else 1.0
+        # Weights are divided by `unit`, and less `closed_unit` if the edge starts closed; the others are for float64.
+        has_unit = self.options.unit_start
+        self.unit = self.options.start_weight() if has_unit else 1.0
+        self.unit_double = self.options.start_weight(torch.float64) if has_unit else 1.0
+        self.closed_unit = self.options.closed_weight() if has_unit else 0.0
+        self.closed_unit_double = self.options.closed_weight(torch.float64) if has_unit else 0.0
+        closed = topology.mask & ~(start or topology).mask
+        self.closed: Tensor | None  # which edges start at 0, (N, N); None if no edge does
+        self.register_buffer("closed", closed if has_unit and closed.any() else None, persistent=False)
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
             if receivers:
                 opening = (start or topology).receivers(node)
-                biases = [self.options.router_bias if receiver in opening else CLOSED_BIAS for receiver in receivers]
+                open_bias, closed_bias = self.options.router_bias, self.options.closed_bias
+                biases = [open_bias if receiver in opening else closed_bias for receiver in receivers]
                 self.routers[str(node)] = (
                     Router(channels, len(receivers), biases, self.options.router_std, self.options.router_norm)
                     if self.options.router is None
@@ -255,4 +283,9 @@ class RoutedWeighting(Weighting):
         weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
         if not self.options.unit_start:
             return weight
-        return weight / (self.unit_double if weight.dtype == torch.float64 else self.unit)
+        is_double = weight.dtype == torch.float64
+        weight = weight / (self.unit_double if is_double else self.unit)
+        if self.closed is None:
+            return weight
+        closed = self.closed[node, list(self.topology.senders(node))].to(weight)
+        return weight - closed * (self.closed_unit_double if is_double else self.closed_unit)

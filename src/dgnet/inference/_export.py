@@ -20,6 +20,7 @@ from dgnet.graph import find_stages
 from dgnet.inference._branching import has_batch_norms
 from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._sparse import MODES, set_mode
+from dgnet.models import find_channels
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 """Format -> file name extension."""
@@ -43,7 +44,7 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
         raise UsageError(
             f"{type(network).__name__} has batch normalisations that no convolution takes in; export it with --mode dense"
         )
-    images = torch.randn(5, getattr(network, "in_chans", 3), height, width)
+    images = torch.randn(5, find_channels(network), height, width)
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(folded, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
@@ -100,7 +101,7 @@ def check_export(path: Path, format: str, network: nn.Module, image_size: tuple[
     network = network.cpu().float().eval()
     worst = 0.0
     for batch in (1, 3, 8):
-        images = torch.randn(batch, getattr(network, "in_chans", 3), *image_size, generator=generator)
+        images = torch.randn(batch, find_channels(network), *image_size, generator=generator)
         with torch.no_grad():
             expected = network(images)
             found = run_onnx(path, images) if format == "onnx" else torch.export.load(path).module()(images)

@@ -10,6 +10,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dgnet.models import find_channels
+
 
 def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -> nn.Module:
     """A copy of `model` in evaluation mode, with each batch normalisation folded into the convolution whose output it reads.
@@ -50,5 +52,5 @@ def _find_pairs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str
 
             module.register_forward_pre_hook(read)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    traced(torch.empty(2, getattr(model, "in_chans", 3), height, width, device="meta"))
+    traced(torch.empty(2, find_channels(model), height, width, device="meta"))
     return pairs

@@ -231,6 +231,7 @@ class NativePlan:
             routed is not None and routed.options.gate == "psi",
             routed is not None and routed.options.inference_weight == "raw",
             1.0 if routed is None else routed.unit,
+            [_start_weights(routed, j) for j in nodes],
             _is_normed(routers),
             _is_normed(columns),
         )
@@ -257,6 +258,13 @@ class NativePlan:
 
 def _sparse_walk() -> type[Walk]:
     return SparseWalk
+
+
+def _start_weights(routed: RoutedWeighting | None, node: int) -> Tensor | None:
+    """What is subtracted from the weights of the node's in-edges, (E,), so that an edge that starts closed starts at 0."""
+    if routed is None or routed.closed is None:
+        return None
+    return _constant(routed.closed[node, list(routed.topology.senders(node))].float() * routed.closed_unit)
 
 
 def _is_normed(parts: Any) -> bool:

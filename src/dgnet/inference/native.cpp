@@ -112,7 +112,7 @@ struct Stage : torch::CustomClassHolder {
   Stage(std::vector<Nodes> senders, Nodes entry, std::vector<std::optional<double>> pinned, std::vector<Nodes> free_receivers,
         std::vector<Nodes> gated_receivers, Tensors shared_alpha, Tensors router_weights, Tensors router_biases,
         Tensors gate_columns, std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw,
-        double unit, bool norms_routers, bool norms_gates)
+        double unit, Tensors start_weights, bool norms_routers, bool norms_gates)
       : senders(std::move(senders)),
         pinned(std::move(pinned)),
         free_receivers(std::move(free_receivers)),
@@ -126,6 +126,7 @@ struct Stage : torch::CustomClassHolder {
         is_psi(is_psi),
         is_raw(is_raw),
         unit(static_cast<float>(unit)),
+        start_weights(std::move(start_weights)),
         norms_routers(norms_routers),
         norms_gates(norms_gates),
         is_entry(this->senders.size(), false),
@@ -150,6 +151,7 @@ struct Stage : torch::CustomClassHolder {
   const std::optional<Tensor> threshold, gate_bias;
   const bool is_psi, is_raw;
   const float unit;                       // weights of routed edges are divided by it
+  const Tensors start_weights;            // of each receiving node, (E,): what is subtracted after that, or nothing
   const bool norms_routers, norms_gates;  // whether they read pooled features normalised
   std::vector<bool> is_entry;
   std::vector<int64_t> last_receiver;  // of each node: after this node its feature is no longer needed
@@ -284,6 +286,8 @@ struct Walk : torch::CustomClassHolder {
     const float tau = has_threshold ? stage->threshold->const_data_ptr<float>()[node] : 0;
     const float least = tau + offset;
     const float* shared = stage->shared_alpha[node] ? stage->shared_alpha[node]->const_data_ptr<float>() : nullptr;
+    const auto& start_weights = stage->start_weights[node];
+    const float* starts = start_weights ? start_weights->const_data_ptr<float>() : nullptr;
     is_open.assign(samples * senders.size(), 0);
     for (int64_t b = 0; b < samples; ++b) {
       const bool is_gate_open = !is_gated || logits[b * nodes + node] >= least_logit;
@@ -300,6 +304,7 @@ struct Walk : torch::CustomClassHolder {
         is_alive = is_open[b * senders.size() + edge] = 1;
         weights[at] = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
         if (!pin && stage->unit != 1) weights[at] /= stage->unit;
+        if (!pin && starts != nullptr) weights[at] -= starts[edge];
       }
       if (is_alive || is_output) mark_run(node, b);
     }
@@ -434,8 +439,8 @@ TORCH_LIBRARY(dgnet, library) {
       .def("run", &Program::run);
   library.class_<Stage>("Stage")
       .def(torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>,
-                       Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool, double, bool,
-                       bool>())
+                       Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool, double,
+                       Tensors, bool, bool>())
       .def("set_block", &Stage::set_block);
   library.class_<Walk>("Walk")
       .def(torch::init<c10::intrusive_ptr<Stage>, Tensor, std::optional<Tensor>, double, double>())

@@ -139,6 +139,14 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
         start = self._build_topology(self.router_start, stage, topology.num_nodes)
         return RoutedWeighting(topology, channels, self, start)
 
-    def build_node_gates(self, topology: Topology, channels: int) -> NodeGates | None:
-        """The block gates of one stage, or None."""
-        return None if self.node_gate == "none" else NodeGates(topology, channels, self)
+    def build_node_gates(self, topology: Topology, channels: int, stage: int) -> NodeGates | None:
+        """The block gates of one stage, counted from 1, or None.
+
+        Raises UsageError, which names the stage, if one closed gate would cut it.
+        """
+        if self.node_gate == "none":
+            return None
+        try:
+            return NodeGates(topology, channels, self)
+        except UsageError as error:
+            raise UsageError(f"stage {stage}: {error}") from None

@@ -26,14 +26,12 @@ from dgnet.graph import (
     TopologyLike,
     find_stages,
 )
+from dgnet.models._agreement import TOLERANCE, find_difference
 from dgnet.models._connectivity import Connectivity, WeightingLike
 from dgnet.models._converted import Conversion, ConvertedNetwork, ConvertedRun, ConvertedStage, Joined, converted_class
 from dgnet.models._increment import Increment
 from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._runs import Run, find_runs
-
-TOLERANCE = 1e-4
-"""Of the difference between the logits of the static and the converted network, relative to the largest logit."""
 
 # The start of every weight at 1 and of every gate open; and routers that read features of any scale.
 _ROUTED_START = {"router_std": 0.0, "router_norm": "layer", "unit_start": True}
@@ -53,8 +51,9 @@ def convert(
 ) -> nn.Module:
     """A copy of `network` with dynamic connectivity that computes the same function. Its `conversion` is a report.
 
-    Runs of residual blocks, which keep the shape of their feature and are called one after the other with one tensor, become
-    stages. The rest stays static. The copy's class is a subclass of the network's own.
+    Runs of two or more residual blocks, which keep the shape of their feature and are called one after the other with one
+    tensor, become stages; with gates also single blocks. The rest stays static. The copy's class is a subclass of the network's
+    own.
 
     `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `stages`: "auto", or
     the names of modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or
@@ -68,7 +67,10 @@ def convert(
         raise UsageError(f"{type(network).__name__} is dynamic already")
     connectivity = _read_connectivity(topology, weighting, node_gate, options)
     within = _read_stages(stages)
-    found = find_runs(network, find_image_size(network, image_size), find_channels(network), within)
+    # With a gate, a block that stands alone can be skipped; without one, its three edges are not worth a router.
+    least_blocks = 2 if connectivity.node_gate == "none" else 1
+    size = find_image_size(network, image_size)
+    found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
         why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
         raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why})")
@@ -83,7 +85,6 @@ def convert(
             static_names[f"{name}."] = f"{run.names[0]}.nodes.{step}.block."
     result = cast(ConvertedNetwork, converted)
     result.__class__ = converted_class(type(network))
-    result.stage_names = tuple(run.names[0] for run in found.runs)
     result.static_names = static_names
     result.connectivity_options = connectivity.plain_options()
     result.conversion = Conversion(described, found.static, tuple(within) if within else "auto")
@@ -110,7 +111,7 @@ def to_static(network: nn.Module) -> nn.Module:
         for name, node in zip(run.blocks, stage.nodes, strict=True):
             assert isinstance(node, Increment)
             static.set_submodule(name, node.take_block())
-    for name in ("stage_names", "static_names", "connectivity_options", "conversion"):
+    for name in ("static_names", "connectivity_options", "conversion"):
         delattr(static, name)
     static.__class__ = network.static_class  # type: ignore[assignment]
     return static
@@ -152,25 +153,13 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
 
     Raises UsageError if it is above `tolerance`.
     """
-    expected, found = (_run(network, images) for network in (static, converted))
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    difference = find_difference(static, converted, images)
     if not difference <= tolerance:
         raise UsageError(
             f"the converted network differs from {type(static).__name__} by {difference:.1e} of the largest logit, more than"
             f" {tolerance:.0e}; name the modules to convert with stages, to leave out the one that differs"
         )
     return difference
-
-
-@torch.no_grad()
-def _run(network: nn.Module, images: Tensor) -> Tensor:
-    was_training = network.training
-    try:
-        output = network.eval()(images)
-    finally:
-        network.train(was_training)
-    outputs = output if isinstance(output, list | tuple) else [output]
-    return torch.cat([part.flatten(1).float() for part in outputs], dim=1)
 
 
 def _read_connectivity(
@@ -205,7 +194,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             nodes=[Increment(network.get_submodule(name)) for name in run.names],
             activation=nn.Identity(),
             options=connectivity,
-            node_gates=connectivity.build_node_gates(topology, run.channels),
+            node_gates=connectivity.build_node_gates(topology, run.channels, number),
             layout=run.layout,
         )
         change = find_change(stage)

@@ -5,7 +5,7 @@ Letters: B batch, C channels, H and W height and width, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
+from dgnet.models._state import unwrap_names
 
 _STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
 """Stage, by its id -> what the last forward pass of the stage put out after each block."""
@@ -132,11 +133,17 @@ class ConvertedNetwork(DynamicNetwork):
         return {dynamic: static for static, dynamic in self.static_names.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. A state dict of the static network is loaded too; it changes neither weightings nor gates."""
-        if isinstance(state_dict, Mapping) and not any(f"{name}.mask" in state_dict for name in self.stage_names):
-            own = {name: tensor for name, tensor in self.state_dict().items() if self._is_added(name)}
-            state_dict = {**own, **{self._rename(name, self.static_names): value for name, value in state_dict.items()}}
+        """As torch's. Stages that are static blocks in `state_dict` are loaded too, and keep their weightings and gates."""
+        if isinstance(state_dict, Mapping):
+            state_dict = self.from_static(unwrap_names(state_dict))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def from_static(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`state_dict` with static blocks as nodes of stages, and the present weightings and gates of these stages."""
+        static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
+        names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
+        added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
+        return {**added, **{self._rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As the static network's: a feature between two blocks of a stage is the sum so far."""
@@ -162,9 +169,10 @@ class ConvertedNetwork(DynamicNetwork):
         groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
         return lambda name: groups.get(self._rename(name, names), float("inf"))
 
-    def _is_added(self, name: str) -> bool:
-        """Whether a tensor belongs to a stage, and to no block in it."""
-        return any(name.startswith(f"{stage}.") and not name.startswith(f"{stage}.nodes.") for stage in self.stage_names)
+    @staticmethod
+    def _is_added(name: str, stages: Sequence[str]) -> bool:
+        """Whether a tensor belongs to one of the `stages`, and to no block in it."""
+        return any(name.startswith(f"{stage}.") and not name.startswith(f"{stage}.nodes.") for stage in stages)
 
     @staticmethod
     def _rename(name: str, prefixes: Mapping[str, str]) -> str:

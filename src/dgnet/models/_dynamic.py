@@ -101,7 +101,7 @@ def build_stage(parts: Sequence[BlockParts], topology: Topology, connectivity: C
     something reads it. Raises UsageError if blocks, topology and options do not fit together.
     """
     weighting = connectivity.build_weighting(topology, parts[0].out_channels, stage)
-    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels)
+    node_gates = connectivity.build_node_gates(topology, parts[0].out_channels, stage)
     first = parts[0]
     for node, part in enumerate(parts, start=1):
         reads_raw = (part.in_channels, part.stride) != (part.out_channels, 1)
@@ -150,12 +150,15 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
 class DynamicNetwork(LoadsWrapped):
     """Mixin before the static class of a network with dynamic stages: what timm's interface says of their parameters."""
 
-    stage_names: tuple[str, ...]
-    """The names of the dynamic stages, in order."""
     connectivity_options: dict[str, Any]
     """`Connectivity.plain_options` of the network."""
     static_names: Mapping[str, str] = MappingProxyType({})
     """Prefixes of the static network's parameter names -> prefixes of the same parameters here."""
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The names of the dynamic stages, in order."""
+        return tuple(name for name, module in self.named_modules() if isinstance(module, DynamicGraph))
 
     def translate_static(self, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A static checkpoint with timm's names. A family whose names in torchvision differ overrides this."""
@@ -198,6 +201,16 @@ class DynamicNetwork(LoadsWrapped):
 
 class DynamicFamily(DynamicNetwork):
     """Mixin before the static class of dgnet's own networks, whose stages are graphs from the start."""
+
+    stage_names: tuple[str, ...]
+    """The names of the modules that become dynamic stages, in order."""
+
+    def static_obstacle(self, weights_of: str) -> str:
+        """Why this network cannot compute the function of its static counterpart, whatever its options; "" if it can.
+
+        `weights_of`: the name of the static model, "" if it is not known.
+        """
+        return ""
 
     @property
     def stages(self) -> list[DynamicGraph]:

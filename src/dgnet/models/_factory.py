@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import timm
@@ -13,10 +14,12 @@ from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretraine
 from torch import nn
 
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
+from dgnet.graph import find_stages
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import unwrap_names
 from dgnet.paths import find_kind
 from dgnet.typed import read_value
@@ -39,7 +42,9 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
-    those of `dgnet.convert` (stages, …). Raises UsageError for an unknown model, option or value.
+    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out.
+
+    Raises UsageError for an unknown model, option or value.
     """
     if not isinstance(name, str):
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
@@ -52,10 +57,15 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         if kwargs.get(rate) is not None:
             check_range(rate, kwargs[rate], 0, 1)
     built = {option: value for option, value in kwargs.items() if option != "checkpoint_path"}
+    without = read_value(list[str], built.pop("without_blocks", []), "without_blocks")
     conversion = _take_conversion(name, built)
     try:
         network = timm.create_model(name, **built)
-        network = network if conversion is None else convert(network, **conversion)
+        network = remove_blocks(network, without) if without else network
+        if conversion is not None:
+            if find_stages(network):
+                raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
+            network = convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
@@ -75,10 +85,7 @@ def _take_conversion(name: str, options: dict[str, Any]) -> dict[str, Any] | Non
     """Remove the arguments of `convert` from `options` and return them; None if the network is not to be converted."""
     if not read_value(bool, options.pop("dynamic", False), "dynamic"):
         return None
-    if name.partition(".")[0] in list_models():
-        raise UsageError(f"dynamic=True converts a static network, and {name} is one of dgnet's own; leave it out")
-    own = [option for option in ("stages", *Connectivity.names()) if option in options]
-    return {option: options.pop(option) for option in own}
+    return {option: options.pop(option) for option in _conversion_options() if option in options}
 
 
 def build_model(
@@ -89,7 +96,7 @@ def build_model(
     Raises UnknownOptionError for an option that `cls` does not have, and UsageError for `pretrained` where the configuration
     names no weights.
     """
-    if pretrained and not _has_weights(name, kwargs):
+    if pretrained and not has_pretrained_weights(name, kwargs):
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
             f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
@@ -104,15 +111,32 @@ def take_state(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, A
     return dict(unwrap_names(state_dict))
 
 
-def _has_weights(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether timm's configuration for a network, with the user's changes, says where weights are.
+def has_pretrained_weights(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether timm's configuration for a network, with the user's changes in `options`, says where weights are.
 
     Raises UsageError if they are in a file that is not there.
     """
+    if name.startswith(_SOURCES):
+        return True
     cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
     if cfg.file and find_kind(cfg.file) not in ("file", "folder"):  # a folder: "local-dir:FOLDER"
         raise UsageError(f"the pretrained weights of {name} should be in {cfg.file}, which does not exist")
     return bool(cfg.has_weights or cfg.state_dict)
+
+
+def static_counterpart(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The static network of a dynamic one: its name, and those of the `options` that it has. None if there is none."""
+    static = name.removeprefix("dg_")
+    is_converted = options.get("dynamic", False)
+    if not is_converted and (static == name or not timm.is_model(static)):
+        return None
+    dynamic = {"dynamic", *_conversion_options()}
+    return static, {option: value for option, value in options.items() if option not in dynamic}
+
+
+def _conversion_options() -> tuple[str, ...]:
+    """The options of a dynamic network that its static form does not have."""
+    return "stages", *Connectivity.names()
 
 
 def imagenet_cfg(**names: Any) -> dict[str, Any]:

@@ -59,10 +59,14 @@ class StaticBlock:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a network in the order in which they are called, and the blocks that are in none."""
+    """The runs of a network in the order in which they are called, and the blocks that are in none.
+
+    `removable`: the names of all residual blocks that keep the shape, also those that stand alone.
+    """
 
     runs: tuple[Run, ...]
     static: tuple[StaticBlock, ...]
+    removable: tuple[str, ...]
 
 
 def join(parent: str, child: str) -> str:
@@ -70,11 +74,17 @@ def join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, within: Sequence[str] | None = None) -> Runs:
+def find_runs(
+    network: nn.Module,
+    image_size: tuple[int, int],
+    in_chans: int,
+    within: Sequence[str] | None = None,
+    least_blocks: int = 2,
+) -> Runs:
     """The runs of `network`, found by one forward pass on the meta device, or on the CPU if the network cannot run on it.
 
     `image_size`: height and width in pixels. `within`: the modules whose blocks become stages, also those without a residual
-    shortcut; None: all modules, residual blocks only.
+    shortcut; None: all modules, residual blocks only. `least_blocks`: in a run.
 
     Raises UsageError for a network that does not take such images, and for an unknown name in `within`.
     """
@@ -84,10 +94,13 @@ def find_runs(network: nn.Module, image_size: tuple[int, int], in_chans: int, wi
             raise UsageError(f"stages names {name!r}, which {type(network).__name__} does not have")
     trace = _trace(network, (_BATCH, in_chans, *image_size))
     blocks = _find_blocks(modules, trace, within)
-    runs = _choose([chain for chain in _find_chains(blocks) if _is_within(chain[0].name, within)])
+    chains = [chain for chain in _find_chains(blocks) if len(chain) >= least_blocks and _is_within(chain[0].name, within)]
+    runs = _choose(chains)
     found = tuple(_describe_run(chain, modules) for chain in runs)
     taken = {name for run in found for name in run.names}
-    return Runs(found, tuple(_explain(modules, blocks, taken, within)))
+    static = tuple(_explain(modules, blocks, taken, within))
+    removable = tuple(block.name for block in blocks if block.call.is_residual and not block.obstacle)
+    return Runs(found, static, removable)
 
 
 # --- the traced pass
@@ -252,7 +265,7 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
 
 
 def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
-    """The sequences of two or more blocks of one parent, each of which reads the output of the one before, and alone."""
+    """The sequences of blocks of one parent, each of which reads the output of the one before, and alone."""
     by_parent: dict[str, list[_Block]] = {}
     for block in blocks:
         by_parent.setdefault(block.parent, []).append(block)
@@ -265,7 +278,7 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
                 chain = []
             chain = [] if block.obstacle else [*chain, block]
         chains.append(chain)
-    return [chain for chain in chains if len(chain) > 1]
+    return [chain for chain in chains if chain]
 
 
 def _follows(before: _Block, block: _Block) -> bool:
@@ -279,7 +292,7 @@ def _is_within(name: str, within: Sequence[str] | None) -> bool:
 
 
 def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
-    """The chains that become runs: of those inside one another the outer one, unless the inner ones are longer."""
+    """The chains that become runs. Of those inside one another: the outer, unless it is one block or the inner are longer."""
     chosen: list[list[_Block]] = []
     for chain in sorted(chains, key=lambda chain: chain[0].name.count(".")):
         if any(_contains(other, chain) for other in chosen):
@@ -287,7 +300,7 @@ def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
         # Only the outermost of the chains inside count: they are what would be chosen instead.
         inner = [other for other in chains if _contains(chain, other)]
         inner = [other for other in inner if not any(_contains(between, other) for between in inner)]
-        if inner and mean(map(len, inner)) > len(chain):
+        if inner and (len(chain) == 1 or mean(map(len, inner)) > len(chain)):
             continue
         chosen.append(chain)
     return sorted(chosen, key=lambda chain: chain[0].call.order)
@@ -332,5 +345,5 @@ def _explain(
             continue
         if any(block.name.startswith(f"{other}.") for other in names if not isinstance(modules[other], nn.Sequential)):
             continue
-        why = block.obstacle or "no other block of its shape stands beside it"
+        why = block.obstacle or "it is one block only, and has no gate"
         yield StaticBlock(block.name, why if _is_within(block.name, within) else "it is in none of the named stages")

@@ -75,6 +75,10 @@ class DynamicResNet(DynamicFamily, StridedResNet):
         self.build_stages(split_block, connectivity)
         self.init_weights(zero_init_last=zero_init_last)
 
+    def static_obstacle(self, weights_of: str) -> str:
+        is_twin = weights_of.startswith("strided_")
+        return "" if is_twin else "its stage 1 has stride 2 where a ResNet has a max-pool in its stem"
+
 
 _NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},

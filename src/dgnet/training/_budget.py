@@ -42,7 +42,12 @@ class Budget:
         if all(stage.node_gates is None for stage in self.stages):
             raise UsageError(f"--budget {share} needs gates on blocks: leave node_gate out, or set it to hard or gumbel")
         self.costs = cost_model(network, image_size)
-        least = self.costs.least / self.costs.dense
+        # In training only gates close blocks.
+        closing = [
+            cost.dense if stage.node_gates is None else cost.least
+            for cost, stage in zip(self.costs.stages, self.stages, strict=True)
+        ]
+        least = (self.costs.fixed + sum(closing)) / self.costs.dense
         if not 0 < share <= 1:
             raise UsageError(f"--budget must be above 0 and at most 1, got {share}; what always runs costs {least:.3f}")
         if share < least:

@@ -16,11 +16,11 @@ from dgnet.training._loading import TrainingOrder
 
 
 class CachedLoader:
-    """Batches of a data set whose decoded images are kept in memory: images (B, 3, H, W), normalised, and labels (B,).
+    """Batches of a data set whose decoded images are kept in memory: images (B, C, H, W), normalised, and labels (B,).
 
     The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
     eighth, cropped at random and flipped with probability `hflip`, like in `Preprocessing.training_transform`. What is drawn
-    for an image is a function of (seed, epoch, index).
+    for an image is a function of (seed, epoch, index), and of the number of the copy if the order repeats images.
 
     `order`: a training order. Without it every image is given once, in the order of the data set, `batch_size` at a time.
 
@@ -53,17 +53,22 @@ class CachedLoader:
             for index in torch.arange(len(self.images), device=self.images.device).split(self.batch_size):
                 yield self._normalise(self.images[index]), self.labels[index]
             return
-        places = self._draw_places(mix_seed(self.order.seed, self.order.epoch, 1))
-        for index in self.order.indices().to(self.images.device):
-            yield self._normalise(self._crop(self.images[index], *(column[index] for column in places))), self.labels[index]
+        order, device = self.order, self.images.device
+        places = self._draw_places(mix_seed(order.seed, order.epoch, 1), order.repeats)
+        for index, copy in zip(order.indices().to(device), order.copies().to(device), strict=True):
+            row = index + len(self.images) * copy
+            yield self._normalise(self._crop(self.images[index], *(column[row] for column in places))), self.labels[index]
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
 
-    def _draw_places(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For each image top, left, and whether to flip it, (images, 1) each. Drawn on the CPU: the same for every device."""
+    def _draw_places(self, seed: int, repeats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each image, copy by copy: top, left, and whether to flip it, (images × `repeats`, 1) each.
+
+        Drawn on the CPU: the same for every device.
+        """
         generator = torch.Generator().manual_seed(seed)
-        shape, (down, across) = (len(self.images), 1), self.padding
+        shape, (down, across) = (len(self.images) * repeats, 1), self.padding
         top = torch.randint(2 * down + 1, shape, generator=generator)
         left = torch.randint(2 * across + 1, shape, generator=generator)
         flipped = torch.rand(shape, generator=generator) < self.hflip
@@ -71,7 +76,7 @@ class CachedLoader:
         return top.to(device), left.to(device), flipped.to(device)
 
     def _crop(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-        """Pad each image, crop it at its (`top`, `left`), and mirror it where `flipped`; (B, 3, H, W)."""
+        """Pad each image, crop it at its (`top`, `left`), and mirror it where `flipped`; (B, C, H, W)."""
         batch, channels, height, width = images.shape
         (down, across), device = self.padding, images.device
         rows = top + torch.arange(height, device=device)
@@ -84,9 +89,9 @@ class CachedLoader:
 
 
 def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, H, W), resized and cropped as for evaluation, and labels (N,)."""
+    """uint8 images (N, C, H, W), resized and cropped as for evaluation, and labels (N,)."""
     resize_and_crop = preprocessing.cropping()
-    images = torch.empty((len(dataset), 3, *preprocessing.image_size), dtype=torch.uint8)
+    images = torch.empty((len(dataset), *preprocessing.input_shape), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.long)
     for index in tqdm(range(len(dataset)), desc="decoding images", leave=False, disable=None, file=sys.stderr):
         image, label = dataset.load(index)

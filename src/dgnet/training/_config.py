@@ -6,23 +6,35 @@ torch and timm are imported only when a configuration is checked, so that `--hel
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dgnet.devices import ACCELERATORS
-from dgnet.errors import UsageError, check_choice, check_range, reason, shorten
-from dgnet.options import LARGEST_SIDE, MOST_THREADS, MOST_WORKERS, check_bounds, check_choices, flag, option, read_options
+from dgnet.errors import UsageError, shorten
+from dgnet.options import (
+    LARGEST_SIDE,
+    MOST_THREADS,
+    MOST_WORKERS,
+    check_bounds,
+    check_choices,
+    check_groups,
+    flag,
+    option,
+    read_options,
+)
+from dgnet.training._config_augmentation import AugmentationOptions
+from dgnet.training._config_finetuning import FineTuningOptions
+from dgnet.training._config_optimizer import LARGEST_RATE, OptimizerOptions
+from dgnet.training._config_schedule import ScheduleOptions
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
     from torch import nn
 
-ROUTING_DECAY = ("weights", "all", "none")
 _OWN_OPTIONS = ("weighting", "topology", "shortcut")
 
 _LONGEST_INTERVAL = 1_000_000_000
-_LARGEST_RATE = 1_000_000
-"""A larger number is a slip of the keyboard; a much larger one does not fit into the format of the weights."""
 
 # Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
@@ -33,7 +45,7 @@ RESUME_OPTIONS = (
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
 _TAKEN = {
     "num_classes": "it follows from the data",
-    "in_chans": "images are read as RGB",
+    "in_chans": "dgnet train has --in-chans, and detectors read images as RGB",
     "pretrained": "start from a file with --weights",
     "checkpoint_path": "start from a file with --weights",
     "features_only": "the command decides it",
@@ -45,35 +57,16 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
     "batch_size": (1,),
     "threads": (1, MOST_THREADS),
     "workers": (0, MOST_WORKERS),
-    "lr": (0, _LARGEST_RATE),
-    "threshold_lr": (0, _LARGEST_RATE),
-    "momentum": (0, 1),
-    "weight_decay": (0, _LARGEST_RATE),
     "seed": (0, 2**32 - 1),
     "accumulate": (1,),
-    "lr_batch_size": (1,),
-    "clip_grad": (0, 1e30),
     "ema": (0, 1),
     "nodes": (1,),
     "hflip": (0, 1),
 }
 
 
-def _check_optimizer(name: str) -> None:
-    """Raises UsageError for an optimiser that timm does not have or that cannot be used here."""
-    from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
-
-    check_choice("--optimizer", name, map(str, list_optimizers()))
-    if get_optimizer_info(name).second_order:
-        raise UsageError(f"--optimizer {name} needs second derivatives, which training does not compute; use another")
-    try:
-        get_optimizer_class(name)
-    except (AssertionError, ImportError) as error:
-        raise UsageError(f"--optimizer {name} cannot be used here: {reason(error)}") from None
-
-
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(OptimizerOptions):
     """Options of every training run. Raises UsageError for a value that is not allowed."""
 
     model: str = option("dg_resnet20", "model name; for a list: dgnet models")
@@ -92,22 +85,9 @@ class RunConfig:
     batch_size: int = option(32, "images in a training step, on all devices together")
     seed: int = option(0, "seed of initialisation, order and augmentation")
     hflip: float = option(0.5, "probability of a horizontal flip")
-    optimizer: str = option("sgd", "timm optimiser name; sgd has Nesterov momentum, momentum is SGD without it")
     accumulate: int = option(
         1, "batches of each device in a step; more of them need less memory, and --batch-size stays the same"
     )
-    lr: float = option(0.1, "peak learning rate")
-    lr_batch_size: int | None = option(
-        None, "batch size for which --lr is meant; another --batch-size scales the rate in proportion; by default no scaling"
-    )
-    threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
-    momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(5e-4, "weight decay; never on learned edge weights")
-    norm_decay: bool = option(False, "apply weight decay to normalisation and biases too")
-    routing_decay: str = option(
-        "weights", "weight decay of routers: weights, all (biases and thresholds too), or none", ROUTING_DECAY
-    )
-    clip_grad: float | None = option(None, "clip the norm of all gradients together at this value; by default no clipping")
     ema: float | None = option(None, "evaluate and save a moving average of the weights with this decay, for example 0.9999")
     precision: str = option("32", "number format: 32, bf16 or fp16; bf16 and fp16 use autocast", ("32", "bf16", "fp16"))
     accelerator: str = option("auto", "what to train on: auto, cpu, gpu (CUDA or Apple's), cuda, mps", ACCELERATORS)
@@ -132,13 +112,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         read_options(self)
         check_choices(self)
-        _check_optimizer(self.optimizer)
+        check_groups(self)
+
+    def check(self) -> None:
+        """Raises UsageError for a value that is not allowed."""
         check_bounds(self, _BOUNDS)
         if self.ema == 1:
             raise UsageError("--ema must be below 1, got 1")
-        for name in ("lr", "clip_grad"):
-            if getattr(self, name) == 0:
-                raise UsageError(f"{flag(name)} must be above 0, got 0")
         if self.batch_size % self.accumulate:
             raise UsageError(f"--batch-size {self.batch_size} cannot be divided by --accumulate {self.accumulate}")
         self.checkpoint_interval()
@@ -182,14 +162,22 @@ class RunConfig:
 
     def resolve(self, network: nn.Module) -> Self:
         """This configuration with all options of `network` filled in, so that it holds every value that decides the result."""
-        options = dict(getattr(network, "connectivity_options", {}))
-        axes = {name: options.pop(name) for name in _OWN_OPTIONS if name in options}
-        return replace(self, model_kwargs={**self.model_kwargs, **options}, **axes)
+        return self.with_network(getattr(network, "connectivity_options", {}))
 
+    def with_network(self, options: Mapping[str, Any]) -> Self:
+        """This configuration with these options of the network."""
+        axes = {name: value for name, value in options.items() if name in _OWN_OPTIONS}
+        others = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+        return replace(self, model_kwargs={**self.model_kwargs, **others}, **axes)
+
+
+_NETWORK_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate"}
+"""Options of training -> the options of the network that they set."""
 
 _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "epochs": (1,),
     "image_size": (1, LARGEST_SIDE),
+    "in_chans": (1,),
     "holdout": (0,),
     "evaluate_every": (1,),
     "epoch_images": (1,),
@@ -197,13 +185,13 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
     "max_bad_images": (0,),
     "label_smoothing": (0, 1),
     "budget": (0, 1),
-    "budget_strength": (0, _LARGEST_RATE),
+    "budget_strength": (0, LARGEST_RATE),
     "budget_warmup": (0, 1),
 }
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunConfig):
     """Options of a training run of a classifier. Raises UsageError for a value that is not allowed."""
 
     data: Location = option(
@@ -223,13 +211,18 @@ class TrainConfig(RunConfig):
     crop_pct: float | None = option(
         None, "share of the short side in the centre crop of evaluation (0.875: 224 of 256); by default the model's own"
     )
-    augment: str = option(
-        "auto",
-        "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",
-        ("auto", "rrc", "pad-crop", "none"),
+    in_chans: int | None = option(None, "input channels: 3 reads images as RGB (the default), 1 as grey")
+    mean: list[float] | None = option(
+        None, "mean of each channel, for images in [0, 1], or one value for all: '[0.5]'; by default the model's own"
     )
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up; then the rate falls along a half-period cosine, by step")
+    std: list[float] | None = option(None, "standard deviation, like --mean")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    start: str = option(
+        "paper",
+        "how a dg_ network starts from the weights of a static one: paper: as the paper's routers do, with another function;"
+        " static: sets the options that keep the function, and checks it",
+        ("paper", "static"),
+    )
     budget: float | None = option(
         None, "train to this share of the dense cost in multiply-adds; blocks get gates (model option node_gate: hard)"
     )
@@ -251,18 +244,30 @@ class TrainConfig(RunConfig):
 
     command: ClassVar[str] = "train"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises UsageError for a value that is not allowed."""
         from dgnet.data import is_stream
 
-        super().__post_init__()
         check_bounds(self, _TRAIN_BOUNDS)
-        check_range("--warmup-epochs", self.warmup_epochs, 0, self.epochs)
+        self.check_phases(self.epochs)
         if self.epochs % self.evaluate_every:
             raise UsageError(
                 f"--evaluate-every {self.evaluate_every} leaves out the last of {self.epochs} epochs; use a divisor of --epochs"
             )
+        if self.start == "static" and self.weights is None:
+            raise UsageError("--start static has no effect without --weights; add --weights FILE, or leave out --start")
         if self.holdout and self.val_data:
             raise UsageError("--holdout replaces --val-data; leave one of them out (a recipe's: --val-data null)")
+        self.check_start(self.weights)
+        if self.freeze_epochs is not None and self.freeze_epochs >= self.epochs:
+            raise UsageError(
+                f"--freeze-epochs {self.freeze_epochs} is not below --epochs {self.epochs}; leave it out to train nothing else"
+            )
+        if self.aug_repeats > 1 and is_stream(self.data):
+            raise UsageError("--aug-repeats needs images that can be read in any order, and --data is a stream; leave it out")
+        for name, option_name in _NETWORK_OPTIONS.items():
+            if getattr(self, name) is not None and option_name in self.model_kwargs:
+                raise UsageError(f"{flag(name)} and --model-kwargs.{option_name} are the same; leave one of them out")
         if self.cache and (self.augment == "rrc" or self.workers or self.devices != "1" or self.nodes != 1):
             raise UsageError("--cache true needs --devices 1, --nodes 1, --workers 0 and another --augment than rrc")
         if self.cache and (self.on_bad_image == "skip" or is_stream(self.data)):
@@ -276,4 +281,10 @@ class TrainConfig(RunConfig):
     @property
     def network_kwargs(self) -> dict[str, Any]:
         gates = {} if self.budget is None else {"node_gate": "hard"}
-        return {**gates, **super().network_kwargs}
+        own = {option: getattr(self, name) for name, option in _NETWORK_OPTIONS.items() if getattr(self, name) is not None}
+        return {**gates, **super().network_kwargs, **own}
+
+    def find_option(self, network_option: str) -> str | None:
+        """The option here that sets an option of the network, as it is typed, with its value; None if none was given."""
+        names = (name for name, option in _NETWORK_OPTIONS.items() if option == network_option)
+        return next((f"{flag(name)} {getattr(self, name)}" for name in names if getattr(self, name) is not None), None)

@@ -13,18 +13,23 @@ from torch.utils.data import Sampler
 from dgnet.data import ShardStream, mix_seed
 
 
-class TrainingOrder(Sampler[list[tuple[int, int]]]):
+class TrainingOrder(Sampler[list[tuple[int, ...]]]):
     """One process's batches of (epoch, index) in an epoch. The order is new in each epoch: a function of (`seed`, epoch).
 
     In an epoch no image appears twice. Fewer images than a step has are left out, different ones in each epoch.
+
+    With `repeats` above 1, as in timm's `RepeatAugSampler`: an epoch has as many steps, of fewer images, each of them `repeats`
+    times. Its copies follow each other and go to different processes. The items are (epoch, index, copy).
 
     `batch_size`: images in a step, over `ranks` processes and `accumulate` batches of each. `epoch` and `start`, in steps:
     where iteration begins.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, accumulate: int = 1) -> None:
+    def __init__(
+        self, images: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, accumulate: int = 1, repeats: int = 1
+    ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
+        self.rank, self.ranks, self.accumulate, self.repeats = rank, ranks, accumulate, repeats
         self.steps = images // batch_size
         self.epoch = self.start = 0
 
@@ -33,20 +38,35 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
 
     def indices(self) -> Tensor:
         """The indices of each batch from step `start` on, (batches, images of a batch)."""
-        order = self.shuffle(torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
-        by_rank = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
-        return by_rank.reshape(-1, by_rank.shape[-1])
+        return self._divide(self.shuffle(torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))))
+
+    def copies(self) -> Tensor:
+        """For each of `indices` the number of the copy, from 0 on."""
+        return self._divide(torch.arange(self.steps * self.batch_size) % self.repeats)
+
+    def _divide(self, order: Tensor) -> Tensor:
+        """This process's part of an epoch from step `start` on: (steps × `batch_size`,) -> (batches, images of a batch)."""
+        if self.repeats == 1:
+            own = order.view(self.steps, self.accumulate, self.ranks, -1)[self.start :, :, self.rank]
+        else:
+            own = order.view(self.steps, self.accumulate, -1, self.ranks)[self.start :, ..., self.rank]
+        return own.reshape(-1, own.shape[-1])
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
         """The indices of an epoch step by step, (steps × `batch_size`,)."""
-        return torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
+        order = torch.randperm(self.images, generator=generator)
+        return order.repeat_interleave(self.repeats)[: self.steps * self.batch_size]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.indices():
-            yield [(self.epoch, index) for index in batch.tolist()]
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        if self.repeats == 1:
+            for batch in self.indices():
+                yield [(self.epoch, index) for index in batch.tolist()]
+            return
+        for batch, copies in zip(self.indices(), self.copies(), strict=True):
+            yield [(self.epoch, *item) for item in zip(batch.tolist(), copies.tolist(), strict=True)]
 
 
-class EndlessOrder(Sampler[list[tuple[int, int]]]):
+class EndlessOrder(Sampler[list[tuple[int, ...]]]):
     """The batches of `order`, pass after pass without end, in epochs of `steps` steps. An epoch may begin or end inside a pass.
 
     `epoch` and `start`, in steps: where iteration begins, as in `TrainingOrder`.
@@ -60,7 +80,7 @@ class EndlessOrder(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.steps * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         self.order.epoch, self.order.start = divmod(self.epoch * self.steps + self.start, self.order.steps)
         while True:
             yield from self.order

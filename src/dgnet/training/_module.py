@@ -1,33 +1,19 @@
-"""The Lightning modules of training, and the data module of classification."""
+"""The Lightning modules of training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from dgnet.data import (
-    IGNORED,
-    BadImages,
-    EvaluationOrder,
-    ImageDataset,
-    Preprocessing,
-    ShardStream,
-    TrainingItems,
-    build_loader,
-    mix_seed,
-    worker_options,
-)
+from dgnet.data import IGNORED, mix_seed
 from dgnet.errors import UsageError
 from dgnet.evaluation import (
     ACCURACY,
@@ -42,10 +28,15 @@ from dgnet.evaluation import (
     update_means,
 )
 from dgnet.graph import find_stages
+from dgnet.models import TimmNetwork, classifier_prefixes
 from dgnet.training._budget import Budget
-from dgnet.training._cached import CachedLoader
 from dgnet.training._config import RunConfig, TrainConfig
-from dgnet.training._loading import TrainingLoader, TrainingOrder
+from dgnet.training._freezing import Freezing
+from dgnet.training._losses import ClassificationLoss
+from dgnet.training._mixing import Mixing
+from dgnet.training._parameter_groups import build_parameter_groups
+from dgnet.training._schedule import build_schedule
+from dgnet.training._teacher import Teacher
 
 
 class RunModule(L.LightningModule):
@@ -82,11 +73,13 @@ class RunModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # Random numbers of a step do not depend on earlier steps: a resumed run draws the same ones.
-        torch.manual_seed(mix_seed(self.config.seed, self.global_step, batch_index, self.global_rank))
+        self.step_seed = mix_seed(self.config.seed, self.global_step, batch_index, self.global_rank)
+        torch.manual_seed(self.step_seed)
 
     def finish_step(self, loss: Tensor, **hits: Tensor) -> dict[str, Any]:
         """The return value of a training step. `hits`: see `Progress`."""
-        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler changes it before it is logged
+        first = self.trainer.optimizers[0].param_groups[0]
+        self.lr = first["lr"] / (first.get("lr_scale") or 1.0)  # of this step; the scheduler changes it before it is logged
         is_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_bad, self.global_step + 1)
         # Lightning divides "loss" by the number of accumulated batches; "value" is shown to the user.
@@ -127,19 +120,38 @@ class RunModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         # The updates of Eqs. (7) to (10): weights of nodes, of routers, their biases, thresholds. The gradients: dgnet.graph.
         config = self.config
+        given: dict[str, Any] = {"betas": config.opt_betas and tuple(config.opt_betas), "eps": config.opt_eps}
         optimizer = create_optimizer_v2(
-            build_parameter_groups(self.network, config),
+            self.parameter_groups(),
             opt=config.optimizer,
             lr=config.peak_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            **{name: value for name, value in given.items() if value is not None},
         )
         scheduler = self.build_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters by weight decay and learning rate."""
+        return build_parameter_groups(self.network, self.config)
+
     def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
         """timm's schedule of the learning rate, by step."""
         raise NotImplementedError
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients as `--clip-mode` says."""
+        if self.config.clip_mode == "norm":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            dispatch_clip_grad(self.clipped_parameters(), gradient_clip_val, self.config.clip_mode)
+
+    def clipped_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients `--clip-mode value` and `agc` clip."""
+        return list(self.network.parameters())
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
@@ -162,16 +174,28 @@ class RunModule(L.LightningModule):
 
 
 class Classifier(RunModule):
-    """Trains with cross-entropy and label smoothing; linear warm-up, then a half-period cosine, by step (§6.1)."""
+    """Trains with the loss of `ClassificationLoss`, and as the budget, the mixing, the teacher and the freezing say (§6.1)."""
 
     best = "val_top1"
     best_title = "epoch's top-1"
+    network: TimmNetwork
     config: TrainConfig
 
-    def __init__(self, network: nn.Module, config: TrainConfig, carried: dict[str, Any], budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        network: TimmNetwork,
+        config: TrainConfig,
+        carried: dict[str, Any],
+        budget: Budget | None = None,
+        teacher: Teacher | None = None,
+        freezing: Freezing | None = None,
+    ) -> None:
         executed = [] if budget is None else ["executed"]
         super().__init__(network, config, carried, build_means("train_", [*ACCURACY, *executed]))
-        self.budget = budget
+        self.budget, self.teacher, self.freezing = budget, teacher, freezing
+        self.teacher_fingerprint = None if teacher is None else teacher.fingerprint()
+        self.losses = ClassificationLoss(config)
+        self.mixing = Mixing(config, network.num_classes) if config.mixes else None
         edges = [name for pair in edge_figure_names(self.stages) for name in pair]
         self.val_metrics = build_means("val_", [*ACCURACY, *executed, *edges])
 
@@ -181,13 +205,33 @@ class Classifier(RunModule):
         logits: Tensor = self.network(images)
         return logits
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        super().on_train_batch_start(batch, batch_index)
+        if self.freezing is not None:
+            self.freezing.apply(self.current_epoch, needs_gradients=self.trainer.world_size > 1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.freezing is not None:
+            self.freezing.drop_gradients()
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Any]:
         images, labels = batch
+        targets = labels
+        if self.mixing is not None:
+            images, targets, labels = self.mixing(images, labels, self.current_epoch, self.step_seed)
         logits, figures = self.observe(images)
         update_means(self.train_metrics, accuracy_figures(logits, labels) | figures, labels != IGNORED)
-        smoothing = self.config.label_smoothing
-        # L_t(T(x; W_n, W_r), y), Eq. (6), with label smoothing (§6.1).
-        losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, ignore_index=IGNORED, reduction="none")
+        losses = self.losses(logits, targets)  # L_t(T(x; W_n, W_r), y), Eq. (6)
+        if self.teacher is not None:
+            share = self.config.teacher_weight
+            losses = (1 - share) * losses + share * self.teacher.losses(logits, images)
+        if self.mixing is not None or self.teacher is not None or self.config.bce_loss:
+            losses = losses.masked_fill(labels == IGNORED, 0.0)
         loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
         if self.budget is not None:
             progress = self.global_step / int(self.trainer.estimated_stepping_batches)
@@ -228,15 +272,26 @@ class Classifier(RunModule):
         return line
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-        warmup = round(steps * self.config.warmup_epochs / self.config.epochs)
-        return CosineLRScheduler(
-            optimizer,
-            t_initial=max(steps - warmup, 1),
-            warmup_t=warmup,
-            warmup_prefix=True,
-            warmup_lr_init=self.config.peak_lr / max(warmup, 1),
-            t_in_epochs=False,
-        )
+        return build_schedule(optimizer, self.config, steps)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return build_parameter_groups(self.network, self.config, self.config.layer_decay)
+
+    def clipped_parameters(self) -> list[nn.Parameter]:
+        heads = classifier_prefixes(self.network) if self.config.clip_mode == "agc" else ()
+        return [parameter for name, parameter in self.network.named_parameters() if not name.startswith(heads)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.teacher_fingerprint is not None:
+            checkpoint["teacher"] = self.teacher_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("teacher") != self.teacher_fingerprint:
+            raise UsageError(
+                f"--teacher {self.config.teacher} has other weights than when the run began; put them back, or start a new run"
+            )
+        super().on_load_checkpoint(checkpoint)
 
 
 def take_figures(metrics: MetricCollection) -> dict[str, Any]:
@@ -244,132 +299,3 @@ def take_figures(metrics: MetricCollection) -> dict[str, Any]:
     values = {name: value * 100 if "top" in name else value for name, value in metrics.compute().items()}
     metrics.reset()
     return values
-
-
-def build_parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
-
-    Routers, thresholds and normalisation have groups of their own if an option gives them another decay or learning rate.
-    """
-    exempt: set[str] = getattr(network, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=exempt)
-    stages = find_stages(network)
-    weightings = [stage.weighting for stage in stages]
-    gates = [stage.node_gates for stage in stages if stage.node_gates is not None]
-    deciders = [weighting for weighting in weightings if weighting.reads_features]
-    routing = [parameter for module in (*deciders, *gates) for parameter in module.parameters() if parameter.requires_grad]
-    ids = {id(weighting.threshold) for weighting in weightings}
-    thresholds = [parameter for parameter in routing if id(parameter) in ids]
-    routers = [parameter for parameter in routing if id(parameter) not in ids]
-    decay = config.weight_decay if config.routing_decay == "all" else 0.0
-    apart: list[dict[str, Any]] = []
-    if config.norm_decay:
-        connectivity = {id(p) for module in (*weightings, *gates) for p in module.parameters()}
-        plain = [p for name, p in network.named_parameters() if p.ndim <= 1 and p.requires_grad and id(p) not in connectivity]
-        apart.append({"params": plain, "weight_decay": config.weight_decay})
-    if config.routing_decay != "weights":
-        apart.append({"params": routers, "weight_decay": decay})
-    if config.routing_decay == "all" or config.threshold_lr != 1:
-        apart.append({"params": thresholds, "weight_decay": decay, "lr_scale": config.threshold_lr})
-    moved = {id(parameter) for group in apart for parameter in group["params"]}
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    return [group for group in [*groups, *apart] if group["params"]]
-
-
-class RunDataModule(L.LightningDataModule):
-    """The common part of data modules: a run can be resumed only with the same number of training images.
-
-    `source`: the training data, as typed by the user.
-    """
-
-    train: Sized
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.source = source
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """The rank of this process, and the number of processes."""
-        return self.running.global_rank, self.running.world_size
-
-    @property
-    def running(self) -> L.Trainer:
-        """The trainer; it must be attached."""
-        assert self.trainer is not None
-        return self.trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"images": len(self.train)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UsageError if the number of training images has changed."""
-        images = state_dict["images"]
-        if images != len(self.train):
-            raise UsageError(
-                f"the run was interrupted with {images:,} training images and cannot continue with the {len(self.train):,} of"
-                f" --data {self.source}"
-            )
-
-
-class ImageDataModule(RunDataModule):
-    """Loaders for data sets whose transforms are set. `folder`: the run folder, where bad images are listed.
-
-    Training leaves out the images that do not fill a step. Evaluation reads each image once.
-    """
-
-    train: ImageDataset | ShardStream
-
-    def __init__(
-        self,
-        train: ImageDataset | ShardStream,
-        val: ImageDataset,
-        config: TrainConfig,
-        preprocessing: Preprocessing,
-        folder: Path,
-    ) -> None:
-        super().__init__(config.data)
-        self.train, self.val = train, val
-        self.config, self.preprocessing = config, preprocessing
-        self.folder = folder
-
-    @property
-    def batch_size(self) -> int:
-        """Images in a batch of one device."""
-        return self.config.batch_size // (self.running.world_size * self.config.accumulate)
-
-    def train_dataloader(self) -> TrainingLoader:
-        config, trainer = self.config, self.running
-        order = TrainingOrder(len(self.train), config.batch_size, config.seed, *self.ranks, config.accumulate)
-        batches: Iterable[Any]
-        if isinstance(self.train, ShardStream):
-            self.train.rank, self.train.ranks = self.ranks
-            self.train.bad = self._bad_images()
-            batches = DataLoader(self.train, batch_size=self.batch_size, **worker_options(config.workers))
-        elif config.cache:
-            hflip = config.hflip if self.train.flips else 0.0
-            batches = self._cache(self.train, order=order, augment=config.augment, hflip=hflip)
-        else:
-            batches = self._load(self.train, order)
-        return TrainingLoader(batches, order, lambda: trainer.global_step)
-
-    def val_dataloader(self) -> Iterable[Any]:
-        if self.config.cache:
-            return self._cache(self.val)
-        return self._load(self.val, EvaluationOrder(len(self.val), self.batch_size, *self.ranks))
-
-    def _load(self, dataset: ImageDataset, order: TrainingOrder | EvaluationOrder) -> DataLoader[Any]:
-        items = TrainingItems(dataset, self.preprocessing.image_size, self.config.seed, self._bad_images())
-        return build_loader(items, order, self.config.workers)
-
-    def _bad_images(self) -> BadImages | None:
-        if self.config.on_bad_image == "error":
-            return None
-        # The first process chose the run folder.
-        folder: str = self.running.strategy.broadcast(str(self.folder))
-        return BadImages(Path(folder) / "bad_images.txt", self.config.max_bad_images)
-
-    def _cache(self, dataset: ImageDataset, **options: Any) -> CachedLoader:
-        device = self.running.strategy.root_device
-        return CachedLoader(dataset, self.preprocessing, self.batch_size, device=device, **options)

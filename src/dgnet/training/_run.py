@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from dgnet.data import Ledger, absolute_source, compose
 from dgnet.documents import read_yaml
 from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
 from dgnet.evaluation import DATA
+from dgnet.graph import accept_cuts
+from dgnet.models import TimmNetwork, create_model, find_channels
 from dgnet.options import flag, hints_of
 from dgnet.paths import absolute, find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
@@ -106,6 +108,11 @@ class Run:
                 if is_file(part):
                     part.unlink()
         L.seed_everything(config.seed, workers=True, verbose=False)
+
+    def create_network(self, config: RunConfig, **options: Any) -> TimmNetwork:
+        """The network of the run, untrained. A resumed run may have gates that a new one may not; see `NodeGates`."""
+        with accept_cuts() if self.resume else nullcontext():
+            return create_model(config.model, **options, **config.network_kwargs)
 
     def say(self, line: str) -> None:
         """Print a line on stderr, in the first process only."""
@@ -232,7 +239,7 @@ def check_single_image(network: torch.nn.Module, image_size: Sequence[int], conf
     trained = deepcopy(network).to("meta").train()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trained(torch.empty(1, 3, *image_size, device="meta"))
+            trained(torch.empty(1, find_channels(network), *image_size, device="meta"))
     except ValueError as error:
         if "Expected more than 1" in str(error):
             raise UsageError(one_value_line(config, processes)) from None

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import torch
 
-from dgnet.checkpoint import describe_network, load_weights
-from dgnet.data import ImageDataset, Preprocessing, ShardStream, open_train_and_evaluation, set_max_pixels
+from dgnet.checkpoint import describe_network
+from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, stored_options
+from dgnet.models import TimmNetwork, match_image_size, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
-from dgnet.training._module import Classifier, ImageDataModule
+from dgnet.training._data_module import ImageDataModule
+from dgnet.training._freezing import Freezing
+from dgnet.training._head import load_start, settle_head
+from dgnet.training._module import Classifier
+from dgnet.training._pretrained import create_pretrained
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
+from dgnet.training._teacher import absolute_teacher, build_teacher
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
 
@@ -41,22 +46,22 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     classes = len(train_set.class_names)
     if classes < 2:
         raise UsageError(f"{config.data} holds one class, {train_set.class_names[0]!r}; a classifier needs two or more")
-    try:
-        network = create_model(config.model, num_classes=classes, **config.network_kwargs)
-    except UnknownOptionError as error:
-        if config.budget is not None and error.option == "node_gate":
-            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
-        raise
+    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
+    model_kwargs, size = match_image_size(config.model, config.model_kwargs, size)
+    config = replace(config, model_kwargs=model_kwargs, image_size=size)
+    network, config = _create_network(config, train_set.class_names, run)
     preprocessing, config = prepare_data(config, network, train_set, val_set)
     if config.weights and run.step is None:
-        untrained = load_weights(network, config.model, config.weights)
-        if untrained:
-            run.say(f"{config.weights}: {describe_untrained(network, untrained)}")
+        start = config.start, preprocessing.image_size
+        _, line = load_start(network, config.model, config.weights, train_set.class_names, *start)
+        run.say(f"{config.weights}: {line}")
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup)
         budget = Budget(network, preprocessing.image_size, config.budget, *how)
+    teacher = None if config.teacher is None else build_teacher(config, train_set.class_names, preprocessing)
     config = with_absolute_paths(config, sources=("data", "val_data"))
+    config = replace(config, teacher=absolute_teacher(config.teacher))
     options = stored_options(network, config.network_kwargs)
     carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
     parameters = sum(p.numel() for p in network.parameters())
@@ -65,15 +70,28 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
             network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise UsageError(f"{config.model} has no gradient checkpointing; leave out --grad-checkpointing") from None
+    freezing = None
+    if config.freeze is not None:
+        freezing = Freezing(network, config.model, config.freeze, config.freeze_epochs)
+        run.say(freezing.describe())
+    networks = [network] if teacher is None else [network, teacher.network]
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)
-    module = Classifier(network, config, carried, budget)
+        for one in networks:
+            one.to(memory_format=torch.channels_last)
+    module = Classifier(network, config, carried, budget, teacher, freezing)
     trainer = run.build_trainer(config, module.best)
+    in_batch = config.batch_size // (trainer.world_size * config.accumulate)
+    if config.mixes and in_batch % 2:
+        raise UsageError(
+            f"--mixup and --cutmix mix images in pairs, and a batch has {in_batch} (--batch-size {config.batch_size});"
+            " make it an even number"
+        )
     if config.cache and trainer.world_size > 1:
         raise UsageError(f"--cache true trains in one process, and this run has {trainer.world_size}")
     check_single_image(network, preprocessing.image_size, config, trainer.world_size)
     if config.compile:
-        network.compile(fullgraph=True)  # in place: the state dict keeps its keys
+        for one in networks:
+            one.compile(fullgraph=True)  # in place: the state dict keeps its keys
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
@@ -81,26 +99,40 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     return run.fit(trainer, module, ImageDataModule(train_set, val_set, config, preprocessing, run.folder), about)
 
 
-def describe_untrained(network: TimmNetwork, names: list[str]) -> str:
-    """One line on the parameters `names`, which loading trained weights left as initialised."""
-    heads = [name for name in names if name.startswith(classifier_prefixes(network))]
-    others = [name for name in names if name not in heads]
-    lines = []
-    if heads:
-        classes = network.num_classes
-        lines.append(f"trained for other classes; reset {', '.join(heads)} to {classes} classes")
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        lines.append(f"stayed as initialised: {', '.join(others[:3])}{more}")
-    return "; ".join(lines)
+def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> tuple[TimmNetwork, TrainConfig]:
+    """The network of `config`, and `config` with the options of `--start static` where it is asked for.
+
+    A run that begins with `--pretrained true` has published weights, any other an untrained network.
+    """
+    classes = len(class_names)
+    fixed = {"num_classes": classes, **({} if config.in_chans is None else {"in_chans": config.in_chans})}
+    try:
+        if not config.pretrained or run.step is not None:
+            network = run.create_network(config, **fixed)
+            if config.start == "static":
+                config = config.with_network(static_start_options(network, config.network_kwargs))
+                network = run.create_network(config, **fixed)
+            return network, config
+        network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **fixed, **config.network_kwargs)
+    except UnknownOptionError as error:
+        if config.budget is not None and error.option == "node_gate":
+            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
+        asked = config.find_option(error.option)
+        if asked is not None:
+            raise UsageError(f"{asked}: {config.model} has no option {error.option}; leave it out") from None
+        raise
+    if network.pretrained_cfg.get("num_classes") == classes:
+        run.say(f"--pretrained true: {settle_head(network, [], class_names, imagenet_classes(classes))}")
+    else:
+        run.say(f"--pretrained true: published for other classes; reset the classifier to {classes} classes")
+    return network, config
 
 
 def prepare_data(
     config: TrainConfig, network: TimmNetwork, train: ImageDataset | ShardStream, val: ImageDataset
 ) -> tuple[Preprocessing, TrainConfig]:
     """Set the transforms of both data sets. Returns the preprocessing for the checkpoint, and the resolved configuration."""
-    size = config.image_size or (_DIGITS_SIZE if config.data == "digits" else None)
-    preprocessing = Preprocessing.of(network.pretrained_cfg, size)
+    preprocessing = Preprocessing.of(network.pretrained_cfg, config.image_size, config.in_chans, config.mean, config.std)
     if config.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     augment = config.augment
@@ -108,7 +140,8 @@ def prepare_data(
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
     if config.cache and augment == "rrc":
         raise UsageError(f"--cache true needs --augment pad-crop or none; images of {preprocessing.image_size} use rrc")
-    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0)
+    config.check_use(augment, config.cache)
+    train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0, config.augmentation)
     val.transform = preprocessing.evaluation_transform()
     height, width = preprocessing.image_size
     config = replace(config, image_size=height if height == width else None, augment=augment)
