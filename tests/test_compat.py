@@ -32,6 +32,7 @@ from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
     UNCOUNTED,
     count_writes,
+    find_leaves,
     find_tensors,
     has_forward_hooks,
     is_compiled_for_all_sizes,
@@ -313,6 +314,7 @@ def test_tensors_are_found_in_nested_containers():
     assert [id(t) for t in find_tensors(([one, 3], {"a": (two, "b")}, None))] == [id(one), id(two)], moved(
         "torch", "tree_leaves"
     )
+    assert find_leaves(((1, None), {"a": "b"})) == [1, None, "b"], moved("torch", "tree_leaves")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -51,9 +51,9 @@ def convert(
 ) -> nn.Module:
     """A copy of `network` with dynamic connectivity that computes the same function. Its `conversion` is a report.
 
-    Runs of two or more residual blocks, which keep the shape of their feature and are called one after the other with one
-    tensor, become stages; with gates also single blocks. The rest stays static. The copy's class is a subclass of the network's
-    own.
+    Runs of two or more residual blocks, which keep the shape of their feature and are called one after the other, become
+    stages; with gates also single blocks. All blocks of a run get the same further arguments, or none. The rest stays static.
+    The copy's class is a subclass of the network's own.
 
     `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `stages`: "auto", or
     the names of modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or
