@@ -187,7 +187,7 @@ def test_a_network_of_the_users_own(kind):
     (run,) = converted.conversion.stages
     assert len(run.blocks) == 3
     assert run.block_class == "Block"
-    assert converted.conversion.difference < 1e-6
+    assert converted.conversion.agreement.difference < 1e-6
     torch.testing.assert_close(converted(images), static(images))
     assert converted.group_matcher()("head.weight") == 0
     assert converted.no_weight_decay() == {f"{run.name}.weighting.tau"}
