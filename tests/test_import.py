@@ -15,6 +15,8 @@ USERS_NEED = (
         "use_connectivity",
         "convert",
         "to_static",
+        "describe",
+        "Description",
         "set_mode",
         "set_sparse",
         "set_threshold_offset",
