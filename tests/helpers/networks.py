@@ -70,3 +70,23 @@ def close_some(network: nn.Module, images: torch.Tensor) -> None:
             is_wide = alpha[gap + 1] - alpha[gap] > 2e-3  # False if a sender is dead for all samples
             with torch.no_grad():
                 stage.weighting.tau[node] = (alpha[gap] + alpha[gap + 1]) / 2 if is_wide else -1
+
+
+def close_some_gates(network: nn.Module, images: torch.Tensor) -> None:
+    """Set the bias of each block gate so that it is open for some of `images`: in the middle of a wide gap between logits."""
+    network.eval()
+    for stage in find_stages(network):
+        gates, decide = stage.node_gates, stage.node_gates.decide
+
+        def adjust(node: int, votes: torch.Tensor, offset: float = 0.0, gates=gates, decide=decide) -> torch.Tensor:
+            logits = votes.sum(1).sort().values
+            quarter = len(logits) // 4
+            gap = quarter + int(logits.diff()[quarter : len(logits) - quarter].argmax())
+            gates.bias[node] = -(logits[gap] + logits[gap + 1]) / 2
+            return decide(node, votes, offset)
+
+        gates.decide = adjust
+    with torch.no_grad():
+        network(images)
+    for stage in find_stages(network):
+        del stage.node_gates.decide

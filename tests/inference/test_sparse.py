@@ -236,6 +236,8 @@ def test_plain_blocks_run_inside_the_extension(tiny, threads, layout):
         {"weighting": "learned", "learned_activation": "sigmoid", "node_gate": "hard"},
         {"gate": "alpha"},
         {"inference_weight": "raw", "node_gate": "hard"},
+        {"unit_start": True, "router_norm": "layer", "node_gate": "hard"},
+        {"unit_start": True, "router_start": "chain", "shortcut": "node"},
     ],
     ids=str,
 )

@@ -21,13 +21,18 @@ import dgnet
 from dgnet.files import read_table
 from tests.helpers.processes import FORK, free_port, wait_for
 from tests.helpers.runs import assert_same, options
+from tests.helpers.static import build_static, use_gates
 
 MODES = {"batch statistics": True, "running statistics": False}
 
 
-def build(is_training: bool) -> nn.Module:
+def build(kind: str, is_training: bool) -> nn.Module:
     torch.manual_seed(0)
-    network = dgnet.create_model("dg_resnet20", num_classes=5, channels=(4, 6, 8), node_gate="hard").double()
+    if kind == "converted":
+        network = dgnet.convert(build_static("resnet").double(), node_gate="hard", image_size=16)
+        use_gates(network)
+    else:
+        network = dgnet.create_model("dg_resnet20", num_classes=5, channels=(4, 6, 8), node_gate="hard").double()
     for module in network.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train(is_training)
@@ -46,22 +51,23 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, T
     return {name.removeprefix("module."): p.grad.clone() for name, p in network.named_parameters()}
 
 
-def half_of_the_gradients(rank: int, port: int, is_training: bool, path: Path) -> None:
+def half_of_the_gradients(rank: int, port: int, kind: str, is_training: bool, path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     images, labels = batch()
-    network = DistributedDataParallel(build(is_training), find_unused_parameters=False)
+    network = DistributedDataParallel(build(kind, is_training), find_unused_parameters=False)
     found = gradients(network, images[rank::2], labels[rank::2])
     if rank == 0:
         torch.save(found, path)
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", ["dg_resnet20", "converted"])
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_give_the_mean_of_the_half_batches_gradients(mode, tmp_path):
+def test_two_processes_give_the_mean_of_the_half_batches_gradients(mode, kind, tmp_path):
     is_training, port = MODES[mode], free_port()
     processes = [
-        FORK.Process(target=half_of_the_gradients, args=(rank, port, is_training, tmp_path / "gradients.pt"))
+        FORK.Process(target=half_of_the_gradients, args=(rank, port, kind, is_training, tmp_path / "gradients.pt"))
         for rank in range(2)
     ]
     for process in processes:
@@ -71,8 +77,8 @@ def test_two_processes_give_the_mean_of_the_half_batches_gradients(mode, tmp_pat
     assert [process.exitcode for process in processes] == [0, 0]
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     images, labels = batch()
-    halves = [gradients(build(is_training), images[rank::2], labels[rank::2]) for rank in range(2)]
-    joined = gradients(build(is_training), images, labels)
+    halves = [gradients(build(kind, is_training), images[rank::2], labels[rank::2]) for rank in range(2)]
+    joined = gradients(build(kind, is_training), images, labels)
     assert found.keys() == joined.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, (halves[0][name] + halves[1][name]) / 2, rtol=0, atol=1e-10)

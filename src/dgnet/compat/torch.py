@@ -76,7 +76,12 @@ def message_from_worker(error: type[Exception], text: str) -> str:
 
 def find_tensors(values: object) -> list[Tensor]:
     """The tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in find_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def find_leaves(values: object) -> list[object]:
+    """What nested containers (tuples, lists, dicts) hold."""
+    return list(tree_leaves(values))
 
 
 def count_writes(tensor: Tensor) -> int:

@@ -14,8 +14,10 @@ from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import accept_cuts as accept_cuts
 from dgnet.graph._gating import least_logit as least_logit
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
+from dgnet.graph._layout import from_map as from_map
 from dgnet.graph._layout import to_map as to_map
 from dgnet.graph._nodes import OWN_WEIGHTING as OWN_WEIGHTING
+from dgnet.graph._nodes import Further as Further
 from dgnet.graph._nodes import StageNodes as StageNodes
 from dgnet.graph._nodes import StageOptions as StageOptions
 from dgnet.graph._pooling import ValidArea as ValidArea

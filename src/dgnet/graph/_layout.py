@@ -16,3 +16,10 @@ def to_map(feature: Tensor, layout: str) -> Tensor:
     if layout == "NHWC":
         return feature.permute(0, 3, 1, 2)
     return feature.transpose(1, 2)[..., None] if layout == "NLC" else feature
+
+
+def from_map(feature: Tensor, layout: str) -> Tensor:
+    """The inverse of `to_map`."""
+    if layout == "NHWC":
+        return feature.permute(0, 2, 3, 1)
+    return feature[..., 0].transpose(1, 2) if layout == "NLC" else feature

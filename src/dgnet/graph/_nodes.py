@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,17 @@ from dgnet.options import Options, option
 
 OWN_WEIGHTING = "<your own>"
 """The name of any weighting of the user's own among the values of the axis `weighting`."""
+
+
+class Further(NamedTuple):
+    """What every block of a stage is called with besides its feature, the same for all samples. Usually nothing."""
+
+    values: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+NOTHING = Further((), {})
+
 
 _READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbel")}
 
@@ -90,17 +101,19 @@ class StageNodes(nn.Module):
         self.weighting = weighting
         self.node_gates = node_gates
 
-    def compute(self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor) -> Tensor:
+    def compute(
+        self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor, further: Further = NOTHING
+    ) -> Tensor:
         """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
 
         `weights`, `is_open` (None: all open): (B, E). `sources`: the features of the in-edges; for an entry node the raw stage
         input and x_0.
         """
         if node in self.topology.entry:
-            return self._compute_entry(node, weights, is_open, *sources)
-        return self.transform(node, aggregate(sources, weights, is_open))
+            return self._compute_entry(node, weights, is_open, *sources, further=further)
+        return self.transform(node, aggregate(sources, weights, is_open), further=further)
 
-    def transform(self, node: int, x: Tensor, is_activated: bool = False) -> Tensor:
+    def transform(self, node: int, x: Tensor, is_activated: bool = False, further: Further = NOTHING) -> Tensor:
         """x_j from x̂_j, (B, C, H, W); for the output node, the stage's output. Not for entry nodes.
 
         `is_activated`: whether the activation after the aggregation was already applied to `x`.
@@ -109,20 +122,27 @@ class StageNodes(nn.Module):
             x = self.activation(x)
         if node == self.topology.output:
             return x
-        y: Tensor = self.nodes[node - 1](x)
+        y = self.call_block(node, x, further)
         if self.shortcut == "edge":
             return y
         activated: Tensor = self.activation(y + x)
         return activated
 
-    def _compute_entry(self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor) -> Tensor:
+    def call_block(self, node: int, x: Tensor, further: Further) -> Tensor:
+        """f_j(x), (B, C, H, W)."""
+        y: Tensor = self.nodes[node - 1](x, *further.values, **further.named)
+        return y
+
+    def _compute_entry(
+        self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor, *, further: Further
+    ) -> Tensor:
         """x_j of an entry node, f_j(α · stage input)."""
         block = self.nodes[node - 1]
         # Fast path in training: a block with `takes_scale` computes f_j(α · x) without storing α · x.
         if self.training and getattr(block, "takes_scale", False):
             y: Tensor = block(raw, scale=weights[:, 0])
         else:
-            y = block(aggregate([raw], weights, is_open))
+            y = self.call_block(node, aggregate([raw], weights, is_open), further)
         return self.finish_entry(y, lambda: aggregate([projected], weights, is_open))
 
     def finish_entry(self, y: Tensor, shortcut: Callable[[], Tensor]) -> Tensor:
@@ -132,14 +152,15 @@ class StageNodes(nn.Module):
         activated: Tensor = self.activation(y + shortcut() if self.entry_shortcut else y)
         return activated
 
-    def empty_sum(self, x: Tensor) -> Tensor:
-        """x̂ of an output node that has no open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input.
+    def empty_sum(self, x: Tensor, further: Further = NOTHING) -> Tensor:
+        """x̂ of an output node that has no open in-edge for any sample: zeros, (B, C, H, W). `x`: the raw stage input."""
+        return x.new_zeros(len(x), *self.find_empty_feature(x, further).shape[1:])
 
-        The shape is found by running an empty batch.
-        """
+    def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
+        """What the nodes distribute for no samples, (0, C, H, W), found by running an empty batch. `x`: the raw stage input."""
         entry = self.topology.entry
-        first = self.nodes[entry[0] - 1] if entry else self.input
-        return x.new_zeros(len(x), *first(x[:0]).shape[1:])
+        feature: Tensor = self.call_block(entry[0], x[:0], further) if entry else self.input(x[:0])
+        return feature
 
 
 def _check_mask(

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgnet.graph._nodes import StageNodes
+from dgnet.graph._nodes import Further, StageNodes
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def compute_checkpointed(stage: StageNodes, node: int, *arguments: Any) -> Tensor:
-    """`stage.compute(node, *arguments)`; only the arguments are kept for the backward pass."""
+def compute_checkpointed(stage: StageNodes, node: int, *arguments: Any, further: Further) -> Tensor:
+    """`stage.compute(node, *arguments, further=further)`; only the arguments are kept for the backward pass."""
     options: dict[str, Any] = {"use_reentrant": False}
     if not torch.compiler.is_compiling():  # the compiler does not support such contexts
         options["context_fn"] = lambda: _contexts(stage.nodes[node - 1 : node])
-    feature: Tensor = checkpoint(stage.compute, node, *arguments, **options)
+    feature: Tensor = checkpoint(stage.compute, node, *arguments, further=further, **options)
     return feature
 
 

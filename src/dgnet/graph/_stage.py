@@ -13,7 +13,7 @@ from torch.fx import Proxy
 
 from dgnet.compat.torch import is_transformed
 from dgnet.errors import UsageError
-from dgnet.graph._nodes import StageNodes
+from dgnet.graph._nodes import NOTHING, Further, StageNodes
 from dgnet.graph._walk import DenseWalk, Walk
 
 
@@ -38,9 +38,12 @@ class DynamicGraph(StageNodes):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
-            return self._trace(x)
-        walk = self.start_walk(x)
-        walk.put(0, self.input(x))  # distribute x_0, and predict its out-edges (Eq. 4)
+            return self._trace(x, NOTHING)
+        return self._follow(self.start_walk(x))
+
+    def _follow(self, walk: Walk) -> Tensor:
+        """The stage's output, (B, C, H, W), from a walk that starts."""
+        walk.put(0, self.input(walk.x))  # distribute x_0, and predict its out-edges (Eq. 4)
         for node in walk.blocks:
             walk.put(node, walk.compute(node))  # close (Eq. 5), aggregate and transform (Eq. 3)
         return walk.finish()
@@ -56,7 +59,7 @@ class DynamicGraph(StageNodes):
             start = start.in_graph()
         return start(self, x)
 
-    def _trace(self, x: Proxy) -> Any:
+    def _trace(self, x: Proxy, further: Further) -> Any:
         """One call of this module in a graph of `torch.fx`. Raises UsageError if the stage is traced alone."""
         tracer: Any = x.tracer
         path = tracer.path_of_module(self)
@@ -65,7 +68,7 @@ class DynamicGraph(StageNodes):
                 "torch.fx cannot trace a stage itself: how it runs depends on its input; trace the network that holds it,"
                 " or use torch.export"
             )
-        return tracer.create_proxy("call_module", path, (x,), {})
+        return tracer.create_proxy("call_module", path, (x, *further.values), further.named)
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script calls this. Raises UsageError: TorchScript has no type for a walk."""

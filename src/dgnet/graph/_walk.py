@@ -16,7 +16,7 @@ from torch import Tensor
 from dgnet.errors import UsageError
 from dgnet.graph._gating import close_edges, find_needed, stack_alive
 from dgnet.graph._layout import to_map
-from dgnet.graph._nodes import StageNodes
+from dgnet.graph._nodes import NOTHING, StageNodes
 from dgnet.graph._pooling import current_area, use_area
 from dgnet.graph._recompute import compute_checkpointed
 from dgnet.graph._wiring import Wiring, imposed_on, observers_of
@@ -26,10 +26,12 @@ class Walk:
     """One forward pass through a stage, node by node. It holds all state of the pass, so that a stage can run in many threads.
 
     `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with the input node's feature, then `compute` and
-    `put` for each node of `blocks`, then `finish`.
+    `put` for each node of `blocks`, then `finish`. `further`: what the blocks are called with besides their feature.
 
     Raises UsageError if the imposed matrix is for another number of samples than `x` has.
     """
+
+    further = NOTHING
 
     def __init__(self, stage: StageNodes, x: Tensor) -> None:
         self.stage, self.topology, self.x = stage, stage.topology, x
@@ -147,7 +149,8 @@ class DenseWalk(Walk):
         if stage.router_reads == "activation":
             feature = stage.activation(feature.clone())  # a clone: timm's activations work in place
         feature = to_map(feature, stage.layout)
-        with use_area(None) if stage.layout == "NLC" else nullcontext():  # tokens are in no area of the image
+        # Tokens are in no area of the image. (Compiled code cannot set an area: where there is none, nothing is set.)
+        with use_area(None) if stage.layout == "NLC" and self.area is not None else nullcontext():
             if self.needs.alpha:
                 self.keep(self.alpha, node, self.topology.free_receivers(node), stage.weighting.predict(node, feature))
             if gates is not None and gated:
@@ -194,8 +197,8 @@ class DenseWalk(Walk):
         """
         sources = self.sources(node)
         if self.stage.grad_checkpointing and self.stage.training and torch.is_grad_enabled():
-            return compute_checkpointed(self.stage, node, weights, is_open, *sources)
-        return self.stage.compute(node, weights, is_open, *sources)
+            return compute_checkpointed(self.stage, node, weights, is_open, *sources, further=self.further)
+        return self.stage.compute(node, weights, is_open, *sources, further=self.further)
 
     def sources(self, node: int) -> tuple[Any, ...]:
         """What a node reads: the features of its senders; for an entry node, the raw stage input before them."""

@@ -36,22 +36,23 @@ class BranchingWalk(DenseWalk):
     def _gather(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
         rows = runs.nonzero().squeeze(1)
         sources = [source.index_select(0, rows) for source in self.sources(node)]
-        feature = self.stage.compute(node, weights[rows], opened[rows], *sources)
+        feature = self.stage.compute(node, weights[rows], opened[rows], *sources, further=self.further)
         return feature.new_zeros(self.x.shape[0], *feature.shape[1:]).index_copy(0, rows, feature)
 
     def _branch(self, node: int, weights: Tensor, opened: Tensor, runs: Tensor) -> Tensor:
-        stage, sources = self.stage, self.sources(node)
-        # Output shape: that of the senders. For an entry node it is found by running an empty batch.
-        like = stage.nodes[node - 1](self.x[:0]) if node in self.topology.entry else sources[0]
+        stage, sources, further = self.stage, self.sources(node), self.further
+        # Output shape: that of the senders. An entry node's senders include the raw stage input.
+        like = stage.find_empty_feature(self.x, further) if node in self.topology.entry else sources[0]
         shape, dtype = (self.x.shape[0], *like.shape[1:]), like.dtype
 
-        # Both branches write channels last, in which convolutions are fastest.
+        # Both branches write one memory format. For maps it is channels last, in which convolutions are fastest.
+        format = torch.channels_last if stage.layout == "NCHW" else torch.contiguous_format
 
         def compute(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
-            return stage.compute(node, weights, opened, *sources).clone(memory_format=torch.channels_last)
+            return stage.compute(node, weights, opened, *sources, further=further).to(dtype).clone(memory_format=format)
 
         def skip(weights: Tensor, opened: Tensor, *sources: Tensor) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=torch.channels_last)
+            return torch.zeros(shape, dtype=dtype, device=weights.device).clone(memory_format=format)
 
         feature: Tensor = torch.cond(runs.any(), compute, skip, (weights, opened, *sources))
         return feature

@@ -18,6 +18,7 @@ from dgnet.errors import UsageError, reason
 from dgnet.paths import is_folder
 
 SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = [SOURCE.with_name(name) for name in ("kernels.h", "program.h")]
 
 _VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -38,7 +39,8 @@ def load_native() -> None:
     Raises UsageError if there is no C++ compiler, if the compiler fails, and if the library cannot be stored or loaded.
     """
     command = _compiler_command()
-    key = hashlib.sha256("\0".join([torch.__version__, *command, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
+    sources = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)]
+    key = hashlib.sha256("\0".join([torch.__version__, *command, *sources]).encode()).hexdigest()[:16]
     library = find_folder() / f"dgnet-{key}.so"
     if not is_whole(library):
         print(f"compiling the sparse mode, once on this machine: about half a minute ({library})", file=sys.stderr)
@@ -69,7 +71,7 @@ def _compiler_command() -> list[str]:
     compiler = named or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
     if not compiler:
         raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
-    command = [*compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp"]
+    command = [*compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp"]
     command += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE)]
     installed = Path(torch.__file__).parent

@@ -8,7 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from dgnet.inference._native import use_native
+from dgnet.inference._native import lower_static_blocks, use_native
 from dgnet.inference._sparse import set_mode
 
 _OPTIONS: dict[str, dict[str, bool]] = {
@@ -29,7 +29,7 @@ def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor
     """
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
-        return without_gradients(use_native(network))
+        return without_gradients(lower_static_blocks(use_native(network)))
     set_mode(network, mode)
     return compile_graph(network, mode)
 

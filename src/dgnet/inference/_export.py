@@ -47,9 +47,15 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     images = torch.randn(5, find_channels(network), height, width)
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(folded, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+            program = torch.export.export(folded, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
     except Exception as error:  # the exporter may raise anything for a module of the user's own
         raise UsageError(f"{type(network).__name__} cannot be exported in its {mode} form: {reason(error)}") from error
+    if any("_assert_scalar" in str(node.target) and "Ne(u" in str(node.args) for node in program.graph.nodes):
+        raise UsageError(
+            f"{type(network).__name__} has blocks that torch cannot export for a number of samples that may be 0; export it"
+            " with --mode dense"
+        )
+    return program
 
 
 def save_export(program: ExportedProgram, path: Path, format: str, carried: dict[str, Any]) -> None:

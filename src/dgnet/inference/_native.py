@@ -17,7 +17,6 @@ from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
     NodeGates,
-    PooledLinear,
     RoutedWeighting,
     Router,
     StageNodes,
@@ -25,13 +24,16 @@ from dgnet.graph import (
     Wiring,
     current_area,
     find_stages,
+    from_map,
     global_average_pool,
     least_logit,
     require_stages,
+    to_map,
 )
 from dgnet.inference._build import load_native
+from dgnet.inference._lower import find_operations, lower, write_program
 from dgnet.inference._sparse import SparseWalk, refuse_gradients, set_mode
-from dgnet.models import Transform
+from dgnet.models import ConvertedStage
 
 EXECUTORS = ("recommended", "plain", "native")
 
@@ -71,7 +73,8 @@ def use_native(network: nn.Module) -> nn.Module:
 
     It supports routed weights (`Router`, average pooling), learned and fixed ones, with or without block gates, in float32. A
     stage runs in plain PyTorch if it has a weighting, router or pool of the user's own, hooks on these, or routers that read
-    activations. So does a pass with a padded batch, autocast or another precision.
+    activations. So does a pass with a padded batch, autocast or another precision. A stage is one call if its blocks can be
+    lowered (`dgnet.inference._lower`).
 
     Weights are copied, and hooks are looked up, now: call it again after changing either.
 
@@ -85,6 +88,48 @@ def use_native(network: nn.Module) -> nn.Module:
     return network
 
 
+def lower_static_blocks(network: nn.Module) -> nn.Module:
+    """If the extension runs stages of `network`, let it run the static blocks too that can be lowered; returns the network.
+
+    Their modules' `forward` is replaced, with copies of their weights: only for a network that nobody else uses.
+    """
+    if any(isinstance(stage.inference_walk, NativePlan) for stage in find_stages(network)):
+        _lower_children(network)
+    return network
+
+
+def _lower_children(module: nn.Module) -> None:
+    """Lower the largest parts of `module` that can be."""
+    for child in module.children():
+        if isinstance(child, StageNodes):
+            continue
+        operations = None if find_stages(child) else find_operations(child)
+        if operations is None:
+            _lower_children(child)
+        elif operations:
+            child.forward = NativeForward(child, write_program(operations))
+
+
+class NativeForward:
+    """The forward pass of a lowered module; in plain PyTorch where the extension does not support the input."""
+
+    def __init__(self, module: nn.Module, program: Any) -> None:
+        self.plain, self.program = module.forward, program
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not _is_supported(x) or x.ndim != 4 or len(x) == 0:
+            output: Tensor = self.plain(x)
+            return output
+        output = self.program.run(x)
+        return output
+
+
+def _is_supported(x: Tensor) -> bool:
+    """Whether the extension can compute with `x`. A padded batch needs masks, which only plain PyTorch knows."""
+    is_float = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_float and current_area() is None
+
+
 class NativeWalk(Walk):
     """A sparse walk in which the compiled extension decides and sums; its twin is `SparseWalk`.
 
@@ -96,7 +141,10 @@ class NativeWalk(Walk):
         self.runs_blocks = plan.runs_blocks
         self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
-        self.native = torch.classes.dgnet.Walk(plan.constants, x, self.imposed, offset, least_logit(offset))
+        # The extension sees every feature as (B, C, H, W).
+        self.native = torch.classes.dgnet.Walk(
+            plan.constants, to_map(x, stage.layout), self.imposed, offset, least_logit(offset)
+        )
         self.summed: Tensor | None = None  # x̂ of the output node
         self.without_gradients = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
@@ -106,20 +154,28 @@ class NativeWalk(Walk):
 
     def put(self, node: int, feature: Tensor | None) -> None:
         with self.without_gradients:
+            if feature is None:
+                return
+            feature = to_map(feature, self.stage.layout)
             if self.runs_blocks:
-                self.summed = self.native.run(feature, self.applies_relu)
-            elif feature is not None:
+                self.summed = self._seen(self.native.run(feature, self.applies_relu))
+            else:
                 self.native.put(node, feature)
+
+    def _seen(self, summed: Tensor | None) -> Tensor | None:
+        """A sum in the stage's layout."""
+        return None if summed is None else from_map(summed, self.stage.layout)
 
     def compute(self, node: int) -> Tensor | None:
         is_entry = node in self.topology.entry
         with self.without_gradients:
-            summed: Tensor | None = self.native.take(node, self.applies_relu and not is_entry)
+            summed = self._seen(self.native.take(node, self.applies_relu and not is_entry))
             if summed is None or len(summed) == 0:
                 return None
             if is_entry:
-                return self.stage.finish_entry(self.stage.nodes[node - 1](summed), lambda: self.native.take_shortcut(node))
-            return self.stage.transform(node, summed, is_activated=self.applies_relu)
+                y = self.stage.call_block(node, summed, self.further)
+                return self.stage.finish_entry(y, lambda: from_map(self.native.take_shortcut(node), self.stage.layout))
+            return self.stage.transform(node, summed, self.applies_relu, self.further)
 
     def finish(self) -> Tensor:
         with self.without_gradients:
@@ -128,11 +184,11 @@ class NativeWalk(Walk):
 
     def _compute_output(self) -> Tensor:
         output = self.topology.output
-        summed = self.summed if self.runs_blocks else self.native.take(output, self.applies_relu)
+        summed = self.summed if self.runs_blocks else self._seen(self.native.take(output, self.applies_relu))
         if self.observers:
             self._report()
         if summed is None:
-            return self.stage.transform(output, self.stage.empty_sum(self.x))
+            return self.stage.transform(output, self.stage.empty_sum(self.x, self.further))
         return self.stage.transform(output, summed, is_activated=self.applies_relu)
 
     def _report(self) -> None:
@@ -174,34 +230,28 @@ class NativePlan:
             None if gates is None else _constant(gates.bias),
             routed is not None and routed.options.gate == "psi",
             routed is not None and routed.options.inference_weight == "raw",
+            1.0 if routed is None else routed.unit,
+            [_start_weights(routed, j) for j in nodes],
+            _is_normed(routers),
+            _is_normed(columns),
         )
-        steps = [_flatten(block) for block in stage.nodes]
-        # A stage of plain blocks is one call. In other stages each block is called as a module.
-        self.runs_blocks = stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and None not in steps
+        # A stage whose blocks can all be lowered is one call. In other stages each block is called as a module.
+        programs = []
+        takes_more = isinstance(stage, ConvertedStage) and bool(stage.arguments)
+        if stage.shortcut == "edge" and type(stage.activation) in (nn.ReLU, nn.Identity) and not takes_more:
+            programs = [lower(block, stage.layout) for block in stage.nodes]
+        self.runs_blocks = bool(programs) and all(program is not None for program in programs)
         if self.runs_blocks:
-            for node, block in enumerate(steps, start=1):
-                self._add_block(node, block or [])
+            for node, program in enumerate(programs, start=1):
+                self.constants.set_block(node, program)
 
     def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
         """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
-        is_supported = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not is_supported or current_area() is not None:
-            return SparseWalk(stage, x)
-        return NativeWalk(self, stage, x)
+        return NativeWalk(self, stage, x) if _is_supported(x) else SparseWalk(stage, x)
 
     def in_graph(self) -> type[Walk]:
         """See `dgnet.graph.Walk`."""
         return SparseWalk.in_graph()
-
-    def _add_block(self, node: int, steps: list[nn.Module]) -> None:
-        """Add the convolutions and ReLUs of a node's block to the constants."""
-        for step in steps:
-            if isinstance(step, nn.Conv2d):
-                options: Any = [list(step.padding), list(step.stride), list(step.dilation), step.groups]
-                bias = None if step.bias is None else step.bias.detach()
-                self.constants.add_convolution(node, step.weight.detach(), bias, *options)
-            else:
-                self.constants.add_relu(node)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _sparse_walk, ()  # a copy of the stage runs in plain PyTorch
@@ -211,17 +261,16 @@ def _sparse_walk() -> type[Walk]:
     return SparseWalk
 
 
-def _flatten(block: nn.Module) -> list[nn.Module] | None:
-    """The steps of a plain block, which is a sequence of convolutions and ReLUs; None for any other block."""
-    if has_forward_hooks(block):
+def _start_weights(routed: RoutedWeighting | None, node: int) -> Tensor | None:
+    """What is subtracted from the weights of the node's in-edges, (E,), so that an edge that starts closed starts at 0."""
+    if routed is None or routed.closed is None:
         return None
-    if type(block) in (nn.Sequential, Transform):
-        parts = [_flatten(child) for child in block.children()]
-        return None if None in parts else [step for part in parts for step in part or []]
-    if type(block) is nn.Identity:
-        return []
-    is_plain = type(block) is nn.Conv2d and block.padding_mode == "zeros" and not isinstance(block.padding, str)
-    return [block] if is_plain or type(block) is nn.ReLU else None
+    return _constant(routed.closed[node, list(routed.topology.senders(node))].float() * routed.closed_unit)
+
+
+def _is_normed(parts: Any) -> bool:
+    """Whether routers or gates, which share this option, normalise pooled features."""
+    return any(part.norm == "layer" for part in parts.values())
 
 
 def _supports(stage: StageNodes) -> bool:
@@ -234,10 +283,6 @@ def _supports(stage: StageNodes) -> bool:
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
-        return False
-    if stage.layout != "NCHW" or any(isinstance(part, PooledLinear) and part.norm != "none" for part in stage.modules()):
-        return False
-    if isinstance(weighting, RoutedWeighting) and (weighting.unit != 1 or weighting.closed is not None):
         return False
     return not isinstance(weighting, RoutedWeighting) or (
         weighting.pool is global_average_pool

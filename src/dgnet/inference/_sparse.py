@@ -110,16 +110,17 @@ class SparseWalk(DenseWalk):
         stage = self.stage
         with select_samples(self.area, rows):
             if node not in self.topology.entry:
-                return stage.transform(node, self.sum(node, weights, is_open, rows))
+                return stage.transform(node, self.sum(node, weights, is_open, rows), further=self.further)
             some = (weights, is_open) if rows is None else (weights[rows], None if is_open is None else is_open[rows])
             raw = aggregate_rows([self.x], *some, None if rows is None else rows[None])
-            return stage.finish_entry(stage.nodes[node - 1](raw), lambda: self.sum(node, weights, is_open, rows))
+            y = stage.call_block(node, raw, self.further)
+            return stage.finish_entry(y, lambda: self.sum(node, weights, is_open, rows))
 
     def _run_output(self, weights: Tensor, is_open: Tensor | None) -> Tensor:
         output = self.topology.output
         if all(self.features[sender] is None for sender in self.topology.senders(output)):
             with select_samples(self.area, torch.empty(0, dtype=torch.long, device=self.x.device)):  # it runs an empty batch
-                return self.stage.transform(output, self.stage.empty_sum(self.x))
+                return self.stage.transform(output, self.stage.empty_sum(self.x, self.further))
         return self.stage.transform(output, self.sum(output, weights, is_open, None))
 
     def sum(self, node: int, weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dgnet.graph import find_stages
 from dgnet.inference._compile import compile_network, without_gradients
 from dgnet.inference._fold import fold_batch_norms
-from dgnet.inference._native import set_sparse
+from dgnet.inference._native import lower_static_blocks, set_sparse
 from dgnet.inference._sparse import set_mode
 from dgnet.inference._timing import time_alternating
 
@@ -61,4 +61,6 @@ def deploy(
     is_cpu = next(folded.parameters()).is_cpu
     if compile and (mode != "sparse" or is_cpu or batch_size == 1):
         return compile_network(folded, mode)
-    return without_gradients(set_sparse(folded, executor) if mode == "sparse" else set_mode(folded, mode))
+    if mode == "sparse":
+        return without_gradients(lower_static_blocks(set_sparse(folded, executor)))
+    return without_gradients(set_mode(folded, mode))

@@ -12,17 +12,22 @@
 #include <optional>
 #include <vector>
 
+#include "program.h"
+
 namespace {
 
+using dgnet::grain;
+using dgnet::Ints;
+using dgnet::kGrain;
+using dgnet::Program;
 using at::Tensor;
 using Tensors = std::vector<std::optional<Tensor>>;
-using Ints = std::vector<int64_t>;
 using Nodes = Ints;
 
 constexpr int64_t kChunk = 2048;       // elements of a sum that are computed together: they stay in the level 1 cache
 constexpr int64_t kChannelBlock = 64;  // channels that one task pools
 constexpr int64_t kPositions = 64;     // positions of a map that are summed together before they are added to the total
-constexpr int64_t kGrain = 32 * 1024;  // fewest elements for which another thread pays off
+constexpr float kEpsilon = 1e-5f;      // of the layer normalisation of pooled features
 
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
@@ -90,23 +95,24 @@ float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
   return total;
 }
 
-// A convolution; without a weight, a ReLU.
-struct Step {
-  std::optional<Tensor> weight, bias;
-  Ints padding, stride, dilation;
-  int64_t groups = 1;
-
-  Tensor operator()(Tensor x) const {
-    if (!weight) return at::relu_(x);  // in place: nothing else reads the input of a step
-    return at::conv2d(x, *weight, bias, stride, padding, dilation, groups);
-  }
-};
+// Layer normalisation without parameters.
+std::vector<float> normalize(const float* values, int64_t size) {
+  double sum = 0, squares = 0;
+  for (int64_t k = 0; k < size; ++k) sum += values[k];
+  const double mean = sum / size;
+  for (int64_t k = 0; k < size; ++k) squares += (values[k] - mean) * (values[k] - mean);
+  const double factor = 1 / std::sqrt(squares / size + kEpsilon);
+  std::vector<float> normed(size);
+  for (int64_t k = 0; k < size; ++k) normed[k] = static_cast<float>((values[k] - mean) * factor);
+  return normed;
+}
 
 // The constants of a stage, which are the same in all forward passes.
 struct Stage : torch::CustomClassHolder {
   Stage(std::vector<Nodes> senders, Nodes entry, std::vector<std::optional<double>> pinned, std::vector<Nodes> free_receivers,
         std::vector<Nodes> gated_receivers, Tensors shared_alpha, Tensors router_weights, Tensors router_biases,
-        Tensors gate_columns, std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw)
+        Tensors gate_columns, std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw,
+        double unit, Tensors start_weights, bool norms_routers, bool norms_gates)
       : senders(std::move(senders)),
         pinned(std::move(pinned)),
         free_receivers(std::move(free_receivers)),
@@ -119,6 +125,10 @@ struct Stage : torch::CustomClassHolder {
         gate_bias(std::move(gate_bias)),
         is_psi(is_psi),
         is_raw(is_raw),
+        unit(static_cast<float>(unit)),
+        start_weights(std::move(start_weights)),
+        norms_routers(norms_routers),
+        norms_gates(norms_gates),
         is_entry(this->senders.size(), false),
         last_receiver(this->senders.size(), 0),
         blocks(this->senders.size()) {
@@ -128,14 +138,10 @@ struct Stage : torch::CustomClassHolder {
     }
   }
 
-  // Append a step to the block of a node.
-  void add_convolution(int64_t node, Tensor weight, std::optional<Tensor> bias, Ints padding, Ints stride,
-                       Ints dilation, int64_t groups) {
-    blocks[node].push_back({std::move(weight), std::move(bias), std::move(padding), std::move(stride), std::move(dilation),
-                            groups});
-  }
+  bool runs_blocks() const { return blocks.size() > 1 && blocks[1].defined(); }
 
-  void add_relu(int64_t node) { blocks[node].emplace_back(); }
+  // What a node computes, f_j.
+  void set_block(int64_t node, c10::intrusive_ptr<Program> program) { blocks[node] = std::move(program); }
 
   const std::vector<Nodes> senders;
   const std::vector<std::optional<double>> pinned;  // of each receiving node: the weight of its in-edges, if pinned
@@ -144,9 +150,12 @@ struct Stage : torch::CustomClassHolder {
   const Tensors router_weights, router_biases, gate_columns;  // of each sending node
   const std::optional<Tensor> threshold, gate_bias;
   const bool is_psi, is_raw;
+  const float unit;                       // weights of routed edges are divided by it
+  const Tensors start_weights;            // of each receiving node, (E,): what is subtracted after that, or nothing
+  const bool norms_routers, norms_gates;  // whether they read pooled features normalised
   std::vector<bool> is_entry;
   std::vector<int64_t> last_receiver;  // of each node: after this node its feature is no longer needed
-  std::vector<std::vector<Step>> blocks;
+  std::vector<c10::intrusive_ptr<Program>> blocks;  // of each node, if the extension computes them
 };
 
 // One forward pass of a stage. For each node the caller takes its input, runs its block, and puts its feature.
@@ -157,8 +166,8 @@ struct Walk : torch::CustomClassHolder {
       : stage(std::move(given)),
         samples(x.size(0)),
         nodes(static_cast<int64_t>(stage->senders.size())),
-        format(x.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
-                                                               : at::MemoryFormat::Contiguous),
+        format(stage->runs_blocks() || x.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                                                       : at::MemoryFormat::Contiguous),
         raw(x.contiguous(format)),
         offset(static_cast<float>(offset)),
         least_logit(static_cast<float>(least_logit)),
@@ -198,8 +207,7 @@ struct Walk : torch::CustomClassHolder {
     for (int64_t node = 1; node < nodes - 1; ++node) {
       std::optional<Tensor> x = take(node, relu && !stage->is_entry[node]);
       if (!x || x->size(0) == 0) continue;
-      for (const Step& step : stage->blocks[node]) x = step(*x);
-      put(node, *x);
+      put(node, stage->blocks[node]->run(*x));
     }
     return take(nodes - 1, relu);
   }
@@ -278,6 +286,8 @@ struct Walk : torch::CustomClassHolder {
     const float tau = has_threshold ? stage->threshold->const_data_ptr<float>()[node] : 0;
     const float least = tau + offset;
     const float* shared = stage->shared_alpha[node] ? stage->shared_alpha[node]->const_data_ptr<float>() : nullptr;
+    const auto& start_weights = stage->start_weights[node];
+    const float* starts = start_weights ? start_weights->const_data_ptr<float>() : nullptr;
     is_open.assign(samples * senders.size(), 0);
     for (int64_t b = 0; b < samples; ++b) {
       const bool is_gate_open = !is_gated || logits[b * nodes + node] >= least_logit;
@@ -293,6 +303,8 @@ struct Walk : torch::CustomClassHolder {
         if (!is_gate_open || (has_threshold && !(value >= least))) continue;
         is_alive = is_open[b * senders.size() + edge] = 1;
         weights[at] = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
+        if (!pin && stage->unit != 1) weights[at] /= stage->unit;
+        if (!pin && starts != nullptr) weights[at] -= starts[edge];
       }
       if (is_alive || is_output) mark_run(node, b);
     }
@@ -330,12 +342,16 @@ struct Walk : torch::CustomClassHolder {
         const int64_t sample = rows[node][row];
         float* mean = pooled.data() + row * channels;
         for (int64_t c = 0; c < channels; ++c) mean[c] /= area;
+        std::vector<float> normed;
+        if (stage->norms_routers || stage->norms_gates) normed = normalize(mean, channels);
+        const float* for_router = stage->norms_routers ? normed.data() : mean;
+        const float* for_gate = stage->norms_gates ? normed.data() : mean;
         for (size_t edge = 0; weight != nullptr && edge < routed.size(); ++edge) {
           alpha[(sample * nodes + routed[edge]) * nodes + node] =
-              sigmoid(dot(mean, weight + edge * channels, channels) + bias[edge]);
+              sigmoid(dot(for_router, weight + edge * channels, channels) + bias[edge]);
         }
         for (size_t edge = 0; column != nullptr && edge < gated.size(); ++edge) {
-          logits[sample * nodes + gated[edge]] += dot(mean, column + edge * channels, channels);
+          logits[sample * nodes + gated[edge]] += dot(for_gate, column + edge * channels, channels);
         }
       }
     });
@@ -395,8 +411,6 @@ struct Walk : torch::CustomClassHolder {
     }
   }
 
-  static int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
-
   const c10::intrusive_ptr<Stage> stage;
   const int64_t samples, nodes;
   const at::MemoryFormat format;
@@ -414,11 +428,20 @@ struct Walk : torch::CustomClassHolder {
 };
 
 TORCH_LIBRARY(dgnet, library) {
+  library.class_<Program>("Program")
+      .def(torch::init<>())
+      .def("add_convolution", &Program::add_convolution)
+      .def("add_combination", &Program::add_combination)
+      .def("add_affine", &Program::add_affine)
+      .def("add_normalization", &Program::add_normalization)
+      .def("add_average", &Program::add_average)
+      .def("add_scaling", &Program::add_scaling)
+      .def("run", &Program::run);
   library.class_<Stage>("Stage")
       .def(torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>,
-                       Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool>())
-      .def("add_convolution", &Stage::add_convolution)
-      .def("add_relu", &Stage::add_relu);
+                       Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool, double,
+                       Tensors, bool, bool>())
+      .def("set_block", &Stage::set_block);
   library.class_<Walk>("Walk")
       .def(torch::init<c10::intrusive_ptr<Stage>, Tensor, std::optional<Tensor>, double, double>())
       .def("run", &Walk::run)

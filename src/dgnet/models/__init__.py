@@ -14,6 +14,7 @@ from dgnet.models._convert import convert as convert
 from dgnet.models._convert import to_static as to_static
 from dgnet.models._converted import Conversion as Conversion
 from dgnet.models._converted import ConvertedNetwork as ConvertedNetwork
+from dgnet.models._converted import ConvertedStage as ConvertedStage
 from dgnet.models._dynamic import DynamicNetwork as DynamicNetwork
 from dgnet.models._dynamic import Transform as Transform
 from dgnet.models._dynamic import stored_options as stored_options

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dgnet.errors import UnknownOptionError, UsageError, did_you_mean
+from dgnet.errors import UnknownOptionError, UsageError, did_you_mean, shorten
 from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
@@ -63,6 +63,13 @@ def convert(
     Raises UsageError for a network that takes no images or has no run, for a topology under which the function would change,
     and if the networks do not agree on `check`.
     """
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"convert takes a network, an nn.Module, got {network!r}; build it with timm.create_model, or convert by name with"
+            " dgnet.create_model(NAME, dynamic=True)"
+        )
+    if check is not None and not (isinstance(check, Tensor) and check.ndim == 4 and len(check)):
+        raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
     if find_stages(network):
         raise UsageError(f"{type(network).__name__} is dynamic already")
     connectivity = _read_connectivity(topology, weighting, node_gate, options)
@@ -212,6 +219,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
             " leave out the options that change the start of weights or gates, and use topology='complete'"
         )
+    stage.arguments = run.arguments
     like = next(network.parameters())
     return stage.to(like.device, like.dtype) if like.is_floating_point() else stage.to(like.device)
 

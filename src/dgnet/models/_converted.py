@@ -16,8 +16,9 @@ from torch.fx import Proxy
 
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
-from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, StageNodes, aggregate
+from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, Further, StageNodes, aggregate
 from dgnet.models._agreement import Agreement
+from dgnet.models._calls import drop_missing
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
 from dgnet.models._state import unwrap_names
@@ -39,23 +40,34 @@ class ConvertedStage(DynamicGraph):
     being the weights of the output node.
     """
 
-    def forward(self, x: Tensor, *more: None, **named: None) -> Tensor:
-        """As `DynamicGraph.forward`; further arguments of the block must be None."""
-        given = [value for value in (*more, *named.values()) if value is not None]
-        if given:
+    arguments: frozenset[int | str] = frozenset()
+    """Places and names of the arguments, besides the feature, with which every block of the run is called."""
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        """As `DynamicGraph.forward`. Further arguments go to every block; those that are not in `arguments` must be None."""
+        further = drop_missing(more, named)
+        refused = {*range(1, len(further.values) + 1), *further.named} - self.arguments
+        if refused:
             raise UsageError(
-                f"a converted stage takes one tensor, got {len(given) + 1} arguments; a block that needs more must stay static"
+                f"the blocks of a converted stage were called without argument {min(refused, key=str)!r} in the conversion, and"
+                " cannot be called with it now; let the network call them in the same way, or convert others with stages"
             )
+        if isinstance(x, Proxy):
+            return self._trace(x, further)
         kept = _STEPS.values()
-        if not kept or isinstance(x, Proxy):
-            return super().forward(x)
-        walk = _StepWalk(self, x)
-        walk.put(0, self.input(x))
-        for node in walk.blocks:
-            walk.put(node, walk.compute(node))
-        walk.finish()
-        kept[-1][id(self)] = walk.steps
-        return walk.steps[0]
+        if not kept:
+            walk = self.start_walk(x)
+            walk.further = further
+            return self._follow(walk)
+        steps = _StepWalk(self, x)
+        steps.further = further
+        self._follow(steps)
+        kept[-1][id(self)] = steps.steps
+        return steps.steps[0]
+
+    def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
+        """All blocks keep the shape, and some cannot run on no samples."""
+        return x[:0]
 
 
 class _StepWalk(DenseWalk):
@@ -83,7 +95,7 @@ class Joined(nn.Identity):
         self.of = (stage,)  # in a tuple: it is no child module of this one
         self.step = step
 
-    def forward(self, input: Tensor, *more: None, **named: None) -> Tensor:
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
         """`input`; inside `keep_steps` the sum after this block."""
         kept = _STEPS.values()
         if kept and id(self.of[0]) in kept[-1]:
@@ -172,7 +184,9 @@ class ConvertedNetwork(DynamicNetwork):
     def no_weight_decay(self) -> set[str]:
         """The static network's names, as they are here, and those of thresholds and learned edge weights."""
         static: set[str] = getattr(super(DynamicNetwork, self), "no_weight_decay", set)()
-        return {self._rename(name, self.static_names) for name in static} | super().no_weight_decay()
+        own = {name for name, _ in self.named_parameters()}  # some networks look for names, which then are those here
+        renamed = {name if name in own else self._rename(name, self.static_names) for name in static}
+        return renamed | super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """timm's parameter groups of the static network. What decides in a stage is in the group of its first block."""

@@ -74,7 +74,7 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     except _BAD_VALUE as error:
         if isinstance(error, TypeError) and is_known:  # perhaps an option that timm's network does not have
             network = inspect.signature(timm.model_entrypoint(architecture)).return_annotation
-            _check_options(name, network, kwargs)
+            _check_options(name, network, built, is_converted=conversion is not None)
         given = shorten(", ".join(f"{key}={' '.join(repr(value).split())[:60]}" for key, value in kwargs.items()))
         raise UsageError(
             f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}"
@@ -85,7 +85,8 @@ def _take_conversion(name: str, options: dict[str, Any]) -> dict[str, Any] | Non
     """Remove the arguments of `convert` from `options` and return them; None if the network is not to be converted."""
     if not read_value(bool, options.pop("dynamic", False), "dynamic"):
         return None
-    return {option: options.pop(option) for option in _conversion_options() if option in options}
+    given = {option: options.pop(option) for option in _conversion_options() if option in options}
+    return {**given, "image_size": options.get("img_size")}
 
 
 def build_model(
@@ -161,7 +162,7 @@ _BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError
 _BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
 
-def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
+def _check_options(name: str, network: Any, options: Mapping[str, Any], is_converted: bool = False) -> None:
     """Raises UnknownOptionError for the first of `options` that a class of networks does not have.
 
     Raises UsageError if an option that dgnet's own classes have as true or false is something else.
@@ -169,7 +170,7 @@ def _check_options(name: str, network: Any, options: Mapping[str, Any]) -> None:
     if not inspect.isclass(network):
         return
     connectivity = Connectivity.names()
-    is_dynamic = issubclass(network, DynamicNetwork)
+    is_dynamic = is_converted or issubclass(network, DynamicNetwork)
     arguments = {argument for base in network.__mro__[:-1] for argument in inspect.signature(base).parameters}
     arguments -= {"self", "args", "kwargs", "options"}
     known = [*(connectivity if is_dynamic else []), *sorted(arguments)]

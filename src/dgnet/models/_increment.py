@@ -24,15 +24,18 @@ class Increment(nn.Module):
         self.block = block
         self.form = _find_form(block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *further: Any, **named: Any) -> Tensor:
+        """f(x). `further`, `named`: what the block is called with besides x."""
         block: Any = self.block
         y: Tensor
         if self.form == "skip":
-            y = block.drop_path(block(x))
+            y = block.drop_path(block(x, *further, **named))
+        elif further or named:
+            y = block(x, *further, **named) - x
         elif self.form == "convnext":
             y = _convnext_branch(block, x)
         elif self.form == "transformer":
-            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            attended = block.drop_path1(block.ls1(block.attn(block.norm1(x)))).to(x.dtype)  # under autocast it is narrower
             y = attended + block.drop_path2(block.ls2(block.mlp(block.norm2(x + attended))))
         else:
             y = block(x) - x

@@ -8,6 +8,8 @@ from typing import Any
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
+from dgnet.errors import UsageError
+
 _DEFAULT_SIDE = 224
 
 
@@ -21,9 +23,16 @@ def find_channels(network: nn.Module) -> int:
 
 
 def find_image_size(network: nn.Module, given: int | tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width in pixels: `given` (a side, or both), or what `network` is built for, or 224."""
+    """Height and width in pixels: `given` (a side, or both), or what `network` is built for, or 224.
+
+    Raises UsageError if `given` is neither.
+    """
     if given is not None:
-        return (given, given) if isinstance(given, int) else (given[0], given[1])
+        sides = (given, given) if isinstance(given, int) else given
+        is_pair = isinstance(sides, tuple | list) and len(sides) == 2
+        if not is_pair or not all(type(side) is int and side > 0 for side in sides):
+            raise UsageError(f"image_size is a number of pixels, or height and width, got {given!r}")
+        return sides[0], sides[1]
     for module in (network, getattr(network, "model", None)):  # `model`: of timm's feature extractors
         built_for = getattr(getattr(module, "patch_embed", None), "img_size", None)
         if isinstance(built_for, tuple) and len(built_for) == 2:

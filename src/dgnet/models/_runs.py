@@ -1,33 +1,25 @@
 """Find the runs of a network: consecutive residual blocks that keep the shape of their feature, called one after the other.
 
-One forward pass is traced with hooks. Letters: B batch, C channels, H and W height and width, L tokens.
+Letters: B batch, C channels, H and W height and width, L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from dgnet.compat.torch import count_writes, find_tensors
-from dgnet.errors import UsageError, reason
-
-_BATCH = 3
-"""Images in the traced pass. The first size of a run's feature must be this number."""
+from dgnet.compat.timm import FeatureGetterNet
+from dgnet.compat.torch import find_leaves
+from dgnet.errors import UsageError
+from dgnet.graph import Further
+from dgnet.models._calls import BATCH, Call, trace_calls
 
 _WEIGHT_LAYERS = 2
 """A block has at least this number of convolutions and linear layers. Parts of blocks, such as an activation, have fewer."""
-
-# Operations whose result still is the shortcut of a residual block: its input in another shape, format or scale.
-_RESHAPING = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "to", "float", "clone"}
-_SCALING = {"mul", "__mul__", "__rmul__"}
-_ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +27,15 @@ class Run:
     """Consecutive blocks that can become a stage.
 
     `parent`: the name of the module that holds the blocks; `blocks`: their names in it; `layout`: see `dgnet.graph.LAYOUTS`;
-    `channels`: C of the feature that they keep.
+    `channels`: C of the feature that they keep; `arguments`: places (from 1) and names of what all blocks are called with
+    besides it.
     """
 
     parent: str
     blocks: tuple[str, ...]
     layout: str
     channels: int
+    arguments: frozenset[int | str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,10 +86,10 @@ def find_runs(
     for name in within or ():
         if name not in modules:
             raise UsageError(f"stages names {name!r}, which {type(network).__name__} does not have")
-    trace = _trace(network, (_BATCH, in_chans, *image_size))
-    blocks = _find_blocks(modules, trace, within)
-    chains = [chain for chain in _find_chains(blocks) if len(chain) >= least_blocks and _is_within(chain[0].name, within)]
-    runs = _choose(chains)
+    blocks = _find_blocks(modules, trace_calls(network, in_chans, image_size), within)
+    may_tap = isinstance(network, FeatureGetterNet)  # the features between blocks, which places in a stage put out for it
+    chains = [chain for chain in _find_chains(blocks, may_tap) if len(chain) >= least_blocks]
+    runs = _choose([chain for chain in chains if _is_within(chain[0].name, within)])
     found = tuple(_describe_run(chain, modules) for chain in runs)
     taken = {name for run in found for name in run.names}
     static = tuple(_explain(modules, blocks, taken, within))
@@ -103,119 +97,12 @@ def find_runs(
     return Runs(found, static, removable)
 
 
-# --- the traced pass
-
-
-@dataclass
-class _Call:
-    """One call of a module.
-
-    `input`: if the module was called with one tensor and nothing else. `readers`: the modules that were running when an
-    operation read the output. `is_residual`: whether the input was added to something inside; `is_written`: changed in place.
-    """
-
-    name: str
-    order: int
-    input: Tensor | None
-    output: Any = None
-    version: int = 0
-    readers: set[str] = field(default_factory=set)
-    is_residual: bool = False
-    is_written: bool = False
-
-
-class _Trace(TorchFunctionMode):
-    """The calls of all modules in one forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []  # in the order in which they ended
-        self.open: list[_Call] = []  # the innermost last
-        self.written: dict[int, list[_Call]] = {}  # by the id of an output
-        self.shortcuts: dict[int, set[int]] = {}  # by the id of a tensor: ids of the inputs of calls that it is a view of
-        self.kept: list[Any] = []  # Python may reuse the id of a freed tensor
-
-    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module is called."""
-        given = [value for value in (*args, *kwargs.values()) if value is not None]
-        single = args[0] if len(given) == 1 and args and isinstance(args[0], Tensor) else None
-        self.open.append(_Call(name, 0, single, version=0 if single is None else count_writes(single)))
-
-    def leave(self, output: Any) -> None:
-        """The module that was called last returns."""
-        call = self.open.pop()
-        call.order, call.output = len(self.calls), output
-        call.is_written = call.input is not None and count_writes(call.input) != call.version
-        self.calls.append(call)
-        if isinstance(output, Tensor):
-            self.written.setdefault(id(output), []).append(call)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.kept.append((args, kwargs, result))
-        if not find_tensors(result):
-            return result  # such as `x.shape`, which reads no values
-        read = find_tensors((args, kwargs))
-        for tensor in read:
-            for call in self.written.get(id(tensor), ()):
-                call.readers.add(self.open[-1].name if self.open else "")
-        name = getattr(func, "__name__", "")
-        if name in _RESHAPING or name in _SCALING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
-            self.shortcuts.setdefault(id(result), set()).update(origins)
-        if name in _ADDING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
-            for call in self.open:
-                call.is_residual |= call.input is not None and id(call.input) in origins
-        return result
-
-
-def _trace(network: nn.Module, size: tuple[int, ...]) -> _Trace:
-    """One forward pass of a copy of `network`. Raises UsageError if it does not take images of this size."""
-    try:
-        return _run(deepcopy(network).to("meta"), torch.empty(size, device="meta"))
-    except Exception:  # a layer that reads values, or does not take the size: the CPU tells which
-        pass
-    try:
-        return _run(deepcopy(network).to("cpu", torch.float32), torch.randn(size, generator=torch.Generator().manual_seed(0)))
-    except Exception as error:  # a module may raise anything
-        images = "×".join(map(str, size))
-        raise UsageError(
-            f"{type(network).__name__} cannot be converted: it takes no images of {images} ({type(error).__name__}:"
-            f" {reason(error)}); give another image_size"
-        ) from error
-
-
-def _run(network: nn.Module, images: Tensor) -> _Trace:
-    trace = _Trace()
-    for name, module in network.named_modules():
-        if not name or isinstance(module, nn.Identity):
-            continue
-
-        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            trace.enter(name, args, kwargs)
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            trace.leave(output)
-
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, with_kwargs=True)
-    with torch.no_grad(), trace:
-        network.eval()(images)
-    return trace
-
-
-# --- from calls to runs
-
-
 @dataclass
 class _Block:
     """A module that could be a block: its call, and why it cannot be part of a stage ("" if it can)."""
 
     name: str
-    call: _Call
+    call: Call
     obstacle: str
 
     @property
@@ -223,10 +110,10 @@ class _Block:
         return self.name.rpartition(".")[0]
 
 
-def _find_blocks(modules: Mapping[str, nn.Module], trace: _Trace, within: Sequence[str] | None) -> list[_Block]:
+def _find_blocks(modules: Mapping[str, nn.Module], traced: Sequence[Call], within: Sequence[str] | None) -> list[_Block]:
     """The modules with at least `_WEIGHT_LAYERS` layers, in the order of their calls."""
-    by_name: dict[str, list[_Call]] = {}
-    for call in trace.calls:
+    by_name: dict[str, list[Call]] = {}
+    for call in traced:
         by_name.setdefault(call.name, []).append(call)
     owners: dict[int, set[str]] = {}  # by the id of a parameter
     for name, module in modules.items():
@@ -244,7 +131,7 @@ def _find_blocks(modules: Mapping[str, nn.Module], trace: _Trace, within: Sequen
     return sorted(blocks, key=lambda block: block.call.order)
 
 
-def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) -> str:
+def _find_obstacle(calls: Sequence[Call], shared: str, must_be_residual: bool) -> str:
     """Why a module cannot be part of a stage; "" if it can."""
     call = calls[0]
     if len(calls) > 1:
@@ -252,20 +139,33 @@ def _find_obstacle(calls: Sequence[_Call], shared: str, must_be_residual: bool) 
     if shared:
         return f"it shares parameters with {shared}"
     if call.input is None:
-        return "it is called with more than one tensor"
+        return "it is not called with one tensor"
+    if not _is_shared(call.further):
+        return "it is called with further values for each image"
     if not isinstance(call.output, Tensor):
         return "it does not return one tensor"
     if call.input.shape != call.output.shape:
         return "it changes the shape"
-    if call.input.ndim not in (3, 4) or len(call.input) != _BATCH:
+    if call.input.ndim not in (3, 4) or len(call.input) != BATCH:
         return "its input is not one map or one set of tokens for each image"
     if call.is_written:
         return "it changes its input in place"
     return "" if call.is_residual or not must_be_residual else "it has no residual shortcut"
 
 
-def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
-    """The sequences of blocks of one parent, each of which reads the output of the one before, and alone."""
+def _is_shared(further: Further) -> bool:
+    """Whether arguments can go to all blocks of a stage: plain values, and tensors that do not hold one part for each image."""
+    return all(
+        leaf.shape[:1] != (BATCH,) if isinstance(leaf, Tensor) else isinstance(leaf, bool | int | float | str | None)
+        for leaf in find_leaves(further)
+    )
+
+
+def _find_chains(blocks: Iterable[_Block], may_tap: bool) -> list[list[_Block]]:
+    """The sequences of blocks of one parent, each of which reads the output of the one before.
+
+    `may_tap`: whether other modules may read it too.
+    """
     by_parent: dict[str, list[_Block]] = {}
     for block in blocks:
         by_parent.setdefault(block.parent, []).append(block)
@@ -273,7 +173,7 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
     for siblings in by_parent.values():
         chain: list[_Block] = []
         for block in siblings:
-            if chain and (block.obstacle or not _follows(chain[-1], block)):
+            if chain and (block.obstacle or not _follows(chain[-1], block, may_tap)):
                 chains.append(chain)
                 chain = []
             chain = [] if block.obstacle else [*chain, block]
@@ -281,10 +181,19 @@ def _find_chains(blocks: Iterable[_Block]) -> list[list[_Block]]:
     return [chain for chain in chains if chain]
 
 
-def _follows(before: _Block, block: _Block) -> bool:
-    if block.call.input is not before.call.output:
+def _follows(before: _Block, block: _Block, may_tap: bool) -> bool:
+    if block.call.input is not before.call.output or not _is_called_like(before, block):
         return False
-    return all(reader == block.name or reader.startswith(f"{block.name}.") for reader in before.call.readers)
+    return may_tap or all(reader == block.name or reader.startswith(f"{block.name}.") for reader in before.call.readers)
+
+
+def _is_called_like(first: _Block, second: _Block) -> bool:
+    """Whether the arguments besides the feature are the same."""
+    arguments = [(len(block.call.further.values), *block.call.further.named) for block in (first, second)]
+    leaves, others = find_leaves(first.call.further), find_leaves(second.call.further)
+    return arguments[0] == arguments[1] and all(
+        one is other or (not isinstance(one, Tensor) and one == other) for one, other in zip(leaves, others, strict=True)
+    )
 
 
 def _is_within(name: str, within: Sequence[str] | None) -> bool:
@@ -314,7 +223,9 @@ def _describe_run(chain: Sequence[_Block], modules: Mapping[str, nn.Module]) -> 
     shape = chain[0].call.output.shape
     layout = _find_layout(shape, modules[chain[0].name])
     names = tuple(block.name.rpartition(".")[2] for block in chain)
-    return Run(chain[0].parent, names, layout, shape[1] if layout == "NCHW" else shape[-1])
+    further = chain[0].call.further
+    arguments: set[int | str] = {*range(1, len(further.values) + 1), *further.named}
+    return Run(chain[0].parent, names, layout, shape[1] if layout == "NCHW" else shape[-1], frozenset(arguments))
 
 
 def _find_layout(shape: torch.Size, block: nn.Module) -> str:
