@@ -121,7 +121,7 @@ def test_to_static_refuses_what_has_changed():
     ):
         changed = deepcopy(converted)
         change(find_stages(changed)[0])
-        with pytest.raises(UsageError, match=f"stage {converted.stage_names[0]} cannot become static: {reason}"):
+        with pytest.raises(UsageError, match=f"stage {converted.graph_names[0]} cannot become static: {reason}"):
             dgnet.to_static(changed)
     assert find_change(stage) == ""
 
@@ -188,7 +188,7 @@ def test_a_network_of_the_users_own(kind):
     (run,) = converted.conversion.stages
     assert len(run.blocks) == 3
     assert run.block_class == "Block"
-    assert converted.conversion.difference < 1e-6
+    assert converted.conversion.agreement.difference < 1e-6
     torch.testing.assert_close(converted(images), static(images))
     assert converted.group_matcher()("head.weight") == 0
     assert converted.no_weight_decay() == {f"{run.name}.weighting.tau"}
@@ -289,9 +289,9 @@ def test_named_stages_take_blocks_without_shortcut():
     assert converted.conversion.within == ("blocks",)
     torch.testing.assert_close(converted(images), static(images))
     resnet = build_static("resnet", layers=(3, 3, 1, 1))
-    assert dgnet.convert(resnet).stage_names == ("layer1.0", "layer2.1")  # layer2.0 changes the shape
+    assert dgnet.convert(resnet).graph_names == ("layer1.0", "layer2.1")  # layer2.0 changes the shape
     converted = dgnet.convert(resnet, stages="layer2")
-    assert converted.stage_names == ("layer2.1",)
+    assert converted.graph_names == ("layer2.1",)
     assert {block.reason for block in converted.conversion.static if block.name.startswith("layer1")} == {
         "it is in none of the named stages"
     }

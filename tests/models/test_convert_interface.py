@@ -167,8 +167,22 @@ def test_set_grad_checkpointing_changes_no_gradient(name):
         torch.testing.assert_close(other.grad, parameter.grad, msg=parameter_name)
 
 
-def test_pruning_is_refused():
-    with pytest.raises(UsageError, match="a converted network cannot be pruned: prune the static network, then convert it"):
+@torch.no_grad()
+def test_pruning_keeps_whole_stages():
+    static, images = build_static("convnext").eval(), draw_images("convnext")
+    converted = dgnet.convert(static)
+    left = converted.graph_names[:-1]
+    for network in (static, converted):
+        network.prune_intermediate_layers([0, 1])
+    assert converted.graph_names == tuple(run.name for run in converted.conversion.stages) == left
+    pairs = zip(
+        *(network.forward_intermediates(images, [0, 1], intermediates_only=True) for network in (static, converted)),
+        strict=True,
+    )
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected)
+    converted.load_state_dict(static.state_dict())
+    with pytest.raises(UsageError, match=r"pruning would cut the stage blocks.0: blocks.\d+ goes, blocks.0 stays"):
         dgnet.convert(build_static("vit")).prune_intermediate_layers(1)
 
 
@@ -270,7 +284,7 @@ def test_options_of_timm_by_name():
     windows = dgnet.create_model("test_maxvit", dynamic=True, img_size=96)  # its configuration still says 160
     assert windows.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 1000)
     gated = create("resnet", dynamic=True, node_gate="hard", weighting="fixed", stages=["layer1"])
-    assert gated.stage_names == ("layer1.0",)
+    assert gated.graph_names == ("layer1.0",)
     assert gated.connectivity_options["weighting"] == "fixed"
 
 
@@ -292,7 +306,7 @@ def test_preprocessing_comes_from_the_static_network():
     ("name", "options", "line"),
     [
         ("test_resnet", {"dynamic": True}, "ResNet has no run of blocks that could become a stage"),
-        ("dg_resnet20", {"dynamic": True}, "dynamic=True converts a static network, and dg_resnet20 is one of dgnet's own"),
+        ("dg_resnet20", {"dynamic": True}, "dynamic=True converts a static network, and dg_resnet20 is dynamic already"),
         ("test_resnet", {"dynamic": "maybe"}, "dynamic"),
         ("test_vit", {"dynamic": True, "stages": "layers"}, "stages names 'layers', which VisionTransformer does not have"),
         ("test_vit", {"dynamic": True, "stages": ["blocks", 3]}, "stages is 'auto' or a list of names of modules, got"),
@@ -311,7 +325,7 @@ def test_dgnets_own_static_networks_convert():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         converted = dgnet.convert(dgnet.create_model("resnet20"), image_size=32)
-    assert len(converted.stage_names) == 3
+    assert len(converted.graph_names) == 3
 
 
 def _rename(name: str, prefixes: dict[str, str]) -> str:
