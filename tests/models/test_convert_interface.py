@@ -183,7 +183,7 @@ def test_pruning_keeps_whole_stages():
         torch.testing.assert_close(found, expected)
     converted.load_state_dict(static.state_dict())
     with pytest.raises(UsageError, match=r"pruning would cut the stage blocks.0: blocks.\d+ goes, blocks.0 stays"):
-        dgnet.convert(build_static("vit")).prune_intermediate_layers(1)
+        dgnet.convert(build_static("vit")).prune_intermediate_layers([0])
 
 
 # --- state dicts and copies
