@@ -11,8 +11,16 @@ from torch import Tensor
 
 from dgnet.checkpoint import NOT_STORED, Checkpoint, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
-from dgnet.errors import UsageError
-from dgnet.models import TimmNetwork, classifier_prefixes, create_model, find_channels, first_convolutions, match_image_size
+from dgnet.errors import UsageError, reason
+from dgnet.models import (
+    TimmNetwork,
+    classifier_prefixes,
+    create_model,
+    find_channels,
+    first_convolutions,
+    has_pretrained_weights,
+    match_image_size,
+)
 
 
 def read_weights(
@@ -73,7 +81,10 @@ def open_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         given = {} if num_classes is None else {"num_classes": num_classes}
-        network = create_model(model, pretrained=pretrained, **given, **options)
+        if pretrained:
+            network = create_pretrained(model, "--pretrained true", "--weights FILE", **given, **options)
+        else:
+            network = create_model(model, **given, **options)
     classes = int(network.num_classes)
     if classes < 1:
         raise UsageError(f"{model} has no classifier; give the number of classes with --num-classes")
@@ -81,6 +92,28 @@ def open_model(
     names = (imagenet_classes(classes) if is_own else None) or number_classes(classes)
     preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, find_channels(network))
     return Checkpoint(Path(model), network.state_dict(), model, options, names, {}, preprocessing)
+
+
+def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> TimmNetwork:
+    """The network `model` with published weights.
+
+    `asked`: the option that asks for them, as it is typed; `instead`: the option to use if there are none.
+
+    Raises UsageError if no weights are published, and if they cannot be downloaded.
+    """
+    if not has_pretrained_weights(model):
+        raise UsageError(f"{asked}: no weights of {model} are published in timm; use {instead}")
+    try:
+        return create_model(model, pretrained=True, **options)
+    except UsageError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        cause: Exception = error.__cause__
+    except Exception as error:  # the libraries that download raise errors of their own
+        cause = error
+    # A file that is missing: huggingface_hub found neither a connection nor a copy.
+    why = "no connection, and no copy on this machine" if isinstance(cause, FileNotFoundError) else reason(cause)
+    raise UsageError(f"{asked}: the weights of {model} cannot be downloaded ({why}); use {instead}") from cause
 
 
 def _check_options(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

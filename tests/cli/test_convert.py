@@ -180,7 +180,7 @@ def test_mistakes_of_a_conversion(words, message, weights, tmp_path, monkeypatch
         (["--model", "test_byobnet"], "ByobNet has no run of blocks that could become a stage"),
         (
             ["--model", "dg_resnet18"],
-            "dynamic=True converts a static network, and dg_resnet18 is one of dgnet's own; leave it out",
+            "dynamic=True converts a static network, and dg_resnet18 is dynamic already; leave it out",
         ),
         (
             ["--model", "test_convnext", "--model-kwargs", "{stages: [nope]}"],

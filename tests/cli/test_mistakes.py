@@ -153,6 +153,7 @@ def test_every_option_for_a_path_expands_the_home_folder(words, option, hint, ca
 
 
 PATHS = {
+    "check",
     "class-names",
     "data",
     "val-data",

@@ -59,6 +59,8 @@ def odd(tmp_path_factory) -> Path:
 REAL = {
     "models": ["models"],
     "cost": ["cost", "dg_resnet20", "--image-size", "32", "32"],
+    "convert": ["convert", "test_vit", "--image-size", "32"],
+    "convert --json": ["convert", "test_vit", "--image-size", "32", "--json"],
     "evaluate": ["evaluate", "run"],
     "evaluate --json": ["evaluate", "run", "--json"],
     "evaluate --write": ["evaluate", "run", "--threshold-offset", "0.1", "--write", "OUTPUT/x.safetensors"],

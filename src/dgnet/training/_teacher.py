@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgnet._weights import create_pretrained
 from dgnet.checkpoint import find_checkpoint, load_checkpoint, read_tensors
 from dgnet.data import Preprocessing, compose, imagenet_classes
 from dgnet.errors import UsageError, reason
@@ -21,7 +22,6 @@ from dgnet.paths import absolute
 from dgnet.training._config import TrainConfig
 from dgnet.training._config_finetuning import ORIGINAL
 from dgnet.training._head import load_start, settle_head
-from dgnet.training._pretrained import create_pretrained
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dgnet._weights import create_pretrained
 from dgnet.checkpoint import describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
@@ -17,7 +18,6 @@ from dgnet.training._data_module import ImageDataModule
 from dgnet.training._freezing import Freezing
 from dgnet.training._head import load_start, settle_head
 from dgnet.training._module import Classifier
-from dgnet.training._pretrained import create_pretrained
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
 from dgnet.training._teacher import absolute_teacher, build_teacher
 
