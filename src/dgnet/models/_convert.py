@@ -140,6 +140,8 @@ def _take_apart(network: ConvertedNetwork) -> nn.Module:
 def find_change(stage: StageNodes) -> str:
     """Why a converted stage does not compute what its blocks compute in a row; "" if it does, or if that cannot be told."""
     topology, weighting, gates = stage.topology, stage.weighting, stage.node_gates
+    if any(parameter.is_meta for parameter in stage.parameters()):
+        return ""
     if gates is not None:
         columns: Any = gates.columns.values()
         if any(column.weight.any() for column in columns):

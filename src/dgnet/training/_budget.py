@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from dgnet._cost import cost_model
+from dgnet._cost import StageCost, cost_model
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import Wiring, find_stages, observe
+from dgnet.graph import DynamicGraph, Wiring, find_stages, observe
 
 PER = ("batch", "sample")
 
@@ -42,12 +42,8 @@ class Budget:
         if all(stage.node_gates is None for stage in self.stages):
             raise UsageError(f"--budget {share} needs gates on blocks: leave node_gate out, or set it to hard or gumbel")
         self.costs = cost_model(network, image_size)
-        # In training only gates close blocks.
-        closing = [
-            cost.dense if stage.node_gates is None else cost.least
-            for cost, stage in zip(self.costs.stages, self.stages, strict=True)
-        ]
-        least = (self.costs.fixed + sum(closing)) / self.costs.dense
+        least = self.costs.fixed + sum(map(_least_in_training, self.costs.stages, self.stages))
+        least /= self.costs.dense
         if not 0 < share <= 1:
             raise UsageError(f"--budget must be above 0 and at most 1, got {share}; what always runs costs {least:.3f}")
         if share < least:
@@ -74,3 +70,12 @@ class Budget:
         target = 1 - ramp * (1 - self.share)
         distance = executed.mean() - target if self.per == "batch" else executed - target
         return self.strength * distance.square().mean()
+
+
+def _least_in_training(cost: StageCost, stage: DynamicGraph) -> int:
+    """The multiply-adds of a stage with as many blocks closed as can be. In training only gates close blocks."""
+    if stage.node_gates is None:
+        return cost.dense
+    if stage.topology.find_cut() is None:
+        return cost.least
+    return cost.nodes[0] + cost.routers[0]  # a run of an older version, whose gates could remove the image from the network
