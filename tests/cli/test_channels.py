@@ -16,6 +16,7 @@ from dgnet.models import create_model
 from tests.helpers.command import QUICK, ask, refuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_a_network_of_grey_images_is_trained_evaluated_and_exported(images, tmp_path, capsys, cache):
     run = tmp_path / "run"

@@ -45,6 +45,11 @@ def test_a_bare_file_gives_what_its_checkpoint_gives(run, bare, images, tmp_path
     )
     numbered = json.loads(ask(capsys, "predict", "--weights", bare, *words, *photos, "--json"))
     assert {name for photo in numbered for name in photo["classes"]} == {"class 0", "class 1"}
+
+
+@pytest.mark.slow
+def test_a_bare_file_is_analysed_and_exported(bare, images, tmp_path, capsys):
+    words = ["--model", "dg_resnet20", *SMALL]
     found = json.loads(ask(capsys, "analyze", "--weights", bare, *words, "--data", images, "--explorer", 0, "--json"))
     assert found["model"] == "dg_resnet20"
     ask(capsys, "export", "--weights", bare, *words, "--format", "torch", "--output", tmp_path / "net.pt2")

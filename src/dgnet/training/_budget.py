@@ -42,8 +42,8 @@ class Budget:
         if all(stage.node_gates is None for stage in self.stages):
             raise UsageError(f"--budget {share} needs gates on blocks: leave node_gate out, or set it to hard or gumbel")
         self.costs = cost_model(network, image_size)
-        least = self.costs.fixed + sum(map(_least_in_training, self.costs.stages, self.stages))
-        least /= self.costs.dense
+        closed = sum(map(_least_in_training, self.costs.stages, self.stages))
+        least = (self.costs.fixed + closed) / self.costs.dense
         if not 0 < share <= 1:
             raise UsageError(f"--budget must be above 0 and at most 1, got {share}; what always runs costs {least:.3f}")
         if share < least:
