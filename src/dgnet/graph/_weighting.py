@@ -183,7 +183,7 @@ class RoutedOptions(RouterOptions):
                 raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
         if self.unit_start and self.inference_weight == "raw":
             raise UsageError("unit_start divides the gated weight; use inference_weight='gated'")
-        if self.unit_start and self.start_weight() < 1e-6:
+        if self.unit_start and self.start_weight(self.router_bias) < 1e-6:
             raise UsageError(f"unit_start needs edges that start open, and with router_bias={self.router_bias} they do not")
 
     @property
@@ -194,24 +194,22 @@ class RoutedOptions(RouterOptions):
         """
         return -abs(self.router_bias) if self.unit_start else CLOSED_BIAS
 
-    def start_weight(self, dtype: torch.dtype = torch.float32, bias: float | None = None) -> float:
-        """The weight of an edge that starts open, if the router's initial W is 0 and weights are not divided by this.
+    def start_weight(self, bias: float, dtype: torch.dtype = torch.float32) -> float:
+        """The weight, before any scaling, of an edge whose b starts at `bias`, if the router's initial W is 0.
 
-        It is computed with the operations of a forward pass in `dtype`, so that the quotient is 1 to the last bit. `bias`: of
-        another edge than one that starts open.
+        It is computed with the operations of a forward pass in `dtype`, so that scaled weights start at exactly 1 or 0.
         """
-        first = torch.tensor(
-            [self.router_bias if bias is None else bias, self.threshold], device="cpu"
-        )  # float32, as parameters
-        b, tau = first.to(dtype).unbind()
-        alpha = b.sigmoid()
+        start = torch.tensor([bias, self.threshold], device="cpu").to(dtype)  # parameters are initialised in float32
+        alpha, tau = start[0].sigmoid(), start[1]
         return float(alpha if self.gate == "alpha" else psi(alpha, tau))
 
-    def closed_weight(self, dtype: torch.dtype = torch.float32) -> float:
-        """As `start_weight`, of an edge that starts closed, after the division."""
-        weights = [self.start_weight(dtype, bias) for bias in (self.closed_bias, self.router_bias)]
-        closed, opened = torch.tensor(weights, dtype=dtype, device="cpu")
-        return float(closed / opened)
+    def start_weights(self, dtype: torch.dtype) -> tuple[float, float]:
+        """ψ(α₀) of an edge that starts open, and ψ(α₁)/ψ(α₀) with α₁ of one that starts closed; (1, 0) without `unit_start`."""
+        if not self.unit_start:
+            return 1.0, 0.0
+        weights = [self.start_weight(bias, dtype) for bias in (self.router_bias, self.closed_bias)]
+        opened, closed = torch.tensor(weights, dtype=dtype, device="cpu")
+        return float(opened), float(closed / opened)
 
 
 class RoutedWeighting(Weighting):
@@ -233,15 +231,10 @@ class RoutedWeighting(Weighting):
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
         self.pool = self.options.router_pool or global_average_pool
-        # Weights are divided by `unit`, and less `closed_unit` if the edge starts closed; the others are for float64.
-        has_unit = self.options.unit_start
-        self.unit = self.options.start_weight() if has_unit else 1.0
-        self.unit_double = self.options.start_weight(torch.float64) if has_unit else 1.0
-        self.closed_unit = self.options.closed_weight() if has_unit else 0.0
-        self.closed_unit_double = self.options.closed_weight(torch.float64) if has_unit else 0.0
+        self.start_weights = {dtype: self.options.start_weights(dtype) for dtype in (torch.float32, torch.float64)}
         closed = topology.mask & ~(start or topology).mask
         self.closed: Tensor | None  # which edges start at 0, (N, N); None if no edge does
-        self.register_buffer("closed", closed if has_unit and closed.any() else None, persistent=False)
+        self.register_buffer("closed", closed if self.options.unit_start and closed.any() else None, persistent=False)
         self.routers = nn.ModuleDict()
         for node in range(topology.output):
             receivers = topology.free_receivers(node)
@@ -283,9 +276,9 @@ class RoutedWeighting(Weighting):
         weight = alpha if is_alpha else psi(alpha, self.tau[node].to(alpha.dtype))
         if not self.options.unit_start:
             return weight
-        is_double = weight.dtype == torch.float64
-        weight = weight / (self.unit_double if is_double else self.unit)
+        opened, shift = self.start_weights[weight.dtype]
+        weight = weight / opened
         if self.closed is None:
             return weight
         closed = self.closed[node, list(self.topology.senders(node))].to(weight)
-        return weight - closed * (self.closed_unit_double if is_double else self.closed_unit)
+        return weight - closed * shift

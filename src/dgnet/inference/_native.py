@@ -230,7 +230,7 @@ class NativePlan:
             None if gates is None else _constant(gates.bias),
             routed is not None and routed.options.gate == "psi",
             routed is not None and routed.options.inference_weight == "raw",
-            1.0 if routed is None else routed.unit,
+            1.0 if routed is None else routed.start_weights[torch.float32][0],
             [_start_weights(routed, j) for j in nodes],
             _is_normed(routers),
             _is_normed(columns),
@@ -265,7 +265,7 @@ def _start_weights(routed: RoutedWeighting | None, node: int) -> Tensor | None:
     """What is subtracted from the weights of the node's in-edges, (E,), so that an edge that starts closed starts at 0."""
     if routed is None or routed.closed is None:
         return None
-    return _constant(routed.closed[node, list(routed.topology.senders(node))].float() * routed.closed_unit)
+    return _constant(routed.closed[node, list(routed.topology.senders(node))].float() * routed.start_weights[torch.float32][1])
 
 
 def _is_normed(parts: Any) -> bool:
