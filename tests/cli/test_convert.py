@@ -24,6 +24,7 @@ from tests.helpers.networks import close_some, spread_routers
 
 NETWORKS = ["test_convnext", "test_mambaout", "test_vit"]
 """(B, C, H, W), (B, H, W, C) and (B, L, C)."""
+BY_LAYOUT = [NETWORKS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])]
 SIZE = ["--image-size", "32"]
 TUNE = ["--batch-size", "4", "--epochs", "1", "--optimizer", "adamw", "--lr", "2e-4", *SIZE]
 
@@ -42,7 +43,7 @@ def weights(tmp_path_factory):
     return {name: str(folder / f"{name}.safetensors") for name in NETWORKS}
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=BY_LAYOUT)
 def tuned(request, weights, images, tmp_path_factory):
     """A run that fine-tuned a converted network to a budget. Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("tuned") / request.param
@@ -66,7 +67,7 @@ def varied(tuned, tmp_path):
     return tmp_path / "varied.safetensors"
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", BY_LAYOUT)
 def test_conversion_on_the_command_line_changes_no_prediction(name, weights, images, tmp_path, capsys):
     run = tmp_path / "converted"
     words = ["convert", name, "--weights", weights[name], *SIZE]
