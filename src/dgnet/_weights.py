@@ -49,7 +49,6 @@ def read_weights(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network = create_model(model, **options)
-        own_classes = network.pretrained_cfg.get("num_classes")
         classes = _count_classes(network, state_dict, f"{path} does not hold the weights of {model}")
         channels = _count_channels(network, state_dict)
         preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, channels)
@@ -58,7 +57,7 @@ def read_weights(
             network = create_model(model, num_classes=classes, **preprocessing.network_options, **options)
     untrained = fit_weights(network, model, path, state_dict).untrained
     if class_names is None:
-        class_names = (imagenet_classes(classes) if own_classes == classes else None) or number_classes(classes)
+        class_names = find_class_names(network, classes) or number_classes(classes)
     if len(class_names) != classes:
         raise UsageError(f"{path} has {classes:,} classes, and {len(class_names):,} are named; give one name for each class")
     checkpoint = Checkpoint(path, network.state_dict(), model, options, list(class_names), {}, preprocessing)
@@ -88,8 +87,7 @@ def open_model(
     classes = int(network.num_classes)
     if classes < 1:
         raise UsageError(f"{model} has no classifier; give the number of classes with --num-classes")
-    is_own = network.pretrained_cfg.get("num_classes") == classes
-    names = (imagenet_classes(classes) if is_own else None) or number_classes(classes)
+    names = find_class_names(network, classes) or number_classes(classes)
     preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, find_channels(network))
     return Checkpoint(Path(model), network.state_dict(), model, options, names, {}, preprocessing)
 
@@ -114,6 +112,11 @@ def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> T
     # A file that is missing: huggingface_hub found neither a connection nor a copy.
     why = "no connection, and no copy on this machine" if isinstance(cause, FileNotFoundError) else reason(cause)
     raise UsageError(f"{asked}: the weights of {model} cannot be downloaded ({why}); use {instead}") from cause
+
+
+def find_class_names(network: TimmNetwork, classes: int) -> list[str] | None:
+    """ImageNet's class names if the network's own config is for so many of its classes, else None."""
+    return imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
 
 
 def _check_options(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

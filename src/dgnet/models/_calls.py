@@ -19,8 +19,10 @@ BATCH = 3
 """Images in the traced pass. The first size of a run's feature must be this number."""
 
 # Operations whose result still is the shortcut of a residual block: its input in another shape, format or scale.
-_RESHAPING = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "to", "float", "clone"}
-_SCALING = {"mul", "__mul__", "__rmul__"}
+_KEEPING = {
+    *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "contiguous", "to", "float", "clone"),
+    *("mul", "__mul__", "__rmul__"),
+}
 _ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -82,13 +84,14 @@ class _Trace(TorchFunctionMode):
             for call in self.written.get(id(tensor), ()):
                 call.readers.add(self.open[-1].name if self.open else "")
         name = getattr(func, "__name__", "")
-        if name in _RESHAPING or name in _SCALING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
+        if name not in _KEEPING and name not in _ADDING:
+            return result
+        origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
+        if name in _KEEPING:
             self.shortcuts.setdefault(id(result), set()).update(origins)
-        if name in _ADDING:
-            origins = set().union(*({id(tensor)} | self.shortcuts.get(id(tensor), set()) for tensor in read))
-            for call in self.open:
-                call.is_residual |= call.input is not None and id(call.input) in origins
+            return result
+        for call in self.open:
+            call.is_residual |= call.input is not None and id(call.input) in origins
         return result
 
 

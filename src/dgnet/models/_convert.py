@@ -85,7 +85,7 @@ def convert(
     converted = deepcopy(network)
     described = tuple(ConvertedRun.of(run, converted.get_submodule(run.names[0])) for run in found.runs)
     static_names: dict[str, str] = {}
-    topologies = connectivity.build_topologies([len(run.blocks) + 2 for run in found.runs])
+    topologies = connectivity.build_topologies([len(run.names) + 2 for run in found.runs])
     for number, (run, graph) in enumerate(zip(found.runs, topologies, strict=True), start=1):
         stage = _build_stage(converted, run, connectivity, graph, number)
         for step, name in enumerate(run.names):

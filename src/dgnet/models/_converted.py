@@ -21,7 +21,7 @@ from dgnet.models._agreement import Agreement
 from dgnet.models._calls import drop_missing
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
-from dgnet.models._state import unwrap_names
+from dgnet.models._state import rename, unwrap_names
 
 _STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
 """Stage, by its id -> what the last forward pass of the stage put out after each block."""
@@ -156,7 +156,7 @@ class ConvertedNetwork(DynamicNetwork):
         static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
         names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
         added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
-        return {**added, **{self._rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
+        return {**added, **{rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As the static network's: a feature between two blocks of a stage is the sum so far."""
@@ -185,7 +185,7 @@ class ConvertedNetwork(DynamicNetwork):
         """The static network's names, as they are here, and those of thresholds and learned edge weights."""
         static: set[str] = getattr(super(DynamicNetwork, self), "no_weight_decay", set)()
         own = {name for name, _ in self.named_parameters()}  # some networks look for names, which then are those here
-        renamed = {name if name in own else self._rename(name, self.static_names) for name in static}
+        renamed = {name if name in own else rename(name, self.static_names) for name in static}
         return renamed | super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> Any:
@@ -194,9 +194,9 @@ class ConvertedNetwork(DynamicNetwork):
         if matcher is None:
             return lambda name: 0
         names = self.original_names
-        static = _Named({self._rename(name, names): parameter for name, parameter in self.named_parameters()})
+        static = _Named({rename(name, names): parameter for name, parameter in self.named_parameters()})
         groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
-        return lambda name: groups.get(self._rename(name, names), float("inf"))
+        return lambda name: groups.get(rename(name, names), float("inf"))
 
     def _taps_stages(self) -> bool:
         """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass."""
@@ -209,13 +209,6 @@ class ConvertedNetwork(DynamicNetwork):
     def _is_added(name: str, stages: Sequence[str]) -> bool:
         """Whether a tensor belongs to one of the `stages`, and to no block in it."""
         return any(name.startswith(f"{stage}.") and not name.startswith(f"{stage}.nodes.") for stage in stages)
-
-    @staticmethod
-    def _rename(name: str, prefixes: Mapping[str, str]) -> str:
-        for old, new in prefixes.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: a pickle holds the static class."""

@@ -26,21 +26,14 @@ _WEIGHT_LAYERS = 2
 class Run:
     """Consecutive blocks that can become a stage.
 
-    `parent`: the name of the module that holds the blocks; `blocks`: their names in it; `layout`: see `dgnet.graph.LAYOUTS`;
-    `channels`: C of the feature that they keep; `arguments`: places (from 1) and names of what all blocks are called with
-    besides it.
+    `names`: of the blocks in the network; the first is that of the stage. `layout`: see `dgnet.graph.LAYOUTS`. `channels`: C of
+    the feature that they keep. `arguments`: places (from 1) and names of what all blocks are called with besides it.
     """
 
-    parent: str
-    blocks: tuple[str, ...]
+    names: tuple[str, ...]
     layout: str
     channels: int
     arguments: frozenset[int | str] = frozenset()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the blocks in the network. The first is that of the stage."""
-        return tuple(join(self.parent, block) for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -61,11 +54,6 @@ class Runs:
     runs: tuple[Run, ...]
     static: tuple[StaticBlock, ...]
     removable: tuple[str, ...]
-
-
-def join(parent: str, child: str) -> str:
-    """The name of a child module in the network."""
-    return f"{parent}.{child}" if parent else child
 
 
 def find_runs(
@@ -222,10 +210,10 @@ def _contains(outer: Sequence[_Block], inner: Sequence[_Block]) -> bool:
 def _describe_run(chain: Sequence[_Block], modules: Mapping[str, nn.Module]) -> Run:
     shape = chain[0].call.output.shape
     layout = _find_layout(shape, modules[chain[0].name])
-    names = tuple(block.name.rpartition(".")[2] for block in chain)
+    names = tuple(block.name for block in chain)
     further = chain[0].call.further
     arguments: set[int | str] = {*range(1, len(further.values) + 1), *further.named}
-    return Run(chain[0].parent, names, layout, shape[1] if layout == "NCHW" else shape[-1], frozenset(arguments))
+    return Run(names, layout, shape[1] if layout == "NCHW" else shape[-1], frozenset(arguments))
 
 
 def _find_layout(shape: torch.Size, block: nn.Module) -> str:

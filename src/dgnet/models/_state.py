@@ -29,6 +29,14 @@ def unwrap_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return state_dict
 
 
+def rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """The name of a tensor with the first of `prefixes` that it begins with, old -> new, replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
 def _is_before_all(state_dict: Mapping[str, Any], prefix: str) -> bool:
     return bool(state_dict) and all(name.startswith(prefix) for name in state_dict)
 

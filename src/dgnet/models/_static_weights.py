@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dgnet.errors import UsageError, check_choice
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._state import rename
 from dgnet.models._static_start import STARTS, find_obstacle, keep_function
 
 
@@ -58,7 +59,7 @@ def _load(model: TimmNetwork, state_dict: Mapping[str, Tensor]) -> list[str]:
     loaded: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in model.translate_static(state_dict).items():
-        target = _rename(name, model.static_names)
+        target = rename(name, model.static_names)  # a projection's prefix comes before that of its block
         if target in own and own[target].shape == tensor.shape:
             loaded[target] = tensor
         elif not (target.startswith(heads) or _is_unused_projection(target, own)):
@@ -87,13 +88,6 @@ def is_static(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     if not isinstance(model, DynamicNetwork) or not model.static_names:
         return False
     return not any(".nodes." in name for name in state_dict)
-
-
-def _rename(name: str, static_names: Mapping[str, str]) -> str:
-    for static, dynamic in static_names.items():  # a projection's prefix comes before that of its block
-        if name.startswith(static):
-            return dynamic + name.removeprefix(static)
-    return name
 
 
 def _is_unused_projection(name: str, own: Mapping[str, Tensor]) -> bool:

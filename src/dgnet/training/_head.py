@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from dgnet._weights import find_class_names
 from dgnet.checkpoint import DESCRIPTION, damaged, find_checkpoint, fit_weights, read_tensors
-from dgnet.data import imagenet_classes, map_labels
+from dgnet.data import map_labels
 from dgnet.errors import UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes
 from dgnet.typed import Label, read_entry
@@ -31,7 +32,7 @@ def load_start(
     state_dict, carried = read_tensors(path)
     loaded = fit_weights(network, model, path, state_dict, carried, start, image_size)
     classes = len(class_names)
-    known = imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
+    known = find_class_names(network, classes)
     if carried is not None:
         with damaged(path):
             known = read_entry(carried, "class_names", list[Label], DESCRIPTION)
