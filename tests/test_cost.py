@@ -162,6 +162,7 @@ def test_table_2(row):
     assert 2 * cost.multiply_adds / 1e9 == pytest.approx(row.gflops, rel=0.01)
 
 
+@pytest.mark.slow
 def test_table_4():
     assert RECORDED["dg_randwire_small"]["multiply_adds"] / 1e6 == pytest.approx(611, rel=0.005)
     # Mean and standard deviation over 30 graphs, as worked out from the generators; BA has one source whatever the seed.

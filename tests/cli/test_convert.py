@@ -263,6 +263,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_result(tuned, tmp_path
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_converted_network_is_timed_against_itself_as_it_is(capsys):
     words = ["bench", "test_convnext", "--dynamic", "true", "--task", "infer", *SIZE, "--batch-size", 2, "--rounds", 2]
     text = ask(capsys, *words)

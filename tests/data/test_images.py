@@ -229,6 +229,7 @@ def test_a_bad_image_is_an_error_by_default(folder, workers):
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_end_the_run(folder):
     with pytest.raises(UsageError, match=r"more than 2 images do not decode.*all are listed in .*bad_images.txt"):
         train(config(folder, on_bad_image="skip", max_bad_images=2))
