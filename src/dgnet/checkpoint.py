@@ -26,6 +26,7 @@ from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, accept_cuts, find_stages
 from dgnet.models import (
+    WEIGHTS,
     ConvertedNetwork,
     TimmNetwork,
     adapt_input,
@@ -33,6 +34,8 @@ from dgnet.models import (
     create_model,
     describe_loss,
     find_obstacle,
+    find_published,
+    is_published,
     is_static,
     keep_function,
     load_static_weights,
@@ -264,9 +267,14 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file of `path`, a file or a run folder. Raises UsageError if there is none."""
+    """The checkpoint file of `path`: a file, a run folder, or the name of a published network (local-dir:, hf-hub:, NAME.TAG).
+
+    Raises UsageError if there is none.
+    """
     path = expand(path)
     kind = find_kind(path)
+    if kind is None and is_published(str(path)):
+        return find_published(str(path), WEIGHTS)
     if kind == "folder":
         for candidate in (path / "checkpoints" / "last.ckpt", path / "model.safetensors"):
             if is_file(candidate):
@@ -274,7 +282,10 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UsageError(f"{path} is no run folder: it contains neither checkpoints/last.ckpt nor model.safetensors")
     if kind != "file":
         found = "does not exist" if kind is None else "is no regular file"
-        raise UsageError(f"checkpoint {path} {found}; give a run folder, a .ckpt file or a model.safetensors")
+        raise UsageError(
+            f"checkpoint {path} {found}; give a run folder, a .ckpt file, a model.safetensors, or a name that"
+            " dgnet models --pretrained lists"
+        )
     return path
 
 

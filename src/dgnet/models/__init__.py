@@ -22,6 +22,7 @@ from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
 from dgnet.models._factory import static_counterpart as static_counterpart
+from dgnet.models._factory import take_state as take_state
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._inputs import adapt_input as adapt_input
 from dgnet.models._inputs import find_channels as find_channels
@@ -29,6 +30,15 @@ from dgnet.models._inputs import find_image_size as find_image_size
 from dgnet.models._inputs import first_convolutions as first_convolutions
 from dgnet.models._inputs import match_image_size as match_image_size
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
+from dgnet.models._published import CONFIG as CONFIG
+from dgnet.models._published import WEIGHTS as WEIGHTS
+from dgnet.models._published import Published as Published
+from dgnet.models._published import check_repo_id as check_repo_id
+from dgnet.models._published import find_published as find_published
+from dgnet.models._published import is_published as is_published
+from dgnet.models._published import list_pretrained as list_pretrained
+from dgnet.models._published import packaged_names as packaged_names
+from dgnet.models._published import read_published as read_published
 from dgnet.models._shorten import remove_blocks as remove_blocks
 from dgnet.models._shorten import removed_blocks as removed_blocks
 from dgnet.models._state import unwrap_names as unwrap_names

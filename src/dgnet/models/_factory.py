@@ -19,6 +19,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._published import SOURCES, packaged_options, read_published
 from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import unwrap_names
 from dgnet.paths import find_kind
@@ -39,7 +40,8 @@ def list_models(filter: str = "*") -> list[str]:
 def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
-    `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
+    `name`: a registered name, also with the tag of published weights (NAME.TAG), or a source in timm's form:
+    "local-dir:FOLDER", "hf-hub:USER/NAME". A source has the published weights, unless `pretrained=False`.
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
     those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out.
@@ -50,7 +52,10 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
     architecture = name.partition(".")[0]
     is_known = timm.is_model(architecture)
-    if not is_known and not name.startswith(_SOURCES):
+    if name.startswith(SOURCES):
+        read_published(name)
+        kwargs = {"pretrained": True, **kwargs}
+    elif not is_known:
         shown = repr(name) if len(name) <= 60 else f"{name[:60]!r}…"
         raise UsageError(f"unknown model {shown}{did_you_mean(name, timm.list_models())}; see: dgnet models")
     for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
@@ -100,11 +105,20 @@ def build_model(
     if pretrained and not has_pretrained_weights(name, kwargs):
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
-            f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
+            f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE;"
+            " networks that have weights: dgnet models --pretrained"
         )
+    kwargs = {**_published_options(name, pretrained, kwargs.get("pretrained_cfg")), **kwargs}
     _check_options(name, cls, kwargs)
     built = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=take_state, **kwargs)
     return cast(TimmNetwork, built)
+
+
+def _published_options(name: str, pretrained: bool, cfg: Any) -> Mapping[str, Any]:
+    """The options of the weights in this package that are asked for, by their tag `cfg` or as the network's default ones."""
+    if isinstance(cfg, str):
+        return packaged_options(f"{name}.{cfg}")
+    return packaged_options(f"{name}.{resolve_pretrained_cfg(name).tag}") if pretrained and cfg is None else {}
 
 
 def take_state(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
@@ -117,7 +131,7 @@ def has_pretrained_weights(name: str, options: Mapping[str, Any] = MappingProxyT
 
     Raises UsageError if they are in a file that is not there.
     """
-    if name.startswith(_SOURCES):
+    if name.startswith(SOURCES):
         return True
     cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
     if cfg.file and find_kind(cfg.file) not in ("file", "folder"):  # a folder: "local-dir:FOLDER"
@@ -155,7 +169,6 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
     }
 
 
-_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
 # What a constructor may raise for a value that it cannot use.
 _BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
 # Options that timm's builder takes and does not pass to the network.
