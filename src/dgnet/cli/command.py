@@ -223,8 +223,15 @@ def add_checkpoint(parser: Parser, nargs: str | None = None) -> None:
         "checkpoint",
         type=Location,
         nargs=nargs,
-        help="run folder, .ckpt file, model.safetensors, or a published network: local-dir:FOLDER, hf-hub:USER/NAME, or one that"
-        " dgnet models --pretrained lists",
+        help="run folder, .ckpt file, model.safetensors, or a published network: local-dir:FOLDER, hf-hub:USER/NAME, or a name"
+        " that dgnet models --pretrained lists",
+    )
+    parser.add_argument(
+        "--trust-code",
+        type=str | None,
+        default=None,
+        metavar="PACKAGES",
+        help="packages, separated by commas, whose code may be imported if the checkpoint names a class of theirs",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dgnet.code import code_path, find_code, is_code_path
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import (
     OWN_WEIGHTING,
@@ -28,6 +29,10 @@ from dgnet.options import Options, is_used, option
 
 WEIGHTING_NAMES = ("routed", "learned", "fixed")
 WeightingLike = str | Callable[[Topology, int], Weighting]
+
+
+_CODE = ("topology", "weighting", "router", "router_pool")
+"""Options that may be code of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
     Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
 
+    def __post_init__(self) -> None:
+        for name in _CODE:
+            value = getattr(self, name)
+            if is_code_path(value):
+                object.__setattr__(self, name, find_code(value, name))
+        super().__post_init__()
+
     def check(self) -> None:
         """Raises UsageError for an option without effect."""
         chosen = self._chosen()
@@ -90,10 +102,11 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
     def plain_options(self) -> dict[str, Any]:
         """Every option that has an effect, with its value, also if it is the default: defaults may change later.
 
-        A class or callable is left out: it has no plain form.
+        A class or function is given by its import path. One that has none is left out: it has no plain form.
         """
         chosen = self._chosen()
         values = {f.name: getattr(self, f.name) for f in fields(self) if is_used(f, chosen)}
+        values |= {name: code_path(values[name]) for name in _CODE if callable(values.get(name))}
         return {name: value for name, value in values.items() if isinstance(value, str | bool | int | float)}
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
 
+from dgnet.code import trust_code as trusting
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
 from dgnet.graph import find_stages
 from dgnet.models._connectivity import Connectivity
@@ -37,14 +38,15 @@ def list_models(filter: str = "*") -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, **kwargs: Any) -> TimmNetwork:
+def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
     `name`: a registered name, also with the tag of published weights (NAME.TAG), or a source in timm's form:
     "local-dir:FOLDER", "hf-hub:USER/NAME". A source has the published weights, unless `pretrained=False`.
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
-    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out.
+    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out. `trust_code`: packages whose
+    code may be imported if an option, also one in a source's `config.json`, names a class of theirs ("package.module.Class").
 
     Raises UsageError for an unknown model, option or value.
     """
@@ -65,12 +67,13 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     without = read_value(list[str], built.pop("without_blocks", []), "without_blocks")
     conversion = _take_conversion(name, built)
     try:
-        network = timm.create_model(name, **built)
-        network = remove_blocks(network, without) if without else network
-        if conversion is not None:
-            if find_stages(network):
-                raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
-            network = convert(network, **conversion)
+        with trusting(trust_code):
+            network = timm.create_model(name, **built)
+            network = remove_blocks(network, without) if without else network
+            if conversion is not None:
+                if find_stages(network):
+                    raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
+                network = convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
