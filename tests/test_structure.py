@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 LAYERS = (
     ("errors", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
     ("_guard",),
-    ("files", "paths", "documents", "typed", "options", "devices"),
+    ("files", "paths", "documents", "typed", "options", "devices", "code"),
     ("graph",),
     ("models",),
     ("_work", "data"),
@@ -24,7 +24,8 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("detection",),
-    ("analysis", "bench"),
+    ("_entries",),
+    ("analysis", "bench", "publishing"),
     ("cli",),
     ("__main__",),
 )

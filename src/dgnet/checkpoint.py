@@ -153,7 +153,8 @@ class Checkpoint(Described):
         if static is None:
             return None
         name, options = static
-        return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
+        sizes: dict[str, Any] = {"num_classes": len(self.class_names), **self.preprocessing.network_options}
+        return create_model(name, **sizes, **options).eval()
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""

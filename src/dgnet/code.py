@@ -1,4 +1,4 @@
-"""Code of the user's own that files name: a class or function by its import path. It is imported only if its module is trusted."""
+"""Code of the user's own that files name, as "package.module.Class". It is imported only if its package is trusted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_code_path(value: object) -> bool:
 
 
 def code_path(code: Any) -> str | None:
-    """The import path of a class or function; None if it has none: a lambda, an object, what `__main__` or a function defines."""
+    """The import path of a class or function; None if it has none: a lambda, an object, what is defined in `__main__`."""
     module, name = getattr(code, "__module__", None), getattr(code, "__qualname__", "<none>")
     path = f"{module}.{name}"
     return path if module not in (None, "__main__") and is_code_path(path) else None

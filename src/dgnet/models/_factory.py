@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any, cast
 
 import timm
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
@@ -173,7 +175,18 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
 
 
 # What a constructor may raise for a value that it cannot use.
-_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
+_BAD_VALUE = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    OSError,
+    SafetensorError,
+    UnpicklingError,
+)
 # Options that timm's builder takes and does not pass to the network.
 _BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 

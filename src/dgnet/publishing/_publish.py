@@ -56,20 +56,22 @@ def publish(
     Raises UsageError for a checkpoint that cannot be read, a folder that holds other files, and a name that the Hub does not
     allow, and if the Hub cannot be reached or refuses.
     """
+    name = str(to).removeprefix(_HUB) if str(to).startswith(_HUB) else None
+    if name is None:
+        _check_folder(expand(to))
+    else:
+        check_repo_id(name)
     path = find_checkpoint(run)
     _, carried = read_tensors(path)
     is_detector = (carried or {}).get("task", CLASSIFY) == DETECT
     checkpoint: Checkpoint | DetectorCheckpoint = load_detector(path) if is_detector else Checkpoint.read(path)
     measured = _measure(path, evaluation)
-    if not str(to).startswith(_HUB):
+    if name is None:
         folder = expand(to)
-        _check_folder(folder)
         with writing(folder, "name another folder with --to"):
             folder.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, folder, measured, license, f"local-dir:{folder}", folder.name or checkpoint.model)
         return Publication(f"local-dir:{folder}", checkpoint.task)
-    name = str(to).removeprefix(_HUB)
-    check_repo_id(name)
     with tempfile.TemporaryDirectory() as temporary:
         _write(checkpoint, Path(temporary), measured, license, f"{_HUB}{name}", name.partition("/")[2])
         _upload(Path(temporary), name, private)
