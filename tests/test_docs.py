@@ -37,8 +37,9 @@ SLOW = {"docs/convert.md", "docs/quickstart.md"}
 
 def find_pages() -> list[str]:
     """All Markdown files of the project."""
-    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    return sorted(str(path) for path in paths if not path.parts[0].startswith(".") and path.parts[0] not in BUILT)
+    tops = [top for top in ROOT.iterdir() if top.name == ".github" or not (top.name.startswith(".") or top.name in BUILT)]
+    pages = [path for top in tops for path in (top.rglob("*.md") if top.is_dir() else [top]) if path.suffix == ".md"]
+    return sorted(path.relative_to(ROOT).as_posix() for path in pages)
 
 
 def read(page: str) -> str:
