@@ -38,8 +38,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Without --quiet: it silences the warnings that --strict counts.
 docs: $(STAMP)  ## the documentation site in site/, which opens from disk; broken links and references are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A test compares the pages with the rows.
 tables: $(STAMP)  ## write the tables of the documentation from the committed rows of experiments, benchmarks and costs
