@@ -13,7 +13,7 @@ OLDEST_PYTHON ?= python3.11
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow test-oldest fuzz check costs format clean
+.PHONY: demo test test-slow test-oldest fuzz check docs tables costs format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits to half of its cost, and show what it does
 	$(BIN)/python examples/demo.py
@@ -38,9 +38,19 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The cost of every network is recorded; the tests recount it, and the README's table shows it.
-costs: $(STAMP)  ## record the cost of every network in docs/costs.json
+# Without --quiet: it silences the warnings that --strict counts.
+docs: $(STAMP)  ## the documentation site in site/, which opens from disk; broken links and references are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A test compares the pages with the rows.
+tables: $(STAMP)  ## write the tables of the documentation from the committed rows of experiments, benchmarks and costs
+	$(BIN)/python docs/tables.py
+
+# The cost of every network is recorded, for the detection backbones also at 800×1333; the tests recount it.
+costs: $(STAMP)  ## record the cost of every network in docs/costs*.json
 	$(BIN)/dgnet cost $$($(BIN)/dgnet models) $(BASELINES) --json > docs/costs.json
+	$(BIN)/dgnet cost --table 2 --json > docs/costs_detection.json
+	$(MAKE) tables
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -61,4 +71,4 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) site .mypy_cache .ruff_cache .pytest_cache
