@@ -167,7 +167,7 @@ def _add_gates(
     by_name = dict(zip(stages, own, strict=True))
     if not isinstance(model, ConvertedNetwork) or any(stage.node_gates is not None for stage in find_stages(model)):
         return by_name, replace(costs, stages=own)
-    gated: Any = add_gates(model)
+    gated: Any = add_gates(model, size)
     total = cost_model(gated, size)
     return {**by_name, **dict(zip(gated.graph_names, total.stages, strict=True))}, total
 

@@ -7,7 +7,6 @@ convolutions and matrix products from their shapes. Hooks note which place of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from dgnet.compat.torch import UNCOUNTED
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DenseWalk, DynamicGraph, find_stages
-from dgnet.models import find_channels
+from dgnet.models import copy_for_passes, find_channels, find_dtype
 
 
 @dataclass
@@ -75,7 +74,7 @@ def measure_work(network: nn.Module, image_size: int | tuple[int, int]) -> Netwo
         return _Meter(network, "meta").run(shape)
     except Exception as error:  # a layer may raise anything for a size that it cannot take
         failure = error
-    if not any(tensor.is_meta for tensor in network.state_dict().values()):
+    if not any(tensor.is_meta for tensor in network.state_dict().values() if isinstance(tensor, Tensor)):
         try:
             return _Meter(network, "cpu").run(shape)
         except Exception as error:
@@ -88,7 +87,7 @@ class _Meter:
 
     def __init__(self, network: nn.Module, device: str) -> None:
         # Without gradients: the counter asks tensors that need one for its function, which they do not have here.
-        self.network = deepcopy(network).to(device).eval().requires_grad_(False)
+        self.network = copy_for_passes(network).to(device).eval().requires_grad_(False)
         self.device = device
         self.counter = FlopCounterMode(display=False, custom_mapping={**UNCOUNTED, _CONVOLUTION: self._convolution})
         self.outputs = 0  # elements of the outputs of convolutions so far
@@ -100,7 +99,7 @@ class _Meter:
 
     def run(self, shape: Sequence[int]) -> NetworkWork:
         """`shape`: of a batch of one image."""
-        images = torch.zeros(shape, device=self.device)
+        images = torch.zeros(shape, device=self.device, dtype=find_dtype(self.network))
         is_fused = mha.get_fastpath_enabled()
         # On the CPU a transformer layer may run as one operator, which the counter does not know.
         mha.set_fastpath_enabled(False)
