@@ -64,11 +64,15 @@ def measure_work(network: nn.Module, image_size: int | tuple[int, int]) -> Netwo
 
     It runs on the meta device, without computing. A network that reads values cannot run there and runs on the CPU, on zeros.
 
-    Raises UsageError for a size that the network cannot take.
+    Raises UsageError for a size that the network cannot take, and for quantised layers, which torch does not count.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in network.modules()):
+        raise UsageError(
+            f"{type(network).__name__} has quantised layers, whose work is not counted; count it before quantisation"
+        )
     shape = (1, find_channels(network), height, width)
     try:
         return _Meter(network, "meta").run(shape)

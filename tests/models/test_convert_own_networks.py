@@ -463,3 +463,83 @@ def test_a_first_convolution_that_does_not_read_the_image():
 def test_a_feature_extractor_is_traced_at_the_size_that_it_is_built_for():
     getter = timm.create_model("test_vit", features_only=True, img_size=32)
     assert dgnet.models.find_image_size(getter) == (32, 32)
+
+
+# --- a converted network of the user's own
+
+
+class Masked(Network):
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x.mean((2, 3)))
+
+
+class Flat(Network):
+    """Takes images of 32 pixels only."""
+
+    def __init__(self) -> None:
+        super().__init__(in_a_row)
+        self.head = nn.Linear(4 * 16 * 16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(in_a_row(self, self.stem(images)).flatten(1))
+
+
+@torch.no_grad()
+def test_torch_fx_traces_arguments_that_are_none_later():
+    static = Masked(in_a_row).eval()
+    traced = torch.fx.symbolic_trace(convert(static))
+    torch.testing.assert_close(traced(IMAGES), static(IMAGES))
+
+
+def test_descriptions_of_networks_that_take_one_size_or_read_values():
+    flat = dgnet.convert(Flat().eval(), image_size=32)
+    assert 0 < dgnet.describe(flat, image_size=32).least_budget < 1
+    reads = convert(Network(lambda network, x: in_a_row(network, x) if x.sum().item() else x))
+    assert 0 < dgnet.describe(reads, image_size=16).least_budget < 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_cannot_be_described():
+    converted = convert(Network(in_a_row))
+    with pytest.raises(UsageError, match="model_kwargs has a value that the command line cannot take"):
+        dgnet.describe(converted, 16, model_kwargs={"scale": torch.ones(1)})
+    converted.head = torch.ao.nn.quantized.dynamic.Linear(4, 5)
+    with pytest.raises(UsageError, match="has quantised layers, whose work is not counted"):
+        dgnet.describe(converted, 16)
+    for function in (dgnet.describe, lambda model: dgnet.set_mode(model, "dense")):
+        with pytest.raises(UsageError, match=r"a network is an nn\.Module, got None"):
+            function(None)
+
+
+@torch.no_grad()
+def test_static_weights_of_a_network_without_timms_config():
+    converted, state = convert(Network(in_a_row), weighting="learned"), Network(in_a_row).state_dict()
+    untrained = dgnet.load_static_weights(
+        converted, {f"module.{name}": tensor for name, tensor in state.items()}, start="static", image_size=16
+    )
+    assert untrained == ["blocks.0.weighting.alpha"]
+    converted.get_submodule("blocks.0").weighting.alpha.mul_(1.5)
+    with pytest.raises(UsageError, match="cannot become static: an edge does not weigh 1; convert the static network again"):
+        dgnet.load_static_weights(converted, state, start="static", image_size=16)
+    for wrong, line in ((None, "a state dict maps names to tensors, got None"), ({"a": "b"}, "holds tensors, got a='b'")):
+        with pytest.raises(UsageError, match=line):
+            dgnet.load_static_weights(converted, wrong)
+
+
+@torch.no_grad()
+def test_to_static_compares_what_parameters_do_not_say():
+    converted = convert(Network(in_a_row), weighting="fixed", node_gate="hard")
+    stage = find_stages(converted)[0]
+    stage.threshold_offset = 0.49
+    with pytest.raises(UsageError, match="a gate is closed"):
+        dgnet.to_static(converted)
+    stage.threshold_offset = 0.0
+    stage.nodes[1].register_forward_hook(lambda module, inputs, output: None)  # hooks are no part of it
+    assert dgnet.to_static(converted)
+    stage.weighting.shared_alpha = lambda node: torch.full((node,), 0.5)
+    stage.weighting.__class__ = type("Half", (dgnet.Weighting,), {"reads_features": False})
+    with pytest.raises(UsageError, match=r"cannot become static: the feature after stage blocks.0 differs"):
+        dgnet.to_static(converted)
