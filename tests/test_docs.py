@@ -96,13 +96,13 @@ def find_commands(code: str) -> Iterator[list[str]]:
     for name, value in re.findall(r"\bfor (\w+) in (\S+)", code):
         code = code.replace(f"${name}", value)
     for line in code.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&>")
         lexer.whitespace_split = True
         words = list(lexer)
         starts = [place for place, word in enumerate(words) if word == "dgnet"]
         for start in starts:
             rest = words[start + 1 :]
-            end = next((place for place, word in enumerate(rest) if set(word) <= set(";|&")), len(rest))
+            end = next((place for place, word in enumerate(rest) if set(word) <= set(";|&>")), len(rest))
             yield rest[:end]
 
 

@@ -7,6 +7,8 @@ from dgnet.models import regnet as regnet
 from dgnet.models import resnet as resnet
 from dgnet.models._agreement import Agreement as Agreement
 from dgnet.models._agreement import Comparison as Comparison
+from dgnet.models._calls import Call as Call
+from dgnet.models._calls import trace_calls as trace_calls
 from dgnet.models._connectivity import Connectivity as Connectivity
 from dgnet.models._convert import add_gates as add_gates
 from dgnet.models._convert import check_agreement as check_agreement
@@ -29,6 +31,9 @@ from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
 from dgnet.models._inputs import first_convolutions as first_convolutions
 from dgnet.models._inputs import match_image_size as match_image_size
+from dgnet.models._isolation import copy_for_passes as copy_for_passes
+from dgnet.models._isolation import find_dtype as find_dtype
+from dgnet.models._isolation import keep_modes as keep_modes
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._published import CONFIG as CONFIG
 from dgnet.models._published import WEIGHTS as WEIGHTS

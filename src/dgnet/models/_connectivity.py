@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
 from dgnet.code import code_path, find_code, is_code_path
-from dgnet.errors import UsageError, check_choice
+from dgnet.errors import UsageError, check_choice, shorten
 from dgnet.graph import (
     OWN_WEIGHTING,
     TOPOLOGY_NAMES,
@@ -45,9 +47,18 @@ class Axes(Options):
     weighting: WeightingLike = option("routed", "routed, learned, fixed, or a callable (topology, channels) -> Weighting")
 
     def check(self) -> None:
-        """Raises UsageError for an unknown name."""
+        """Raises UsageError for an unknown name, and for what is neither a name nor anything else that is allowed."""
         if isinstance(self.weighting, str):
             check_choice("weighting", self.weighting, WEIGHTING_NAMES)
+        elif not callable(self.weighting):
+            raise UsageError(
+                "weighting is routed, learned, fixed or a callable (topology, channels) -> Weighting, got"
+                f" {shorten(repr(self.weighting))}"
+            )
+        if not (callable(self.topology) or isinstance(self.topology, str | Topology | Tensor | Mapping | list | tuple)):
+            raise UsageError(
+                f"topology is a name, a mask, a callable of num_nodes or a list of these, got {shorten(repr(self.topology))}"
+            )
         for name in self.topology_names():
             check_choice("topology", name, TOPOLOGY_NAMES)
 
