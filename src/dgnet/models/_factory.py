@@ -36,7 +36,7 @@ def list_models(filter: str = "*") -> list[str]:
     """
     if not isinstance(filter, str):
         raise UsageError(f"the filter of a list of models is a pattern such as 'dg_*', got {filter!r}")
-    names = [name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith("dgnet.")]
+    names = [name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith("dgnet.models.")]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
