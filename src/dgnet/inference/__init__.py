@@ -4,6 +4,7 @@ from dgnet.inference._compile import compile_network as compile_network
 from dgnet.inference._export import FORMATS as FORMATS
 from dgnet.inference._export import check_export as check_export
 from dgnet.inference._export import export_network as export_network
+from dgnet.inference._export import require_packages as require_packages
 from dgnet.inference._export import save_export as save_export
 from dgnet.inference._fold import fold_batch_norms as fold_batch_norms
 from dgnet.inference._native import EXECUTORS as EXECUTORS
