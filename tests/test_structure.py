@@ -24,7 +24,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("detection",),
-    ("analysis", "bench"),
+    ("analysis", "bench", "_doctor"),
     ("cli",),
     ("__main__",),
 )

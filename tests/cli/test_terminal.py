@@ -72,7 +72,14 @@ REAL = {
     "detect evaluate --json": ["detect", "evaluate", "results.json", "--data", "instances.json", "--json"],
 }
 """Commands that print an odd name or “×”, and write files, as the words that follow `dgnet`."""
-ONLY_HELP = {"bench": "slow", "export": "slow", "explore": "serves", "detect train": "slow", "detect predict": "slow"}
+ONLY_HELP = {
+    "bench": "slow",
+    "doctor": "may compile",
+    "export": "slow",
+    "explore": "serves",
+    "detect train": "slow",
+    "detect predict": "slow",
+}
 """Commands of which the fast tests print the help text only, and why. Their output uses the same functions."""
 
 LONG = ("evaluate", "train", "analyze --json", "detect evaluate")

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, convert, detect, explore, tools
+from dgnet.cli import analyze, classify, convert, detect, doctor, explore, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command | Group] = {
     "explore": explore.EXPLORE,
     "cost": tools.COST,
     "bench": tools.BENCH,
+    "doctor": doctor.DOCTOR,
 }
 
 
