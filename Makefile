@@ -16,10 +16,10 @@ NEWEST_PYTHON ?= $(PYTHON)
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow test-oldest test-newest fuzz check costs bench-check format clean
+.PHONY: demo test test-slow test-oldest test-newest fuzz check docs tables costs bench-check format clean
 
-demo: $(STAMP)  ## train the default DG-Net on handwritten digits
-	$(BIN)/dgnet train
+demo: $(STAMP)  ## train the default DG-Net on handwritten digits to half of its cost, and show what it does
+	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## format, lint and type checks, then the tests, except the slow ones
 	$(MAKE) check
@@ -44,9 +44,19 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The cost of every network is recorded; the tests recount it, and the README's table shows it.
-costs: $(STAMP)  ## record the cost of every network in docs/costs.json
+# Without --quiet: it silences the warnings that --strict counts.
+docs: $(STAMP)  ## the documentation site in site/, which opens from disk; broken links and references are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A test compares the pages with the rows.
+tables: $(STAMP)  ## write the tables of the documentation from the committed rows of experiments, benchmarks and costs
+	$(BIN)/python docs/tables.py
+
+# The cost of every network is recorded, for the detection backbones also at 800×1333; the tests recount it.
+costs: $(STAMP)  ## record the cost of every network in docs/costs*.json
 	$(BIN)/dgnet cost $$($(BIN)/dgnet models) $(BASELINES) --json > docs/costs.json
+	$(BIN)/dgnet cost --table 2 --json > docs/costs_detection.json
+	$(MAKE) tables
 
 bench-check: $(STAMP)  ## a few ratios of speed and memory against benchmarks/baseline.json, on a machine that does nothing else
 	$(BIN)/python benchmarks/gate.py
@@ -75,4 +85,4 @@ $(NEWEST)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) site .mypy_cache .ruff_cache .pytest_cache

@@ -140,7 +140,7 @@ class Workers:
         log = self.output / f"{run.name}.log"
         options = {**run.options, "output": str(folder), "data": str(self.data / self.grid.data)}
         options["val_data"] = None if self.grid.test is None else str(self.data / self.grid.test)
-        if options.get("weights"):
+        if options.get("weights") and not options["weights"].startswith(RUN_OF):
             options["weights"] = str(self.weights / options["weights"])
         for arm in run.needs:
             needed = self.grid.find(arm, run.seed).name

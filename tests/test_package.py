@@ -84,8 +84,8 @@ def test_the_wheel_holds_every_file_of_the_package(source, wheel):
 def test_the_source_distribution_is_complete_and_holds_no_more(source):
     """It has what tests and documentation read, and nothing from a working folder, such as runs or data."""
     folders = {path.name for path in source.iterdir() if path.is_dir()} - {"dist"}
-    assert folders == {"src", "tests", "docs", "recipes", "benchmarks", "experiments"}
-    assert {"Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE"} <= {path.name for path in source.iterdir()}
+    assert folders == {"src", "tests", "docs", "examples", "recipes", "benchmarks", "experiments"}
+    assert {"Makefile", "constraints.txt", "mkdocs.yml", "CHANGELOG.md", "LICENSE"} <= {path.name for path in source.iterdir()}
 
 
 def find_requirements(wheel: Path) -> list[Requirement]:

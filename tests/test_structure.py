@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 LAYERS = (
     ("errors", "_extras", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
     ("_guard",),
-    ("files", "paths", "documents", "typed", "options", "devices"),
+    ("files", "paths", "documents", "typed", "options", "devices", "code"),
     ("graph",),
     ("models",),
     ("_work", "data"),
@@ -24,7 +24,8 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("detection",),
-    ("analysis", "bench", "_doctor"),
+    ("_entries",),
+    ("analysis", "bench", "publishing", "_doctor"),
     ("cli",),
     ("__main__",),
 )

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from dgnet.models import list_models as list_models
     from dgnet.models import load_static_weights as load_static_weights
     from dgnet.models import to_static as to_static
+    from dgnet.publishing import Publication as Publication
+    from dgnet.publishing import publish as publish
     from dgnet.training import TrainConfig as TrainConfig
     from dgnet.training import train as train
 else:

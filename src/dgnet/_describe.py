@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dgnet._cost import CostModel, StageCost, cost_model
+from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, find_stages, require_stages
 from dgnet.models import (
     Agreement,
@@ -167,7 +168,7 @@ def _add_gates(
     by_name = dict(zip(stages, own, strict=True))
     if not isinstance(model, ConvertedNetwork) or any(stage.node_gates is not None for stage in find_stages(model)):
         return by_name, replace(costs, stages=own)
-    gated: Any = add_gates(model)
+    gated: Any = add_gates(model, size)
     total = cost_model(gated, size)
     return {**by_name, **dict(zip(gated.graph_names, total.stages, strict=True))}, total
 
@@ -237,7 +238,10 @@ def _next_command(
         if stored.get(option, defaults[0]) not in defaults:
             kwargs[option] = stored[option]
     if kwargs:
-        words += ["--model-kwargs", json.dumps(kwargs, ensure_ascii=False)]
+        try:
+            words += ["--model-kwargs", json.dumps(kwargs, ensure_ascii=False)]
+        except TypeError as error:
+            raise UsageError(f"model_kwargs has a value that the command line cannot take: {error}") from error
     return shlex.join(words)
 
 

@@ -16,9 +16,14 @@ from types import ModuleType
 def register_networks() -> None:
     """Register our networks with timm: now if timm has been imported, otherwise at the end of its import."""
     if "timm" in sys.modules:
-        importlib.import_module("dgnet.models")
+        _import_networks()
     else:
         sys.meta_path.insert(0, _TimmFinder())
+
+
+def _import_networks() -> None:
+    for module in ("dgnet.models", "dgnet._entries"):
+        importlib.import_module(module)
 
 
 class _TimmFinder:
@@ -37,7 +42,7 @@ class _TimmFinder:
             load_timm(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module("dgnet.models")
+            _import_networks()
 
         spec.loader.exec_module = load_timm_and_networks  # type: ignore[method-assign]
         return spec

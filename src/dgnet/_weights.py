@@ -54,7 +54,8 @@ def read_weights(
         preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, channels)
         if classes != network.num_classes or channels != 3:
             torch.default_generator.manual_seed(0)
-            network = create_model(model, num_classes=classes, **preprocessing.network_options, **options)
+            sizes: dict[str, Any] = {"num_classes": classes, **preprocessing.network_options}
+            network = create_model(model, **sizes, **options)
     untrained = fit_weights(network, model, path, state_dict).untrained
     if class_names is None:
         class_names = find_class_names(network, classes) or number_classes(classes)
@@ -79,7 +80,7 @@ def open_model(
     options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        given = {} if num_classes is None else {"num_classes": num_classes}
+        given: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         if pretrained:
             network = create_pretrained(model, "--pretrained true", "--weights FILE", **given, **options)
         else:

@@ -7,7 +7,6 @@ convolutions and matrix products from their shapes. Hooks note which place of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from dgnet.compat.torch import UNCOUNTED
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DenseWalk, DynamicGraph, find_stages
-from dgnet.models import find_channels
+from dgnet.models import copy_for_passes, find_channels, find_dtype
 
 
 @dataclass
@@ -65,17 +64,21 @@ def measure_work(network: nn.Module, image_size: int | tuple[int, int]) -> Netwo
 
     It runs on the meta device, without computing. A network that reads values cannot run there and runs on the CPU, on zeros.
 
-    Raises UsageError for a size that the network cannot take.
+    Raises UsageError for a size that the network cannot take, and for quantised layers, which torch does not count.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
         raise UsageError(f"image size must be at least 1 pixel, got {height}×{width}")
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in network.modules()):
+        raise UsageError(
+            f"{type(network).__name__} has quantised layers, whose work is not counted; count it before quantisation"
+        )
     shape = (1, find_channels(network), height, width)
     try:
         return _Meter(network, "meta").run(shape)
     except Exception as error:  # a layer may raise anything for a size that it cannot take
         failure = error
-    if not any(tensor.is_meta for tensor in network.state_dict().values()):
+    if not any(tensor.is_meta for tensor in network.state_dict().values() if isinstance(tensor, Tensor)):
         try:
             return _Meter(network, "cpu").run(shape)
         except Exception as error:
@@ -88,7 +91,7 @@ class _Meter:
 
     def __init__(self, network: nn.Module, device: str) -> None:
         # Without gradients: the counter asks tensors that need one for its function, which they do not have here.
-        self.network = deepcopy(network).to(device).eval().requires_grad_(False)
+        self.network = copy_for_passes(network).to(device).eval().requires_grad_(False)
         self.device = device
         self.counter = FlopCounterMode(display=False, custom_mapping={**UNCOUNTED, _CONVOLUTION: self._convolution})
         self.outputs = 0  # elements of the outputs of convolutions so far
@@ -100,7 +103,7 @@ class _Meter:
 
     def run(self, shape: Sequence[int]) -> NetworkWork:
         """`shape`: of a batch of one image."""
-        images = torch.zeros(shape, device=self.device)
+        images = torch.zeros(shape, device=self.device, dtype=find_dtype(self.network))
         is_fused = mha.get_fastpath_enabled()
         # On the CPU a transformer layer may run as one operator, which the counter does not know.
         mha.set_fastpath_enabled(False)

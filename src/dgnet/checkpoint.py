@@ -26,6 +26,7 @@ from dgnet.errors import UsageError, check_choice, check_range, reason
 from dgnet.files import replace_file, writing
 from dgnet.graph import DynamicGraph, accept_cuts, find_stages
 from dgnet.models import (
+    WEIGHTS,
     ConvertedNetwork,
     TimmNetwork,
     adapt_input,
@@ -33,6 +34,8 @@ from dgnet.models import (
     create_model,
     describe_loss,
     find_obstacle,
+    find_published,
+    is_published,
     is_static,
     keep_function,
     load_static_weights,
@@ -150,7 +153,8 @@ class Checkpoint(Described):
         if static is None:
             return None
         name, options = static
-        return create_model(name, num_classes=len(self.class_names), **self.preprocessing.network_options, **options).eval()
+        sizes: dict[str, Any] = {"num_classes": len(self.class_names), **self.preprocessing.network_options}
+        return create_model(name, **sizes, **options).eval()
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
@@ -264,9 +268,14 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file of `path`, a file or a run folder. Raises UsageError if there is none."""
+    """The checkpoint file of `path`: a file, a run folder, or the name of a published network (local-dir:, hf-hub:, NAME.TAG).
+
+    Raises UsageError if there is none.
+    """
     path = expand(path)
     kind = find_kind(path)
+    if kind is None and is_published(str(path)):
+        return find_published(str(path), WEIGHTS)
     if kind == "folder":
         for candidate in (path / "checkpoints" / "last.ckpt", path / "model.safetensors"):
             if is_file(candidate):
@@ -274,7 +283,10 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UsageError(f"{path} is no run folder: it contains neither checkpoints/last.ckpt nor model.safetensors")
     if kind != "file":
         found = "does not exist" if kind is None else "is no regular file"
-        raise UsageError(f"checkpoint {path} {found}; give a run folder, a .ckpt file or a model.safetensors")
+        raise UsageError(
+            f"checkpoint {path} {found}; give a run folder, a .ckpt file, a model.safetensors, or a name that"
+            " dgnet models --pretrained lists"
+        )
     return path
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dgnet.inference._build import load_native
 from dgnet.inference._lower import find_operations, lower
+from dgnet.inference._native import NativeForward
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -172,6 +173,44 @@ def test_a_block_with_hooks_is_not_lowered():
     assert find_operations(block) is not None
     block.register_forward_hook(lambda *args: None)
     assert find_operations(block) is None
+
+
+class ByMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(6, 6, 1), norm(6)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y if self.training else y.relu()
+
+
+@torch.no_grad()
+def test_a_block_is_lowered_as_it_is_in_evaluation():
+    block, x = ByMode(), torch.randn(2, 6, 5, 5)
+    program = lower(block.train())
+    assert block.training
+    assert block.norm.training
+    torch.testing.assert_close(program.run(x), block.eval()(x))
+    block.norm.train()  # statistics of the batch also in evaluation
+    assert find_operations(block) is None
+
+
+def test_a_block_with_a_forward_pass_of_its_own_is_not_lowered():
+    block = nn.Sequential(conv(6, 6, 1))
+    block[0].forward = lambda x: x
+    assert find_operations(block) is None
+
+
+@torch.no_grad()
+def test_a_lowered_module_takes_further_arguments_in_plain_pytorch():
+    block = ByMode().eval()
+    block.forward = NativeForward(block, lower(block))
+    block.forward.plain = lambda x, shift=0.0: x + shift
+    x = torch.randn(2, 6, 5, 5)
+    with torch.inference_mode():
+        assert torch.equal(block(x, 1.0), x + 1)
+        assert not torch.equal(block(x), x)
 
 
 @torch.no_grad()

@@ -343,9 +343,10 @@ def test_an_unknown_option_is_refused():
 
 def test_the_check_refuses_a_network_that_differs(monkeypatch):
     static, images = build_static("resnet"), draw_images("resnet")
+    converted = dgnet.convert(static)
     monkeypatch.setattr("dgnet.models._increment.Increment.forward", lambda self, x: self.block(x))
     with pytest.raises(UsageError, match=r"the converted network differs from ResNet by .* name the modules to convert"):
-        dgnet.convert(static, check=images)
+        dgnet.models.check_agreement(static, converted, images)
 
 
 class _PassOn(nn.Module):

@@ -185,8 +185,11 @@ def test_pruning_keeps_whole_stages():
     for expected, found in pairs:
         torch.testing.assert_close(found, expected)
     converted.load_state_dict(static.state_dict())
+    refusing = dgnet.convert(build_static("vit"))
+    names = list(refusing.state_dict())
     with pytest.raises(UsageError, match=r"pruning would cut the stage blocks.0: blocks.\d+ goes, blocks.0 stays"):
-        dgnet.convert(build_static("vit")).prune_intermediate_layers([0])
+        refusing.prune_intermediate_layers([0])
+    assert list(refusing.state_dict()) == names
 
 
 # --- state dicts and copies
@@ -209,6 +212,32 @@ def test_state_dicts_load(prefix):
     assert torch.equal(other(images), shaken(images))
     with pytest.raises(RuntimeError, match="node_gates"):
         other.load_state_dict({f"{prefix}{name}": tensor for name, tensor in gated.state_dict().items()})
+
+
+@torch.no_grad()
+def test_parameters_alone_load():
+    """As optimisers and averages keep them: without buffers, and so without the masks of stages."""
+    trained, other = (dgnet.convert(build_static("vit"), weighting="learned") for _ in range(2))
+    for parameter in trained.parameters():
+        parameter.mul_(1.1)
+    found = other.load_state_dict(dict(trained.named_parameters()), strict=False)
+    assert found.unexpected_keys == []
+    assert all(torch.equal(*pair) for pair in zip(trained.parameters(), other.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_replicas_put_out_the_features_between_blocks():
+    static, images = build_static("vit"), draw_images("vit")
+    converted = dgnet.convert(static)
+    replicas = {module: module._replicate_for_data_parallel() for module in converted.modules()}
+    for module, replica in replicas.items():  # as `nn.DataParallel` does
+        for name, child in module._modules.items():
+            replica._modules[name] = child if child is None else replicas[child]
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            setattr(replica, name, tensor)
+    expected = static.forward_intermediates(images, intermediates_only=True)
+    for ours, theirs in zip(replicas[converted].forward_intermediates(images, intermediates_only=True), expected, strict=True):
+        assert largest_difference(ours, theirs) < 2e-6
 
 
 def test_a_static_state_dict_with_a_missing_tensor_names_it():

@@ -108,7 +108,8 @@ def test_a_folder_that_timm_wrote_loads(name, create, tmp_path):
     save_for_hf(written, tmp_path, model_args=NETWORKS[name])  # older versions of timm do not note the arguments
     source, state = f"local-dir:{tmp_path}", written.state_dict()
     assert_holds(create(source, pretrained=True), state)
-    assert not torch.equal(create(source).state_dict()[next(iter(state))], next(iter(state.values())))
+    untrained = create(source, pretrained=False).state_dict()
+    assert not torch.equal(untrained[next(iter(state))], next(iter(state.values())))
     assert create(source, pretrained=True, num_classes=4).num_classes == 4
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -146,9 +147,9 @@ def test_timms_own_networks_load_a_run_through_dgnet(tmp_path):
     [
         ("dg_resnet20", {"checkpoint_path": "missing.pth"}, "no such file"),
         ("dg_resnet20", {"pretrained": True, "pretrained_cfg_overlay": {"file": "missing.pth"}}, "missing.pth, which does not"),
-        ("local-dir:missing", {"pretrained": True}, "no such file"),
-        ("local-dir:", {}, "no model id / path"),
-        ("hf-hub:", {}, "no model id / path"),
+        ("local-dir:missing", {"pretrained": True}, "there is no such folder"),
+        ("local-dir:", {}, "names no network"),
+        ("hf-hub:", {}, "names no network"),
         ("dg_resnet20.unknown", {}, "unknown"),
         (None, {}, "by its name, got None"),
         (5, {}, "by its name, got 5"),

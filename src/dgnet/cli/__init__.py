@@ -15,8 +15,9 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, convert, detect, doctor, explore, tools
+from dgnet.cli import analyze, classify, convert, detect, doctor, explore, publish, tools
 from dgnet.cli.command import Command, Group, Parser
+from dgnet.code import trust_code
 from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Command | Group] = {
     "evaluate": classify.EVALUATE,
     "analyze": analyze.ANALYZE,
     "export": tools.EXPORT,
+    "publish": publish.PUBLISH,
     "predict": classify.PREDICT,
     "detect": detect.DETECT,
     "explore": explore.EXPLORE,
@@ -102,7 +104,9 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     given = {word.partition("=")[0] for word in words}
     if command.is_resumable and {"--resume", "--config"} <= given:
         raise UsageError("--resume continues with the run's own config.yaml; leave out --config")
-    command.run(parser.parse(words, defaults=not (command.is_resumable and "--resume" in given)))
+    args = parser.parse(words, defaults=not (command.is_resumable and "--resume" in given))
+    with trust_code((args.get("trust_code") or "").split(",")):
+        command.run(args)
 
 
 def _group_parser(group: Group, name: str) -> Parser:

@@ -219,7 +219,20 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
 
 def add_checkpoint(parser: Parser, nargs: str | None = None) -> None:
     """Add the argument for the checkpoint."""
-    parser.add_argument("checkpoint", type=Location, nargs=nargs, help="run folder, .ckpt file or model.safetensors")
+    parser.add_argument(
+        "checkpoint",
+        type=Location,
+        nargs=nargs,
+        help="run folder, .ckpt file, model.safetensors, or a published network: local-dir:FOLDER, hf-hub:USER/NAME, or a name"
+        " that dgnet models --pretrained lists",
+    )
+    parser.add_argument(
+        "--trust-code",
+        type=str | None,
+        default=None,
+        metavar="PACKAGES",
+        help="packages, separated by commas, whose code may be imported if the checkpoint names a class of theirs",
+    )
 
 
 def add_json(parser: Parser) -> None:

@@ -26,13 +26,30 @@ from dgnet.typed import Location
 
 
 def _models_parser() -> Parser:
-    return Parser(description="Print the names of the models, one per line.")
+    parser = Parser(description="Print the names of the models, one per line.")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="those whose weights come with dgnet, with their accuracy and multiply-adds"
+    )
+    add_json(parser)
+    return parser
 
 
 def run_models(args: Namespace) -> None:
     """`dgnet models`."""
-    for name in dgnet.list_models():
+    from dgnet.models import list_pretrained
+
+    names = dgnet.list_models()
+    found = list_pretrained() if args.pretrained else []
+    if args.json:
+        print_json([asdict(row) for row in found] if args.pretrained else names)
+        return
+    for name in names if not args.pretrained else []:
         print(name)
+    if args.pretrained:
+        print(f"{'name':<36}{'top-1 %':>8}{'params M':>10}{'MAdds M':>9}{'executed M':>12}")
+    for row in found:
+        cells = f"{row.top1:>8.2f}{row.parameters / 1e6:>10.3f}{row.dense_multiply_adds / 1e6:>9.2f}"
+        print(f"{row.name:<36}{cells}{row.executed_multiply_adds / 1e6:>12.2f}")
 
 
 def _cost_parser() -> Parser:

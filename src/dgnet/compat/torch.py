@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import source
+from torch._dynamo import OptimizedModule, source
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -62,6 +62,22 @@ def is_compiled_for_all_sizes() -> bool:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether `module` or a part of it has forward hooks. The public interface can register hooks, but not list them."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """The forward hooks of `module`, those before and after it; see `has_forward_hooks`."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def has_any_hooks(module: nn.Module) -> bool:
+    """Whether `module` itself has hooks of any kind, of the forward or the backward pass."""
+    tables = (*hook_tables(module), module._backward_hooks, module._backward_pre_hooks)
+    return any(tables)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is what `torch.compile` returns."""
+    return isinstance(module, OptimizedModule)
 
 
 def message_from_worker(error: type[Exception], text: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dgnet.detection._batching import DetectionItems as DetectionItems
     from dgnet.detection._batching import collate as collate
     from dgnet.detection._checkpoint import DetectorCheckpoint as DetectorCheckpoint
+    from dgnet.detection._checkpoint import describe_detector as describe_detector
     from dgnet.detection._checkpoint import load_detector as load_detector
     from dgnet.detection._coco import AnnotationCounts as AnnotationCounts
     from dgnet.detection._coco import CocoAnnotations as CocoAnnotations

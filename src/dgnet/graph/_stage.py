@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from dgnet.compat.torch import is_transformed
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, shorten
 from dgnet.graph._nodes import NOTHING, Further, StageNodes
 from dgnet.graph._walk import DenseWalk, Walk
 
@@ -79,7 +79,9 @@ class DynamicGraph(StageNodes):
 
 
 def find_stages(model: nn.Module) -> list[DynamicGraph]:
-    """The model's dynamic stages, in order; none in a static network."""
+    """The model's dynamic stages, in order; none in a static network. Raises UsageError for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a network is an nn.Module, got {shorten(repr(model))}")
     return [module for module in model.modules() if isinstance(module, DynamicGraph)]
 
 

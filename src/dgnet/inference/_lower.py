@@ -20,6 +20,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import Tensor, fx, nn
 
 from dgnet.compat.torch import has_forward_hooks
+from dgnet.models import keep_modes
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,24 @@ def write_program(operations: list[Operation]) -> Any:
 
 
 def find_operations(block: nn.Module, layout: str = "NCHW") -> list[Operation] | None:
-    """The operations of `block` in evaluation; None if it has a step that the extension does not know, or hooks."""
-    if has_forward_hooks(block) or layout not in ("NCHW", "NHWC"):
+    """The operations of `block` in evaluation mode; None if it has a step that the extension does not know.
+
+    Also None if a part has hooks or a forward pass of its own, or stays in training mode in a block in evaluation mode.
+    """
+    parts = list(block.modules())
+    if has_forward_hooks(block) or any("forward" in vars(part) for part in parts) or layout not in ("NCHW", "NHWC"):
+        return None
+    if not block.training and any(part.training for part in parts):
         return None
     whole = nn.Sequential(block)  # calls the block with one argument
-    try:
-        graph = _Tracer().trace(whole)
-        translation = _Translation(whole, layout)
-        result = translation.run(graph)
-    except Exception:  # a block that cannot be traced raises anything
-        return None
+    with keep_modes(block):
+        whole.eval()
+        try:
+            graph = _Tracer().trace(whole)
+            translation = _Translation(whole, layout)
+            result = translation.run(graph)
+        except Exception:  # a block that cannot be traced raises anything
+            return None
     return _merge(translation.operations, result)
 
 

@@ -92,7 +92,7 @@ def use_native(network: nn.Module) -> nn.Module:
     activations. So does a pass with a padded batch, autocast or another precision. A stage is one call if its blocks can be
     lowered (`dgnet.inference._lower`).
 
-    Weights are copied, and hooks are looked up, now: call it again after changing either.
+    Weights are copied, hooks and modes of single modules are looked up, now: call it again after changing one of them.
 
     Raises UsageError if the extension cannot be built.
     """
@@ -127,15 +127,18 @@ def _lower_children(module: nn.Module) -> None:
 
 
 class NativeForward:
-    """The forward pass of a lowered module; in plain PyTorch where the extension does not support the input."""
+    """The forward pass of a lowered module; in plain PyTorch where the extension does not support the input.
+
+    It was lowered for a call with one argument.
+    """
 
     def __init__(self, module: nn.Module, program: Any) -> None:
         self.plain, self.program = module.forward, program
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _is_supported(x) or x.ndim != 4 or len(x) == 0:
-            output: Tensor = self.plain(x)
-            return output
+    def __call__(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        is_plain = torch.is_grad_enabled() or bool(more or named) or not isinstance(x, Tensor)
+        if is_plain or not _is_supported(x) or x.ndim != 4 or len(x) == 0:
+            return self.plain(x, *more, **named)
         output = self.program.run(x)
         return output
 

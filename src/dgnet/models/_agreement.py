@@ -10,10 +10,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dgnet.compat.torch import find_tensors
 from dgnet.errors import UsageError
+from dgnet.models._isolation import keep_modes
 
 TOLERANCE = 1e-4
 """The largest difference between logits that counts as rounding, as a share of the largest logit."""
+
+
+_ROUNDINGS = 16
+"""Units in the last place that count as rounding where that is more than `TOLERANCE`: in half precision."""
+
+
+def find_tolerance(network: nn.Module) -> float:
+    """`TOLERANCE`, or more for a network with parameters of half precision."""
+    kinds = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
+    return max([TOLERANCE, *(_ROUNDINGS * torch.finfo(kind).eps for kind in kinds)])
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,8 @@ def compare(static: nn.Module, converted: nn.Module, images: Tensor) -> Agreemen
 
 @torch.no_grad()
 def _run(network: nn.Module, images: Tensor) -> Tensor:
-    was_training = network.training
-    try:
-        output = network.eval()(images)
-    finally:
-        network.train(was_training)
-    outputs = output if isinstance(output, list | tuple) else [output]
-    return torch.cat([part.flatten(1).float() for part in outputs], dim=1)
+    with keep_modes(network):
+        outputs = [tensor for tensor in find_tensors(network.eval()(images)) if tensor.is_floating_point() and tensor.ndim]
+    if not outputs:
+        raise UsageError(f"{type(network).__name__} puts out no tensors that could be compared")
+    return torch.cat([part.flatten(1).float() if part.ndim > 1 else part.float()[:, None] for part in outputs], dim=1)

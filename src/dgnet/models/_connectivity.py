@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dgnet.errors import UsageError, check_choice
+from torch import Tensor
+
+from dgnet.code import code_path, find_code, is_code_path
+from dgnet.errors import UsageError, check_choice, shorten
 from dgnet.graph import (
     OWN_WEIGHTING,
     TOPOLOGY_NAMES,
@@ -30,6 +33,10 @@ WEIGHTING_NAMES = ("routed", "learned", "fixed")
 WeightingLike = str | Callable[[Topology, int], Weighting]
 
 
+_CODE = ("topology", "weighting", "router", "router_pool")
+"""Options that may be code of the user's own."""
+
+
 @dataclass(frozen=True)
 class Axes(Options):
     """The two axes."""
@@ -40,9 +47,18 @@ class Axes(Options):
     weighting: WeightingLike = option("routed", "routed, learned, fixed, or a callable (topology, channels) -> Weighting")
 
     def check(self) -> None:
-        """Raises UsageError for an unknown name."""
+        """Raises UsageError for an unknown name, and for what is neither a name nor anything else that is allowed."""
         if isinstance(self.weighting, str):
             check_choice("weighting", self.weighting, WEIGHTING_NAMES)
+        elif not callable(self.weighting):
+            raise UsageError(
+                "weighting is routed, learned, fixed or a callable (topology, channels) -> Weighting, got"
+                f" {shorten(repr(self.weighting))}"
+            )
+        if not (callable(self.topology) or isinstance(self.topology, str | Topology | Tensor | Mapping | list | tuple)):
+            raise UsageError(
+                f"topology is a name, a mask, a callable of num_nodes or a list of these, got {shorten(repr(self.topology))}"
+            )
         for name in self.topology_names():
             check_choice("topology", name, TOPOLOGY_NAMES)
 
@@ -61,6 +77,13 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
 
     Raises UsageError for an unknown value, and for an option that has no effect on the chosen topology or weighting.
     """
+
+    def __post_init__(self) -> None:
+        for name in _CODE:
+            value = getattr(self, name)
+            if is_code_path(value):
+                object.__setattr__(self, name, find_code(value, name))
+        super().__post_init__()
 
     def check(self) -> None:
         """Raises UsageError for an option without effect."""
@@ -90,10 +113,11 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
     def plain_options(self) -> dict[str, Any]:
         """Every option that has an effect, with its value, also if it is the default: defaults may change later.
 
-        A class or callable is left out: it has no plain form.
+        A class or function is given by its import path. One that has none is left out: it has no plain form.
         """
         chosen = self._chosen()
         values = {f.name: getattr(self, f.name) for f in fields(self) if is_used(f, chosen)}
+        values |= {name: code_path(values[name]) for name in _CODE if callable(values.get(name))}
         return {name: value for name, value in values.items() if isinstance(value, str | bool | int | float)}
 
     @classmethod

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from timm.models import group_parameters
@@ -23,8 +25,8 @@ from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._runs import Run, StaticBlock
 from dgnet.models._state import rename, unwrap_names
 
-_STEPS: ContextStack[dict[int, list[Tensor]]] = ContextStack("steps")
-"""Stage, by its id -> what the last forward pass of the stage put out after each block."""
+_STEPS: ContextStack[dict[str, list[Tensor]]] = ContextStack("steps")
+"""Stage, by its name -> what the last forward pass of the stage put out after each block."""
 
 
 def keep_steps() -> AbstractContextManager[None]:
@@ -42,18 +44,20 @@ class ConvertedStage(DynamicGraph):
 
     arguments: frozenset[int | str] = frozenset()
     """Places and names of the arguments, besides the feature, with which every block of the run is called."""
+    name: str = ""
+    """In the network. Replicas of the stage (`nn.DataParallel`) have it too."""
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         """As `DynamicGraph.forward`. Further arguments go to every block; those that are not in `arguments` must be None."""
         further = drop_missing(more, named)
+        if isinstance(x, Proxy):  # a tracer also passes arguments that are None later
+            return self._trace(x, further)
         refused = {*range(1, len(further.values) + 1), *further.named} - self.arguments
         if refused:
             raise UsageError(
                 f"the blocks of a converted stage were called without argument {min(refused, key=str)!r} in the conversion, and"
                 " cannot be called with it now; let the network call them in the same way, or convert others with stages"
             )
-        if isinstance(x, Proxy):
-            return self._trace(x, further)
         kept = _STEPS.values()
         if not kept:
             walk = self.start_walk(x)
@@ -62,7 +66,7 @@ class ConvertedStage(DynamicGraph):
         steps = _StepWalk(self, x)
         steps.further = further
         self._follow(steps)
-        kept[-1][id(self)] = steps.steps
+        kept[-1][self.name] = steps.steps
         return steps.steps[0]
 
     def find_empty_feature(self, x: Tensor, further: Further) -> Tensor:
@@ -98,8 +102,9 @@ class Joined(nn.Identity):
     def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
         """`input`; inside `keep_steps` the sum after this block."""
         kept = _STEPS.values()
-        if kept and id(self.of[0]) in kept[-1]:
-            return kept[-1][id(self.of[0])][self.step]
+        name = self.of[0].name  # of a replica the first stage's
+        if kept and name in kept[-1]:
+            return kept[-1][name][self.step]
         return input
 
 
@@ -135,6 +140,9 @@ class ConvertedNetwork(DynamicNetwork):
     conversion: Conversion
     static_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the static class's, which may need arguments or enter the class in a list."""
+
     def stored_options(self) -> dict[str, Any]:
         """Plain arguments of `create_model` that convert a network in the same way."""
         within = self.conversion.within
@@ -153,7 +161,9 @@ class ConvertedNetwork(DynamicNetwork):
 
     def from_static(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """`state_dict` with static blocks as nodes of stages, and the present weightings and gates of these stages."""
-        static = [name for name in self.graph_names if f"{name}.mask" not in state_dict]
+        # Parameters without buffers have no mask.
+        signs = {name: (f"{name}.mask", f"{name}.nodes.") for name in self.graph_names}
+        static = [name for name, sign in signs.items() if not any(other.startswith(sign) for other in state_dict)]
         names = {old: new for old, new in self.static_names.items() if new.partition(".nodes.")[0] in static}
         added = {name: value for name, value in self.state_dict().items() if self._is_added(name, static)}
         return {**added, **{rename(name, names): value for name, value in state_dict.items()}} if static else state_dict
@@ -164,9 +174,12 @@ class ConvertedNetwork(DynamicNetwork):
             return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """As the static network's. Raises UsageError if it would remove a part of a stage."""
-        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        left = {name for name, module in self.named_modules() if isinstance(module, ConvertedStage | Joined)}
+        """As the static network's. Raises UsageError, and changes nothing, if it would remove a part of a stage."""
+        # First on a copy that shares the tensors: a refusal must not leave the network in parts.
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
+        trial = deepcopy(self, shared)
+        super(DynamicNetwork, trial).prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        left = {name for name, module in trial.named_modules() if isinstance(module, ConvertedStage | Joined)}
         stages = []
         for run in self.conversion.stages:
             missing = [name for name in run.blocks if name not in left]
@@ -176,6 +189,7 @@ class ConvertedNetwork(DynamicNetwork):
                     " network, then convert it"
                 )
             stages += [] if missing else [run]
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         self.conversion = replace(self.conversion, stages=tuple(stages))
         blocks = {f"{name}." for run in stages for name in run.blocks}
         self.static_names = {old: new for old, new in self.static_names.items() if old in blocks}

@@ -168,7 +168,7 @@ class DynamicNetwork(LoadsWrapped):
         """Plain arguments of `create_model` that give the same connectivity.
 
         Random graphs, and the user's own, are given by their edges instead of by options. A weighting or router of the user's
-        own has no plain form and is left out.
+        own is given by its import path; one that has none is left out.
         """
         options = dict(self.connectivity_options)
         if options.get("topology") not in TOPOLOGIES:

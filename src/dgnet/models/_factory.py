@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any, cast
 
 import timm
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
 
+from dgnet.code import trust_code as trusting
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
 from dgnet.graph import find_stages
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._published import SOURCES, packaged_options, read_published
 from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import unwrap_names
 from dgnet.paths import find_kind
@@ -36,13 +40,15 @@ def list_models(filter: str = "*") -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, **kwargs: Any) -> TimmNetwork:
+def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
-    `name`: a registered name, or a source in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME".
+    `name`: a registered name, also with the tag of published weights (NAME.TAG), or a source in timm's form:
+    "local-dir:FOLDER", "hf-hub:USER/NAME". A source has the published weights, unless `pretrained=False`.
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
-    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out.
+    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out. `trust_code`: packages whose
+    code may be imported if an option, also one in a source's `config.json`, names a class of theirs ("package.module.Class").
 
     Raises UsageError for an unknown model, option or value.
     """
@@ -50,7 +56,10 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
     architecture = name.partition(".")[0]
     is_known = timm.is_model(architecture)
-    if not is_known and not name.startswith(_SOURCES):
+    if name.startswith(SOURCES):
+        read_published(name)
+        kwargs = {"pretrained": True, **kwargs}
+    elif not is_known:
         shown = repr(name) if len(name) <= 60 else f"{name[:60]!r}…"
         raise UsageError(f"unknown model {shown}{did_you_mean(name, timm.list_models())}; see: dgnet models")
     for rate in ("drop_rate", "drop_path_rate", "drop_block_rate"):
@@ -60,12 +69,13 @@ def create_model(name: str, **kwargs: Any) -> TimmNetwork:
     without = read_value(list[str], built.pop("without_blocks", []), "without_blocks")
     conversion = _take_conversion(name, built)
     try:
-        network = timm.create_model(name, **built)
-        network = remove_blocks(network, without) if without else network
-        if conversion is not None:
-            if find_stages(network):
-                raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
-            network = convert(network, **conversion)
+        with trusting(trust_code):
+            network = timm.create_model(name, **built)
+            network = remove_blocks(network, without) if without else network
+            if conversion is not None:
+                if find_stages(network):
+                    raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
+                network = convert(network, **conversion)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
@@ -100,11 +110,20 @@ def build_model(
     if pretrained and not has_pretrained_weights(name, kwargs):
         raise UsageError(
             f"no pretrained weights are published for {name}; leave out pretrained=True, and start from a file with"
-            f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE"
+            f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE;"
+            " networks that have weights: dgnet models --pretrained"
         )
+    kwargs = {**_published_options(name, pretrained, kwargs.get("pretrained_cfg")), **kwargs}
     _check_options(name, cls, kwargs)
     built = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=take_state, **kwargs)
     return cast(TimmNetwork, built)
+
+
+def _published_options(name: str, pretrained: bool, cfg: Any) -> Mapping[str, Any]:
+    """The options of the weights in this package that are asked for, by their tag `cfg` or as the network's default ones."""
+    if isinstance(cfg, str):
+        return packaged_options(f"{name}.{cfg}")
+    return packaged_options(f"{name}.{resolve_pretrained_cfg(name).tag}") if pretrained and cfg is None else {}
 
 
 def take_state(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
@@ -117,7 +136,7 @@ def has_pretrained_weights(name: str, options: Mapping[str, Any] = MappingProxyT
 
     Raises UsageError if they are in a file that is not there.
     """
-    if name.startswith(_SOURCES):
+    if name.startswith(SOURCES):
         return True
     cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
     if cfg.file and find_kind(cfg.file) not in ("file", "folder"):  # a folder: "local-dir:FOLDER"
@@ -155,9 +174,19 @@ def imagenet_cfg(**names: Any) -> dict[str, Any]:
     }
 
 
-_SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")
 # What a constructor may raise for a value that it cannot use.
-_BAD_VALUE = (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError)
+_BAD_VALUE = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    OSError,
+    SafetensorError,
+    UnpicklingError,
+)
 # Options that timm's builder takes and does not pass to the network.
 _BUILDER_OPTIONS = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 

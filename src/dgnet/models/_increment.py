@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models._efficientnet_blocks import __name__ as efficientnet_blocks
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block as TransformerBlock
 from torch import Tensor, nn
+
+from dgnet.compat.torch import has_any_hooks
 
 
 class Increment(nn.Module):
     """f(x) = block(x) - x of a block that keeps the shape: (B, C, H, W), (B, H, W, C) or (B, L, C).
 
     Where the block's shortcut can be left out, f is computed without it: nothing is added that is then subtracted again. `form`
-    says how: "skip" for timm's blocks with `has_skip`, "convnext", "transformer", and "difference" for all others.
+    says how: "skip" for timm's blocks with `has_skip`, "convnext", "transformer", and "difference" for all others, also for
+    blocks with hooks or with a forward pass of their own.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -50,7 +54,10 @@ class Increment(nn.Module):
 
 def _find_form(block: Any) -> str:
     """See `Increment`. A block with `has_skip` loses its shortcut here."""
-    if getattr(block, "has_skip", None) is True and isinstance(getattr(block, "drop_path", None), nn.Module):
+    if has_any_hooks(block) or "forward" in vars(block):
+        return "difference"
+    may_skip = type(block).__module__ == efficientnet_blocks and getattr(block, "has_skip", None) is True
+    if may_skip and isinstance(getattr(block, "drop_path", None), nn.Module):
         block.has_skip = False
         return "skip"
     if type(block) is ConvNeXtBlock and isinstance(block.shortcut, nn.Identity):

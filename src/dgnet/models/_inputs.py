@@ -33,10 +33,12 @@ def find_image_size(network: nn.Module, given: int | tuple[int, int] | None = No
         if not is_pair or not all(type(side) is int and side > 0 for side in sides):
             raise UsageError(f"image_size is a number of pixels, or height and width, got {given!r}")
         return sides[0], sides[1]
-    for module in (network, getattr(network, "model", None)):  # `model`: of timm's feature extractors
+    modules = network, getattr(network, "model", None)  # `model`: of timm's feature extractors
+    for module in modules:
         built_for = getattr(getattr(module, "patch_embed", None), "img_size", None)
         if isinstance(built_for, tuple) and len(built_for) == 2:
             return built_for
+    for module in modules:
         cfg = getattr(module, "pretrained_cfg", None)
         if isinstance(cfg, dict) and "input_size" in cfg:
             return cfg["input_size"][1], cfg["input_size"][2]

@@ -20,6 +20,8 @@ from torch import nn
 from dgnet.errors import UsageError
 from dgnet.graph import TOPOLOGIES, DynamicGraph, FixedWeighting, StageOptions
 from dgnet.models._agreement import TOLERANCE, compare
+from dgnet.models._convert import find_change_of_network
+from dgnet.models._converted import ConvertedNetwork
 from dgnet.models._dynamic import DynamicFamily, DynamicNetwork
 from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._protocol import TimmNetwork
@@ -92,7 +94,11 @@ def keep_function(network: TimmNetwork, untrained: Sequence[str], image_size: in
 
     Raises UsageError if the logits of two random images differ by more than `TOLERANCE`.
     """
-    if not isinstance(network, DynamicFamily):  # a converted network always starts so
+    if isinstance(network, ConvertedNetwork):  # it starts so; training may have changed its weights
+        change = find_change_of_network(network, image_size)
+        if change:
+            raise UsageError(f"{change}; convert the static network again, or use start 'paper'")
+    if not isinstance(network, DynamicFamily):
         return list(untrained)
     zeroed: set[str] = set()
     for name, stage in zip(network.stage_names, network.stages, strict=True):

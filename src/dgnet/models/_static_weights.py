@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dgnet.errors import UsageError, check_choice
+from dgnet.errors import UsageError, check_choice, shorten
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
-from dgnet.models._state import rename
+from dgnet.models._state import rename, unwrap_names
 from dgnet.models._static_start import STARTS, find_obstacle, keep_function
 
 
@@ -34,6 +34,9 @@ def load_static_weights(
     `start="static"` the function is not kept.
     """
     check_choice("start", start, STARTS)
+    if not isinstance(state_dict, Mapping):
+        raise UsageError(f"a state dict maps names to tensors, got {shorten(repr(state_dict))}")
+    state_dict = unwrap_names(state_dict)
     if start == "paper":
         return _load(model, state_dict)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -79,7 +82,7 @@ def _load(model: TimmNetwork, state_dict: Mapping[str, Tensor]) -> list[str]:
 
 def classifier_prefixes(model: TimmNetwork) -> tuple[str, ...]:
     """The prefixes of the names of the classifier's parameters."""
-    classifier = model.pretrained_cfg["classifier"]
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier or ()))
 
 

@@ -18,6 +18,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicFamily
 from dgnet.models._factory import build_model
 from dgnet.models._protocol import TimmNetwork
+from dgnet.models._published import packaged_cfgs
 from dgnet.models._staged import StagedNetwork
 from dgnet.models.resnet import split_block
 from dgnet.typed import read_value
@@ -114,8 +115,8 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-_DEPTHS = (20, 32, 56, 110)
-default_cfgs = generate_default_cfgs({f"{prefix}resnet{depth}": _cfg() for prefix in ("", "dg_") for depth in _DEPTHS})
+_NAMES = tuple(f"{prefix}resnet{depth}" for prefix in ("", "dg_") for depth in (20, 32, 56, 110))
+default_cfgs = generate_default_cfgs({**{name: _cfg() for name in _NAMES}, **packaged_cfgs(*_NAMES)})
 
 
 def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> TimmNetwork:

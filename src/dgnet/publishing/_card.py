@@ -1,0 +1,100 @@
+"""The model card of a published network: README.md in the Hub's format."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+CITATION = """\
+@misc{dgnet,
+  title = {Dynamic Graph: Learning Instance-aware Connectivity for Neural Networks},
+  note = {ICLR 2021 submission},
+  year = {2021}
+}"""
+_MANY = 20
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says."""
+
+    title: str
+    is_detector: bool
+    network: str  # in words, such as "dg_resnet20" or "resnet18, converted"
+    class_names: Sequence[str]
+    figures: Mapping[str, str]  # what was measured, or counted -> value with unit
+    load: str  # the source to load it from: local-dir:FOLDER, hf-hub:USER/NAME
+    command: str  # that trains it again; "" if it is not known
+    license: str | None
+
+
+def write_card(card: Card) -> str:
+    """The card as Markdown with a YAML header. Names of classes are escaped: they may be any text."""
+    task = "object-detection" if card.is_detector else "image-classification"
+    header: dict[str, Any] = {"library_name": "dgnet", "pipeline_tag": task, "tags": [task, "timm", "dynamic-networks"]}
+    if card.license:
+        header["license"] = card.license
+    figures = "\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in card.figures.items())
+    command = "predict" if not card.is_detector else "detect predict"
+    reproduce = (
+        f"\n## Train it again\n\n```sh\n{card.command}\n```\n\nPaths are shortened to their last part.\n"
+        if card.command
+        else ""
+    )
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {escape(card.title)}
+
+{"A detector" if card.is_detector else "A classifier"} of {len(card.class_names):,} classes: {escape(card.network)}, trained
+with [dgnet](https://pypi.org/project/dgnet/).
+
+| | |
+| --- | --- |
+{figures}
+
+## Use
+
+```python
+import dgnet
+
+model = dgnet.create_model("{card.load}").eval()
+```
+
+`timm.create_model("{card.load}", pretrained=True)` does the same after `import dgnet`. On the command line:
+
+```sh
+dgnet {command} {card.load} photo.jpg
+```
+{reproduce}
+## Classes
+
+{_list_classes(card.class_names)}
+
+## License
+
+{card.license or "The license of these weights was not stated."}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _list_classes(names: Sequence[str]) -> str:
+    listed = ", ".join(escape(name) or "(empty)" for name in names)
+    return listed if len(names) <= _MANY else f"<details><summary>{len(names):,} names</summary>\n\n{listed}\n\n</details>"
+
+
+def escape(text: str) -> str:
+    """Text in one line that neither Markdown nor HTML takes for markup."""
+    text = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(text, quote=False))

@@ -1,0 +1,272 @@
+"""A published network is the trained one, whoever loads it; what cannot be published or loaded is said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from torch import nn
+
+import dgnet
+from dgnet.checkpoint import Checkpoint, describe_network, load_checkpoint, save_tensors
+from dgnet.code import trust_code
+from dgnet.data import Preprocessing
+from dgnet.detection import Detector, describe_detector, load_detector
+from dgnet.errors import UsageError
+from dgnet.graph import FixedWeighting
+from dgnet.models import stored_options
+from dgnet.publishing import publish
+from tests.helpers.command import ask, refuse
+from tests.helpers.hub import HubStub
+from tests.helpers.networks import build, shake_norms
+
+NAMES = ["a|b", "<b>bold</b>", "`code` *x*", "# title\n- list"]
+NETWORKS = {
+    "dg_resnet20": {"channels": (4, 6, 8), "node_gate": "hard", "threshold_offset": 0.1},
+    "randwire_small_ws": {"num_blocks": 6, "channels": 8},
+    "resnet20": {"channels": (4, 6, 8)},
+    "test_resnet": {"dynamic": True, "node_gate": "hard"},
+}
+MORE = {
+    "test_vit": {"dynamic": True, "img_size": 32},
+    "dg_resnet18": {"topology": "er"},
+    "dg_mobilenetv2_100": {"weighting": "learned"},
+    "dg_regnety_006": {"shortcut": "node"},
+}
+EACH = [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+
+
+class Halves(FixedWeighting):
+    """A weighting of the user's own."""
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return super().forward(*args, **kwargs) / 2
+
+
+def save(path: Path, name: str, **options: object) -> nn.Module:
+    """Save a checkpoint of a network with changed weights, and return the network."""
+    network = shake_norms(build(name, num_classes=len(NAMES), **options)).eval()
+    checkpoint = Checkpoint(
+        path,
+        network.state_dict(),
+        name,
+        stored_options(network, options),
+        NAMES,
+        {},
+        Preprocessing.of(network.pretrained_cfg, 32),
+    )
+    save_tensors(checkpoint.state_dict, path, {**describe(checkpoint)})
+    return network
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, object]:
+    return describe_network(
+        checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, checkpoint.config
+    )
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", EACH)
+@torch.no_grad()
+def test_a_published_network_is_the_trained_one(name, tmp_path, images):
+    expected = save(tmp_path / "run.safetensors", name, **{**NETWORKS, **MORE}[name])(images)
+    source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
+    assert sorted(path.name for path in (tmp_path / "published").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for network in (dgnet.create_model(source), timm.create_model(source, pretrained=True)):
+        assert torch.equal(network.eval()(images), expected)
+        assert tuple(network.pretrained_cfg["input_size"]) == (3, 32, 32)
+    features = timm.create_model(source, pretrained=True, features_only=True).eval()(images)
+    assert all(torch.isfinite(feature).all() for feature in features)
+    assert timm.create_model(source, pretrained=True, num_classes=2)(images).shape == (3, 2)
+    checkpoint = load_checkpoint(source)
+    assert checkpoint.class_names == NAMES
+    assert torch.equal(checkpoint.build_network()(images), expected)
+
+
+@torch.no_grad()
+def test_a_published_detector_is_the_trained_one(tmp_path):
+    options = {"dynamic": True, "node_gate": "hard"}
+    network = build("test_resnet", **options)
+    detector = {
+        "short_side": 32,
+        "long_side": 64,
+        "fpn_channels": 8,
+        "fpn_norm": False,
+        "frozen_stages": 0,
+        "frozen_norm": False,
+    }
+    built = Detector(network, 2, **detector).eval()
+    described = describe_detector("test_resnet", options, NAMES[:2], {1: 7, 2: 9}, {**detector, "options": {}}, {})
+    save_tensors(built.state_dict(), tmp_path / "run.safetensors", described)
+    written = publish(tmp_path / "run.safetensors", tmp_path / "published")
+    assert written.task == "detect"
+    images = [torch.rand(3, 40, 32)]
+    expected = built(images)[0]
+    for loaded in (dgnet.create_model(written.source), timm.create_model(written.source, pretrained=True)):
+        found = loaded.eval()(images)[0]
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert load_detector(written.source).category_ids == {1: 7, 2: 9}
+
+
+def test_a_card_says_what_was_measured_and_escapes_names(tmp_path):
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    figures = {"top1": 91.25, "images": 1000, "executed_multiply_adds": 123456.7, "executed_by_class": {}}
+    publish(tmp_path / "run.safetensors", tmp_path / "published", evaluation=figures, license="mit")
+    card = (tmp_path / "published" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "dgnet"
+    assert header["license"] == "mit"
+    for text in ("91.25 %", "1,000 images", "123,457", "dgnet predict local-dir:"):
+        assert text in card
+    assert "<b>" not in card
+    assert r"a\|b" in card
+    assert r"\`code\`" in card
+    assert "\n# title" not in card
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert config["dgnet"]["top1"] == 91.25
+    assert config["pretrained_cfg"]["license"] == "mit"
+
+
+def test_code_of_the_users_own_is_run_only_if_trusted(tmp_path, images):
+    expected = save(tmp_path / "run.safetensors", "dg_resnet20", channels=(4, 6, 8), weighting=Halves)(images)
+    with pytest.raises(UsageError, match=r"code of the package tests .*--trust-code tests"):
+        publish(tmp_path / "run.safetensors", tmp_path / "published")
+    with trust_code("tests"):
+        source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
+    for create in (dgnet.create_model, timm.create_model):
+        with pytest.raises(UsageError, match="trust"):
+            create(source)
+    with pytest.raises(UsageError, match="trust"):
+        dgnet.create_model(source, trust_code="other")
+    assert torch.equal(dgnet.create_model(source, trust_code="tests").eval()(images), expected)
+    config = tmp_path / "published" / "config.json"
+    for wrong, message in (
+        ("tests.publishing.test_publish.Nothing", "has no Nothing"),
+        ("tests.nowhere.X", "cannot be imported"),
+    ):
+        config.write_text(config.read_text().replace(f"{__name__}.Halves", wrong))
+        with pytest.raises(UsageError, match=message):
+            dgnet.create_model(source, trust_code="tests")
+        config.write_text(config.read_text().replace(wrong, f"{__name__}.Halves"))
+
+
+def test_the_commands_take_a_published_network(tmp_path, capsys):
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    folder = tmp_path / "published"
+    written = json.loads(ask(capsys, "publish", tmp_path / "run.safetensors", "--to", folder, "--json"))
+    assert written == {"source": f"local-dir:{folder}", "task": "classify"}
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 40), "red").save(image)
+    prediction = json.loads(ask(capsys, "predict", written["source"], image, "--json"))[0]
+    assert set(prediction["classes"]) <= set(NAMES)
+    assert "published; load it" in ask(capsys, "publish", tmp_path / "run.safetensors", "--to", folder)  # again: replaced
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
+        (lambda folder: edit(folder, architecture="dg_resnet21"), "unknown network 'dg_resnet21'.*did you mean 'dg_resnet"),
+        (lambda folder: edit(folder, architecture=None), "architecture"),
+        (lambda folder: edit(folder, model_args={"topolgy": "er"}), "topolgy"),
+        (lambda folder: edit(folder, model_args=[1]), "model_args"),
+        (lambda folder: edit(folder, model_args={}), "size mismatch|loading state_dict"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors|No suitable"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors|header"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
+    change(tmp_path / "published")
+    with pytest.raises(UsageError, match=message) as found:
+        dgnet.create_model(source)
+    assert "\n" not in str(found.value)
+
+
+HUB = """
+import json, sys
+import dgnet, timm, torch
+from dgnet.errors import UsageError
+from dgnet.publishing import publish
+run, name = sys.argv[1:]
+source = publish(run, f"hf-hub:{name}", license="mit").source
+images = torch.randn(2, 3, 32, 32)
+first, second = dgnet.create_model(source).eval(), timm.create_model(source, pretrained=True).eval()
+try:
+    dgnet.create_model("hf-hub:user/missing")
+except UsageError as error:
+    missing = str(error)
+print(json.dumps({"source": source, "equal": torch.equal(first(images), second(images)), "missing": missing,
+    "total": float(sum(p.detach().double().sum() for p in first.parameters()))}))
+"""
+
+
+@pytest.mark.slow
+def test_the_hub_gets_the_files_and_gives_them_back(tmp_path):
+    network = save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    with HubStub() as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "secret"}
+        words = [sys.executable, "-c", HUB, str(tmp_path / "run.safetensors"), "user/name"]
+        found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors"]
+    assert hub.tokens == {"Bearer secret"}
+    assert 'create_model("hf-hub:user/name")' in hub.files["README.md"].decode()
+    assert result["source"] == "hf-hub:user/name"
+    assert result["equal"]
+    assert result["total"] == pytest.approx(float(sum(p.detach().double().sum() for p in network.parameters())))
+    assert "the Hub has no such model" in result["missing"]
+
+
+def test_without_a_network_the_hub_is_named_in_one_line(tmp_path, capsys, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("dgnet.models._published.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    line = refuse(capsys, "publish", tmp_path / "run.safetensors", "--to", "hf-hub:user/name")
+    assert "hf-hub:user/name cannot be published" in line
+    line = refuse(capsys, "evaluate", "hf-hub:user/name")
+    assert "hf-hub:user/name: model.safetensors cannot be downloaded" in line
+
+
+def edit(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_what_cannot_be_published_is_refused(tmp_path, capsys):
+    run = tmp_path / "run.safetensors"
+    save(run, "dg_resnet20", **NETWORKS["dg_resnet20"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    assert "holds other files (mine.txt)" in refuse(capsys, "publish", run, "--to", tmp_path / "other")
+    assert "is no folder" in refuse(capsys, "publish", run, "--to", run)
+    assert "--to" in refuse(capsys, "publish", run)
+    assert "does not exist" in refuse(capsys, "publish", tmp_path / "missing", "--to", tmp_path / "new")
+    for name in ("hf-hub:one", "hf-hub:a b/c", "hf-hub:../x/y", "hf-hub:a/b/c", "hf-hub:a/..", "hf-hub:"):
+        assert "is no name of a model on the Hub" in refuse(capsys, "publish", run, "--to", name)
+    (tmp_path / "figures.json").write_text('{"speed": 1}')
+    line = refuse(capsys, "publish", run, "--to", tmp_path / "new", "--evaluation", tmp_path / "figures.json")
+    assert "holds none of top1" in line
+    assert not (tmp_path / "new").exists()
+    for name in ("hf-hub:a/b/c", "hf-hub:a b/c"):
+        assert "is no name of a model on the Hub" in refuse(capsys, "evaluate", name)
