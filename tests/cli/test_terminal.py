@@ -67,6 +67,7 @@ REAL = {
     "predict": ["predict", "run", f"{ODD}.jpg"],
     "predict --json": ["predict", "run", f"{ODD}.jpg", "--json"],
     "train": ["train", "--data", "data", "--epochs", "1", "--output", "OUTPUT/run", *QUICK],
+    "publish": ["publish", "run", "--to", "OUTPUT/made"],
     "analyze --json": ["analyze", "run", "--extremes", "1", "--explorer", "2", "--output", "OUTPUT", "--json"],
     "detect evaluate": ["detect", "evaluate", "results.json", "--data", "instances.json"],
     "detect evaluate --json": ["detect", "evaluate", "results.json", "--data", "instances.json", "--json"],
