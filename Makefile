@@ -9,11 +9,14 @@ STAMP := $(VENV)/.installed
 # `make test-oldest` tests the lowest versions that pyproject.toml allows, with the lowest Python.
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.11
+# `make test-newest` tests the newest versions, which constraints.txt may not have yet.
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= $(PYTHON)
 # One worker of one thread for each core; an idle worker takes tests from the others.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow test-oldest fuzz check docs tables costs format clean
+.PHONY: demo test test-slow test-oldest test-newest fuzz check docs tables costs bench-check format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits to half of its cost, and show what it does
 	$(BIN)/python examples/demo.py
@@ -32,6 +35,9 @@ fuzz: $(STAMP)  ## random inputs of all kinds; those that are answered badly are
 # Old versions may give other warnings, so warnings are not errors here.
 test-oldest: $(OLDEST)/.installed  ## the tests, except the slow ones, with the lowest versions that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default --disable-warnings
+
+test-newest: $(NEWEST)/.installed  ## the same with the newest versions that exist
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default --disable-warnings
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -52,6 +58,9 @@ costs: $(STAMP)  ## record the cost of every network in docs/costs*.json
 	$(BIN)/dgnet cost --table 2 --json > docs/costs_detection.json
 	$(MAKE) tables
 
+bench-check: $(STAMP)  ## a few ratios of speed and memory against benchmarks/baseline.json, on a machine that does nothing else
+	$(BIN)/python benchmarks/gate.py
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -70,5 +79,10 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
 	touch $@
 
+$(NEWEST)/.installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) site .mypy_cache .ruff_cache .pytest_cache

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
+from dgnet._extras import import_extra
 from dgnet.analysis._figures import COLOURS, save_figure
 from dgnet.errors import UsageError
 from dgnet.files import read_table, writing
@@ -116,6 +116,7 @@ def difference(first: dict[int, dict[str, str]], second: dict[int, dict[str, str
     values = [float(second[seed]["top1"]) - float(first[seed]["top1"]) for seed in seeds]
     if len(values) < 2:
         return len(values), values[0] if values else math.nan, math.nan
+    student = import_extra("scipy.stats", "the report of a grid").t
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return len(values), statistics.fmean(values), half
 

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 
 LAYERS = (
-    ("errors", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
+    ("errors", "_extras", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
     ("_guard",),
     ("files", "paths", "documents", "typed", "options", "devices", "code"),
     ("graph",),
@@ -25,7 +25,7 @@ LAYERS = (
     ("training",),
     ("detection",),
     ("_entries",),
-    ("analysis", "bench", "publishing"),
+    ("analysis", "bench", "publishing", "_doctor"),
     ("cli",),
     ("__main__",),
 )

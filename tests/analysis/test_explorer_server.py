@@ -121,12 +121,6 @@ def test_only_loopback_addresses_are_loopback():
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.3", "example.org")))
 
 
-def test_without_gradio_the_extra_is_named(checkpoint, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    line = refuse(capsys, "explore", checkpoint)
-    assert line == "dgnet: dgnet explore needs gradio, which is not installed; type: pip install 'dgnet[explore]'\n"
-
-
 def ask_guard(guard, headers, kind="http"):
     """The status with which `guard` answers a request with these headers, and its text."""
     sent = []

@@ -67,12 +67,20 @@ REAL = {
     "predict": ["predict", "run", f"{ODD}.jpg"],
     "predict --json": ["predict", "run", f"{ODD}.jpg", "--json"],
     "train": ["train", "--data", "data", "--epochs", "1", "--output", "OUTPUT/run", *QUICK],
+    "publish": ["publish", "run", "--to", "OUTPUT/made"],
     "analyze --json": ["analyze", "run", "--extremes", "1", "--explorer", "2", "--output", "OUTPUT", "--json"],
     "detect evaluate": ["detect", "evaluate", "results.json", "--data", "instances.json"],
     "detect evaluate --json": ["detect", "evaluate", "results.json", "--data", "instances.json", "--json"],
 }
 """Commands that print an odd name or “×”, and write files, as the words that follow `dgnet`."""
-ONLY_HELP = {"bench": "slow", "export": "slow", "explore": "serves", "detect train": "slow", "detect predict": "slow"}
+ONLY_HELP = {
+    "bench": "slow",
+    "doctor": "may compile",
+    "export": "slow",
+    "explore": "serves",
+    "detect train": "slow",
+    "detect predict": "slow",
+}
 """Commands of which the fast tests print the help text only, and why. Their output uses the same functions."""
 
 LONG = ("evaluate", "train", "analyze --json", "detect evaluate")

@@ -40,6 +40,7 @@ STARTS = {
     "explore": ["@run@/nothing"],  # a page that is served never ends
     "bench": ["dg_none"],
     "cost": ["dg_resnet20"],
+    "doctor": ["nothing"],  # it may compile for half a minute
     "detect train": ["--data", "@ann@", "--images", "@images@", "--val-data", "@ann@", "--model", "dg_resnet20"],
     "detect evaluate": ["@res@", "--data", "@ann@"],
     "detect predict": ["@run@", "@image@"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +167,43 @@ def test_a_library_without_the_extension(own_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
     with pytest.raises(UsageError, match="cannot be loaded: it does not define the extension"):
         load_native()
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    """Each compiler waits until both run; each then writes its own file, and one of the two whole files stays."""
+    path = tmp_path / "cache" / "a.so"
+    meet = 'touch "%s/$$"; until [ "$(ls %s | wc -l)" -ge 2 ]; do sleep 0.01; done; printf "a library" > "$OUT"'
+    (tmp_path / "running").mkdir()
+    command = compiler(tmp_path, meet % (tmp_path / "running", tmp_path / "running"))
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(build, command, path) for _ in range(2)]:
+            done.result(timeout=60)
+    assert is_whole(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_library_that_was_built_before_needs_no_compiler(own_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(_build, "is_defined", lambda: True)
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
+    library = load_native()
+    assert own_cache in library.parents
+    load_native.cache_clear()
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+    assert load_native() == library
+    library.unlink()
+    load_native.cache_clear()
+    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler: install g\+\+, or name one in CXX"):
+        load_native()
+
+
+def test_the_package_is_not_written_to(own_cache, tmp_path, monkeypatch):
+    """The compiler is given the package's source, and a file in the cache to write."""
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(_build, "is_defined", lambda: True)
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'echo "$@" > {tmp_path}/words; printf "a library" > "$OUT"')[0])
+    load_native()
+    words = (tmp_path / "words").read_text(encoding="utf-8").split()
+    assert str(_build.SOURCE) in words
+    assert own_cache in Path(words[words.index("-o") + 1]).parents

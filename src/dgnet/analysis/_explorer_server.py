@@ -15,11 +15,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dgnet._extras import import_extra
 from dgnet.analysis._explorer_guard import HostGuard, bind, is_address
 from dgnet.analysis._photo import TOP, PhotoInspector, PhotoReport, open_photo
 from dgnet.analysis._svg import draw_path
 from dgnet.checkpoint import Checkpoint
-from dgnet.errors import BadImageError, UsageError, check_range, reason
+from dgnet.errors import BadImageError, check_range, reason
 from dgnet.files import writing
 
 
@@ -46,11 +47,7 @@ def format_report(report: PhotoReport) -> str:
 def import_gradio() -> Any:
     """Import gradio. Raises UsageError, which names the extra to install, if it is missing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it at import
-    try:
-        import gradio
-    except ImportError:
-        raise UsageError("dgnet explore needs gradio, which is not installed; type: pip install 'dgnet[explore]'") from None
-    return gradio
+    return import_extra("gradio", "dgnet explore")
 
 
 def build_app(checkpoint: Checkpoint, device: str = "cpu", max_megabytes: float = 10.0) -> Any:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, convert, detect, explore, publish, tools
+from dgnet.cli import analyze, classify, convert, detect, doctor, explore, publish, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.code import trust_code
 from dgnet.compat.argparse import option_strings
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command | Group] = {
     "explore": explore.EXPLORE,
     "cost": tools.COST,
     "bench": tools.BENCH,
+    "doctor": doctor.DOCTOR,
 }
 
 

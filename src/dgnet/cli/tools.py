@@ -120,9 +120,9 @@ def _export_parser() -> Parser:
 def run_export(args: Namespace) -> None:
     """`dgnet export`."""
     from dgnet.checkpoint import describe_network
-    from dgnet.inference import FORMATS, MODES, check_export, export_network, save_export
+    from dgnet.inference import FORMATS, MODES, check_export, export_network, require_packages, save_export
 
-    check_choice("--format", args.format, FORMATS)
+    require_packages(args.format)
     check_choice("--mode", args.mode, MODES)
     checkpoint, remarks = open_checkpoint(args)
     network = checkpoint.build_network()

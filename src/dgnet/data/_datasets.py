@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from dgnet._extras import import_extra
 from dgnet.data._images import IGNORED, ImageDataset, check_label, read_image, to_rgb
 from dgnet.data._labels import map_labels
 from dgnet.data._ledger import Ledger, Walk, compose, escape, find_image_files, is_image_name
@@ -233,15 +234,15 @@ class TimmDataset(ImageDataset):
         name, splits = (named[1], [named[2]]) if named else (source, _split_names(source, role, as_before))
         if name in ("torch/image_folder", "torch/folder"):
             raise UsageError(f"{name}: name the folder itself, as in --data FOLDER")
+        if name.lower().startswith("hfds/"):
+            import_extra("datasets", name)  # if it is missing, timm also prints on stdout
         errors = []
         for split in splits:
             try:
                 self.dataset = timm.data.create_dataset(name, root=root, split=split)
                 break
             except ImportError as error:
-                raise UsageError(
-                    f"{name}: {reason(error)}; install its reader, for example with: pip install 'dgnet[hfds]'"
-                ) from None
+                raise UsageError(f"{name}: {reason(error)}; install the package that reads it") from None
             except Exception as error:  # the data set's library may raise anything
                 errors.append(f"split {split!r}: {reason(error)}")
                 if "split" not in str(error).lower():  # another name of a split would not help

@@ -18,9 +18,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from dgnet._extras import import_extra
 from dgnet.detection._coco import CocoAnnotations
 from dgnet.documents import read_json
-from dgnet.errors import UsageError, check_choice, reason
+from dgnet.errors import UsageError, check_choice
 from dgnet.evaluation import Batch, find_ranks, gather, is_distributed
 from dgnet.files import replace_file, writing
 
@@ -54,7 +55,7 @@ class CocoEvaluation:
     """
 
     def __init__(self, annotations: CocoAnnotations, backend: str = "pycocotools") -> None:
-        _load_backend(backend)
+        load_backend(backend)
         self.annotations, self.backend = annotations, backend
         self._known = {image.id for image in annotations.images}
         self.reset()
@@ -136,7 +137,7 @@ def evaluate_results(
 
     Raises UsageError for results in another format or of other images, and for a backend that is not installed.
     """
-    index, evaluator = _load_backend(backend)
+    index, evaluator = load_backend(backend)
     check_results(results, annotations, "results")
     table = {"images": [{"id": image.id} for image in annotations.images], "categories": _categories(annotations)}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
@@ -212,20 +213,16 @@ def write_results(path: str | Path, results: Sequence[Mapping[str, Any]]) -> Non
             written.write_text(json.dumps(list(results)), encoding="utf-8")
 
 
-def _load_backend(name: str) -> tuple[Any, Any]:
-    """The two classes of a backend: annotations, and evaluation."""
+def load_backend(name: str = BACKENDS[0]) -> tuple[Any, Any]:
+    """The two classes of a backend: annotations, and evaluation. Raises UsageError if it is unknown or not installed."""
     check_choice("evaluation backend", name, BACKENDS)
-    try:
-        if name == "pycocotools":
-            from pycocotools import coco, cocoeval
-
-            return coco.COCO, cocoeval.COCOeval
-        import faster_coco_eval
-
-        return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
-    except ImportError as error:
-        package = "'dgnet[detect]'" if name == "pycocotools" else name
-        raise UsageError(f"evaluation needs {name} ({reason(error)}); install it with: pip install {package}") from None
+    if name == "pycocotools":
+        coco, evaluation = (
+            import_extra(f"pycocotools.{module}", "the evaluation of detections") for module in ("coco", "cocoeval")
+        )
+        return coco.COCO, evaluation.COCOeval
+    faster = import_extra("faster_coco_eval", "--backend faster-coco-eval")
+    return faster.COCO, faster.COCOeval_faster
 
 
 def _categories(annotations: CocoAnnotations) -> list[dict[str, Any]]:

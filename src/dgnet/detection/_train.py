@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dgnet.data import set_max_pixels
-from dgnet.detection._average_precision import CocoEvaluation
+from dgnet.detection._average_precision import CocoEvaluation, load_backend
 from dgnet.detection._checkpoint import describe_detector, load_backbone, load_trained
 from dgnet.detection._coco import CocoDetection
 from dgnet.detection._config import DetectConfig
@@ -29,6 +29,7 @@ def train_detector(config: DetectConfig, resume: Path | None = None) -> RunResul
 
 def _train(config: DetectConfig, run: Run) -> RunResult:
     set_max_pixels(config.max_pixels)
+    load_backend()  # before the data are read: it may be missing
     train_set = CocoDetection(config.data, config.images, is_training=True)
     val_set = CocoDetection(config.val_data, config.evaluation_images, class_names=train_set.class_names)
     run.record_data(train_set.ledger, val_set.ledger)

@@ -4,9 +4,12 @@ from dgnet.inference._compile import compile_network as compile_network
 from dgnet.inference._export import FORMATS as FORMATS
 from dgnet.inference._export import check_export as check_export
 from dgnet.inference._export import export_network as export_network
+from dgnet.inference._export import require_packages as require_packages
 from dgnet.inference._export import save_export as save_export
 from dgnet.inference._fold import fold_batch_norms as fold_batch_norms
 from dgnet.inference._native import EXECUTORS as EXECUTORS
+from dgnet.inference._native import Executor as Executor
+from dgnet.inference._native import find_executor as find_executor
 from dgnet.inference._native import set_sparse as set_sparse
 from dgnet.inference._sparse import MODES as MODES
 from dgnet.inference._sparse import can_skip as can_skip

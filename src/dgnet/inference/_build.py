@@ -31,20 +31,22 @@ _MARK = b"\ndgnet sha256 "  # behind the library, where loaders do not look; the
 
 
 @cache
-def load_native() -> None:
+def load_native() -> Path:
     """Load the extension, which defines `torch.classes.dgnet`. If this machine has not built it yet, build it first.
 
-    It is stored in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions. A file that is not whole is built again.
+    Returns the library's path, in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions. A file that is not whole is built
+    again. A library that was built before needs no compiler.
 
-    Raises UsageError if there is no C++ compiler, if the compiler fails, and if the library cannot be stored or loaded.
+    Raises UsageError if there is no C++ compiler to build it, if it fails, and if the library cannot be stored or loaded.
     """
-    command = _compiler_command()
+    flags = _list_flags()
     sources = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)]
-    key = hashlib.sha256("\0".join([torch.__version__, *command, *sources]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([torch.__version__, *flags, *sources]).encode()).hexdigest()[:16]
     library = find_folder() / f"dgnet-{key}.so"
     if not is_whole(library):
+        command = (*_find_compiler(), *flags, *_list_places())
         print(f"compiling the sparse mode, once on this machine: about half a minute ({library})", file=sys.stderr)
-        if failure := _try_to_build(tuple(command), library):
+        if failure := _try_to_build(command, library):
             raise UsageError(failure)
     try:
         torch.ops.load_library(library)
@@ -52,6 +54,7 @@ def load_native() -> None:
             raise OSError("it does not define the extension")
     except OSError as error:  # such as: built against other system libraries, in a home that machines share
         raise UsageError(f"{library} cannot be loaded: {reason(error)}; remove the file, and it will be built again") from error
+    return library
 
 
 def is_defined() -> bool:
@@ -62,8 +65,8 @@ def is_defined() -> bool:
         return False
 
 
-def _compiler_command() -> list[str]:
-    """The command that compiles the extension, without its output."""
+def _find_compiler() -> list[str]:
+    """The words that start the compiler."""
     try:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -71,11 +74,20 @@ def _compiler_command() -> list[str]:
     compiler = named or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
     if not compiler:
         raise UsageError("the compiled sparse mode needs a C++ compiler: install g++, or name one in CXX")
-    command = [*compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp"]
-    command += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE)]
-    installed = Path(torch.__file__).parent
-    return [*command, f"-I{installed / 'include'}", f"-L{installed / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return compiler
+
+
+def _list_flags() -> list[str]:
+    """The compiler's options on which the library depends."""
+    flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-fopenmp"]
+    flags += _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+
+def _list_places() -> list[str]:
+    """Where the source and torch are. The library does not depend on it: another environment uses the same one."""
+    torch_folder = Path(torch.__file__).parent
+    return [str(SOURCE), f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def find_folder() -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dgnet._extras import EXTRAS, import_extra
 from dgnet.errors import UsageError, check_choice, reason
 from dgnet.files import replace_content, replace_file, writing
 from dgnet.graph import find_stages
@@ -58,6 +59,13 @@ def export_network(network: nn.Module, image_size: int | tuple[int, int], mode: 
     return program
 
 
+def require_packages(format: str) -> None:
+    """Raises UsageError for an unknown format, and if a package is missing that writes it or checks what is written."""
+    check_choice("--format", format, FORMATS)
+    for package in EXTRAS["export"] if format == "onnx" else ():
+        import_extra(package, "--format onnx")
+
+
 def save_export(program: ExportedProgram, path: Path, format: str, carried: dict[str, Any]) -> None:
     """Write an exported network. `carried`: its description (class names, preprocessing, …), stored as metadata under "dgnet".
 
@@ -65,20 +73,17 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
 
     Raises UsageError for an unknown format, for a file that cannot be written, and if a package is missing.
     """
-    check_choice("--format", format, FORMATS)
+    require_packages(format)
     text = json.dumps(carried)
     with writing(path):
         if format == "torch":
             with replace_content(path) as file:
                 torch.export.save(program, file, extra_files={"dgnet": text})
             return
-        try:
-            with _quiet():
-                translated = torch.onnx.export(
-                    program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-                )
-        except ImportError as error:
-            raise UsageError(f"--format onnx needs {error.name}; install it with: pip install 'dgnet[export]'") from None
+        with _quiet():
+            translated = torch.onnx.export(
+                program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            )
         assert translated is not None
         translated.model.metadata_props["dgnet"] = text
         size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
@@ -91,8 +96,7 @@ def save_export(program: ExportedProgram, path: Path, format: str, carried: dict
 
 def run_onnx(path: Path, images: Tensor) -> Tensor:
     """The logits that onnxruntime computes from an exported network on the CPU."""
-    import onnxruntime
-
+    onnxruntime = import_extra("onnxruntime", "--format onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})
     return torch.from_numpy(logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -49,18 +50,33 @@ def set_sparse(network: nn.Module, executor: str = "recommended") -> nn.Module:
     """
     check_choice("--executor", executor, EXECUTORS)
     require_stages(network)
-    is_cpu = next(network.parameters()).is_cpu
-    if executor == "native" and not is_cpu:
+    device = next(network.parameters()).device
+    if executor == "native" and device.type != "cpu":
         raise UsageError("--executor native runs on a CPU only; use recommended or plain on other devices")
-    if executor == "plain" or not is_cpu:
-        return set_mode(network, "sparse")
+    if executor == "recommended":
+        found = find_executor(device)
+        executor = found.name
+        if executor == "plain" and device.type == "cpu":
+            _warn_once(f"{found.reason}; the sparse mode runs in plain PyTorch, which is slower")
+    return use_native(network) if executor == "native" else set_mode(network, "sparse")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """What runs the sparse mode: "native" or "plain", and why."""
+
+    name: str
+    reason: str
+
+
+def find_executor(device: str | torch.device) -> Executor:
+    """The recommended executor on a device. Builds the extension if the device can use it."""
+    if torch.device(device).type != "cpu":
+        return Executor("plain", "the compiled extension runs on a CPU only")
     try:
-        return use_native(network)
+        return Executor("native", str(load_native()))
     except UsageError as error:
-        if executor == "native":
-            raise
-        _warn_once(f"{error}; the sparse mode runs in plain PyTorch, which is slower")
-        return set_mode(network, "sparse")
+        return Executor("plain", str(error))
 
 
 @cache
