@@ -32,6 +32,11 @@ def test_a_networks_own_config_is_followed():
         assert torch.equal(Preprocessing.of(network.pretrained_cfg).evaluation_transform()(PHOTO), expected(PHOTO))
 
 
+def test_a_side_of_no_pixels_is_not_the_default():
+    with pytest.raises(UsageError, match="image_size must be 1 to 10000, got 0"):
+        Preprocessing.of(CFG, image_size=0)
+
+
 def test_grey_images_have_the_mean_over_rgb():
     grey = Preprocessing.of(CFG, in_chans=1)
     assert grey.mean == pytest.approx((0.3,))

@@ -16,7 +16,7 @@ from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
 from dgnet.files import to_json, without_nan
-from dgnet.options import flag, hints_of
+from dgnet.options import MOST_WORKERS, check_bounds, flag, hints_of
 from dgnet.paths import is_file
 from dgnet.typed import Location, describe, read_value, read_word
 
@@ -39,6 +39,7 @@ class Parser(ArgumentParser):
         self.hints: dict[str, Any] = {}  # option as typed -> type
         self.suggest = did_you_mean  # from an unknown name and the known ones to a hint
         self.moved: set[str] = set()  # options as typed, whose value is the first argument
+        self.bounds: dict[str, tuple[float, ...]] = {}  # destination -> the lowest number, or the lowest and the highest
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
         """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
@@ -60,6 +61,7 @@ class Parser(ArgumentParser):
         args = self.parse_args(words, defaults=defaults)
         for option, names, value in entries:
             args[option] = _with_entry(args.get(option) or {}, names, value, flag(option))
+        check_bounds(args, self.bounds)
         return args
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -249,6 +251,7 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
     """Add the options for loading images in batches."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
+    parser.bounds |= {"batch_size": (1,), "workers": (0, MOST_WORKERS)}
     add_max_pixels(parser)
     add_device(parser)
 

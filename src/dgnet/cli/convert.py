@@ -21,6 +21,7 @@ from dgnet.cli.command import (
 )
 from dgnet.errors import UsageError
 from dgnet.files import make_writable
+from dgnet.options import LARGEST_SIDE
 from dgnet.paths import find_kind, list_folder
 from dgnet.typed import Location
 
@@ -69,6 +70,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num-classes", type=int | None, default=None, help="number of classes; by default that of the weights or the network"
     )
+    parser.bounds |= {"image_size": (1, LARGEST_SIDE), "num_classes": (1,)}
     add_loader_options(parser)
     add_json(parser)
     return parser

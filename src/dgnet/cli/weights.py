@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from dgnet._streams import say_once
 from dgnet.cli.command import Parser, add_checkpoint
 from dgnet.errors import UsageError
-from dgnet.options import flag
+from dgnet.options import LARGEST_SIDE, flag
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add_checkpoint_or_weights(parser: Parser, nargs: str | None = None) -> None:
         default=None,
         help="with --weights: side of the input in pixels; by default the model's own",
     )
+    parser.bounds["image_size"] = (1, LARGEST_SIDE)
 
 
 def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:

@@ -81,7 +81,7 @@ class Preprocessing:
         `image_size`: in pixels. `in_chans`: 3 for RGB, 1 for grey images, whose mean and std are the averages over RGB. `mean`,
         `std`: one value for each channel, or one for all. Raises UsageError for another number of channels or values.
         """
-        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
+        size = tuple(pretrained_cfg["input_size"][1:]) if image_size is None else (image_size, image_size)
         channels = 3 if in_chans is None else in_chans
         if channels not in _CHANNELS:
             raise UsageError(f"--in-chans must be 1 or 3, got {channels}: images are read as grey (1) or RGB (3)")
