@@ -153,7 +153,8 @@ def test_weights_of_a_static_run_keep_its_classes_and_preprocessing(images, tmp_
         (["test_vit", "--stages", "block"], "stages names 'block', which VisionTransformer does not have"),
         (
             ["test_vit", "--topology", "chain"],
-            "the network would compute another function: in stage 1, blocks.0, it lacks edges",
+            "the network would compute another function: in stage 1, blocks.0, it lacks edges; leave out the options that"
+            " change the start of weights or gates, and use --topology complete",
         ),
         (["test_vit", "--weighting", "no"], "unknown weighting 'no'; allowed: routed, learned, fixed"),
         (["test_vit", "--model-kwargs", "{num_classes: 3}"], "--model-kwargs cannot set num_classes"),
@@ -184,14 +185,14 @@ def test_mistakes_of_a_conversion(words, message, weights, tmp_path, monkeypatch
         (["--model", "test_byobnet"], "ByobNet has no run of blocks that could become a stage"),
         (
             ["--model", "dg_resnet18"],
-            "dynamic=True converts a static network, and dg_resnet18 is dynamic already; leave it out",
+            "--dynamic true converts a static network, and dg_resnet18 is dynamic already; leave it out",
         ),
         (
             ["--model", "test_convnext", "--model-kwargs", "{stages: [nope]}"],
             "stages names 'nope', which ConvNeXt does not have",
         ),
         (["--model", "test_convnext", "--weights", "WEIGHTS"], "does not hold the weights of test_convnext"),
-        (["--model", "test_convnext", "--shortcut", "node"], "shortcut='node' is not possible"),
+        (["--model", "test_convnext", "--shortcut", "node"], "--shortcut node is not possible"),
         (["--model", "test_convnext", "--budget", "0.01"], "--budget 0.01 is less than what always runs"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
+from dgnet.cli.network_options import as_typed, find_option
 from dgnet.cli.timm_names import suggest
+from dgnet.compat.argparse import option_strings
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
@@ -71,6 +73,15 @@ class Parser(ArgumentParser):
             cause = cause.__cause__ or cause.__context__
         raise UsageError(str(cause) if cause is not None else message) from None
 
+    def hint(self, name: str, options: Iterable[str]) -> str:
+        """A hint for an unknown option, as it is typed or in a recipe. `options`: the known ones."""
+        known = find_option(name.lstrip("-").replace("-", "_"), option_strings(self), "model_kwargs" in self.recipe)
+        return f"; here it is {known}" if known else self.suggest(name, options)
+
+    def spell(self, message: str) -> str:
+        """A message of the library with options as this command has them."""
+        return as_typed(message, option_strings(self), "model_kwargs" in self.recipe)
+
     def _move(self, words: Sequence[str]) -> list[str]:
         """The words with the value of an option of `moved` as the first argument."""
         rest: list[str] = []
@@ -118,7 +129,7 @@ class Parser(ArgumentParser):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
             if name not in self.recipe:
-                raise UsageError(f"--config {path}: unknown option {name!r}{self.suggest(str(name), self.recipe)}")
+                raise UsageError(f"--config {path}: unknown option {name!r}{self.hint(str(name), self.recipe)}")
         return {
             name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
             for name, value in (values or {}).items()
