@@ -73,8 +73,8 @@ class Preprocessing:
         pretrained_cfg: dict[str, Any],
         image_size: int | None = None,
         in_chans: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
     ) -> Preprocessing:
         """The preprocessing of a model's timm config, with what is given in its place.
 
@@ -171,8 +171,9 @@ class Preprocessing:
         return transform if len(self.mean) == 3 else transforms.Compose([transforms.Grayscale(), *transform.transforms])
 
 
-def _for_channels(channels: int, what: str, given: Sequence[float] | None, own: Sequence[float]) -> tuple[float, ...]:
+def _for_channels(channels: int, what: str, given: Sequence[float] | float | None, own: Sequence[float]) -> tuple[float, ...]:
     """`given`, or else a model's `own` values for RGB, as one value for each channel."""
+    given = [given] if isinstance(given, int | float) else given
     values = tuple(own if given is None else given)
     if given is None and channels == 1:
         return (sum(values) / len(values),)
