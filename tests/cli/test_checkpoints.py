@@ -99,6 +99,7 @@ def test_weights_of_another_model(run, images, tmp_path, capsys):
     options = ["--weighting", "learned", "--output", tmp_path / "x", *QUICK]
     line = refuse(capsys, "train", "--data", images, "--weights", run, *options)
     assert "is of dg_resnet20 with other options" in line
+    assert "; add: --weighting routed" in line
     torch.save({"a": torch.zeros(1)}, tmp_path / "raw.pth")
     line = refuse(capsys, "train", "--data", images, "--weights", tmp_path / "raw.pth", "--output", tmp_path / "x", *QUICK)
     assert "does not hold the weights of dg_resnet20" in line
@@ -112,7 +113,8 @@ def test_a_truncated_checkpoint(run, tmp_path, suffix, capsys):
     path = tmp_path / f"cut{suffix}"
     for share in (0.0, 0.3, 0.9):
         path.write_bytes(source.read_bytes()[: int(share * source.stat().st_size)])
-        assert "is truncated or no checkpoint" in refuse(capsys, "evaluate", path)
+        expected = "is truncated or no checkpoint" if share else "is empty; copy it again"
+        assert expected in refuse(capsys, "evaluate", path)
 
 
 def test_a_checkpoint_that_carries_code_is_not_run(tmp_path, capsys):

@@ -73,7 +73,7 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
         return load_checkpoint(args.checkpoint), []
     kwargs = {**args.model_kwargs, **({} if args.dynamic is None else {"dynamic": args.dynamic})}
     names = None if args.class_names is None else read_class_names(Path(args.class_names))
-    checkpoint, untrained = read_weights(args.checkpoint, args.model, kwargs, names, args.image_size)
+    checkpoint, loaded = read_weights(args.checkpoint, args.model, kwargs, names, args.image_size)
     count = len(checkpoint.class_names)
     classes = f"{count:,} classes"
     if names is None and checkpoint.class_names == number_classes(count):
@@ -87,10 +87,12 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
         f" {'×'.join(map(str, what.image_size))} pixels, {what.interpolation}, crop {what.crop_pct:g},"
         f" mean {[round(value, 4) for value in what.mean]}, std {[round(value, 4) for value in what.std]}"
     ]
-    if untrained:
+    if loaded.resampled:
+        lines.append(f"{checkpoint.path}: {loaded.resampled}")
+    if loaded.untrained:
         from dgnet.training import describe_untrained
 
-        lines.append(f"{checkpoint.path}: {describe_untrained(checkpoint.build_network(), untrained)}")
+        lines.append(f"{checkpoint.path}: {describe_untrained(checkpoint.build_network(), loaded.untrained)}")
     return checkpoint, lines
 
 

@@ -7,9 +7,10 @@ block put out. A block that is skipped leaves the sum as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -72,14 +73,15 @@ def convert(
         raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
     if find_stages(network):
         raise UsageError(f"{type(network).__name__} is dynamic already")
-    connectivity = _read_connectivity(topology, weighting, node_gate, options)
+    connectivity = conversion_options(topology, weighting, node_gate, options)
     within = _read_stages(stages)
     # With a gate, a block that stands alone can be skipped; without one, its three edges are not worth a router.
     least_blocks = 2 if connectivity.node_gate == "none" else 1
     size = find_image_size(network, image_size)
     found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
-        why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
+        named = [block for block in found.static if within is None or block.name.startswith(within)]
+        why = "; ".join(f"{block.name}: {block.reason}" for block in named[:3]) or "it has no residual blocks"
         gates = "; with node_gate='hard' single blocks become stages too" if found.removable and least_blocks > 1 else ""
         raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why}){gates}")
     converted = deepcopy(network)
@@ -180,8 +182,8 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
     return agreement
 
 
-def _read_connectivity(
-    topology: TopologyLike, weighting: WeightingLike, node_gate: str | None, options: dict[str, Any]
+def conversion_options(
+    topology: TopologyLike, weighting: WeightingLike, node_gate: str | None, options: Mapping[str, Any] = MappingProxyType({})
 ) -> Connectivity:
     """The options of the stages, with the start of a conversion where the user gives none."""
     known = Connectivity.names()
@@ -217,9 +219,11 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
         )
         change = find_change(stage)
     if change:
+        is_cut = topology.num_edges < num_nodes * (num_nodes - 1) // 2
+        advice = "only topology='complete' keeps it" if is_cut else "leave out what changes the start of weights or gates"
         raise UsageError(
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
-            " leave out the options that change the start of weights or gates, and use topology='complete'"
+            f" {advice}"
         )
     stage.arguments = run.arguments
     like = next(network.parameters())
