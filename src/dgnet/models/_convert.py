@@ -7,10 +7,9 @@ block put out. A block that is skipped leaves the sum as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -73,7 +72,7 @@ def convert(
         raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
     if find_stages(network):
         raise UsageError(f"{type(network).__name__} is dynamic already")
-    connectivity = conversion_options(topology, weighting, node_gate, options)
+    connectivity = _read_connectivity(topology, weighting, node_gate, options)
     within = _read_stages(stages)
     # With a gate, a block that stands alone can be skipped; without one, its three edges are not worth a router.
     least_blocks = 2 if connectivity.node_gate == "none" else 1
@@ -182,8 +181,8 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
     return agreement
 
 
-def conversion_options(
-    topology: TopologyLike, weighting: WeightingLike, node_gate: str | None, options: Mapping[str, Any] = MappingProxyType({})
+def _read_connectivity(
+    topology: TopologyLike, weighting: WeightingLike, node_gate: str | None, options: dict[str, Any]
 ) -> Connectivity:
     """The options of the stages, with the start of a conversion where the user gives none."""
     known = Connectivity.names()
@@ -220,7 +219,9 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
         change = find_change(stage)
     if change:
         is_cut = topology.num_edges < num_nodes * (num_nodes - 1) // 2
-        advice = "only topology='complete' keeps it" if is_cut else "leave out what changes the start of weights or gates"
+        advice = (
+            "only topology='complete' keeps it" if is_cut else "leave out the options that change the start of weights or gates"
+        )
         raise UsageError(
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
             f" {advice}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.models._connectivity import Connectivity
-from dgnet.models._convert import conversion_options
+from dgnet.models._convert import _read_connectivity
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.options import flag
 
@@ -24,7 +24,7 @@ def missing_options(stored: Mapping[str, Any], network: nn.Module | None = None)
     built = dict(_DEFAULTS)
     axes = {name: stored.get(name, _DEFAULTS[name]) for name in ("topology", "weighting", "node_gate")}
     try:  # the defaults of all other options follow from these
-        defaults = conversion_options(**axes) if stored.get("dynamic") else Connectivity(**axes)
+        defaults = _read_connectivity(**axes, options={}) if stored.get("dynamic") else Connectivity(**axes)
         built = {**defaults.plain_options(), **_DEFAULTS}
     except UsageError:  # such as code of the user's own, which is not trusted here
         pass
