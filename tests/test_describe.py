@@ -63,6 +63,11 @@ def test_blocks_that_stay_static_are_grouped_by_the_reason():
     assert to_json(asdict(found), "utf-8")
 
 
+def test_one_block_is_called_so():
+    converted = dgnet.convert(timm.create_model("resnet18"), stages="layer3", node_gate="hard", image_size=32)
+    assert str(dgnet.describe(converted, 32)).startswith("DynamicResNet: 1 dynamic stage of 1 block\n")
+
+
 def test_the_check_is_part_of_the_description():
     static = timm.create_model("test_convnext").eval()
     converted = dgnet.convert(static, check=torch.randn(2, 3, 64, 64))

@@ -146,6 +146,7 @@ CONFIGS = (TrainConfig, DetectConfig, BenchConfig)
 WRONG: dict[str, tuple[Any, ...]] = {
     "a whole number": (None, True, 1.5, 8.0, "0x10", "", float("nan"), HUGE, [1], {"a": 1}),
     "a number": (None, True, "5e", "", float("nan"), float("inf"), HUGE, [1]),
+    "a list of numbers or a number": (None, True, "a", {"a": 1}, [object()], float("nan"), HUGE),
     "true or false": (None, 1, "maybe", 0.0, []),
     "text": (None, 1.5, True, "", " ", "a\0b", ["a"], {}),
     "a path": (None, 1.5, True, " ", "a\0b", ["a"], Path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,9 @@ from dgnet.models import (
     DynamicNetwork,
     Increment,
     add_gates,
+    as_words,
     find_image_size,
+    missing_options,
 )
 
 _BUDGET = 0.7
@@ -71,7 +72,12 @@ class Description:
 
     def __str__(self) -> str:
         blocks = sum(stage.blocks for stage in self.stages)
-        lines = [f"{self.network}: {_count(len(self.stages), 'dynamic stage')} of {blocks} blocks", "", *self._table(), ""]
+        lines = [
+            f"{self.network}: {_count(len(self.stages), 'dynamic stage')} of {_count(blocks, 'block')}",
+            "",
+            *self._table(),
+            "",
+        ]
         if self.static:
             lines += [f"static: {_list(group.blocks)}: {group.reason}" for group in self.static] + [""]
         share = 100 * self.added_params / max(self.params - self.added_params, 1)
@@ -222,26 +228,21 @@ def _next_command(
     cfg = getattr(network, "pretrained_cfg", None) or {}
     words = ["dgnet", "train", "--model", name or cfg.get("architecture", "NAME")]
     stored = network.stored_options() if isinstance(network, DynamicNetwork) else {}
-    if stored.get("dynamic"):
-        words += ["--dynamic", "true"]
-    words += ["--weights", weights]
+    options = {**model_kwargs, **missing_options(stored)}
+    options.pop("img_size", None)
     budget = _BUDGET if least < _BUDGET - 0.05 else math.ceil(50 * (1 + least)) / 100  # half-way to 1, rounded up
+    if budget < 1 and options.get("node_gate") == "hard":
+        del options["node_gate"]  # --budget adds them
+    words += ["--dynamic", "true"] if options.pop("dynamic", False) else []
+    words += ["--weights", weights]
     words += ["--budget", f"{budget:g}"] if budget < 1 else []
     words += ["--data", "DATA", *_RECIPE]
     if image_size != tuple(cfg.get("input_size", (3, *image_size))[1:]):
         words += ["--image-size", str(max(image_size))]
-    for axis, default in (("topology", "complete"), ("weighting", "routed")):
-        if isinstance(stored.get(axis), str) and stored[axis] != default:
-            words += [f"--{axis}", stored[axis]]
-    kwargs = dict(model_kwargs)
-    for option, defaults in (("node_gate", ("none", "hard")), ("stages", ("auto",))):
-        if stored.get(option, defaults[0]) not in defaults:
-            kwargs[option] = stored[option]
-    if kwargs:
-        try:
-            words += ["--model-kwargs", json.dumps(kwargs, ensure_ascii=False)]
-        except TypeError as error:
-            raise UsageError(f"model_kwargs has a value that the command line cannot take: {error}") from error
+    try:
+        words += as_words(options)
+    except TypeError as error:
+        raise UsageError(f"model_kwargs has a value that the command line cannot take: {error}") from error
     return shlex.join(words)
 
 

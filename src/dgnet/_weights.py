@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgnet.checkpoint import NOT_STORED, Checkpoint, find_checkpoint, fit_weights, read_tensors
+from dgnet.checkpoint import NOT_STORED, Checkpoint, Loaded, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
 from dgnet.errors import UsageError, reason
 from dgnet.models import (
     TimmNetwork,
+    as_words,
     classifier_prefixes,
     create_model,
     find_channels,
     first_convolutions,
     has_pretrained_weights,
     match_image_size,
+    match_names,
+    missing_options,
 )
 
 
@@ -29,8 +34,8 @@ def read_weights(
     model_kwargs: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,
-) -> tuple[Checkpoint, list[str]]:
-    """The weights in `path` as a checkpoint of `model`, and the parameters that the file lacks, which stay as initialised.
+) -> tuple[Checkpoint, Loaded]:
+    """The weights in `path` as a checkpoint of `model`, and how they were loaded.
 
     The number of classes and of input channels follows from the file; the preprocessing is the model's own, at `image_size`
     pixels if that is given. `class_names`: by default ImageNet's if the model's own classes are, else "class 0", "class 1", …
@@ -45,24 +50,70 @@ def read_weights(
         raise UsageError(
             f"{path} is a checkpoint of {carried.get('model')} with its own classes and preprocessing; leave out --model"
         )
+    return _describe(path, state_dict, model, model_kwargs, class_names, image_size)
+
+
+def read_static(
+    path: str | Path, model: str, model_kwargs: Mapping[str, Any], image_size: int | None = None
+) -> tuple[Checkpoint, Loaded]:
+    """As `read_weights`, also for a checkpoint of dgnet, which must be of the static network `model`.
+
+    A checkpoint has its own classes and preprocessing, except for `image_size` if that is given. Raises UsageError for one of
+    another or of a dynamic network.
+    """
+    path = find_checkpoint(path)
+    state_dict, carried = read_tensors(path)
+    if carried is None:
+        return _describe(path, state_dict, model, model_kwargs, None, image_size)
+    checkpoint = Checkpoint.of(path, state_dict, carried)
+    if checkpoint.model != model:
+        raise UsageError(f"{path} is a checkpoint of {checkpoint.model}, not of {model}; name its own model")
+    stored = checkpoint.model_kwargs
+    if stored.get("dynamic"):
+        words = ["--model", model, *as_words(missing_options(stored)), "--weights", str(path)]
+        raise UsageError(
+            f"{path} is of a network that was converted already; fine-tune it with: dgnet train {shlex.join(words)} --data DATA"
+        )
+    if image_size is None:
+        return replace(checkpoint, model_kwargs={**stored, **model_kwargs}, config={}), Loaded([])
+    options, _ = match_image_size(model, {**stored, "img_size": None, **_check_options(model_kwargs)}, image_size)
+    if options["img_size"] is None:
+        del options["img_size"]
+    preprocessing = replace(checkpoint.preprocessing, image_size=(image_size, image_size))
+    resized = replace(checkpoint, model_kwargs=options, preprocessing=preprocessing, config={})
+    network = resized.create_network(num_classes=len(checkpoint.class_names), **preprocessing.network_options)
+    loaded = fit_weights(network, model, path, state_dict, carried)
+    return replace(resized, state_dict=network.state_dict()), loaded
+
+
+def _describe(
+    path: Path,
+    state_dict: Mapping[str, Tensor],
+    model: str,
+    model_kwargs: Mapping[str, Any] | None,
+    class_names: Sequence[str] | None,
+    image_size: int | None,
+) -> tuple[Checkpoint, Loaded]:
+    """`read_weights`, from the content of the file."""
     options, image_size = match_image_size(model, _check_options(model_kwargs), image_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network = create_model(model, **options)
-        classes = _count_classes(network, state_dict, f"{path} does not hold the weights of {model}")
+        state_dict = match_names(state_dict, network.state_dict())
+        classes = _count_classes(network, state_dict, path, model)
         channels = _count_channels(network, state_dict)
         preprocessing = Preprocessing.of(network.pretrained_cfg, image_size, channels)
         if classes != network.num_classes or channels != 3:
             torch.default_generator.manual_seed(0)
             sizes: dict[str, Any] = {"num_classes": classes, **preprocessing.network_options}
             network = create_model(model, **sizes, **options)
-    untrained = fit_weights(network, model, path, state_dict).untrained
+    loaded = fit_weights(network, model, path, state_dict)
     if class_names is None:
         class_names = find_class_names(network, classes) or number_classes(classes)
     if len(class_names) != classes:
         raise UsageError(f"{path} has {classes:,} classes, and {len(class_names):,} are named; give one name for each class")
     checkpoint = Checkpoint(path, network.state_dict(), model, options, list(class_names), {}, preprocessing)
-    return checkpoint, untrained
+    return checkpoint, loaded
 
 
 def open_model(
@@ -129,15 +180,18 @@ def _check_options(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def _count_classes(network: TimmNetwork, state_dict: Mapping[str, Tensor], misfit: str) -> int:
-    """The number of outputs of the classifier in `state_dict`. Raises UsageError, which begins with `misfit`."""
+def _count_classes(network: TimmNetwork, state_dict: Mapping[str, Tensor], path: Path, model: str) -> int:
+    """The number of outputs of the classifier in `state_dict`, which is from `path`. Raises UsageError if it has none."""
     prefixes = classifier_prefixes(network)
     for name in (f"{prefix}{part}" for prefix in prefixes for part in ("weight", "bias")):
         if name in state_dict and state_dict[name].ndim:
             return len(state_dict[name])
     if not prefixes:
-        raise UsageError(f"{misfit}: it has no classifier, so there are no classes to evaluate; use another model")
-    raise UsageError(f"{misfit} with a classifier (it lacks {prefixes[0]}weight); name its own model with --model")
+        raise UsageError(f"{model} has no classifier, so there are no classes to evaluate; use another model")
+    lacking = f"with a classifier (it lacks {prefixes[0]}weight)"
+    if any(name in state_dict for name in network.state_dict()):
+        raise UsageError(f"{path} does not hold weights of {model} {lacking}; use a file that has one")
+    raise UsageError(f"{path} does not hold the weights of {model} {lacking}; name the network whose weights they are")
 
 
 def _count_channels(network: TimmNetwork, state_dict: Mapping[str, Tensor]) -> int:

@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 
 from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.documents import parse_json
@@ -30,6 +31,8 @@ from dgnet.models import (
     ConvertedNetwork,
     TimmNetwork,
     adapt_input,
+    adapt_positions,
+    as_words,
     classifier_prefixes,
     create_model,
     describe_loss,
@@ -39,6 +42,8 @@ from dgnet.models import (
     is_static,
     keep_function,
     load_static_weights,
+    match_names,
+    missing_options,
     removed_blocks,
     static_counterpart,
     unwrap_names,
@@ -79,7 +84,13 @@ class Described:
         Raises UsageError for a file that is missing, truncated or damaged, that holds pickled code, or that is no checkpoint
         of dgnet for this task.
         """
-        path, state_dict, carried = read_described(path, cls.task)
+        path = find_checkpoint(path)
+        return cls.of(path, *read_tensors(path))
+
+    @classmethod
+    def of(cls, path: Path, state_dict: dict[str, Tensor], carried: dict[str, Any] | None) -> Self:
+        """The checkpoint in the file `path`, whose content `read_tensors` gave. Raises UsageError as `read` does."""
+        carried = _check_task(path, carried, cls.task)
         with damaged(path):
             return cls(path=path, state_dict=state_dict, **cls.read_description(carried))
 
@@ -246,14 +257,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint.read(path)
 
 
-def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The checkpoint file of `path`, its state dict, and its description. `task`: the task that it must be for.
-
-    Raises UsageError for a file that is missing or truncated, that holds pickled code, or that is no checkpoint of dgnet for
-    `task`.
-    """
-    path = find_checkpoint(path)
-    state_dict, carried = read_tensors(path)
+def _check_task(path: Path, carried: dict[str, Any] | None, task: str) -> dict[str, Any]:
+    """The description `carried` by a file, which must be for `task`. Raises UsageError if it is not, or if there is none."""
     if carried is None:
         raise UsageError(f"{path} holds weights only, without the model's name and classes; {_ADVICE[task]}")
     own = carried.get("task", CLASSIFY)
@@ -264,7 +269,7 @@ def read_described(path: str | Path, task: str) -> tuple[Path, dict[str, Tensor]
             f"{path} is a checkpoint of {_COMMANDS[own]} train, not of {_COMMANDS[task]} train;"
             f" use it with: {_COMMANDS[own]} evaluate"
         )
-    return path, state_dict, carried
+    return carried
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -292,27 +297,31 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The state dict in a checkpoint of dgnet, timm or torchvision, and the description that dgnet's checkpoints have."""
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return _read_safetensors(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # the options that timm's training stores
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch would read the ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             if _has_pickled_code(path):
                 raise UsageError(
                     f"{path} carries pickled code and was not loaded; a checkpoint may hold only tensors and plain values:"
                     " save the state dict, or use safetensors"
                 ) from None
-            raise _truncated(path) from None
+            raise _unreadable(path) from None
         except Exception:  # torch may raise anything for such bytes
-            raise _truncated(path) from None
+            raise _unreadable(path) from None
     content = content if isinstance(content, dict) else {}
     carried = content.get("dgnet")
     state = next((content[key] for key in _STATES if isinstance(content.get(key), dict)), content)
+    held = [entry for entry in content.values() if isinstance(entry, dict) and entry and all(map(is_tensor, entry.values()))]
+    if carried is None and state is content and len(held) == 1:  # under another key
+        state = held[0]
     if carried is not None and isinstance(state, dict):
         prefix = "network."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if str(name).startswith(prefix)}
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_tensor, state.values())):
         raise UsageError(f"{path} holds no state dict; expected a checkpoint of dgnet, timm or torchvision")
     if not all(isinstance(name, str) for name in state):
         raise UsageError(f"{path} holds no state dict: the names of its tensors must be text")
@@ -327,13 +336,19 @@ _STATES = ("state_dict_ema", "state_dict", "model")
 """Where checkpoints keep a state dict. timm's training stores averaged weights too, which timm prefers when it loads them."""
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors: by its content, or if that does not tell, by its ending."""
+    start = _read_start(path)
+    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80")))
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt") as file:
             carried = (file.metadata() or {}).get("dgnet")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, OverflowError):
-        raise _truncated(path) from None
+        raise _unreadable(path) from None
     if not carried:
         return dict(unwrap_names(tensors)), None
     with damaged(path):
@@ -352,6 +367,8 @@ class Loaded:
     and what a static network lacks."""
     loss: str = ""
     """What is lost of the function of the static network that the weights are of, in words; "" if nothing."""
+    resampled: str = ""
+    """What timm has resampled because the weights were trained on images of another size, in words; "" if nothing."""
 
 
 def load_weights(
@@ -379,39 +396,42 @@ def fit_weights(
     """As `load_weights`, from the content of the file `path`: its state dict, and the description that dgnet's files have."""
     with damaged(path):
         check_finite(state_dict)
-    state_dict = adapt_input(network, state_dict)
+    own = network.state_dict()
+    heads = classifier_prefixes(network)
+    state_dict = adapt_input(network, match_names(state_dict, own))
     removed = tuple(f"{name}." for name in removed_blocks(network))
     state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(removed)}
     if isinstance(network, ConvertedNetwork):
         state_dict = dict(network.from_static(state_dict))
+    misfits = [n for n in state_dict if n in own and own[n].shape != state_dict[n].shape and not n.startswith(heads)]
+    resampled = adapt_positions(network, state_dict, misfits)
+    note = ""
+    if misfits and len(resampled) == len(misfits):
+        state_dict |= resampled
+        note = f"resampled {_first(misfits)} for images of another size"
     if is_static(network, state_dict):
         try:
             untrained = load_static_weights(network, state_dict)
         except UsageError as error:
-            raise UsageError(f"{path} {_mismatch(carried, model)} ({error}); name its own model with --model") from None
+            raise _misfit(path, carried, model, network, str(error)) from None
         weights_of = str((carried or {}).get("model", ""))
         obstacle = find_obstacle(network, weights_of)
         convert = f"--model {model.removeprefix('dg_')} --dynamic true"
         if start == "paper":
             loss = describe_loss(network, image_size, weights_of) if image_size else ""
-            return Loaded(untrained, loss and f"{loss}; {convert if obstacle else '--start static'} keeps it")
+            return Loaded(untrained, loss and f"{loss}; {convert if obstacle else '--start static'} keeps it", note)
         if obstacle:
             raise UsageError(f"{model} cannot start as the static network: {obstacle}; use {convert}, or --start paper")
-        return Loaded(keep_function(network, untrained, image_size))
+        return Loaded(keep_function(network, untrained, image_size), resampled=note)
     if start == "static":
         raise UsageError(f"--start static needs the weights of a static network, and {path} has others; leave out --start")
-    own = network.state_dict()
-    reset = find_resized(state_dict, own, classifier_prefixes(network))
+    reset = find_resized(state_dict, own, heads)
     # A DG-Net that was trained without block gates is fine-tuned to a budget: its gates are new.
     new = [n for n in own if ".node_gates." in n and n not in state_dict]
     difference = load_state(network, {**state_dict, **{name: own[name] for name in (*reset, *new)}})
     if difference:
-        if carried and carried.get("model") == model:
-            line = f"{path} is of {model} with other options ({difference}); use the options in the config.yaml of its run"
-        else:
-            line = f"{path} {_mismatch(carried, model)} ({difference}); name its own model with --model"
-        raise UsageError(line)
-    return Loaded([*reset, *new])
+        raise _misfit(path, carried, model, network, difference)
+    return Loaded([*reset, *new], resampled=note)
 
 
 def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:
@@ -419,14 +439,40 @@ def find_resized(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], pr
     return [n for n in state_dict if n.startswith(prefixes) and n in own and state_dict[n].shape != own[n].shape]
 
 
-def _mismatch(carried: dict[str, Any] | None, model: str) -> str:
-    if carried:
-        return f"is a checkpoint of {carried.get('model')}, not of {model} as asked for"
-    return f"does not hold the weights of {model}"
+def _misfit(path: Path, carried: Mapping[str, Any] | None, model: str, network: nn.Module, difference: str) -> UsageError:
+    """The error for weights that are not those of `network`, whose name is `model`."""
+    if not carried:
+        return UsageError(
+            f"{path} does not hold the weights of {model} ({difference}); name the network whose weights they are, and its"
+            " options"
+        )
+    if carried.get("model") != model:
+        return UsageError(
+            f"{path} is a checkpoint of {carried.get('model')}, not of {model} as asked for ({difference}); name its own model"
+        )
+    stored = carried.get("model_kwargs")
+    words = as_words(missing_options(stored, network)) if isinstance(stored, dict) else []
+    how = f"add: {shlex.join(words)}" if words else "use the options in the config.yaml of its run"
+    return UsageError(f"{path} is of {model} with other options ({difference}); {how}")
 
 
-def _truncated(path: Path) -> UsageError:
-    return UsageError(f"{path} is truncated or no checkpoint; copy it again or use another, such as checkpoints/best.ckpt")
+def _unreadable(path: Path) -> UsageError:
+    """The error for a file that is no checkpoint, which says what it is."""
+    start, what = _read_start(path), "truncated or no checkpoint"
+    if not start:
+        what = "empty"
+    elif not any(byte < 32 and byte not in b"\t\r\n" for byte in start):
+        what = f"text, not a checkpoint: it begins with {start[:40].decode(errors='replace')!r}"
+    another = ", or use another, such as checkpoints/best.ckpt" if path.parent.name == "checkpoints" else ""
+    return UsageError(f"{path} is {what}; copy it again{another}")
+
+
+def _read_start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(200)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def load_state(network: nn.Module, state_dict: Mapping[str, Tensor]) -> str:

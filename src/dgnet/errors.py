@@ -60,9 +60,10 @@ class UnknownOptionError(UsageError):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """A hint like "; did you mean 'resnet50'?"; empty if no name is similar."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.65)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """A hint like "; did you mean 'resnet50'?"; empty if no name is similar. The dashes of options do not count."""
+    bare = {other.lstrip("-"): other for other in allowed}
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.65)
+    return f"; did you mean {bare[close[0]]!r}?" if close else ""
 
 
 def check_choice(what: str, name: object, allowed: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Values of known types: what options, recipes, run folders and checkpoints hold, read by one reader with one set of messages.
 
 A type is written as an annotation: bool, int, float, str, `Location`, `list[…]`, `tuple[…]`, `dict[str, Any]`, and each of them
-`| None`.
+`| None`; also `list[…] | float`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def read_value(hint: Any, value: Any, what: str) -> Any:
     """
     value = _without_numpy(value)
     kind, *others = _alternatives(hint)
-    if value is None and others:
+    if value is None and type(None) in others:
         return None
+    if others[:1] == [float] and isinstance(value, int | float):
+        kind = float
     return _READERS[_origin(kind)](kind, value, _Refusal(hint, value, what))
 
 

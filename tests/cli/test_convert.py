@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 import dgnet
 from dgnet.analysis._photo import PhotoInspector, open_photo
 from dgnet.checkpoint import describe_network, load_checkpoint, read_tensors, save_tensors
+from dgnet.data import Preprocessing
 from dgnet.graph import find_stages
 from dgnet.models import ConvertedNetwork, Increment
 from dgnet.training import Interrupted, TrainConfig, read_run, train
@@ -112,6 +115,42 @@ def test_photos_of_other_classes_are_compared_without_labels(images, capsys):
     assert "use data with the network's classes; top-1 is left out\n" in errors
 
 
+@pytest.mark.slow
+def test_a_converted_file_says_with_which_command_it_is_used(weights, images, tmp_path, capsys):
+    run, options = tmp_path / "run", ["--weighting", "learned", "--node-gate", "hard", "--stages", "stages.2"]
+    ask(capsys, "convert", "test_convnext", "--weights", weights["test_convnext"], *SIZE, *options, "--output", run)
+    line = refuse(capsys, "convert", "test_convnext", "--weights", run)
+    _, _, command = line.strip().partition("was converted already; fine-tune it with: dgnet ")
+    missing = '--dynamic true --weighting learned --model-kwargs \'{"node_gate": "hard", "stages": ["stages.2"]}\''
+    assert command == f"train --model test_convnext {missing} --weights {run / 'model.safetensors'} --data DATA"
+    line = refuse(capsys, "train", "--model", "test_convnext", "--weights", run, "--data", images, "--batch-size", 4, *SIZE)
+    assert line.startswith(f"dgnet: {run / 'model.safetensors'} is of test_convnext with other options (it lacks ")
+    assert line.endswith(f"); add: {missing}\n")
+    words = shlex.split(command.replace("DATA", str(images)))
+    ask(capsys, *words, *TUNE, "--output", tmp_path / "next")
+
+
+@pytest.mark.slow
+def test_weights_of_another_image_size_are_resampled_as_timm_does(weights, tmp_path, capsys):
+    own = timm.create_model("test_vit", num_classes=2, img_size=64)
+    state = read_tensors(Path(weights["test_vit"]))[0]
+    expected = checkpoint_filter_fn(state, own)
+    words = ["convert", "test_vit", "--image-size", 64, "--weights"]
+    ask(capsys, *words, weights["test_vit"], "--output", tmp_path / "a")
+    checkpoint = load_checkpoint(tmp_path / "a")
+    assert (checkpoint.preprocessing.image_size, checkpoint.model_kwargs["img_size"]) == ((64, 64), 64)
+    torch.testing.assert_close(checkpoint.state_dict["pos_embed"], expected["pos_embed"], rtol=0, atol=0)
+    # A run says its own size, which --image-size replaces.
+    preprocessing = Preprocessing.of(own.pretrained_cfg, 32)
+    carried = describe_network("test_vit", {"img_size": 32}, ["a", "b"], preprocessing, {})
+    save_tensors(state, tmp_path / "run.safetensors", carried)
+    figures = json.loads(ask(capsys, *words, tmp_path / "run.safetensors", "--output", tmp_path / "b", "--json"))
+    assert figures["image_size"] == [64, 64]
+    found = load_checkpoint(tmp_path / "b")
+    torch.testing.assert_close(found.state_dict["pos_embed"], expected["pos_embed"], rtol=0, atol=0)
+    assert (found.class_names, found.preprocessing.image_size) == (["a", "b"], (64, 64))
+
+
 def test_a_network_that_computes_something_else_is_refused_and_leaves_nothing_behind(
     weights, images, tmp_path, monkeypatch, capsys
 ):
@@ -138,8 +177,6 @@ def test_weights_of_a_static_run_keep_its_classes_and_preprocessing(images, tmp_
     ]
     assert figures[0]["top1"] == figures[1]["top1"]
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-5)
-    message = "is of a network that was converted already; use it with: dgnet train --weights"
-    assert message in refuse(capsys, "convert", "test_convnext", "--weights", tmp_path / "run")
     assert "is a checkpoint of test_convnext, not of test_vit" in refuse(
         capsys, "convert", "test_vit", "--weights", tmp_path / "static"
     )
@@ -149,18 +186,25 @@ def test_weights_of_a_static_run_keep_its_classes_and_preprocessing(images, tmp_
     ("words", "message"),
     [
         (["test_byobnet"], "ByobNet has no run of blocks that could become a stage (stages.0.0: it changes the shape"),
+        (
+            ["resnet18", "--stages", "layer3"],
+            "(layer3.0: it changes the shape; layer3.1: it is one block only, and has no gate)",
+        ),
         (["dg_resnet18"], "dg_resnet18 is dynamic already; train it with: dgnet train --model dg_resnet18"),
         (["test_vti"], "unknown model 'test_vti'; did you mean 'test_vit"),
         (["test_vit", "--stages", "block"], "stages names 'block', which VisionTransformer does not have"),
         (
             ["test_vit", "--topology", "chain"],
-            "the network would compute another function: in stage 1, blocks.0, it lacks edges",
+            "compute another function: in stage 1, blocks.0, it lacks edges; only --topology complete keeps it",
         ),
         (["test_vit", "--weighting", "no"], "unknown weighting 'no'; allowed: routed, learned, fixed"),
         (["test_vit", "--model-kwargs", "{num_classes: 3}"], "--model-kwargs cannot set num_classes"),
         (["test_vit", "--output", "run"], "--output needs --weights FILE or --pretrained true"),
         (["test_vit", "--check", "nowhere"], "data source 'nowhere' does not exist"),
-        (["test_vit", "--num-classes", "0"], "test_vit has no classifier; give the number of classes with --num-classes"),
+        (["test_vit", "--num-classes", "0"], "--num-classes must be at least 1, got 0"),
+        (["test_vit", "--num-classes", "-3"], "--num-classes must be at least 1, got -3"),
+        (["test_vit", "--image-size", "0"], "--image-size must be 1 to 10000, got 0"),
+        (["test_vit", "--check", "nowhere", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["test_vit", "--weights", "WEIGHTS", "--output", "run"], "does not hold the weights of test_vit"),
         (["test_convnext", "--weights", "WEIGHTS", "--num-classes", "3"], "--num-classes follows from --weights"),
         (["test_convnext", "--weights", "WEIGHTS", "--pretrained", "true"], "both give weights; leave one out"),
@@ -182,14 +226,14 @@ def test_mistakes_of_a_conversion(words, message, weights, tmp_path, monkeypatch
         (["--model", "test_byobnet"], "ByobNet has no run of blocks that could become a stage"),
         (
             ["--model", "dg_resnet18"],
-            "dynamic=True converts a static network, and dg_resnet18 is dynamic already; leave it out",
+            "--dynamic true converts a static network, and dg_resnet18 is dynamic already; leave it out",
         ),
         (
             ["--model", "test_convnext", "--model-kwargs", "{stages: [nope]}"],
             "stages names 'nope', which ConvNeXt does not have",
         ),
         (["--model", "test_convnext", "--weights", "WEIGHTS"], "does not hold the weights of test_convnext"),
-        (["--model", "test_convnext", "--shortcut", "node"], "shortcut='node' is not possible"),
+        (["--model", "test_convnext", "--shortcut", "node"], "--shortcut node is not possible"),
         (["--model", "test_convnext", "--budget", "0.01"], "--budget 0.01 is less than what always runs"),
     ],
 )

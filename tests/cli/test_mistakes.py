@@ -8,8 +8,27 @@ import pytest
 
 from dgnet.cli import COMMANDS
 from dgnet.cli.command import Command
+from dgnet.cli.network_options import NETWORK_OPTIONS, as_typed
+from dgnet.errors import did_you_mean
+from dgnet.models._factory import _conversion_options
 from dgnet.typed import describe
 from tests.helpers.command import list_commands, refuse
+
+
+def test_all_options_of_networks_are_known_to_the_command_line():
+    assert set(NETWORK_OPTIONS) == set(_conversion_options())
+
+
+def test_the_dashes_of_an_option_do_not_make_it_similar():
+    assert did_you_mean("--node-gate", ["--decay-rate"]) == ""
+    assert did_you_mean("--node-gat", ["--decay-rate", "--node-gate"]) == "; did you mean '--node-gate'?"
+
+
+def test_a_message_names_options_as_they_are_typed():
+    message = "stages='auto', node_gate='hard' (dynamic=True); epochs=3 and b='x y' stay, also f(gate='alpha')x"
+    assert as_typed(message, ["--dynamic"], has_dict=False).startswith("stages='auto', node_gate='hard' (--dynamic true);")
+    expected = "--model-kwargs.stages auto, --node-gate hard (dynamic=True); epochs=3 and b='x y' stay,"
+    assert as_typed(message, ["--node-gate"], has_dict=True).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +37,7 @@ from tests.helpers.command import list_commands, refuse
         ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("train --modle x", "unknown option --modle; did you mean '--model'?"),
         ("train --aa rand-m9", "unknown option --aa; here it is --auto-augment; options: dgnet train --help"),
+        ("train --node-gate hard", "unknown option --node-gate; here it is --model-kwargs.node_gate; options: dgnet train"),
         ("train -b 64", "unknown option -b; here it is --batch-size"),
         ("train --model_ema", "unknown option --model_ema; here it is --ema"),
         ("train --num-classes 10", "unknown option --num-classes; it is not needed here: leave it out"),

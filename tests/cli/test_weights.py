@@ -81,6 +81,8 @@ def test_static_weights_in_a_dynamic_network_say_what_is_untrained(tmp_path, ima
 def test_mistakes_with_weights(run, bare, images, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other)
+    headless = tmp_path / "headless.safetensors"
+    save_file({name: t for name, t in load_checkpoint(run).state_dict.items() if not name.startswith("fc.")}, headless)
     (tmp_path / "names.txt").write_text("dark\n")
     model = ["--model", "dg_resnet20", *SMALL]
     for words, message in (
@@ -96,8 +98,9 @@ def test_mistakes_with_weights(run, bare, images, tmp_path, capsys):
         (["evaluate", "--weights", bare, *model], "does not say where the data of its run is; name data with --data"),
         (
             ["evaluate", "--weights", other, *model],
-            "does not hold the weights of dg_resnet20 with a classifier (it lacks fc.weight)",
+            "does not hold the weights of dg_resnet20 with a classifier (it lacks fc.weight); name the network whose weights",
         ),
+        (["evaluate", "--weights", headless, *model], "with a classifier (it lacks fc.weight); use a file that has one"),
         (
             ["predict", "--weights", bare, "--model", "resnet18", "x.jpg"],
             "does not hold the weights of resnet18 (bn1.bias has the shape",

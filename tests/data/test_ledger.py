@@ -128,6 +128,12 @@ def test_without_oddities_a_line_has_no_noise(root, reader, capsys):
     assert "warning" not in words
 
 
+def test_names_with_commas_are_told_apart():
+    ledger = Ledger("photos")
+    ledger.count_classes([0], ["tench", "dipper, water ouzel", "kite"])
+    assert str(ledger) == "photos: 1 image of 1 class; left out: 2 classes without images ('dipper, water ouzel', 'kite')"
+
+
 def test_the_line_of_a_data_set(root):
     (root / "dog2").mkdir()
     (root / "cat" / "._0.jpg").write_bytes(b"")

@@ -11,6 +11,8 @@ from PIL import Image
 from dgnet.data import Preprocessing
 from dgnet.errors import UsageError
 from dgnet.models import create_model
+from dgnet.training import TrainConfig
+from dgnet.typed import read_word
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8))
 CFG = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.6), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear", "crop_pct": 0.8}
@@ -30,6 +32,17 @@ def test_a_networks_own_config_is_followed():
         network = create_model(name)
         expected = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
         assert torch.equal(Preprocessing.of(network.pretrained_cfg).evaluation_transform()(PHOTO), expected(PHOTO))
+
+
+def test_a_side_of_no_pixels_is_not_the_default():
+    with pytest.raises(UsageError, match="image_size must be 1 to 10000, got 0"):
+        Preprocessing.of(CFG, image_size=0)
+
+
+def test_one_number_is_the_mean_of_all_channels():
+    assert Preprocessing.of(CFG, mean=0.5, std=[0.25]) == Preprocessing.of(CFG, mean=[0.5] * 3, std=[0.25] * 3)
+    assert TrainConfig(mean=0.5).mean == read_word(list[float] | float | None, "0.5", "--mean") == 0.5
+    assert TrainConfig(mean=[0.5]).mean == [0.5]
 
 
 def test_grey_images_have_the_mean_over_rgb():

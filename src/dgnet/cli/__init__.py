@@ -105,8 +105,12 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     if command.is_resumable and {"--resume", "--config"} <= given:
         raise UsageError("--resume continues with the run's own config.yaml; leave out --config")
     args = parser.parse(words, defaults=not (command.is_resumable and "--resume" in given))
-    with trust_code((args.get("trust_code") or "").split(",")):
-        command.run(args)
+    try:
+        with trust_code((args.get("trust_code") or "").split(",")):
+            command.run(args)
+    except UsageError as error:
+        error.args = (parser.spell(str(error)),)
+        raise
 
 
 def _group_parser(group: Group, name: str) -> Parser:
@@ -128,7 +132,7 @@ def _check_options(command: str, words: Sequence[str], parser: Parser) -> None:
         name = word.partition("=")[0].partition(".")[0]
         is_option = name.startswith("--") or (name[:1] == "-" and name[1:2].isalpha())
         if is_option and name not in options:
-            raise UsageError(f"unknown option {name}{parser.suggest(name, options)}; options: {command} --help")
+            raise UsageError(f"unknown option {name}{parser.hint(name, options)}; options: {command} --help")
 
 
 def entry_point() -> NoReturn:

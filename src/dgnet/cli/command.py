@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
+from dgnet.cli.network_options import as_typed, find_option
 from dgnet.cli.timm_names import suggest
+from dgnet.compat.argparse import option_strings
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
 from dgnet.files import to_json, without_nan
-from dgnet.options import flag, hints_of
+from dgnet.options import MOST_WORKERS, check_bounds, flag, hints_of
 from dgnet.paths import is_file
 from dgnet.typed import Location, describe, read_value, read_word
 
@@ -39,6 +41,7 @@ class Parser(ArgumentParser):
         self.hints: dict[str, Any] = {}  # option as typed -> type
         self.suggest = did_you_mean  # from an unknown name and the known ones to a hint
         self.moved: set[str] = set()  # options as typed, whose value is the first argument
+        self.bounds: dict[str, tuple[float, ...]] = {}  # destination -> the lowest number, or the lowest and the highest
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
         """As argparse's. `type`: an annotation that `dgnet.typed` reads."""
@@ -60,6 +63,7 @@ class Parser(ArgumentParser):
         args = self.parse_args(words, defaults=defaults)
         for option, names, value in entries:
             args[option] = _with_entry(args.get(option) or {}, names, value, flag(option))
+        check_bounds(args, self.bounds)
         return args
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -68,6 +72,15 @@ class Parser(ArgumentParser):
         while cause is not None and not isinstance(cause, UsageError):
             cause = cause.__cause__ or cause.__context__
         raise UsageError(str(cause) if cause is not None else message) from None
+
+    def hint(self, name: str, options: Iterable[str]) -> str:
+        """A hint for an unknown option, as it is typed or in a recipe. `options`: the known ones."""
+        known = find_option(name.lstrip("-").replace("-", "_"), option_strings(self), "model_kwargs" in self.recipe)
+        return f"; here it is {known}" if known else self.suggest(name, options)
+
+    def spell(self, message: str) -> str:
+        """A message of the library with options as this command has them."""
+        return as_typed(message, option_strings(self), "model_kwargs" in self.recipe)
 
     def _move(self, words: Sequence[str]) -> list[str]:
         """The words with the value of an option of `moved` as the first argument."""
@@ -116,7 +129,7 @@ class Parser(ArgumentParser):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
             if name not in self.recipe:
-                raise UsageError(f"--config {path}: unknown option {name!r}{self.suggest(str(name), self.recipe)}")
+                raise UsageError(f"--config {path}: unknown option {name!r}{self.hint(str(name), self.recipe)}")
         return {
             name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
             for name, value in (values or {}).items()
@@ -249,6 +262,7 @@ def add_loader_options(parser: Parser, batch_size: int = 128) -> None:
     """Add the options for loading images in batches."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images; 0 loads in the main process")
+    parser.bounds |= {"batch_size": (1,), "workers": (0, MOST_WORKERS)}
     add_max_pixels(parser)
     add_device(parser)
 

@@ -21,6 +21,7 @@ from dgnet.cli.command import (
 )
 from dgnet.errors import UsageError
 from dgnet.files import make_writable
+from dgnet.options import LARGEST_SIDE
 from dgnet.paths import find_kind, list_folder
 from dgnet.typed import Location
 
@@ -69,6 +70,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num-classes", type=int | None, default=None, help="number of classes; by default that of the weights or the network"
     )
+    parser.bounds |= {"image_size": (1, LARGEST_SIDE), "num_classes": (1,)}
     add_loader_options(parser)
     add_json(parser)
     return parser
@@ -84,7 +86,7 @@ def run_convert(args: Namespace) -> None:
     device = find_device(args.device)
     kwargs = dict(args.model_kwargs)
     options = {name: kwargs.pop(name) for name in Connectivity.names() if name in kwargs}
-    checkpoint = _open_static(args, kwargs)
+    checkpoint, remark = _open_static(args, kwargs)
     static, size = checkpoint.build_network(), checkpoint.preprocessing.image_size
     converted: Any = convert(
         static,
@@ -95,6 +97,8 @@ def run_convert(args: Namespace) -> None:
         image_size=size,
         **options,
     )
+    if remark:
+        print(f"{args.weights}: {remark}", file=sys.stderr)
     if args.check is not None:
         agreement = _compare(args, checkpoint, static, converted, device)
         converted.conversion = replace(converted.conversion, agreement=agreement)
@@ -134,24 +138,14 @@ def _check(args: Namespace) -> None:
         raise UsageError(f"--output {args.output} is not empty; name another folder")
 
 
-def _open_static(args: Namespace, kwargs: Mapping[str, Any]) -> Checkpoint:
-    """The static network, with its weights. Raises UsageError if they are not its own, and for those of a dynamic network."""
-    from dgnet._weights import open_model, read_weights
-    from dgnet.checkpoint import Checkpoint, find_checkpoint, read_tensors
+def _open_static(args: Namespace, kwargs: Mapping[str, Any]) -> tuple[Checkpoint, str]:
+    """The static network with its weights, and a line on how they were loaded, or "". Raises UsageError if they do not fit."""
+    from dgnet._weights import open_model, read_static
 
     if args.weights is None:
-        return open_model(args.model, kwargs, args.num_classes, args.image_size, args.pretrained)
-    path = find_checkpoint(args.weights)
-    if read_tensors(path)[1] is None:
-        return read_weights(path, args.model, kwargs, image_size=args.image_size)[0]
-    checkpoint = Checkpoint.read(path)
-    if checkpoint.model != args.model:
-        raise UsageError(f"{path} is a checkpoint of {checkpoint.model}, not of {args.model}; name its own model")
-    if checkpoint.model_kwargs.get("dynamic"):
-        raise UsageError(
-            f"{path} is of a network that was converted already; use it with: dgnet train --weights {args.weights}"
-        )
-    return replace(checkpoint, model_kwargs={**checkpoint.model_kwargs, **kwargs}, config={})
+        return open_model(args.model, kwargs, args.num_classes, args.image_size, args.pretrained), ""
+    checkpoint, loaded = read_static(args.weights, args.model, kwargs, args.image_size)
+    return checkpoint, loaded.resampled
 
 
 def _compare(args: Namespace, checkpoint: Checkpoint, static: Any, converted: Any, device: str) -> Any:

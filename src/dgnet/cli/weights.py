@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from dgnet._streams import say_once
 from dgnet.cli.command import Parser, add_checkpoint
 from dgnet.errors import UsageError
-from dgnet.options import flag
+from dgnet.options import LARGEST_SIDE, flag
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add_checkpoint_or_weights(parser: Parser, nargs: str | None = None) -> None:
         default=None,
         help="with --weights: side of the input in pixels; by default the model's own",
     )
+    parser.bounds["image_size"] = (1, LARGEST_SIDE)
 
 
 def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
@@ -72,7 +73,7 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
         return load_checkpoint(args.checkpoint), []
     kwargs = {**args.model_kwargs, **({} if args.dynamic is None else {"dynamic": args.dynamic})}
     names = None if args.class_names is None else read_class_names(Path(args.class_names))
-    checkpoint, untrained = read_weights(args.checkpoint, args.model, kwargs, names, args.image_size)
+    checkpoint, loaded = read_weights(args.checkpoint, args.model, kwargs, names, args.image_size)
     count = len(checkpoint.class_names)
     classes = f"{count:,} classes"
     if names is None and checkpoint.class_names == number_classes(count):
@@ -86,10 +87,12 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
         f" {'×'.join(map(str, what.image_size))} pixels, {what.interpolation}, crop {what.crop_pct:g},"
         f" mean {[round(value, 4) for value in what.mean]}, std {[round(value, 4) for value in what.std]}"
     ]
-    if untrained:
+    if loaded.resampled:
+        lines.append(f"{checkpoint.path}: {loaded.resampled}")
+    if loaded.untrained:
         from dgnet.training import describe_untrained
 
-        lines.append(f"{checkpoint.path}: {describe_untrained(checkpoint.build_network(), untrained)}")
+        lines.append(f"{checkpoint.path}: {describe_untrained(checkpoint.build_network(), loaded.untrained)}")
     return checkpoint, lines
 
 

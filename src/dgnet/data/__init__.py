@@ -5,6 +5,7 @@ from dgnet.data._images import IGNORED as IGNORED
 from dgnet.data._images import BadImages as BadImages
 from dgnet.data._images import ImageDataset as ImageDataset
 from dgnet.data._images import TrainingItems as TrainingItems
+from dgnet.data._images import Unlabelled as Unlabelled
 from dgnet.data._images import check_max_pixels as check_max_pixels
 from dgnet.data._images import decode as decode
 from dgnet.data._images import hold_out as hold_out
@@ -31,6 +32,7 @@ from dgnet.data._preprocessing import Augmentation as Augmentation
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream
 from dgnet.data._shards import expand_shards as expand_shards
+from dgnet.data._shards import is_shards as is_shards
 from dgnet.data._shards import is_stream as is_stream
 from dgnet.data._sources import absolute_source as absolute_source
 from dgnet.data._sources import open_dataset as open_dataset

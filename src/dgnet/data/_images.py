@@ -82,6 +82,17 @@ class Part(ImageDataset):
         return self.whole.name(self.indices[index])
 
 
+class Unlabelled(Part):
+    """The images of a data set without their labels, which are IGNORED."""
+
+    def __init__(self, whole: ImageDataset) -> None:
+        super().__init__(whole, range(len(whole)))
+        self.class_names = []
+
+    def read(self, index: int) -> tuple[Any, int]:
+        return super().read(index)[0], IGNORED
+
+
 def hold_out(train: ImageDataset, count: int) -> tuple[Part, Part]:
     """Two parts of `train`: all but `count` images, and these `count` images. The random choice is the same in every call.
 

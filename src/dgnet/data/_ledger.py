@@ -160,7 +160,10 @@ class Ledger:
 
 def _describe_reason(why: str, names: Counter[str]) -> str:
     total = names.total()
-    examples = ", ".join(escape(name) for name in list(names)[:_EXAMPLES]) + ", …" * (len(names) > _EXAMPLES)
+    shown = [escape(name) for name in list(names)[:_EXAMPLES]]
+    if any("," in name for name in shown):  # such as ImageNet's synonyms
+        shown = [f"'{name}'" for name in shown]
+    examples = ", ".join([*shown, *["…"] * (len(names) > _EXAMPLES)])
     return f"{total:,} {_REASONS[why][total != 1]} ({examples})"
 
 

@@ -73,15 +73,15 @@ class Preprocessing:
         pretrained_cfg: dict[str, Any],
         image_size: int | None = None,
         in_chans: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
     ) -> Preprocessing:
         """The preprocessing of a model's timm config, with what is given in its place.
 
         `image_size`: in pixels. `in_chans`: 3 for RGB, 1 for grey images, whose mean and std are the averages over RGB. `mean`,
         `std`: one value for each channel, or one for all. Raises UsageError for another number of channels or values.
         """
-        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
+        size = tuple(pretrained_cfg["input_size"][1:]) if image_size is None else (image_size, image_size)
         channels = 3 if in_chans is None else in_chans
         if channels not in _CHANNELS:
             raise UsageError(f"--in-chans must be 1 or 3, got {channels}: images are read as grey (1) or RGB (3)")
@@ -171,8 +171,9 @@ class Preprocessing:
         return transform if len(self.mean) == 3 else transforms.Compose([transforms.Grayscale(), *transform.transforms])
 
 
-def _for_channels(channels: int, what: str, given: Sequence[float] | None, own: Sequence[float]) -> tuple[float, ...]:
+def _for_channels(channels: int, what: str, given: Sequence[float] | float | None, own: Sequence[float]) -> tuple[float, ...]:
     """`given`, or else a model's `own` values for RGB, as one value for each channel."""
+    given = [given] if isinstance(given, int | float) else given
     values = tuple(own if given is None else given)
     if given is None and channels == 1:
         return (sum(values) / len(values),)

@@ -9,7 +9,19 @@ from typing import Protocol
 
 from dgnet._streams import say_once
 from dgnet.checkpoint import Checkpoint, RunData
-from dgnet.data import EVALUATION, TRAIN, BadImages, ImageDataset, Ledger, Photos, hold_out, open_dataset, set_max_pixels
+from dgnet.data import (
+    EVALUATION,
+    TRAIN,
+    BadImages,
+    ImageDataset,
+    Ledger,
+    Photos,
+    Unlabelled,
+    hold_out,
+    is_shards,
+    open_dataset,
+    set_max_pixels,
+)
 from dgnet.errors import UsageError
 from dgnet.paths import find_kind
 
@@ -26,28 +38,35 @@ def describe_source(checkpoint: Checkpoint, source: str | None) -> str:
 
 
 def open_evaluation_data(
-    checkpoint: Checkpoint, source: str | None = None, data_root: str | None = None, needs_labels: bool = True
+    checkpoint: Checkpoint,
+    source: str | None = None,
+    data_root: str | None = None,
+    needs_labels: bool = True,
+    drops_labels: bool = False,
 ) -> ImageDataset:
     """The images of `source`, with the checkpoint's preprocessing. Default: the evaluation images of the checkpoint's run.
 
     `dataset.ledger` tells which split it is, and what was taken and left out; `announce` prints it.
     If the run used `--on-bad-image skip`, the images that it skipped are left out, and a line on stderr gives their number.
-    `data_root`: by default that of the run. `needs_labels`: see `dgnet.data.open_dataset`.
+    `data_root`: by default that of the run. `needs_labels`: see `dgnet.data.open_dataset`. `drops_labels`: if True, images of
+    any classes are taken, without labels.
 
     Raises UsageError for a source that does not exist or has classes that the checkpoint does not have.
     """
     run = checkpoint.data if checkpoint.config or source is None else RunData(source)
     set_max_pixels(run.max_pixels, is_default=True)
     root = data_root or run.data_root
+    names = None if drops_labels else checkpoint.class_names
     if source is None and run.holdout:
-        whole = open_dataset(run.data, TRAIN, checkpoint.class_names, root)
+        whole = open_dataset(run.data, TRAIN, names, root)
         dataset: ImageDataset = hold_out(whole, run.holdout)[1]
     else:
         as_before = source is None and _is_of_old_run(checkpoint.path)
         source = source or run.val_data or run.data
-        dataset = open_dataset(source, EVALUATION, checkpoint.class_names, root, needs_labels, as_before)
+        dataset = open_dataset(source, EVALUATION, names, root, needs_labels, as_before)
     if run.on_bad_image == "skip":
         dataset = _leave_out_bad(dataset, checkpoint.path)
+    dataset = Unlabelled(dataset) if drops_labels else dataset
     dataset.transform = checkpoint.preprocessing.evaluation_transform()
     return dataset
 
@@ -58,15 +77,14 @@ def open_photos(checkpoint: Checkpoint, sources: Sequence[str]) -> tuple[ImageDa
     `sources`: image files, or one source as in `open_evaluation_data`. Images whose classes the checkpoint does not have are
     taken without labels. Raises UsageError for a source that does not exist or holds no images.
     """
-    if len(sources) == 1 and find_kind(sources[0]) != "file":
+    why = ""
+    if len(sources) == 1 and (find_kind(sources[0]) != "file" or is_shards(sources[0])):
         try:
             return open_evaluation_data(checkpoint, sources[0], needs_labels=False), ""
         except UsageError as error:
-            if find_kind(sources[0]) != "folder":
-                raise
             why = f"{error}; top-1 is left out"
-    else:
-        why = ""
+        if find_kind(sources[0]) != "folder":  # if the classes are not the reason, this raises the same error
+            return open_evaluation_data(checkpoint, sources[0], needs_labels=False, drops_labels=True), why
     photos = Photos(sources)
     photos.transform = checkpoint.preprocessing.evaluation_transform()
     return photos, why

@@ -27,6 +27,7 @@ from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._factory import take_state as take_state
 from dgnet.models._increment import Increment as Increment
 from dgnet.models._inputs import adapt_input as adapt_input
+from dgnet.models._inputs import adapt_positions as adapt_positions
 from dgnet.models._inputs import find_channels as find_channels
 from dgnet.models._inputs import find_image_size as find_image_size
 from dgnet.models._inputs import first_convolutions as first_convolutions
@@ -34,6 +35,8 @@ from dgnet.models._inputs import match_image_size as match_image_size
 from dgnet.models._isolation import copy_for_passes as copy_for_passes
 from dgnet.models._isolation import find_dtype as find_dtype
 from dgnet.models._isolation import keep_modes as keep_modes
+from dgnet.models._option_words import as_words as as_words
+from dgnet.models._option_words import missing_options as missing_options
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._published import CONFIG as CONFIG
 from dgnet.models._published import WEIGHTS as WEIGHTS
@@ -46,6 +49,7 @@ from dgnet.models._published import packaged_names as packaged_names
 from dgnet.models._published import read_published as read_published
 from dgnet.models._shorten import remove_blocks as remove_blocks
 from dgnet.models._shorten import removed_blocks as removed_blocks
+from dgnet.models._state import match_names as match_names
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_start import STARTS as STARTS
 from dgnet.models._static_start import describe_loss as describe_loss

@@ -107,7 +107,8 @@ def _convert(
     size = find_image_size(network, image_size)
     found = find_runs(network, size, find_channels(network), within, least_blocks)
     if not found.runs:
-        why = "; ".join(f"{block.name}: {block.reason}" for block in found.static[:3]) or "it has no residual blocks"
+        named = [block for block in found.static if within is None or block.name.startswith(within)]
+        why = "; ".join(f"{block.name}: {block.reason}" for block in named[:3]) or "it has no residual blocks"
         gates = "; with node_gate='hard' single blocks become stages too" if found.removable and least_blocks > 1 else ""
         raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why}){gates}")
     described = tuple(ConvertedRun.of(run, converted.get_submodule(run.names[0])) for run in found.runs)
@@ -291,9 +292,13 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
         )
         change = find_change(stage)
     if change:
+        is_cut = topology.num_edges < num_nodes * (num_nodes - 1) // 2
+        advice = (
+            "only topology='complete' keeps it" if is_cut else "leave out the options that change the start of weights or gates"
+        )
         raise UsageError(
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
-            " leave out the options that change the start of weights or gates, and use topology='complete'"
+            f" {advice}"
         )
     stage.arguments = run.arguments
     stage.name = run.names[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from timm.models import adapt_input_conv, get_pretrained_cfg
@@ -58,6 +59,22 @@ def adapt_input(network: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
         if name in adapted and adapted[name].ndim == 4 and adapted[name].shape[1] == 3 and channels != 3:
             adapted[name] = adapt_input_conv(channels, adapted[name])
     return adapted
+
+
+def adapt_positions(network: nn.Module, state_dict: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors `names` of `state_dict`, which have another shape in `network`, for images of its size, where timm knows how.
+
+    timm resamples positions of its published weights so. For weights of another network nothing is returned.
+    """
+    module = sys.modules[getattr(network, "static_class", type(network)).__module__]
+    adapt = getattr(module, "checkpoint_filter_fn", None)
+    if adapt is None or not names:
+        return {}
+    try:
+        adapted, own = adapt(dict(state_dict), network), network.state_dict()
+    except Exception:  # timm's functions may raise anything for weights that are not the network's
+        return {}
+    return {name: adapted[name] for name in names if name in adapted and adapted[name].shape == own[name].shape}
 
 
 def match_image_size(name: str, options: Mapping[str, Any], image_size: int | None) -> tuple[dict[str, Any], int | None]:

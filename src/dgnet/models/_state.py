@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,20 @@ def unwrap_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     while prefix := next((wrapper for wrapper in _WRAPPERS if _is_before_all(state_dict, wrapper)), ""):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
     return state_dict
+
+
+def match_names(state_dict: Mapping[str, Any], own: Container[str]) -> Mapping[str, Any]:
+    """`state_dict` without a prefix before all names: that of an attribute which held the network, such as Lightning's `model.`
+
+    `own`: the network's names. Without a prefix that leads to one of them, `state_dict` stays as it is.
+    """
+    matched = state_dict
+    while matched and not any(name in own for name in matched):
+        first, dot, _ = next(iter(matched)).partition(".")
+        if not dot or not _is_before_all(matched, f"{first}."):
+            return state_dict
+        matched = {name.removeprefix(f"{first}."): value for name, value in matched.items()}
+    return matched
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:

@@ -212,10 +212,10 @@ class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunCo
         None, "share of the short side in the centre crop of evaluation (0.875: 224 of 256); by default the model's own"
     )
     in_chans: int | None = option(None, "input channels: 3 reads images as RGB (the default), 1 as grey")
-    mean: list[float] | None = option(
-        None, "mean of each channel, for images in [0, 1], or one value for all: '[0.5]'; by default the model's own"
+    mean: list[float] | float | None = option(
+        None, "mean of each channel, for images in [0, 1], or one value for all; by default the model's own"
     )
-    std: list[float] | None = option(None, "standard deviation, like --mean")
+    std: list[float] | float | None = option(None, "standard deviation, like --mean")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
     start: str = option(
         "paper",

@@ -36,7 +36,7 @@ def load_start(
     if carried is not None:
         with damaged(path):
             known = read_entry(carried, "class_names", list[Label], DESCRIPTION)
-    lines = settle_head(network, loaded.untrained, class_names, known), loaded.loss
+    lines = settle_head(network, loaded.untrained, class_names, known), loaded.resampled, loaded.loss
     return loaded.untrained, "; ".join(filter(None, lines))
 
 
