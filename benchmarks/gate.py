@@ -157,9 +157,9 @@ def measure_training() -> dict[str, float]:
 
 def measure_sparse(batch_size: int) -> dict[str, float]:
     """The compiled sparse mode, at 224 pixels, with connectivity that is drawn at random."""
-    import sparse
+    import sparse_mode
 
-    found = sparse.measure("dg_resnet50", batch_size, share=0.6, image_size=224, device="cpu", rounds=ROUNDS)
+    found = sparse_mode.measure("dg_resnet50", batch_size, share=0.6, image_size=224, device="cpu", rounds=ROUNDS)
     return {f"sparse_batch{batch_size}": found["of_ideal"]}
 
 

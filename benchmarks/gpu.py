@@ -42,7 +42,7 @@ def main() -> int:
 
     networks = ("networks.py", "networks_cuda.json", args.minutes, "--dtypes=bfloat16", f"--compile-ahead={args.compile_ahead}")
     run(*networks, "--tasks", "train", "--forms", "compiled", "--train-batch-size", "64")
-    run("sparse.py", "sparse_cuda.json", 1.5, "--batches", "8", "64", "256")
+    run("sparse_mode.py", "sparse_cuda.json", 1.5, "--batches", "8", "64", "256")
     run("aggregate.py", "aggregate_cuda.json", 1.0, "--dtypes", "bfloat16", "--map-mib", "256")
     run(*networks, "--tasks", "infer", "--forms", "cuda-graphs", "--infer-batch-sizes", "1")
     run(*networks, "--tasks", "infer", "--forms", "compiled", "--infer-batch-sizes", "64")

@@ -268,6 +268,7 @@ def test_mistakes_end_in_one_line(folder, restores_signals, monkeypatch, capsys)
     assert "holds no finished run of" in refuse(monkeypatch, capsys, "report.py", folder / "grid.yaml")
 
 
+@pytest.mark.slow
 def test_every_arm_of_the_grids_in_the_repository_is_a_network_that_can_be_built():
     networks: dict[str, TrainConfig] = {}  # an arm's seeds train one network
     for path in (ROOT / "experiments").glob("*.yaml"):

@@ -35,7 +35,7 @@ USERS_NEED = (
         "plot_adjacency",
         "plot_graph",
     ),
-    *("keep_freed_memory", "UsageError", "__version__"),
+    *("publish", "Publication", "keep_freed_memory", "UsageError", "__version__"),
 )
 
 

@@ -136,6 +136,7 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", MISSING)
 def test_training_and_evaluation_with_workers_do_without(system, folder, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"

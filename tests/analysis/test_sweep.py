@@ -10,6 +10,7 @@ from dgnet.inference import set_threshold_offset
 from tests.helpers.data import Images
 
 
+@pytest.mark.slow
 def test_each_point_is_an_evaluation_at_its_offset(tiny, tmp_path):
     network = tiny(node_gate="hard", node_gate_bias=0.3).eval()
     data = Images(torch.randn(7, 3, 12, 8), [0, 1, 2, 3, 4, 0, 1])

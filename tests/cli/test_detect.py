@@ -181,7 +181,7 @@ def test_checkpoints_of_the_other_task_say_so(run, data, tmp_path, capsys):
     assert "use it with: dgnet detect evaluate" in refuse(capsys, "evaluate", run)
     assert "not from a run of dgnet train" in refuse(capsys, "train", "--resume", run)
     (tmp_path / "weights.pth").write_bytes(b"")
-    assert "truncated" in refuse(capsys, "detect", "evaluate", tmp_path / "weights.pth")
+    assert "is empty" in refuse(capsys, "detect", "evaluate", tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(

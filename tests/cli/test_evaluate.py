@@ -60,6 +60,7 @@ def test_evaluate_on_other_data(run, images, tmp_path, capsys):
     assert "class 'green' is not one of the 2 classes" in refuse(capsys, "evaluate", run, "--data", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_operating_point_is_chosen_and_written(run, tmp_path, capsys):
     points = json.loads(
         ask(capsys, "evaluate", run, "--sweep-threshold", "--offsets", "[-0.5, 2]", "--output", tmp_path / "sweep", "--json")

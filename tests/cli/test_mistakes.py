@@ -174,6 +174,8 @@ def test_every_option_for_a_path_expands_the_home_folder(words, option, hint, ca
 
 PATHS = {
     "check",
+    "evaluation",
+    "to",
     "class-names",
     "data",
     "val-data",

@@ -136,6 +136,7 @@ def test_evaluation_may_wait_for_the_last_epoch(images, tmp_path, capsys):
     assert (tmp_path / "4" / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_decoding_once_trains_as_well(images, tmp_path, capsys):
     options = ["--data", images, "--epochs", 20, *QUICK, "--augment", "pad-crop", "--hflip", 0.5]
     output = ask(capsys, "train", *options, "--cache", "true", "--output", tmp_path / "run")

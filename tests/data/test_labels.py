@@ -131,6 +131,7 @@ def test_a_shard_that_is_named_twice_is_said(tmp_path):
     assert dataset.ledger.warnings == [f"{train} is named 2 times; its images count 2 times"]
 
 
+@pytest.mark.slow
 def test_imagenets_classes_are_found_by_synset_and_by_each_of_their_words():
     known = imagenet_classes(1000)
     assert known is not None

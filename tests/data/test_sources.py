@@ -89,6 +89,7 @@ def test_digits_fit_their_own_classes_only():
         open_dataset("digits", EVALUATION, class_names=["dark", "light"])
 
 
+@pytest.mark.slow
 def test_cifar10_as_shards():
     root = SHARED_DATA / "cifar10"
     if not root.is_dir():

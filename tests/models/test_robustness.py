@@ -190,6 +190,7 @@ def test_the_compilers_own_backend_gives_the_same_step(tiny):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_recording_and_imposing_work_on_a_compiled_network(tiny):
     network = tiny(layers=(1, 1, 1))
     images = torch.randn(2, 3, 8, 8)

@@ -59,6 +59,7 @@ def test_what_is_executed_equals_a_count_by_hand(tiny, training):
     assert costs.dense == outside_routers + cost.router_multiply_adds + cost.aggregation_multiply_adds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["batch", "sample"])
 def test_training_ends_at_the_budget_and_evaluation_executes_the_same(tiny, per):
     network = tiny(node_gate="hard")

@@ -84,8 +84,8 @@ class _Side:
         try:
             self.step, persistent = prepare_step(network, config, image_size)
             self.first_call_seconds = time_step(self.step, device)
-        except UsageError:
-            raise
+        except UsageError as error:
+            raise UsageError(f"{name} cannot run {config.task} here: {error}") from error
         except Exception as error:  # a layer, the device or the compiler may raise anything
             raise UsageError(f"{name} cannot run {config.task} here: {reason(error)}") from error
         time_step(self.step, device, repeats=_WARM_UP)

@@ -69,4 +69,6 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is as its class says. A parametrized one is of another class; older ways replace the parameter."""
-    return "weight" in module._parameters and "forward" not in vars(module) and not has_any_hooks(module)
+    return (
+        "weight" in dict(module.named_parameters(recurse=False)) and "forward" not in vars(module) and not has_any_hooks(module)
+    )

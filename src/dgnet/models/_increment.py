@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models._efficientnet_blocks import __name__ as efficientnet_blocks
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block as TransformerBlock
 from torch import Tensor, nn
 
+from dgnet.compat.timm import EFFICIENTNET_BLOCKS
 from dgnet.compat.torch import has_any_hooks
 
 
@@ -56,7 +56,7 @@ def _find_form(block: Any) -> str:
     """See `Increment`. A block with `has_skip` loses its shortcut here."""
     if has_any_hooks(block) or "forward" in vars(block):
         return "difference"
-    may_skip = type(block).__module__ == efficientnet_blocks and getattr(block, "has_skip", None) is True
+    may_skip = type(block).__module__ == EFFICIENTNET_BLOCKS and getattr(block, "has_skip", None) is True
     if may_skip and isinstance(getattr(block, "drop_path", None), nn.Module):
         block.has_skip = False
         return "skip"

@@ -1,7 +1,7 @@
 """The sparse mode against the dense mode, with imposed connectivity: measured speed-up as a share of the ideal one.
 
-    python benchmarks/sparse.py                 # every network, share and batch size; continues where it stopped
-    python benchmarks/sparse.py --table         # print the Markdown table of the measured rows
+    python benchmarks/sparse_mode.py                 # every network, share and batch size; continues where it stopped
+    python benchmarks/sparse_mode.py --table         # print the Markdown table of the measured rows
 
 Each block is drawn alive for each sample with the probability `share`; every edge between two nodes that are alive is open. The
 ideal speed-up is the network's dense multiply-adds divided by those executed. In both modes normalisations are folded and
