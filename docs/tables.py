@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
 import aggregate  # noqa: E402
 import networks  # noqa: E402
-import sparse  # noqa: E402
+import sparse_mode  # noqa: E402
 from common import read_rows  # noqa: E402
 from dgnet._cost_tables import TABLES as PAPER_TABLES  # noqa: E402
 from dgnet._cost_tables import format_cost_table  # noqa: E402
@@ -231,9 +231,9 @@ def budget_table(seed: int = 10) -> str:
     return format_table([*heads, *(head for head, _ in CONTROLS)], lines)
 
 
-def budget_speed_table() -> str:
-    """Images/s of networks with a budget, a column for each batch size."""
-    rows = read_rows(ROOT / "benchmarks" / "results" / "budget_cpu.json")
+def speed_table(name: str) -> str:
+    """Images/s of networks with a budget, a column for each batch size. `name`: of a file of benchmarks/budget.py."""
+    rows = read_rows(ROOT / "benchmarks" / "results" / f"{name}.json")
     batches = sorted({row["batch_size"] for row in rows})
     found = {(row["model"], row["batch_size"]): row for row in rows}
 
@@ -243,8 +243,15 @@ def budget_speed_table() -> str:
         return speed if low == high == 1 else f"{speed} ({row['ratio']:.2f}, {low:.2f} … {high:.2f})"
 
     names = dict.fromkeys(row["model"] for row in rows)
-    lines = [[name.rpartition(", ")[2], *(cell(found[name, batch]) for batch in batches)] for name in names]
+    lines = [[name.removeprefix("dg_resnet32, "), *(cell(found[name, batch]) for batch in batches)] for name in names]
     return format_table(["network", f"batch {batches[0]}", *map(str, batches[1:])], lines)
+
+
+CONVERT_PAIRS = {
+    "routed, budget 0.65 − static": ("static", "routed, budget 0.65"),
+    "routed, budget 0.65 − static with fewer blocks": ("static with fewer blocks", "routed, budget 0.65"),
+    "routed − SkipNet form, both at 0.65": ("SkipNet form, budget 0.65", "routed, budget 0.65"),
+}
 
 
 def convert_table() -> str:
@@ -327,8 +334,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "randwire-differences": partial(differences_table, "cifar10", RANDWIRE_PAIRS),
     "choices": choices_table,
     "budget": budget_table,
-    "budget-speed": budget_speed_table,
+    "budget-speed": partial(speed_table, "budget_cpu"),
     "convert": convert_table,
+    "convert-differences": partial(differences_table, "convert", CONVERT_PAIRS),
+    "convert-speed": partial(speed_table, "convert_cpu"),
     "train-bfloat16-compiled": partial(networks_table, "train, batch 32, bfloat16, compiled"),
     "train-bfloat16-compiled-system": partial(networks_table, "train, batch 32, bfloat16, compiled, allocator system"),
     "infer-1-bfloat16-compiled": partial(networks_table, "infer, batch 1, bfloat16, compiled"),
@@ -337,8 +346,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-float32-compiled": partial(networks_table, "train, batch 32, float32, compiled"),
     "aggregate-cpu": partial(benchmark_table, aggregate.format_table, "aggregate_cpu"),
     "aggregate-cuda": partial(benchmark_table, aggregate.format_table, "aggregate_cuda"),
-    "sparse-cpu": partial(benchmark_table, sparse.format_table, "sparse_cpu"),
-    "sparse-cuda": lambda: without_last_column(benchmark_table(sparse.format_table, "sparse_cuda")),
+    "sparse-cpu": partial(benchmark_table, sparse_mode.format_table, "sparse_cpu"),
+    "sparse-cuda": lambda: without_last_column(benchmark_table(sparse_mode.format_table, "sparse_cuda")),
     "costs": costs_table,
     **{f"costs-{table}": partial(paper_costs_table, table) for table in PAPER_TABLES},
 }
