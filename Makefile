@@ -14,6 +14,8 @@ NEWEST := .venv-newest
 NEWEST_PYTHON ?= $(PYTHON)
 # One worker of one thread for each core; an idle worker takes tests from the others.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+# Many slow tests wait for a compiler or another process: one worker more.
+PARALLEL_SLOW := -n $(shell '$(PYTHON)' -c 'import os; print(min(os.cpu_count() or 1, 8) + 1)' 2>/dev/null || echo 2) --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
 .PHONY: demo test test-slow test-oldest test-newest fuzz check docs tables costs bench-check format clean
@@ -26,7 +28,7 @@ test: $(STAMP)  ## format, lint and type checks, then the tests, except the slow
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(STAMP)  ## the slow tests (killed and resumed runs, several nodes, exports, compilation), and properties with more examples
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow or hypothesis" --hypothesis-profile thorough
+	$(BIN)/python -m pytest $(PARALLEL_SLOW) -m "slow or hypothesis" --hypothesis-profile thorough --durations 40
 
 INPUTS ?= 1000
 fuzz: $(STAMP)  ## random inputs of all kinds; those that are answered badly are kept in tests/fuzz/found/new (SEED=, INPUTS=, KEEP=)
