@@ -17,7 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 settings.register_profile("fast", max_examples=50, deadline=None)
-settings.register_profile("thorough", max_examples=150, deadline=None)  # make test-slow
+settings.register_profile("thorough", max_examples=300, deadline=None)  # make test-slow
 settings.load_profile("fast")
 
 
