@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dgnet.checkpoint import NOT_STORED, Checkpoint, Loaded, find_checkpoint, fit_weights, read_tensors
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError
 from dgnet.models import (
     TimmNetwork,
     as_words,
     classifier_prefixes,
     create_model,
+    describe_download,
     find_channels,
     first_convolutions,
     has_pretrained_weights,
@@ -161,8 +162,7 @@ def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> T
         cause: Exception = error.__cause__
     except Exception as error:  # the libraries that download raise errors of their own
         cause = error
-    # A file that is missing: huggingface_hub found neither a connection nor a copy.
-    why = "no connection, and no copy on this machine" if isinstance(cause, FileNotFoundError) else reason(cause)
+    why = describe_download(cause)
     raise UsageError(f"{asked}: the weights of {model} cannot be downloaded ({why}); use {instead}") from cause
 
 

@@ -42,6 +42,7 @@ from dgnet.models._published import CONFIG as CONFIG
 from dgnet.models._published import WEIGHTS as WEIGHTS
 from dgnet.models._published import Published as Published
 from dgnet.models._published import check_repo_id as check_repo_id
+from dgnet.models._published import describe_download as describe_download
 from dgnet.models._published import find_published as find_published
 from dgnet.models._published import is_published as is_published
 from dgnet.models._published import list_pretrained as list_pretrained

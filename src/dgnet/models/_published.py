@@ -79,13 +79,14 @@ def _download(where: str, file: str) -> Path:
     except RepositoryNotFoundError:
         raise UsageError(f"hf-hub:{where}: the Hub has no such model, or it is private; log in with: hf auth login") from None
     except Exception as error:  # huggingface_hub and the libraries under it raise errors of their own
-        why = "no connection, and no copy on this machine" if _is_offline(error) else reason(error)
+        why = describe_download(error)
         raise UsageError(f"hf-hub:{where}: {file} cannot be downloaded from the Hugging Face Hub ({why})") from error
 
 
-def _is_offline(error: Exception) -> bool:
-    """Whether huggingface_hub found neither a connection nor a copy."""
-    return isinstance(error, FileNotFoundError | ConnectionError)
+def describe_download(error: Exception) -> str:
+    """Why a download failed, in words. huggingface_hub reports a missing file if it found neither a connection nor a copy."""
+    is_offline = isinstance(error, FileNotFoundError)
+    return "no connection, and no copy on this machine" if is_offline else reason(error)
 
 
 def check_repo_id(name: str) -> None:
@@ -105,16 +106,20 @@ def read_published(name: str) -> Published:
 
     Raises UsageError if it cannot be read, and if it names an unknown network.
     """
-    return _read(name) if name in packaged_names() else _read.__wrapped__(name)
+    return _read_packaged(name) if name in packaged_names() else _read(name)
 
 
 @cache
+def _read_packaged(name: str) -> Published:
+    return _read(name)
+
+
 def _read(name: str) -> Published:
     path = find_published(name, CONFIG)
     content = read_json(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no description of a network: it holds no JSON object")
-    where = f"{path}"
+    where = str(path)
     architecture = read_entry(content, "architecture", str, where)
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
@@ -152,7 +157,7 @@ class Pretrained:
 def list_pretrained() -> list[Pretrained]:
     """The networks whose weights are in this package."""
     names = [f.name for f in fields(Pretrained) if f.name != "name"]
-    return [Pretrained(name, **{key: _read(name).measured[key] for key in names}) for name in packaged_names()]
+    return [Pretrained(name, **{key: _read_packaged(name).measured[key] for key in names}) for name in packaged_names()]
 
 
 def packaged_cfgs(*architectures: str) -> dict[str, dict[str, Any]]:
@@ -167,4 +172,4 @@ def packaged_cfgs(*architectures: str) -> dict[str, dict[str, Any]]:
 
 def packaged_options(name: str) -> Mapping[str, Any]:
     """The options of the network NAME.TAG whose weights are in this package; none if there are no such weights."""
-    return _read(name).model_args if name in packaged_names() else MappingProxyType({})
+    return _read_packaged(name).model_args if name in packaged_names() else MappingProxyType({})

@@ -11,8 +11,8 @@ from typing import Any
 from dgnet._cost import cost
 from dgnet._entries import CONVERTED, DETECTOR
 from dgnet._version import __version__
-from dgnet.checkpoint import CLASSIFY, DETECT, Checkpoint, describe_network, find_checkpoint, read_tensors, save_tensors
-from dgnet.detection import DetectConfig, DetectorCheckpoint, describe_detector, load_detector
+from dgnet.checkpoint import DETECT, Checkpoint, describe_network, find_checkpoint, read_tensors, save_tensors
+from dgnet.detection import DetectConfig, DetectorCheckpoint, describe_detector
 from dgnet.errors import UsageError, reason
 from dgnet.files import read_table, replace_file, to_json, writing
 from dgnet.models import CONFIG, WEIGHTS, check_repo_id, stored_options
@@ -62,9 +62,9 @@ def publish(
     else:
         check_repo_id(name)
     path = find_checkpoint(run)
-    _, carried = read_tensors(path)
-    is_detector = (carried or {}).get("task", CLASSIFY) == DETECT
-    checkpoint: Checkpoint | DetectorCheckpoint = load_detector(path) if is_detector else Checkpoint.read(path)
+    state_dict, carried = read_tensors(path)
+    kind: type[Checkpoint | DetectorCheckpoint] = DetectorCheckpoint if (carried or {}).get("task") == DETECT else Checkpoint
+    checkpoint = kind.of(path, state_dict, carried)
     measured = _measure(path, evaluation)
     if name is None:
         folder = expand(to)
