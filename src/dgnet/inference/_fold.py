@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dgnet.compat.torch import has_any_hooks
-from dgnet.models import Call, find_channels, find_image_size, trace_calls
+from dgnet.models import Call, find_channels, find_image_size, group_by_name, is_inside, trace_calls
 
 
 @torch.no_grad()
@@ -41,16 +41,13 @@ def fold_batch_norms(model: nn.Module, image_size: int | tuple[int, int] = 64) -
 
 def _find_pairs(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Name of a convolution -> name of the normalisation that alone reads its output."""
-    by_name: dict[str, list[Call]] = {}
-    for call in calls:
-        by_name.setdefault(call.name, []).append(call)
-    once = {name: each[0] for name, each in by_name.items() if len(each) == 1}
+    once = {name: each[0] for name, each in group_by_name(calls).items() if len(each) == 1}
     written = {id(call.output): call for name, call in once.items() if _is_plain_convolution(modules[name])}
     pairs = {}
     for name, call in once.items():
         conv = written.get(id(call.input))
         if conv is not None and _is_plain_norm(modules[name]):
-            is_only_reader = all(reader == name or reader.startswith(f"{name}.") for reader in conv.readers)
+            is_only_reader = all(is_inside(reader, name) for reader in conv.readers)
             if is_only_reader and call.versions == [conv.output_version]:
                 pairs[conv.name] = name
     return pairs

@@ -8,6 +8,8 @@ from dgnet.models import resnet as resnet
 from dgnet.models._agreement import Agreement as Agreement
 from dgnet.models._agreement import Comparison as Comparison
 from dgnet.models._calls import Call as Call
+from dgnet.models._calls import group_by_name as group_by_name
+from dgnet.models._calls import is_inside as is_inside
 from dgnet.models._calls import trace_calls as trace_calls
 from dgnet.models._connectivity import Connectivity as Connectivity
 from dgnet.models._convert import add_gates as add_gates

@@ -57,6 +57,19 @@ class Call:
     is_written: bool = False
 
 
+def group_by_name(calls: Sequence[Call]) -> dict[str, list[Call]]:
+    """The calls of each module, in order."""
+    grouped: dict[str, list[Call]] = {}
+    for call in calls:
+        grouped.setdefault(call.name, []).append(call)
+    return grouped
+
+
+def is_inside(name: str, module: str) -> bool:
+    """Whether `name` is that of a module or of a part of it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 class _Trace(TorchFunctionMode):
     """The calls of all modules in one forward pass."""
 

@@ -17,7 +17,7 @@ from dgnet.compat.timm import FeatureGetterNet
 from dgnet.compat.torch import find_leaves
 from dgnet.errors import UsageError
 from dgnet.graph import Further
-from dgnet.models._calls import Call, trace_calls
+from dgnet.models._calls import Call, group_by_name, is_inside, trace_calls
 
 _WEIGHT_LAYERS = 2
 """A block has at least this number of convolutions and linear layers. Parts of blocks, such as an activation, have fewer."""
@@ -115,11 +115,7 @@ def _find_blocks(
     modules: Mapping[str, nn.Module], traces: Sequence[Sequence[Call]], within: Sequence[str] | None
 ) -> list[_Block]:
     """The modules with at least `_WEIGHT_LAYERS` layers, in the order of their calls. `traces`: see `_Block.calls`."""
-    by_name: list[dict[str, list[Call]]] = []
-    for trace in traces:
-        by_name.append({})
-        for call in trace:
-            by_name[-1].setdefault(call.name, []).append(call)
+    by_name = [group_by_name(trace) for trace in traces]
     owners: dict[int, set[str]] = {}  # by the id of a parameter
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
@@ -130,7 +126,7 @@ def _find_blocks(
         layers = sum(isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) for part in module.modules())
         if layers < _WEIGHT_LAYERS or not any(module.children()):
             continue
-        shared = next((o for p in module.parameters() for o in owners[id(p)] if o != name and not o.startswith(f"{name}.")), "")
+        shared = next((o for p in module.parameters() for o in owners[id(p)] if not is_inside(o, name)), "")
         in_training = [each.get(name, []) for each in by_name[1:]]
         obstacle = _find_obstacle(calls, shared, must_be_residual=within is None)
         obstacle = obstacle or next(filter(None, (_find_change(calls[0], others) for others in in_training)), "")
@@ -211,16 +207,11 @@ def _follows(before: _Block, block: _Block, may_tap: bool) -> bool:
     """Whether `block` reads the output of `before`, and nothing else does, in every pass."""
     for number, (first, second) in enumerate(zip(before.calls, block.calls, strict=True)):
         is_next = second.input is first.output and _is_called_like(first.further, second.further)
-        if not is_next or not (may_tap or all(_is_inside(reader, block.name) for reader in first.readers)):
+        if not is_next or not (may_tap or all(is_inside(reader, block.name) for reader in first.readers)):
             if number:
                 before.cut = block.cut = "in training, a feature between it and the next block is changed or read elsewhere"
             return False
     return True
-
-
-def _is_inside(name: str, module: str) -> bool:
-    """Whether `name` is that of a module or of a part of it."""
-    return name == module or name.startswith(f"{module}.")
 
 
 def _is_called_like(first: Further, second: Further) -> bool:
@@ -233,7 +224,7 @@ def _is_called_like(first: Further, second: Further) -> bool:
 
 
 def _is_within(name: str, within: Sequence[str] | None) -> bool:
-    return within is None or any(_is_inside(name, other) for other in within)
+    return within is None or any(is_inside(name, other) for other in within)
 
 
 def _choose(chains: list[list[_Block]]) -> list[list[_Block]]:
