@@ -19,7 +19,6 @@ LAYERS = (
     ("_work", "data"),
     ("_cost",),
     ("_cost_tables", "checkpoint", "_describe"),
-    ("_weights",),
     ("inference",),
     ("evaluation",),
     ("training",),

@@ -140,7 +140,7 @@ def _check(args: Namespace) -> None:
 
 def _open_static(args: Namespace, kwargs: Mapping[str, Any]) -> tuple[Checkpoint, str]:
     """The static network with its weights, and a line on how they were loaded, or "". Raises UsageError if they do not fit."""
-    from dgnet._weights import open_model, read_static
+    from dgnet.checkpoint import open_model, read_static
 
     if args.weights is None:
         return open_model(args.model, kwargs, args.num_classes, args.image_size, args.pretrained), ""

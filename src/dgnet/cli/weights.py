@@ -62,8 +62,7 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
 
     Raises UsageError for a file that is neither, and for options of the one with the other.
     """
-    from dgnet._weights import read_weights
-    from dgnet.checkpoint import load_checkpoint
+    from dgnet.checkpoint import load_checkpoint, read_weights
     from dgnet.data import number_classes, read_class_names
 
     if args.model is None:

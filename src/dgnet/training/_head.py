@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dgnet._weights import find_class_names
-from dgnet.checkpoint import DESCRIPTION, damaged, find_checkpoint, fit_weights, read_tensors
+from dgnet.checkpoint import DESCRIPTION, damaged, find_checkpoint, find_class_names, fit_weights, read_tensors
 from dgnet.data import map_labels
 from dgnet.errors import UsageError
 from dgnet.models import TimmNetwork, classifier_prefixes

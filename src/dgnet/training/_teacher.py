@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgnet._weights import create_pretrained
-from dgnet.checkpoint import find_checkpoint, load_checkpoint, read_tensors
+from dgnet.checkpoint import create_pretrained, find_checkpoint, load_checkpoint, read_tensors
 from dgnet.data import Preprocessing, compose, imagenet_classes
 from dgnet.errors import UsageError, reason
 from dgnet.models import TimmNetwork, create_model, match_image_size, static_counterpart

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dgnet._weights import create_pretrained
-from dgnet.checkpoint import describe_network
+from dgnet.checkpoint import create_pretrained, describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.models import TimmNetwork, match_image_size, static_start_options, stored_options

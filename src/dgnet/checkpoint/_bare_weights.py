@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgnet.checkpoint import NOT_STORED, Checkpoint, Loaded, find_checkpoint, fit_weights, read_tensors
+from dgnet.checkpoint._checkpoint import NOT_STORED, Checkpoint
+from dgnet.checkpoint._files import find_checkpoint, read_tensors
+from dgnet.checkpoint._fit import Loaded, fit_weights
 from dgnet.data import Preprocessing, imagenet_classes, number_classes
 from dgnet.errors import UsageError
 from dgnet.models import (
