@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+from torch.utils.data import _utils
 
 from dgnet.graph import find_stages
 from dgnet.models.cifar_resnet import DynamicCifarResNet
@@ -15,6 +16,9 @@ from tests.helpers.networks import spread_routers
 # Each worker of pytest-xdist, and each process that a test starts, computes on one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# How long a worker of a DataLoader may wait for an index before it looks whether its loader is gone. A loader whose worker
+# raised an error is freed by the garbage collector, after its queues; with torch's five seconds tests would idle.
+_utils.MP_STATUS_CHECK_INTERVAL = _utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5
 
 settings.register_profile("fast", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=300, deadline=None)  # make test-slow

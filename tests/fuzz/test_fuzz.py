@@ -13,8 +13,10 @@ from tests.fuzz.inputs import KINDS, commands
 from tests.fuzz.judge import Input, judge
 from tests.fuzz.worker import Outcome
 
-EACH = 5
+EACH = 3
 """Random inputs of each kind."""
+LONG = ("run_files", "fuzz")
+"""The kept inputs that take longest."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_random_inputs_are_answered_in_one_line(fuzzer, request, monkeypatch):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("name", read_kept())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in read_kept()])
 def test_kept_inputs_are_answered_in_one_line(fuzzer, name):
     faults = find_all(fuzzer, read_kept()[name])
     assert not faults, "\n".join(faults)
