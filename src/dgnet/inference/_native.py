@@ -262,7 +262,7 @@ class NativePlan:
             _is_normed(columns),
             [_static_weights(weighting, j) for j in nodes],
             _find_form(weighting),
-            float(weighting.scale) if isinstance(weighting, LinearWeighting) else 1.0,
+            float(weighting.scale.detach()) if isinstance(weighting, LinearWeighting) else 1.0,
             0.0 if unbounded is None else unbounded.temperature,
         )
         # A stage whose blocks can all be lowered is one call. In other stages each block is called as a module.
@@ -300,8 +300,9 @@ def _start_weights(routed: RoutedWeighting | None, node: int) -> Tensor | None:
 
 def _static_weights(weighting: Weighting, node: int) -> Tensor | None:
     """The static weights of the node's in-edges, (E,), of a weighting that has them."""
-    has_some = isinstance(weighting, SignedWeighting | LinearWeighting) and node > 0
-    return _constant(weighting.order.row(weighting.static, node)) if has_some else None
+    if not isinstance(weighting, SignedWeighting | LinearWeighting):
+        return None
+    return _constant(weighting.order.row(weighting.static, node))
 
 
 def _find_form(weighting: Weighting) -> int:

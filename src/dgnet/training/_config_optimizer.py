@@ -34,8 +34,8 @@ class OptimizerOptions:
     router_lr: float = option(1.0, "learning rate of routers, gates and static weights, as a share of --lr")
     router_optimizer: str = option(
         "same",
-        "optimiser of routers and gates; adamw: with a Muon --optimizer, whose steps are equally long for every matrix: a router"
-        " that starts at 0 would move far at once",
+        "optimiser of routers and gates; adamw: with a Muon --optimizer, whose steps are equally long for every matrix, so"
+        " that a router that starts at 0 moves far at once",
         ("same", "adamw"),
     )
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
