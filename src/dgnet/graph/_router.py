@@ -54,9 +54,10 @@ class PooledLinear(nn.Linear):
             pooled = pooled * pooled.shape[1] ** -0.5
         weight = self.weight.to(pooled.dtype)
         bias = None if self.bias is None else self.bias.to(pooled.dtype)
-        if not torch.compiler.is_compiling() or self.training:
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or self.training:
             return F.linear(pooled, weight, bias)
         # The compiler fuses a sum of products with pooling and gate. For few edges a library call takes longer.
+        # Exported files keep the linear layer: OpenVINO 2026.4 adds the bias wrongly to such a sum of several images.
         summed = (pooled[:, None] * weight).sum(2)
         return summed if bias is None else summed + bias
 
