@@ -54,7 +54,8 @@ hooks = load("hooks")
         if blocks(page, "python") and page not in BY_SECTION
     ],
 )
-def test_the_code_on_the_page_runs(page):
+def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages write files
     scope: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), scope)
