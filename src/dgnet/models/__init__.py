@@ -39,6 +39,7 @@ from dgnet.models._isolation import find_dtype as find_dtype
 from dgnet.models._isolation import keep_modes as keep_modes
 from dgnet.models._option_words import as_words as as_words
 from dgnet.models._option_words import missing_options as missing_options
+from dgnet.models._own_code import check_callable as check_callable
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._published import CONFIG as CONFIG
 from dgnet.models._published import PRETRAINED as PRETRAINED

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dgnet.code import code_path, find_code, is_code_path
+from dgnet.code import CODE_OPTIONS, code_path, find_code, is_code_path
 from dgnet.errors import UsageError, check_choice, shorten
 from dgnet.graph import (
     OWN_WEIGHTING,
@@ -29,14 +29,11 @@ from dgnet.graph import (
     Weighting,
     build_topology,
 )
+from dgnet.models._own_code import check_callable, check_weighting
 from dgnet.options import Options, is_used, option
 
 WEIGHTING_NAMES = ("routed", "signed", "linear", "softmax", "learned", "fixed")
 WeightingLike = str | Callable[[Topology, int], Weighting]
-
-
-_CODE = ("topology", "weighting", "router", "router_pool")
-"""Options that may be code of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,11 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
     """
 
     def __post_init__(self) -> None:
-        for name in _CODE:
+        for name in CODE_OPTIONS:
             value = getattr(self, name)
             if is_code_path(value):
                 object.__setattr__(self, name, find_code(value, name))
+            check_callable(name, getattr(self, name))
         super().__post_init__()
 
     def check(self) -> None:
@@ -122,7 +120,7 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
         """
         chosen = self._chosen()
         values = {f.name: getattr(self, f.name) for f in fields(self) if is_used(f, chosen)}
-        values |= {name: code_path(values[name]) for name in _CODE if callable(values.get(name))}
+        values |= {name: code_path(values[name]) for name in CODE_OPTIONS if callable(values.get(name))}
         return {name: value for name, value in values.items() if isinstance(value, str | bool | int | float)}
 
     @classmethod
@@ -160,7 +158,7 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
         Raises UsageError, which names the stage, if `router_start` does not fit its number of nodes.
         """
         if not isinstance(self.weighting, str):
-            return self.weighting(topology, channels)
+            return check_weighting(self.weighting(topology, channels), self.weighting)
         if self.weighting == "fixed" or not any(map(topology.free_receivers, range(topology.num_nodes))):
             return FixedWeighting(topology, channels)
         if self.weighting == "learned":
