@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dgnet
@@ -111,8 +112,9 @@ def test_a_published_detector_is_the_trained_one(tmp_path):
     built = Detector(network, 2, **detector).eval()
     described = describe_detector("test_resnet", options, NAMES[:2], {1: 7, 2: 9}, {**detector, "options": {}}, {})
     save_tensors(built.state_dict(), tmp_path / "run.safetensors", described)
-    written = publish(tmp_path / "run.safetensors", tmp_path / "published")
+    written = publish(tmp_path / "run.safetensors", tmp_path / "published", evaluation={"ap": 31.5, "ap50": 50, "ap75": None})
     assert written.task == "detect"
+    assert "| AP | 31.50 |" in (tmp_path / "published" / "README.md").read_text()
     images = [torch.rand(3, 40, 32)]
     expected = built(images)[0]
     for loaded in (dgnet.create_model(written.source), timm.create_model(written.source, pretrained=True)):
@@ -142,7 +144,7 @@ def test_a_card_says_what_was_measured_and_escapes_names(tmp_path):
 
 def test_code_of_the_users_own_is_run_only_if_trusted(tmp_path, images):
     expected = save(tmp_path / "run.safetensors", "dg_resnet20", channels=(4, 6, 8), weighting=Halves)(images)
-    with pytest.raises(UsageError, match=r"code of the package tests .*--trust-code tests"):
+    with pytest.raises(UsageError, match=r"code of the package tests .*trust_code=.tests."):
         publish(tmp_path / "run.safetensors", tmp_path / "published")
     with trust_code("tests"):
         source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
@@ -185,6 +187,18 @@ def test_the_commands_take_a_published_network(tmp_path, capsys):
         (lambda folder: edit(folder, architecture=None), "architecture"),
         (lambda folder: edit(folder, model_args={"topolgy": "er"}), "topolgy"),
         (lambda folder: edit(folder, model_args=[1]), "model_args"),
+        (lambda folder: edit(folder, model_args=None), "model_args must be a dict"),
+        (lambda folder: edit(folder, num_classes="four"), "num_classes must be a whole number"),
+        (lambda folder: edit(folder, label_names=5), "label_names must be a list of texts"),
+        (lambda folder: edit(folder, label_names="cat"), "label_names must be a list of texts"),
+        (lambda folder: edit(folder, dgnet=[1]), "dgnet must be a dict"),
+        (lambda folder: edit(folder, pretrained_cfg=None), "pretrained_cfg must be a dict"),
+        (lambda folder: edit(folder, pretrained_cfg={"mean": "grey"}), "mean must be a list of numbers"),
+        (lambda folder: edit(folder, pretrained_cfg={"input_size": [3, 32]}), "input_size must be a list of 3"),
+        (lambda folder: edit(folder, pretrained_cfg={"crop_pct": "all"}), "crop_pct must be a number"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "not UTF-8"),
+        (lambda folder: (folder / "config.json").write_text('{"architecture": "a", "architecture": "b"}'), "given twice"),
+        (lambda folder: spoil(folder), "fc.bias holds values that are not finite"),
         (lambda folder: edit(folder, model_args={}), "size mismatch|loading state_dict"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors|No suitable"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors|header"),
@@ -197,6 +211,20 @@ def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
     with pytest.raises(UsageError, match=message) as found:
         dgnet.create_model(source)
     assert "\n" not in str(found.value)
+
+
+def spoil(folder: Path) -> None:
+    """Put NaN into the weights."""
+    state = load_file(folder / "model.safetensors")
+    state["fc.bias"][0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
+def test_a_home_folder_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    publish(tmp_path / "run.safetensors", tmp_path / "published")
+    assert dgnet.create_model("local-dir:~/published").num_classes == len(NAMES)
 
 
 HUB = """
