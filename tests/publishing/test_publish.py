@@ -19,6 +19,7 @@ from torch import nn
 
 import dgnet
 from dgnet.checkpoint import Checkpoint, describe_network, load_checkpoint, save_tensors
+from dgnet.cli.weights import find_results_folder
 from dgnet.code import trust_code
 from dgnet.data import Preprocessing
 from dgnet.detection import Detector, describe_detector, load_detector
@@ -175,6 +176,17 @@ def test_the_commands_take_a_published_network(tmp_path, capsys):
     prediction = json.loads(ask(capsys, "predict", written["source"], image, "--json"))[0]
     assert set(prediction["classes"]) <= set(NAMES)
     assert "published; load it" in ask(capsys, "publish", tmp_path / "run.safetensors", "--to", folder)  # again: replaced
+
+
+@pytest.mark.parametrize("source", ["local-dir:/some/where", "hf-hub:user/name"])
+def test_results_of_a_published_network_go_to_the_current_folder(source):
+    assert find_results_folder(source) == Path()
+
+
+def test_results_of_a_checkpoint_go_beside_it(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert find_results_folder(str(tmp_path)) == tmp_path
+    assert find_results_folder(str(tmp_path / "model.safetensors")) == tmp_path
 
 
 @pytest.mark.parametrize(
