@@ -45,6 +45,11 @@ def test_the_code_of_a_card_can_be_pasted(load):
     assert "````sh\ndgnet train --data '```'\n````" in card
 
 
+def test_a_card_without_figures_has_no_table():
+    assert "| --- |" in write_card(CARD)
+    assert "---|" not in write_card(replace(CARD, figures={})).replace(" ", "")
+
+
 def test_a_license_is_escaped_in_the_text():
     assert "&lt;b&gt;" in write_card(replace(CARD, license="<b>")).split("## License")[1]
 

@@ -122,6 +122,21 @@ def test_a_published_detector_is_the_trained_one(tmp_path):
         found = loaded.eval()(images)[0]
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert load_detector(written.source).category_ids == {1: 7, 2: 9}
+    for option in ("features_only", "drop_path_rat"):
+        with pytest.raises(UsageError, match=f"detector has no option '{option}'"):
+            dgnet.create_model(written.source, **{option: True})
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    edit(tmp_path / "published", model_args={**config["model_args"], "network": "hf-hub:user/name"})
+    with pytest.raises(UsageError, match=r"must name a network of timm or dgnet, got 'hf-hub:user/name'"):
+        dgnet.create_model(written.source)
+
+
+def test_the_base_of_a_converted_network_is_no_other_published_one(tmp_path):
+    save(tmp_path / "run.safetensors", "test_resnet", dynamic=True, node_gate="hard")
+    source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
+    edit(tmp_path / "published", model_args={"base": source})
+    with pytest.raises(UsageError, match="must name a network of timm or dgnet"):
+        dgnet.create_model(source)
 
 
 def test_a_card_says_what_was_measured_and_escapes_names(tmp_path):

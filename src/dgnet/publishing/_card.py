@@ -41,7 +41,8 @@ def write_card(card: Card) -> str:
     header: dict[str, Any] = {"library_name": "dgnet", "pipeline_tag": task, "tags": [task, "timm", "dynamic-networks"]}
     if card.license:
         header["license"] = card.license
-    figures = "\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in card.figures.items())
+    rows = [f"| {escape(name)} | {escape(value)} |" for name, value in card.figures.items()]
+    figures = "\n".join(["", "| | |", "| --- | --- |", *rows, ""]) if rows else ""
     command = "predict" if not card.is_detector else "detect predict"
     source = json.dumps(card.load, ensure_ascii=False)
     python = f"import dgnet\n\nmodel = dgnet.create_model({source}).eval()"
@@ -58,11 +59,7 @@ def write_card(card: Card) -> str:
 
 {"A detector" if card.is_detector else "A classifier"} of {len(card.class_names):,} classes: {escape(card.network)}, trained
 with [dgnet](https://pypi.org/project/dgnet/).
-
-| | |
-| --- | --- |
 {figures}
-
 ## Use
 
 {use}
