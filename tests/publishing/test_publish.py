@@ -323,5 +323,7 @@ def test_what_cannot_be_published_is_refused(tmp_path, capsys):
     line = refuse(capsys, "publish", run, "--to", tmp_path / "new", "--evaluation", tmp_path / "figures.json")
     assert "holds none of top1" in line
     assert not (tmp_path / "new").exists()
+    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    assert "publish a checkpoint of dgnet" in refuse(capsys, "publish", tmp_path / "bare.safetensors", "--to", tmp_path / "new")
     for name in ("hf-hub:a/b/c", "hf-hub:a b/c"):
         assert "is no name of a model on the Hub" in refuse(capsys, "evaluate", name)

@@ -58,7 +58,7 @@ def write_card(card: Card) -> str:
 # {escape(card.title)}
 
 {"A detector" if card.is_detector else "A classifier"} of {len(card.class_names):,} classes: {escape(card.network)}, trained
-with [dgnet](https://pypi.org/project/dgnet/).
+with dgnet.
 {figures}
 ## Use
 

@@ -92,11 +92,12 @@ def publish(
         raise UsageError(f"license must be one line, such as apache-2.0, got {license[:60]!r}")
     path = find_checkpoint(run)
     state_dict, carried = read_tensors(path)
-    kind: type[Checkpoint | DetectorCheckpoint] = DetectorCheckpoint if (carried or {}).get("task") == DETECT else Checkpoint
+    if carried is None:
+        raise UsageError(f"{path} holds weights only, without the model's name and classes; publish a checkpoint of dgnet")
+    kind: type[Checkpoint | DetectorCheckpoint] = DetectorCheckpoint if carried.get("task") == DETECT else Checkpoint
     checkpoint = kind.of(path, state_dict, carried)
-    steps = (carried or {}).get(STEPS)
     about = _About(
-        _measure(path, steps) if evaluation is None else _read_evaluation(evaluation, "the evaluation"),
+        _measure(path, carried.get(STEPS)) if evaluation is None else _read_evaluation(evaluation, "the evaluation"),
         training_command(_config_of(kind).command, _config_of(kind), checkpoint.config),
         license,
     )
