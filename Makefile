@@ -12,13 +12,15 @@ OLDEST_PYTHON ?= python3.11
 # `make test-newest` tests the newest versions, which constraints.txt may not have yet.
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= $(PYTHON)
+# `make test-tools` tests what docs/tools.md shows, with other people's tools.
+TOOLS := .venv-tools
 # One worker of one thread for each core; an idle worker takes tests from the others.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 # Many slow tests wait for a compiler or another process: one worker more.
 PARALLEL_SLOW := -n $(shell '$(PYTHON)' -c 'import os; print(min(os.cpu_count() or 1, 8) + 1)' 2>/dev/null || echo 2) --dist worksteal
 BASELINES := mobilenetv2_100 resnet18 resnet50 resnet101 resnext50_32x4d regnetx_006 regnetx_016 regnety_006 efficientnet_b0
 
-.PHONY: demo test test-slow test-oldest test-newest fuzz check docs tables costs bench-check format clean
+.PHONY: demo test test-slow test-oldest test-newest test-tools fuzz check docs tables costs bench-check format clean
 
 demo: $(STAMP)  ## train the default DG-Net on handwritten digits to half of its cost, and show what it does
 	$(BIN)/python examples/demo.py
@@ -40,6 +42,9 @@ test-oldest: $(OLDEST)/.installed  ## the tests, except the slow ones, with the 
 
 test-newest: $(NEWEST)/.installed  ## the same with the newest versions that exist
 	$(NEWEST)/bin/python -m pytest $(PARALLEL) -m "not slow" -W default --disable-warnings
+
+test-tools: $(TOOLS)/.installed  ## the code of docs/tools.md, with the tools that it is about
+	DGNET_TEST_TOOLS=1 $(TOOLS)/bin/python -m pytest $(PARALLEL) tests/tools
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -86,5 +91,10 @@ $(NEWEST)/.installed: pyproject.toml
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
 	touch $@
 
+$(TOOLS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tools]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TOOLS) site .mypy_cache .ruff_cache .pytest_cache

@@ -7,10 +7,8 @@ import re
 import shlex
 import sys
 from argparse import Action
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,30 +23,12 @@ from dgnet.cli.command import Command, Parser
 from dgnet.compat.argparse import list_arguments
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages
+from tests.helpers.pages import ROOT, blocks, find_commands, find_pages, read, strip_code
 
-ROOT = Path(__file__).parents[1]
-BUILT = {"site", "runs", "build", "dist"}
-"""Folders of a checkout that are not part of the project."""
-FENCE = r"(?ms)^(?:<!-- not run: ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$"
-"""A block of code: why it does not run in the tests, its language, its text."""
 SLOW = {"docs/convert.md", "docs/quickstart.md"}
 """Pages whose code takes more than two seconds."""
-
-
-def find_pages() -> list[str]:
-    """All Markdown files of the project."""
-    tops = [top for top in ROOT.iterdir() if top.name == ".github" or not (top.name.startswith(".") or top.name in BUILT)]
-    pages = [path for top in tops for path in (top.rglob("*.md") if top.is_dir() else [top]) if path.suffix == ".md"]
-    return sorted(path.relative_to(ROOT).as_posix() for path in pages)
-
-
-def read(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """The page's blocks of code in a language, except those that say why they do not run."""
-    return [code for reason, name, code in re.findall(FENCE, read(page)) if name == language and not reason]
+BY_SECTION = {"docs/tools.md"}
+"""Pages whose sections are run one by one, by tests of their own (`tests/tools`)."""
 
 
 def load(name: str) -> ModuleType:
@@ -68,9 +48,14 @@ hooks = load("hooks")
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES if blocks(page, "python")],
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in SLOW else ())
+        for page in PAGES
+        if blocks(page, "python") and page not in BY_SECTION
+    ],
 )
-def test_the_code_on_the_page_runs(page):
+def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages write files
     scope: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), scope)
@@ -85,25 +70,11 @@ def test_the_code_on_the_page_runs(page):
 
 
 def test_every_option_of_the_page_exists_with_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (?:`?)([^`,|]+)", read("docs/graph.md"), re.MULTILINE)
+    section = read("docs/graph.md").partition("## Options")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (?:`?)([^`,|]+)", section, re.MULTILINE)
     documented = {name: default.strip() for name, default in rows}
     defaults = {f.name: str(f.default).lower() for f in fields(dgnet.models.Connectivity)}
     assert documented == defaults
-
-
-def find_commands(code: str) -> Iterator[list[str]]:
-    """The words of each `dgnet` command in a block of shell code. Variables of loops have their first value."""
-    for name, value in re.findall(r"\bfor (\w+) in (\S+)", code):
-        code = code.replace(f"${name}", value)
-    for line in code.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&>")
-        lexer.whitespace_split = True
-        words = list(lexer)
-        starts = [place for place, word in enumerate(words) if word == "dgnet"]
-        for start in starts:
-            rest = words[start + 1 :]
-            end = next((place for place, word in enumerate(rest) if set(word) <= set(";|&>")), len(rest))
-            yield rest[:end]
 
 
 @cache
@@ -167,11 +138,6 @@ def test_the_tests_that_the_page_names_exist():
     assert named
     for path, word in named:
         assert re.search(rf"^def test_\w*{word}", read(path), re.MULTILINE), (path, word)
-
-
-def strip_code(text: str) -> str:
-    """The text without blocks of code."""
-    return re.sub(FENCE, "", text)
 
 
 def anchors(page: str) -> set[str]:

@@ -59,7 +59,7 @@ def test_workflows_run_on_the_supported_versions_of_python():
     supported = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
     ci = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")
     assert set(ci["jobs"]["fast"]["strategy"]["matrix"]["python"]) == supported
-    assert set(ci["jobs"]) >= {"check", "fast", "slow", "oldest", "newest", "wheel", "docs"}
+    assert set(ci["jobs"]) >= {"check", "fast", "slow", "oldest", "newest", "tools", "wheel", "docs"}
     for path in WORKFLOWS:
         for name, job in read_yaml(path)["jobs"].items():
             assert "timeout-minutes" in job, f"{path.name}: {name} may run for hours"
@@ -75,7 +75,7 @@ def test_the_commands_that_are_named_exist():
         for words in re.findall(r"(?:run: |`|^)make ((?:[a-z-]+ ?)+)", text, re.MULTILINE)
         for word in words.split()
     }
-    assert named >= {"check", "test", "test-slow", "test-oldest", "test-newest", "docs", "bench-check"}
+    assert named >= {"check", "test", "test-slow", "test-oldest", "test-newest", "test-tools", "docs", "bench-check"}
     assert named <= targets
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dgnet
 from dgnet.analysis._adjacency import GraphRow, draw_edges, draw_graphs
-from dgnet.analysis._figures import save_figure
+from dgnet.analysis._figures import SIGNED, WEIGHTS, WeightColours, save_figure
 from dgnet.errors import UsageError
 from tests.helpers.figures import arrows, panels, words
 
@@ -122,3 +122,17 @@ def test_many_nodes_stages_and_a_weight_all_the_same(tmp_path):
     closed = draw_graphs([GraphRow([matrix * 0 for matrix in matrices])], masks)
     save_figure(closed, tmp_path, "closed")  # no weight to scale colours by
     assert all("closed" in arrow.get_gid() for arrow in arrows(panels(closed)[0]))
+
+
+def test_weights_of_both_signs_have_two_hues_and_a_small_negative_one_has_none():
+    mixed = WeightColours.of(torch.tensor([-0.5, 0.2, 1.0]))
+    assert (mixed.name, mixed.norm.vmin, mixed.norm.vmax) == (SIGNED, -1.0, 1.0)
+    assert "negative" in mixed.meaning
+    red, _, blue = mixed(0.8)[:3]
+    assert red > blue
+    red, _, blue = mixed(-0.8)[:3]
+    assert blue > red
+    for weight in (-1e-3, 1e-3):  # a line is never white
+        assert min(mixed.line(weight)[:3]) < 0.8
+    positive = WeightColours.of(torch.tensor([-0.02, 0.2, 1.0]))
+    assert (positive.name, positive.norm.vmax) == (WEIGHTS, 1.0)

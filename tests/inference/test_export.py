@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 import dgnet
 from dgnet.errors import UsageError
-from dgnet.graph import find_stages, record_connectivity
+from dgnet.graph import Router, find_stages, record_connectivity
 from dgnet.inference import _export as export
 from dgnet.inference import export_network, set_mode
 from dgnet.inference._compile import compile_graph
@@ -78,6 +79,15 @@ def test_the_sparse_form_computes_a_block_on_gathered_samples_only(tiny):
     assert sum(size.startswith("u") for size in sizes) == 5  # one symbol for each of the five blocks
     dense = export_network(gated(tiny, 0.3), SIZE, "dense")
     assert not any("nonzero" in str(node.target) for node in dense.graph.nodes)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_a_router_is_exported_as_a_linear_layer(norm):
+    """From the sum of products that the compiler gets, OpenVINO computes other values for several images."""
+    router = Router(4, 3, bias=3.0, std=0.1, norm=norm).eval()
+    program = torch.export.export(router, (torch.randn(5, 4),), dynamic_shapes=({0: Dim.DYNAMIC},))
+    steps = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert steps[-2:] == [torch.ops.aten.linear.default, torch.ops.aten.sigmoid.default]
 
 
 @pytest.mark.slow

@@ -324,3 +324,29 @@ def test_a_weighting_of_the_users_own_sees_the_projection_on_every_topology():
             return self.linear(feature.mean((2, 3))).expand(-1, len(self.topology.free_receivers(node)))
 
     check_step(dgnet.create_model("dg_resnet20", topology="chain", weighting=Pooled))
+
+
+def test_resnetv2_is_the_pre_activation_network():
+    """Written out from He et al. (2016b), Fig. 4e, with torch's functions."""
+    network = dgnet.create_model("resnetv2_20").eval()
+    shake_norms(network)
+    images = torch.randn(2, 3, 16, 16)
+
+    def activate(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(
+            (x - norm.running_mean[:, None, None])
+            / (norm.running_var[:, None, None] + norm.eps).sqrt()
+            * norm.weight[:, None, None]
+            + norm.bias[:, None, None]
+        )
+
+    x = network.conv1(images)
+    for stage in (network.layer1, network.layer2, network.layer3):
+        for block in stage:
+            y = activate(block.bn1, x)
+            shortcut = x if y.shape[1] == block.conv1.out_channels else block.downsample(y)
+            x = shortcut + block.conv2(activate(block.bn2, block.conv1(y)))
+    expected = network.fc(activate(network.norm, x).mean((2, 3)))
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    features = timm.create_model("resnetv2_20", features_only=True)(images)
+    assert [feature.shape[1] for feature in features] == [16, 16, 32, 64]

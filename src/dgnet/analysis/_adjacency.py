@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -26,12 +24,11 @@ from torch import Tensor
 
 from dgnet.analysis._figures import (
     ABOVE,
-    WEIGHTS,
     WIDTH,
     ShownFigure,
+    WeightColours,
     add_colour_bar,
     escape_text,
-    scale,
     shrink_text,
     write_cell,
 )
@@ -122,27 +119,28 @@ def draw_edges(
     figure = ShownFigure(figsize=(WIDTH, 0.3 + rows * (WIDTH / columns)), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     values = torch.cat([matrix[mask] for matrix, mask in zip(matrices, masks, strict=True)])
-    norm = scale(values, limits)
-    digits = 0 if limits == (0.0, 100.0) else 2 if norm.vmax and norm.vmax >= 0.2 else 3
+    colours = WeightColours.of(values, limits)
+    digits = 0 if limits == (0.0, 100.0) else 2 if colours.norm.vmax and colours.norm.vmax >= 0.2 else 3
     for stage, (axes, matrix, mask) in enumerate(zip(panels, matrices, masks, strict=False), start=1):
         names = node_names(len(mask))
         # The input node has no in-edges and the output node no out-edges: skip this row and this column.
         shown = np.ma.masked_array(matrix.numpy(), ~mask.numpy())[1:, :-1]
-        axes.imshow(shown, cmap=WEIGHTS, norm=norm)
+        axes.imshow(shown, cmap=colours.name, norm=colours.norm)
         axes.set_xticks(range(len(names) - 1), names[:-1])
         axes.set_yticks(range(len(names) - 1), names[1:])
         axes.set(title=f"stage {stage}", xlabel="sending node")
         size = WIDTH / columns * 0.5 / (len(names) - 1) * 72 / (0.62 * (digits + 2 if digits else 3))  # fits into a cell
         if size >= 4.5:
             for row, column in mask[1:, :-1].nonzero().tolist():
-                write_cell(axes, row, column, f"{shown[row, column]:.{digits}f}", norm, min(size, 7.5))
+                colour = colours(shown[row, column])
+                write_cell(axes, row, column, f"{shown[row, column]:.{digits}f}", colour, min(size, 7.5))
         axes.spines[["top", "right"]].set_visible(False)
         shrink_text(axes, 8 if len(names) <= 12 else 5)
         if (stage - 1) % columns == 0:
             axes.set_ylabel("receiving node", fontsize=8)
     for axes in panels[len(matrices) :]:  # unused panels in the last row
         axes.set_axis_off()
-    add_colour_bar(figure, norm, WEIGHTS, f"{label}; darker is more")
+    add_colour_bar(figure, colours.norm, colours.name, f"{label}; {colours.meaning}")
     return figure
 
 
@@ -175,7 +173,7 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
     panels = figure.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
     values = torch.cat([matrix[mask] for row in rows for matrix, mask in zip(row.matrices, masks, strict=True)])
     opened = values[values != 0]
-    norm = scale(opened, None)
+    colours = WeightColours.of(opened)
     largest = float(opened.abs().max()) if len(opened) else 1.0
     for number, (row, axes) in enumerate(zip(rows, panels, strict=True)):
         first = int(has_picture)
@@ -186,7 +184,7 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
         axes[first].set_axis_off()
         axes[first].text(0, 0.5, escape_text(row.caption), fontsize=6.5, va="center", ha="left", linespacing=1.35)
         for stage, (panel, matrix, mask) in enumerate(zip(axes[first + 1 :], row.matrices, masks, strict=True), start=1):
-            _draw_graph(panel, matrix, mask, norm, largest, f"image{number}-stage{stage}")
+            _draw_graph(panel, matrix, mask, colours, largest, f"image{number}-stage{stage}")
             panel.set(ylim=(-reach - 0.45, reach + 0.45), label=f"stage {stage}")  # the same scale for all stages
             if number == 0:
                 # Text inside the axes: the layout leaves no room for a title above axes with a fixed aspect ratio.
@@ -194,14 +192,15 @@ def draw_graphs(rows: Sequence[GraphRow], masks: Sequence[Tensor], title: str = 
     if title:
         figure.suptitle(title, fontsize=9)
     handles = [
-        Line2D([], [], color=matplotlib.colormaps[WEIGHTS](0.8), linewidth=2, label="open edge, left to right"),
+        Line2D([], [], color=colours.line(largest), linewidth=2, label="open edge, left to right"),
         Line2D([], [], color=_FAINT, linewidth=0.8, linestyle=":", label="closed edge"),
         Line2D(
             [], [], color=_FAINT, marker="o", markersize=7, markerfacecolor="white", linestyle="none", label="block not run"
         ),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    add_colour_bar(figure, norm, WEIGHTS, f"weight of an open edge (line width: 0 to {largest:.2f}); darker is more")
+    label = f"weight of an open edge (line width: 0 to {largest:.2f}); {colours.meaning}"
+    add_colour_bar(figure, colours.norm, colours.name, label)
     return figure
 
 
@@ -219,9 +218,8 @@ class _Connection:
         return MplPath(points, [MplPath.MOVETO, MplPath.CURVE4, MplPath.CURVE4, MplPath.CURVE4])
 
 
-def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, largest: float, name: str) -> None:
+def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, colours: WeightColours, largest: float, name: str) -> None:
     num_nodes = len(mask)
-    colours = matplotlib.colormaps[WEIGHTS]
     for arc in lay_out(mask):
         sender, receiver, weight = arc.sender, arc.receiver, float(matrix[arc.receiver, arc.sender])
         width = _THICKEST * abs(weight) / largest
@@ -234,9 +232,9 @@ def _draw_graph(axes: Axes, matrix: Tensor, mask: Tensor, norm: Normalize, large
             mutation_scale=3.5 + 2 * width,
             shrinkA=_NODE,
             shrinkB=_NODE,
-            linewidth=width if weight else 0.6,
+            linewidth=max(width, 0.4) if weight else 0.6,
             linestyle="-" if weight else ":",
-            color=colours(norm(weight)) if weight else _FAINT,
+            color=colours.line(weight) if weight else _FAINT,
             zorder=2 if weight else 1,
         )
         arrow.set_in_layout(False)  # the axes' limits contain it; measuring every arrow is slow

@@ -6,7 +6,9 @@ The colours can be distinguished with every kind of colour vision. In a printed 
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +69,38 @@ def scale(values: Tensor, limits: tuple[float, float] | None) -> Normalize:
     return Normalize(low, high) if high - low > 1e-9 else Normalize(min(0.0, high), max(0.0, high) or 1.0)
 
 
-def write_cell(axes: Axes, row: int, column: int, text: str, norm: Normalize, size: float) -> None:
-    """Write a number into a cell, white on a dark colour and black on a light one."""
-    colour = "white" if norm(float(text)) > 0.5 else "black"
+@dataclass(frozen=True)
+class WeightColours:
+    """The colours of edge weights: one hue from the least to the greatest, or two hues around 0 if weights have both signs."""
+
+    norm: Normalize
+    name: str  # of the colour map
+    meaning: str  # what a reader sees
+
+    @classmethod
+    def of(cls, values: Tensor, limits: tuple[float, float] | None = None) -> WeightColours:
+        """The colours for `values`, within `limits` if these are given. A weight hardly below 0 has no hue of its own."""
+        largest = float(values.abs().max()) if len(values) else 0.0
+        if limits is None and len(values) and float(values.min()) < -0.1 * largest:
+            return cls(Normalize(-largest, largest), SIGNED, "orange is positive, purple negative")
+        return cls(scale(values, limits), WEIGHTS, "darker is more")
+
+    def __call__(self, weight: float) -> Any:
+        """The colour of a weight."""
+        return matplotlib.colormaps[self.name](self.norm(weight))
+
+    def line(self, weight: float) -> Any:
+        """The colour of a line for a weight. Around 0 the two hues would be white."""
+        if self.name != SIGNED:
+            return self(weight)
+        place = float(self.norm(weight))
+        return matplotlib.colormaps[SIGNED](0.5 + 0.55 * (place - 0.5) + math.copysign(0.225, weight))
+
+
+def write_cell(axes: Axes, row: int, column: int, text: str, ground: tuple[float, ...], size: float) -> None:
+    """Write a number into a cell, white on a dark colour and black on a light one. `ground`: the cell's red, green, blue."""
+    red, green, blue = ground[:3]
+    colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"  # as bright as eyes see it
     axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
 
 

@@ -55,12 +55,13 @@ def judge(statistics: Statistics) -> list[Observation]:
             3, "the spread of weights over images differs between edges, and depends on order and stage", std, positions
         ),
         _back_varies_more(std, stages, senders),
-        _samples_differ(statistics, float(mean.mean()) if len(mean) else 0.0, std),
+        _samples_differ(statistics, float(abs(mean).mean()) if len(mean) else 0.0, std),
     ]
 
 
 def _differences(number: int, claim: str, values: Array, positions: Array) -> Observation:
-    spread = float(values.std() / abs(values.mean())) if len(values) and values.mean() else 0.0
+    size = float(abs(values).mean()) if len(values) else 0.0
+    spread = float(values.std()) / size if size else 0.0
     explained = explained_share(values, positions)
     figures = {"spread": spread, "explained": explained}
     if len(values) and not values.any():
@@ -98,7 +99,7 @@ def _samples_differ(statistics: Statistics, mean: float, std: Array) -> Observat
     claim = "structure and weights differ between images, and easy images cost less"
     wirings = statistics.wiring.wirings
     other = 1 - max(wirings.values()) / statistics.images
-    spread = float(std.mean()) / abs(mean) if mean else 0.0
+    spread = float(std.mean()) / mean if mean else 0.0
     easy, hard = executed_by_ease(statistics)
     saved = None if easy is None or hard is None else 1 - easy / hard
     figures = {"other_wiring": other, "spread": spread, "saved_by_easy": saved, "executed_easy": easy, "executed_hard": hard}

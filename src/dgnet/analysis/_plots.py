@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
@@ -80,7 +81,8 @@ def draw_class_distance(distance: Tensor, names: Sequence[str]) -> Figure:
     shrink_text(axes, 7)
     if len(names) <= 12:
         for row, column in (~torch.eye(len(names), dtype=torch.bool)).nonzero().tolist():
-            write_cell(axes, row, column, f"{distance[row, column]:.3f}".removeprefix("0"), norm, 5.5)
+            ground: Any = matplotlib.colormaps[WEIGHTS](norm(distance[row, column]))
+            write_cell(axes, row, column, f"{distance[row, column]:.3f}".removeprefix("0"), ground, 5.5)
     add_colour_bar(figure, norm, WEIGHTS, "RMS difference of the edges' mean weights;\ndarker is farther apart")
     return figure
 

@@ -49,7 +49,12 @@ def _parser() -> Parser:
         "--output", type=Location | None, default=None, metavar="RUN", help="folder to write the converted network to"
     )
     parser.add_argument("--topology", type=str, default="complete", help="which edges exist; only complete keeps the function")
-    parser.add_argument("--weighting", type=str, default="routed", help="how edges are weighted: routed, learned, fixed")
+    parser.add_argument(
+        "--weighting",
+        type=str,
+        default="routed",
+        help="how edges are weighted: routed, signed, linear, softmax, learned, fixed",
+    )
     parser.add_argument(
         "--node-gate", type=str, default="none", help="gates on blocks: none (training to a budget adds them), hard, gumbel"
     )

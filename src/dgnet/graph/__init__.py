@@ -30,9 +30,14 @@ from dgnet.graph._record import record_connectivity as record_connectivity
 from dgnet.graph._record import use_connectivity as use_connectivity
 from dgnet.graph._router import PooledLinear as PooledLinear
 from dgnet.graph._router import Router as Router
+from dgnet.graph._signed import LinearWeighting as LinearWeighting
+from dgnet.graph._signed import SignedOptions as SignedOptions
+from dgnet.graph._signed import SignedWeighting as SignedWeighting
+from dgnet.graph._signed import SoftmaxWeighting as SoftmaxWeighting
 from dgnet.graph._stage import DynamicGraph as DynamicGraph
 from dgnet.graph._stage import find_stages as find_stages
 from dgnet.graph._stage import require_stages as require_stages
+from dgnet.graph._static import STATIC_STARTS as STATIC_STARTS
 from dgnet.graph._topology import TOPOLOGIES as TOPOLOGIES
 from dgnet.graph._topology import TOPOLOGY_NAMES as TOPOLOGY_NAMES
 from dgnet.graph._topology import RandomGraphOptions as RandomGraphOptions

@@ -34,7 +34,7 @@ class Further(NamedTuple):
 NOTHING = Further((), {})
 
 
-_READERS = {"weighting": ("routed", OWN_WEIGHTING), "node_gate": ("hard", "gumbel")}
+_READERS = {"weighting": ("routed", "signed", "linear", "softmax", OWN_WEIGHTING), "node_gate": ("hard", "gumbel")}
 
 
 @dataclass(frozen=True)

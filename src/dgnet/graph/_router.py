@@ -18,7 +18,7 @@ CLOSED_BIAS = -8.0
 """Initial b of an edge that starts closed: α = 0.0003. Thirty such edges together weigh about 0.01."""
 
 
-NORMS = ("none", "layer")
+NORMS = ("none", "layer", "unit")
 """How a pooled feature is normalised before a router or a gate reads it."""
 
 
@@ -28,7 +28,8 @@ class RouterOptions(Options):
 
     router_norm: str = option(
         "none",
-        "normalisation of a pooled feature before a router or gate reads it; layer: each sample's to mean 0 and variance 1",
+        "normalisation of a pooled feature before a router or gate reads it; layer: to mean 0 and variance 1; unit: to mean 0"
+        " and length 1",
         NORMS,
         {"weighting": ("routed",), "node_gate": ("hard", "gumbel")},
     )
@@ -38,7 +39,8 @@ class PooledLinear(nn.Linear):
     """A linear layer on pooled features in their precision, (B, C) -> (B, E).
 
     Parameters in half precision are cast up: the result is compared with a hard threshold and must not be rounded.
-    `norm`: "layer" for layer normalisation without parameters, for features that are not of unit scale.
+    `norm`: "layer" for layer normalisation without parameters, for features that are not of unit scale; "unit": the same,
+    divided by √C, so that an output does not grow with the number of channels.
     """
 
     def __init__(self, channels: int, num_edges: int, bias: bool = True, norm: str = "none") -> None:
@@ -46,13 +48,16 @@ class PooledLinear(nn.Linear):
         self.norm = norm
 
     def forward(self, pooled: Tensor) -> Tensor:
-        if self.norm == "layer":
+        if self.norm != "none":
             pooled = F.layer_norm(pooled, pooled.shape[1:])
+        if self.norm == "unit":
+            pooled = pooled * pooled.shape[1] ** -0.5
         weight = self.weight.to(pooled.dtype)
         bias = None if self.bias is None else self.bias.to(pooled.dtype)
-        if not torch.compiler.is_compiling() or self.training:
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or self.training:
             return F.linear(pooled, weight, bias)
         # The compiler fuses a sum of products with pooling and gate. For few edges a library call takes longer.
+        # Exported files keep the linear layer: OpenVINO 2026.4 adds the bias wrongly to such a sum of several images.
         summed = (pooled[:, None] * weight).sum(2)
         return summed if bias is None else summed + bias
 

@@ -121,8 +121,8 @@ class DenseWalk(Walk):
             self.predict(node, feature)
 
     def compute(self, node: int) -> Any:
-        alpha, weights, is_open = self.weigh(node)
         sender_is_alive = stack_alive([self.alive[i] for i in self.topology.senders(node)])
+        alpha, weights, is_open = self.weigh(node, sender_is_alive)
         weights, is_open, is_alive = close_edges(weights, is_open, sender_is_alive, self.decide(node, sender_is_alive))
         if self.observers:
             self.alpha_rows.append(close_edges(alpha, None, sender_is_alive)[0])
@@ -156,8 +156,11 @@ class DenseWalk(Walk):
             if gates is not None and gated:
                 self.keep(self.votes, node, gated, gates.predict(node, feature))
 
-    def weigh(self, node: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """α, weights and openness (None: all open) of the node's in-edges, each (B, E), as if all senders were alive."""
+    def weigh(self, node: int, sender_is_alive: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """α, weights and openness (None: all open) of the node's in-edges, each (B, E), as if all senders were alive.
+
+        `sender_is_alive`, (B, E), matters only for a weighting whose edges depend on each other: α of a dead sender is 0.
+        """
         batch, senders, weighting = self.x.shape[0], self.topology.senders(node), self.stage.weighting
         if self.imposed is not None:
             weights = self.imposed[:, node, list(senders)].to(self.x.device).expand(batch, -1)
@@ -167,6 +170,8 @@ class DenseWalk(Walk):
             return weights, weights, None
         # Shared α is not collected edge by edge: the compiler would index into the row for every element of the sum.
         alpha = self.row(self.alpha, node) if self.needs.alpha else weighting.shared_alpha(node).expand(batch, -1)
+        if weighting.couples_edges:
+            alpha = close_edges(alpha, None, sender_is_alive)[0]
         return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
 
     def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
@@ -182,8 +187,8 @@ class DenseWalk(Walk):
         opened: dict[int, Tensor] = {}
         alive: list[Tensor | None] = [None]
         for node in range(1, self.topology.num_nodes):
-            _, weights, is_open = self.weigh(node)
             sender_is_alive = stack_alive([alive[i] for i in self.topology.senders(node)])
+            _, weights, is_open = self.weigh(node, sender_is_alive)
             _, is_open, is_alive = close_edges(weights, is_open, sender_is_alive)
             alive.append(is_alive)
             if is_open is not None:

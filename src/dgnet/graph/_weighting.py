@@ -16,8 +16,9 @@ from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._gating import is_above_threshold, psi
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
+from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
 from dgnet.graph._topology import TOPOLOGY_NAMES, Topology
-from dgnet.options import Options, option
+from dgnet.options import option
 
 
 class Weighting(nn.Module):
@@ -30,6 +31,9 @@ class Weighting(nn.Module):
 
     reads_features = True
     """Whether α depends on the features. If False and nothing else reads node 0, no projection is built."""
+
+    couples_edges = False
+    """Whether the weight of an in-edge depends on α of the node's other in-edges. α of a dead sender is then 0 in `weigh`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,6 +70,10 @@ class Weighting(nn.Module):
         """
         raise NotImplementedError
 
+    def constant_alpha(self, node: int) -> Tensor | None:
+        """α of the node's in-edges, (E,), if it is the same for all features; None if it is not, or that is not known."""
+        return None if self.reads_features else self.shared_alpha(node)
+
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         """The weights of the node's in-edges in the sum if they are open, (B, E), from their α, (B, E)."""
         return alpha
@@ -96,10 +104,10 @@ class FixedWeighting(Weighting):
 
 
 @dataclass(frozen=True)
-class LearnedOptions(Options):
+class LearnedOptions(StaticOptions):
     """Options of `LearnedWeighting`."""
 
-    learned_start: float = option(1.0, "initial α", used_by={"weighting": ("learned",)})
+    learned_start: float = option(1.0, "initial α; a factor of `static_start`", used_by={"weighting": ("learned",)})
     learned_activation: str = option(
         "identity",
         "function that is applied to a learned α; RandWire uses a sigmoid",
@@ -114,6 +122,8 @@ class LearnedOptions(Options):
             raise UsageError(
                 "learned_start must not be 0: edges that weigh 0 count as closed, and nothing would reach the output"
             )
+        if self.learned_activation == "sigmoid" and not (isinstance(self.static_start, str) and self.static_start == "ones"):
+            raise UsageError("static_start has no effect with learned_activation='sigmoid': weights are positive; leave it out")
 
 
 class LearnedWeighting(Weighting):
@@ -121,24 +131,25 @@ class LearnedWeighting(Weighting):
 
     reads_features = False
 
-    def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None) -> None:
+    def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels)
         self.options = options or LearnedOptions()
-        # Ordered by receiving node, so that a node's in-edges are one slice.
-        degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
-        self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
-        self.alpha = nn.Parameter(torch.empty(sum(degrees)))
+        self.order = EdgeOrder(topology)
+        self.start = find_start(topology, self.options, stage)
+        self.alpha = nn.Parameter(torch.empty(self.order.num_edges))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.alpha, self.options.learned_start)
+        self.order.fill(self.alpha, self.start, self.options.learned_start)
 
     def shared_alpha(self, node: int) -> Tensor:
-        alpha = self.alpha[self.offsets[node] : self.offsets[node + 1]]
+        alpha = self.order.row(self.alpha, node)
         return alpha.sigmoid() if self.options.learned_activation == "sigmoid" else alpha
 
 
 _ROUTED = {"weighting": ("routed",)}
+_GATED = {"weighting": ("routed", "signed")}
+_PREDICTED = {"weighting": ("routed", "signed", "linear", "softmax")}
 
 
 @dataclass(frozen=True)
@@ -154,11 +165,11 @@ class RoutedOptions(RouterOptions):
         "complete", "topology whose edges start open; the other edges of the complete graph start closed", used_by=_ROUTED
     )
     router_pool: Callable[[Tensor], Tensor] | None = option(
-        None, "φ, (B, C, H, W) -> (B, C); None: global average pooling", used_by=_ROUTED
+        None, "φ, (B, C, H, W) -> (B, C); None: global average pooling", used_by=_PREDICTED
     )
-    gate: str = option("psi", "weight in training: psi = α·σ(α - τ), or alpha", ("psi", "alpha"), _ROUTED)
-    threshold: float = option(0.0, "initial τ", used_by=_ROUTED)
-    learn_threshold: bool = option(True, "whether τ is learned", used_by=_ROUTED)
+    gate: str = option("psi", "weight in training: psi = α·σ(α - τ), or alpha", ("psi", "alpha"), _GATED)
+    threshold: float = option(0.0, "initial τ", used_by=_PREDICTED)
+    learn_threshold: bool = option(True, "whether τ is learned", used_by=_PREDICTED)
     unit_start: bool = option(
         False, "scale weights so that an edge that starts open weighs 1, and one that `router_start` closes 0", used_by=_ROUTED
     )
@@ -269,6 +280,13 @@ class RoutedWeighting(Weighting):
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
             alpha: Tensor = self.routers[str(node)](pool_feature(feature, self.pool))
             return alpha
+
+    def constant_alpha(self, node: int) -> Tensor | None:
+        routers: Any = self.routers  # a user's own router is not known
+        if any(not isinstance(router, Router) or router.weight.any() for router in routers.values()):
+            return None
+        biases = [routers[str(i)].bias[self.topology.free_receivers(i).index(node)] for i in self.topology.senders(node)]
+        return torch.stack(biases).sigmoid()
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         is_raw = not self.training and self.options.inference_weight == "raw"

@@ -17,11 +17,16 @@ from dgnet.errors import UsageError, check_choice
 from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
+    LinearWeighting,
     NodeGates,
+    PooledLinear,
     RoutedWeighting,
     Router,
+    SignedWeighting,
+    SoftmaxWeighting,
     StageNodes,
     Walk,
+    Weighting,
     Wiring,
     current_area,
     find_stages,
@@ -230,7 +235,9 @@ class NativePlan:
         topology, weighting, gates = stage.topology, stage.weighting, stage.node_gates
         nodes = range(topology.num_nodes)
         routed = weighting if isinstance(weighting, RoutedWeighting) else None
-        routers: Any = {} if routed is None else routed.routers
+        unbounded = weighting if isinstance(weighting, LinearWeighting | SoftmaxWeighting) else None
+        routers: Any = getattr(weighting, "routers", {})
+        is_shared = not weighting.reads_features
         columns: Any = {} if gates is None else gates.columns
         self.constants = torch.classes.dgnet.Stage(
             [list(topology.senders(j)) for j in nodes],
@@ -238,13 +245,13 @@ class NativePlan:
             [topology.pinned.get(j) for j in nodes],
             [list(topology.free_receivers(i)) for i in nodes],
             [[] if gates is None else list(gates.receivers(i)) for i in nodes],
+            [_constant(weighting.shared_alpha(j)) if is_shared and j > 0 and j not in topology.pinned else None for j in nodes],
+            [_constant(_scaled_weight(routers[str(i)])) if str(i) in routers else None for i in nodes],
             [
-                None if routed is not None or j == 0 or j in topology.pinned else _constant(weighting.shared_alpha(j))
-                for j in nodes
+                _constant(routers[str(i)].bias) if str(i) in routers and routers[str(i)].bias is not None else None
+                for i in nodes
             ],
-            [_constant(routers[str(i)].weight) if str(i) in routers else None for i in nodes],
-            [_constant(routers[str(i)].bias) if str(i) in routers else None for i in nodes],
-            [_constant(columns[str(i)].weight) if str(i) in columns else None for i in nodes],
+            [_constant(_scaled_weight(columns[str(i)])) if str(i) in columns else None for i in nodes],
             None if weighting.threshold is None else _constant(weighting.threshold),
             None if gates is None else _constant(gates.bias),
             routed is not None and routed.options.gate == "psi",
@@ -253,6 +260,10 @@ class NativePlan:
             [_start_weights(routed, j) for j in nodes],
             _is_normed(routers),
             _is_normed(columns),
+            [_static_weights(weighting, j) for j in nodes],
+            _find_form(weighting),
+            float(weighting.scale.detach()) if isinstance(weighting, LinearWeighting) else 1.0,
+            0.0 if unbounded is None else unbounded.temperature,
         )
         # A stage whose blocks can all be lowered is one call. In other stages each block is called as a module.
         programs = []
@@ -287,15 +298,37 @@ def _start_weights(routed: RoutedWeighting | None, node: int) -> Tensor | None:
     return _constant(routed.closed[node, list(routed.topology.senders(node))].float() * routed.start_weights[torch.float32][1])
 
 
+def _static_weights(weighting: Weighting, node: int) -> Tensor | None:
+    """The static weights of the node's in-edges, (E,), of a weighting that has them."""
+    if not isinstance(weighting, SignedWeighting | LinearWeighting):
+        return None
+    return _constant(weighting.order.row(weighting.static, node))
+
+
+def _find_form(weighting: Weighting) -> int:
+    """How a weight follows from what routers predict: `Form` in native.cpp."""
+    if isinstance(weighting, LinearWeighting):
+        return 1 if weighting.options.linear_function == "tanh" else 2
+    return 3 if isinstance(weighting, SoftmaxWeighting) else 0
+
+
+def _scaled_weight(part: PooledLinear) -> Tensor:
+    """W of a router or gate for pooled features that are normalised to variance 1, or not at all."""
+    return part.weight * part.in_features**-0.5 if part.norm == "unit" else part.weight
+
+
 def _is_normed(parts: Any) -> bool:
     """Whether routers or gates, which share this option, normalise pooled features."""
-    return any(part.norm == "layer" for part in parts.values())
+    return any(part.norm != "none" for part in parts.values())
+
+
+_WEIGHTINGS = (RoutedWeighting, SignedWeighting, LinearWeighting, SoftmaxWeighting, LearnedWeighting, FixedWeighting)
 
 
 def _supports(stage: StageNodes) -> bool:
     """Whether the extension supports all parts of the stage."""
     weighting, gates = stage.weighting, stage.node_gates
-    if type(weighting) not in (RoutedWeighting, LearnedWeighting, FixedWeighting) or type(gates) not in (NodeGates, type(None)):
+    if type(weighting) not in _WEIGHTINGS or type(gates) not in (NodeGates, type(None)):
         return False
     if any(has_forward_hooks(module) for module in (weighting, stage.activation, gates) if module is not None):
         return False
@@ -303,10 +336,10 @@ def _supports(stage: StageNodes) -> bool:
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
         return False
-    return not isinstance(weighting, RoutedWeighting) or (
-        weighting.pool is global_average_pool
-        and all(type(router) is Router and router.bias is not None for router in weighting.routers.values())
-    )
+    if not isinstance(weighting, RoutedWeighting | LinearWeighting | SoftmaxWeighting):
+        return True
+    kind = Router if isinstance(weighting, RoutedWeighting) else PooledLinear
+    return weighting.pool is global_average_pool and all(type(router) is kind for router in weighting.routers.values())
 
 
 def _constant(values: Tensor) -> Tensor:

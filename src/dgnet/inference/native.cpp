@@ -107,12 +107,21 @@ std::vector<float> normalize(const float* values, int64_t size) {
   return normed;
 }
 
+// How a weight follows from what routers predict; the weightings in dgnet.graph define them.
+enum class Form {
+  kAlpha,     // ψ(α) or α, of a fixed, learned or routed edge; times a static weight of a signed one
+  kTanh,      // a static weight plus a · tanh(z)
+  kIdentity,  // a static weight plus a · z
+  kSoftmax,   // E · softmax(z)
+};
+
 // The constants of a stage, which are the same in all forward passes.
 struct Stage : torch::CustomClassHolder {
   Stage(std::vector<Nodes> senders, Nodes entry, std::vector<std::optional<double>> pinned, std::vector<Nodes> free_receivers,
         std::vector<Nodes> gated_receivers, Tensors shared_alpha, Tensors router_weights, Tensors router_biases,
         Tensors gate_columns, std::optional<Tensor> threshold, std::optional<Tensor> gate_bias, bool is_psi, bool is_raw,
-        double unit, Tensors start_weights, bool norms_routers, bool norms_gates)
+        double unit, Tensors start_weights, bool norms_routers, bool norms_gates, Tensors static_weights, int64_t form,
+        double scale, double temperature)
       : senders(std::move(senders)),
         pinned(std::move(pinned)),
         free_receivers(std::move(free_receivers)),
@@ -129,6 +138,10 @@ struct Stage : torch::CustomClassHolder {
         start_weights(std::move(start_weights)),
         norms_routers(norms_routers),
         norms_gates(norms_gates),
+        static_weights(std::move(static_weights)),
+        form(static_cast<Form>(form)),
+        scale(static_cast<float>(scale)),
+        temperature(static_cast<float>(temperature)),
         is_entry(this->senders.size(), false),
         last_receiver(this->senders.size(), 0),
         blocks(this->senders.size()) {
@@ -153,6 +166,10 @@ struct Stage : torch::CustomClassHolder {
   const float unit;                       // weights of routed edges are divided by it
   const Tensors start_weights;            // of each receiving node, (E,): what is subtracted after that, or nothing
   const bool norms_routers, norms_gates;  // whether they read pooled features normalised
+  const Tensors static_weights;           // of each receiving node, (E,), or nothing
+  const Form form;
+  const float scale;        // a
+  const float temperature;  // of a soft gate on |w|; 0: none
   std::vector<bool> is_entry;
   std::vector<int64_t> last_receiver;  // of each node: after this node its feature is no longer needed
   std::vector<c10::intrusive_ptr<Program>> blocks;  // of each node, if the extension computes them
@@ -288,10 +305,14 @@ struct Walk : torch::CustomClassHolder {
     const float* shared = stage->shared_alpha[node] ? stage->shared_alpha[node]->const_data_ptr<float>() : nullptr;
     const auto& start_weights = stage->start_weights[node];
     const float* starts = start_weights ? start_weights->const_data_ptr<float>() : nullptr;
+    const auto& static_weights = stage->static_weights[node];
+    const float* statics = static_weights && !pin ? static_weights->const_data_ptr<float>() : nullptr;
+    const bool is_bounded = stage->form == Form::kAlpha || pin;
     is_open.assign(samples * senders.size(), 0);
     for (int64_t b = 0; b < samples; ++b) {
       const bool is_gate_open = !is_gated || logits[b * nodes + node] >= least_logit;
       bool is_alive = false;
+      const double normalizer = stage->form == Form::kSoftmax ? find_normalizer(b, node) : 0;
       for (size_t edge = 0; edge < senders.size(); ++edge) {
         const int64_t sender = senders[edge], at = (b * nodes + node) * nodes + sender;
         if (!alive[b * nodes + sender]) {
@@ -300,17 +321,53 @@ struct Walk : torch::CustomClassHolder {
         }
         const float value = pin ? static_cast<float>(*pin) : shared ? shared[edge] : alpha[at];
         alpha[at] = value;
-        if (!is_gate_open || (has_threshold && !(value >= least))) continue;
+        float compared = value, weight;
+        if (is_bounded) {
+          weight = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
+          if (!pin && stage->unit != 1) weight /= stage->unit;
+          if (!pin && starts != nullptr) weight -= starts[edge];
+          if (statics != nullptr) weight *= statics[edge];
+        } else {
+          weight = stage->form == Form::kSoftmax ? static_cast<float>(std::exp(value - normalizer)) : statics[edge] + value;
+          compared = std::abs(weight);
+          if (stage->temperature != 0) weight *= sigmoid((compared - tau) / stage->temperature);
+        }
+        if (!is_gate_open || (has_threshold && !(compared >= least))) continue;
         is_alive = is_open[b * senders.size() + edge] = 1;
-        weights[at] = has_threshold && stage->is_psi && !stage->is_raw ? value * sigmoid(value - tau) : value;
-        if (!pin && stage->unit != 1) weights[at] /= stage->unit;
-        if (!pin && starts != nullptr) weights[at] -= starts[edge];
+        weights[at] = weight;
       }
       if (is_alive || is_output) mark_run(node, b);
     }
   }
 
-  // α of the out-edges, σ(Wᵀφ + b) (Eq. 4), and votes for block gates, added to their logits.
+  // log(Σ exp(α) / E) over the E in-edges of a node; α of a dead sender counts as 0.
+  double find_normalizer(int64_t sample, int64_t node) const {
+    const Nodes& senders = stage->senders[node];
+    std::vector<double> values;
+    for (int64_t sender : senders) {
+      values.push_back(alive[sample * nodes + sender] ? alpha[(sample * nodes + node) * nodes + sender] : 0);
+    }
+    const double largest = *std::max_element(values.begin(), values.end());
+    double sum = 0;
+    for (double value : values) sum += std::exp(value - largest);
+    return largest + std::log(sum / senders.size());
+  }
+
+  // What a router predicts from z = Wᵀφ + b: σ(z) (Eq. 4), or the part of a weight that depends on the image.
+  float activate(float z) const {
+    switch (stage->form) {
+      case Form::kTanh:
+        return stage->scale * std::tanh(z);
+      case Form::kIdentity:
+        return stage->scale * z;
+      case Form::kSoftmax:
+        return z;
+      default:
+        return sigmoid(z);
+    }
+  }
+
+  // α of the out-edges, and votes for block gates, added to their logits.
   void predict(int64_t node) {
     const auto& router = stage->router_weights[node];
     const auto& columns = stage->gate_columns[node];
@@ -334,7 +391,7 @@ struct Walk : torch::CustomClassHolder {
     });
     const Nodes &routed = stage->free_receivers[node], &gated = stage->gated_receivers[node];
     const float* weight = router ? router->const_data_ptr<float>() : nullptr;
-    const float* bias = router ? stage->router_biases[node]->const_data_ptr<float>() : nullptr;
+    const float* bias = router && stage->router_biases[node] ? stage->router_biases[node]->const_data_ptr<float>() : nullptr;
     const float* column = columns ? columns->const_data_ptr<float>() : nullptr;
     const int64_t work = channels * static_cast<int64_t>(routed.size() + gated.size());
     at::parallel_for(0, count, grain(work), [&](int64_t begin, int64_t end) {
@@ -348,7 +405,7 @@ struct Walk : torch::CustomClassHolder {
         const float* for_gate = stage->norms_gates ? normed.data() : mean;
         for (size_t edge = 0; weight != nullptr && edge < routed.size(); ++edge) {
           alpha[(sample * nodes + routed[edge]) * nodes + node] =
-              sigmoid(dot(for_router, weight + edge * channels, channels) + bias[edge]);
+              activate(dot(for_router, weight + edge * channels, channels) + (bias == nullptr ? 0 : bias[edge]));
         }
         for (size_t edge = 0; column != nullptr && edge < gated.size(); ++edge) {
           logits[sample * nodes + gated[edge]] += dot(for_gate, column + edge * channels, channels);
@@ -440,7 +497,7 @@ TORCH_LIBRARY(dgnet, library) {
   library.class_<Stage>("Stage")
       .def(torch::init<std::vector<Nodes>, Nodes, std::vector<std::optional<double>>, std::vector<Nodes>, std::vector<Nodes>,
                        Tensors, Tensors, Tensors, Tensors, std::optional<Tensor>, std::optional<Tensor>, bool, bool, double,
-                       Tensors, bool, bool>())
+                       Tensors, bool, bool, Tensors, int64_t, double, double>())
       .def("set_block", &Stage::set_block);
   library.class_<Walk>("Walk")
       .def(torch::init<c10::intrusive_ptr<Stage>, Tensor, std::optional<Tensor>, double, double>())

@@ -41,6 +41,7 @@ from dgnet.models._option_words import as_words as as_words
 from dgnet.models._option_words import missing_options as missing_options
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._published import CONFIG as CONFIG
+from dgnet.models._published import PRETRAINED as PRETRAINED
 from dgnet.models._published import SOURCES as SOURCES
 from dgnet.models._published import WEIGHTS as WEIGHTS
 from dgnet.models._published import Published as Published

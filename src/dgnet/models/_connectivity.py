@@ -17,10 +17,12 @@ from dgnet.graph import (
     GateOptions,
     LearnedOptions,
     LearnedWeighting,
+    LinearWeighting,
     NodeGates,
-    RandomGraphOptions,
-    RoutedOptions,
     RoutedWeighting,
+    SignedOptions,
+    SignedWeighting,
+    SoftmaxWeighting,
     StageOptions,
     Topology,
     TopologyLike,
@@ -29,7 +31,7 @@ from dgnet.graph import (
 )
 from dgnet.options import Options, is_used, option
 
-WEIGHTING_NAMES = ("routed", "learned", "fixed")
+WEIGHTING_NAMES = ("routed", "signed", "linear", "softmax", "learned", "fixed")
 WeightingLike = str | Callable[[Topology, int], Weighting]
 
 
@@ -44,7 +46,9 @@ class Axes(Options):
     topology: TopologyLike | list[Any] = option(
         "complete", "a name, names with commas (one for each stage), a mask, a callable of num_nodes, or a list of these"
     )
-    weighting: WeightingLike = option("routed", "routed, learned, fixed, or a callable (topology, channels) -> Weighting")
+    weighting: WeightingLike = option(
+        "routed", f"{', '.join(WEIGHTING_NAMES)}, or a callable (topology, channels) -> Weighting"
+    )
 
     def check(self) -> None:
         """Raises UsageError for an unknown name, and for what is neither a name nor anything else that is allowed."""
@@ -52,7 +56,7 @@ class Axes(Options):
             check_choice("weighting", self.weighting, WEIGHTING_NAMES)
         elif not callable(self.weighting):
             raise UsageError(
-                "weighting is routed, learned, fixed or a callable (topology, channels) -> Weighting, got"
+                f"weighting is {', '.join(WEIGHTING_NAMES)} or a callable (topology, channels) -> Weighting, got"
                 f" {shorten(repr(self.weighting))}"
             )
         if not (callable(self.topology) or isinstance(self.topology, str | Topology | Tensor | Mapping | list | tuple)):
@@ -70,7 +74,7 @@ class Axes(Options):
 
 
 @dataclass(frozen=True)
-class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOptions, StageOptions, Axes):
+class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axes):
     """How the nodes of each stage are connected. The defaults are DG-Net's; what the paper does not specify is an option.
 
     Each base class is a group of options, defined in the module that uses it. That module receives this object whole.
@@ -104,8 +108,9 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
 
     def _chosen(self) -> dict[str, list[str]]:
         """For each axis, the values that are in use."""
+        starts = [start for start in (self.router_start, self.static_start) if isinstance(start, str)]
         return {
-            "topology": [*self.topology_names(), self.router_start],
+            "topology": [*self.topology_names(), *starts],
             "weighting": [self.weighting] if isinstance(self.weighting, str) else [OWN_WEIGHTING],
             "node_gate": [self.node_gate],
         }
@@ -159,7 +164,13 @@ class Connectivity(GateOptions, RoutedOptions, LearnedOptions, RandomGraphOption
         if self.weighting == "fixed" or not any(map(topology.free_receivers, range(topology.num_nodes))):
             return FixedWeighting(topology, channels)
         if self.weighting == "learned":
-            return LearnedWeighting(topology, channels, self)
+            return LearnedWeighting(topology, channels, self, stage)
+        if self.weighting == "signed":
+            return SignedWeighting(topology, channels, self, stage)
+        if self.weighting == "linear":
+            return LinearWeighting(topology, channels, self, stage)
+        if self.weighting == "softmax":
+            return SoftmaxWeighting(topology, channels, self)
         start = self._build_topology(self.router_start, stage, topology.num_nodes)
         return RoutedWeighting(topology, channels, self, start)
 

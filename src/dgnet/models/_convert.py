@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from dgnet.errors import UnknownOptionError, UsageError, check_choice, did_you_mean, reason, shorten
 from dgnet.graph import (
-    FixedWeighting,
-    LearnedWeighting,
-    RoutedWeighting,
-    Router,
+    PooledLinear,
     StageNodes,
     Topology,
     TopologyLike,
+    Weighting,
     find_stages,
     least_logit,
 )
@@ -212,24 +210,19 @@ def find_change(stage: StageNodes) -> str:
             return "its gates depend on the image"
         if (gates.bias[1:-1] < max(0.0, least_logit(stage.threshold_offset))).any():  # 0: in training
             return "a gate is closed"
-    if not isinstance(weighting, RoutedWeighting | LearnedWeighting | FixedWeighting):
+    routers: Any = getattr(weighting, "routers", {})
+    is_known = not weighting.reads_features or type(weighting).constant_alpha is not Weighting.constant_alpha
+    if not is_known or any(not isinstance(router, PooledLinear) for router in routers.values()):
         return ""
-    routers: Any = weighting.routers if isinstance(weighting, RoutedWeighting) else {}
-    if any(not isinstance(router, Router) for router in routers.values()):
-        return ""
-    if any(router.weight.any() for router in routers.values()):
-        return "its weights depend on the image"
+    weighting = deepcopy(weighting).eval()  # in which edges close
     for node in range(1, topology.num_nodes):
-        alpha = (
-            torch.stack(
-                [routers[str(i)].bias[topology.free_receivers(i).index(node)] for i in topology.senders(node)]
-            ).sigmoid()
-            if routers
-            else weighting.shared_alpha(node)
-        )
-        if weighting.threshold is not None and (alpha < weighting.threshold[node] + stage.threshold_offset).any():
+        alpha = weighting.constant_alpha(node)
+        if alpha is None:
+            return "its weights depend on the image"
+        is_open = weighting.find_open(node, alpha[None], stage.threshold_offset)
+        if is_open is not None and not is_open.all():
             return "an edge is closed"
-        if not torch.allclose(weighting.weigh(node, alpha), torch.ones_like(alpha), rtol=0, atol=1e-5):
+        if not torch.allclose(weighting.weigh(node, alpha[None]), torch.ones_like(alpha), rtol=0, atol=1e-5):
             return "an edge does not weigh 1"
     return ""
 

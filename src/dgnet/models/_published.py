@@ -26,7 +26,8 @@ _LOCAL, _HUB = "local-dir:", ("hf-hub:", "hf_hub:")
 SOURCES = (_LOCAL, *_HUB)
 """What the names of published networks begin with, in timm's form: "local-dir:FOLDER", "hf-hub:USER/NAME"."""
 
-_PACKAGED = Path(__file__).with_name("pretrained")
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""The folder of the published networks in this package."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def find_published(name: str, file: str) -> Path:
     Raises UsageError if there is no such file, and if the Hub cannot be reached.
     """
     if name in packaged_names():
-        return _PACKAGED / name / file
+        return PRETRAINED / name / file
     source, _, where = name.partition(":")
     if not where:
         raise UsageError(f"{name!r} names no network; write local-dir:FOLDER or hf-hub:USER/NAME")
@@ -166,7 +167,7 @@ _CFG: dict[str, Any] = {
 @cache
 def packaged_names() -> tuple[str, ...]:
     """The names of the networks whose weights are in this package, in timm's form: NAME.TAG."""
-    return tuple(folder.name for folder in list_folder(_PACKAGED) if is_file(folder / CONFIG)) if is_folder(_PACKAGED) else ()
+    return tuple(folder.name for folder in list_folder(PRETRAINED) if is_file(folder / CONFIG)) if is_folder(PRETRAINED) else ()
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,9 @@ def packaged_cfgs(*architectures: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name in packaged_names():
         if name.partition(".")[0] in architectures:
-            content = read_json(_PACKAGED / name / CONFIG)
-            found[name] = {**content["pretrained_cfg"], "file": str(_PACKAGED / name / WEIGHTS)}
+            content = read_json(PRETRAINED / name / CONFIG)
+            file = str(PRETRAINED / name / WEIGHTS)
+            found[name] = {**content["pretrained_cfg"], "file": file, "label_names": content["label_names"]}
     return found
 
 

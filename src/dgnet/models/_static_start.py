@@ -66,6 +66,8 @@ def _choose(network: DynamicFamily, given: Mapping[str, Any]) -> tuple[dict[str,
         needed |= {"topology": "complete", "shortcut": "edge"}
     elif weighting == "routed":
         needed |= {"topology": "complete", "shortcut": "node", "router_start": "chain"}
+    elif weighting in ("signed", "linear"):
+        needed |= {"topology": "complete", "shortcut": "node", "static_start": "identity"}
     else:
         needed |= {"topology": "chain", "shortcut": "node"}
     if weighting == "routed":
@@ -74,6 +76,8 @@ def _choose(network: DynamicFamily, given: Mapping[str, Any]) -> tuple[dict[str,
         needed |= {"learned_start": 1.0, "learned_activation": "identity"}
     if has_gates:
         needed |= {"node_gate_std": 0.0}
+    if weighting in ("signed", "linear"):
+        needed = {"static_start": "ones"} | needed
     if has_gates or weighting == "routed":
         suggested |= {"router_norm": "layer"}  # features of a trained network are not of unit scale
     return needed, suggested

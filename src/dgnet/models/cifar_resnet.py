@@ -1,6 +1,7 @@
-"""The CIFAR form of ResNet (He et al., 2016, §4.2) and DG-ResNet: 6n + 2 layers, three stages of n basic blocks.
+"""The CIFAR forms of ResNet (He et al., 2016a, §4.2), ResNetV2 and DG-ResNet: 6n + 2 layers, three stages of n basic blocks.
 
-Shortcuts are option B of that paper: a 1×1 convolution and BN if the shape changes, otherwise the identity.
+Shortcuts are option B of that paper: a 1×1 convolution and BN if the shape changes, otherwise the identity. ResNetV2 is the
+pre-activation form (He et al., 2016b): no activation after an addition, as on the edges of DG-ResNet.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
-from torch import nn
+from torch import Tensor, nn
 
 from dgnet.errors import check_range
 from dgnet.models._connectivity import Connectivity
@@ -43,7 +44,7 @@ class CifarResNet(StagedNetwork):
     starts at 0, as in timm's ResNet, a run of few epochs learns more slowly.
     """
 
-    stem_names = ("conv1", "bn1", "act1")
+    stem_names: tuple[str, ...] = ("conv1", "bn1", "act1")
     stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(
@@ -61,19 +62,14 @@ class CifarResNet(StagedNetwork):
         depths, widths = _read_sizes("layers", layers), _read_sizes("channels", channels)
         self.in_chans = in_chans
         width = widths[0]
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.act1 = nn.ReLU(inplace=True)
-        self.feature_info = [{"num_chs": width, "reduction": 1, "module": "act1"}]
+        self.build_stem(in_chans, width)
+        self.feature_info = [{"num_chs": width, "reduction": 1, "module": self.stem_names[-1]}]
         drop_paths = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         reduction = 1
         for name, depth, planes, stage_stride in zip(self.stage_names, depths, widths, (1, 2, 2), strict=True):
             blocks = []
             for stride in (stage_stride, *[1] * (depth - 1)):
-                keeps_shape = stride == 1 and width == planes
-                projection = None if keeps_shape else downsample_conv(width, planes, 1, stride, norm_layer=nn.BatchNorm2d)
-                rate = next(drop_paths)
-                blocks.append(BasicBlock(width, planes, stride, projection, drop_path=DropPath(rate) if rate else None))
+                blocks.append(self.build_block(width, planes, stride, next(drop_paths)))
                 width = planes
             self.add_module(name, nn.Sequential(*blocks))
             reduction *= stage_stride
@@ -82,12 +78,63 @@ class CifarResNet(StagedNetwork):
         self.build_head(num_classes, global_pool, drop_rate)
         self.init_weights(zero_init_last=zero_init_last)
 
+    def build_stem(self, in_chans: int, channels: int) -> None:
+        """The layers before the first stage, under the names `stem_names`."""
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU(inplace=True)
+
+    def build_block(self, in_channels: int, channels: int, stride: int, drop_path: float) -> nn.Module:
+        """A residual block. `drop_path`: the rate at which it is left out in training."""
+        keeps_shape = stride == 1 and in_channels == channels
+        projection = None if keeps_shape else downsample_conv(in_channels, channels, 1, stride, norm_layer=nn.BatchNorm2d)
+        return BasicBlock(in_channels, channels, stride, projection, drop_path=DropPath(drop_path) if drop_path else None)
+
     def init_weights(self, zero_init_last: bool = False) -> None:
         super().init_weights()
         module: Any
         for module in self.modules():
             if zero_init_last and hasattr(module, "zero_init_last"):
                 module.zero_init_last()
+
+
+class PreActivationBlock(nn.Module):
+    """x + conv(act(BN(conv(act(BN(x)))))) (He et al., 2016b, Fig. 4e). A changed shape is projected after the first act."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.drop_path = drop_path
+        keeps_shape = stride == 1 and in_channels == channels
+        self.downsample = None if keeps_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        out: Tensor = shortcut + self.drop_path(self.conv2(self.act2(self.bn2(self.conv1(y)))))
+        return out
+
+
+class CifarResNetV2(CifarResNet):
+    """CifarResNet with pre-activation blocks (He et al., 2016b). The stem is a convolution; BN, ReLU follow the last stage."""
+
+    stem_names = ("conv1",)
+    neck_names = ("norm", "act")
+
+    def build_block(self, in_channels: int, channels: int, stride: int, drop_path: float) -> nn.Module:
+        return PreActivationBlock(in_channels, channels, stride, DropPath(drop_path) if drop_path else nn.Identity())
+
+    def build_stem(self, in_chans: int, channels: int) -> None:
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
+
+    def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        self.norm, self.act = nn.BatchNorm2d(self.num_features), nn.ReLU(inplace=True)
+        super().build_head(num_classes, global_pool, drop_rate)
 
 
 class DynamicCifarResNet(DynamicFamily, CifarResNet):
@@ -115,7 +162,7 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-_NAMES = tuple(f"{prefix}resnet{depth}" for prefix in ("", "dg_") for depth in (20, 32, 56, 110))
+_NAMES = tuple(f"{prefix}{depth}" for prefix in ("resnet", "resnetv2_", "dg_resnet") for depth in (20, 32, 56, 110))
 default_cfgs = generate_default_cfgs({**{name: _cfg() for name in _NAMES}, **packaged_cfgs(*_NAMES)})
 
 
@@ -146,6 +193,30 @@ def resnet56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
 def resnet110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-110 for 32×32 images, the static baseline."""
     return _create(CifarResNet, "resnet110", 110, pretrained, **kwargs)
+
+
+@register_model
+def resnetv2_20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
+    """ResNetV2-20 for 32×32 images, pre-activation."""
+    return _create(CifarResNetV2, "resnetv2_20", 20, pretrained, **kwargs)
+
+
+@register_model
+def resnetv2_32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
+    """ResNetV2-32 for 32×32 images, pre-activation."""
+    return _create(CifarResNetV2, "resnetv2_32", 32, pretrained, **kwargs)
+
+
+@register_model
+def resnetv2_56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
+    """ResNetV2-56 for 32×32 images, pre-activation."""
+    return _create(CifarResNetV2, "resnetv2_56", 56, pretrained, **kwargs)
+
+
+@register_model
+def resnetv2_110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
+    """ResNetV2-110 for 32×32 images, pre-activation."""
+    return _create(CifarResNetV2, "resnetv2_110", 110, pretrained, **kwargs)
 
 
 @register_model

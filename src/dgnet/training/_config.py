@@ -70,7 +70,9 @@ class RunConfig(OptimizerOptions):
     """Options of every training run. Raises UsageError for a value that is not allowed."""
 
     model: str = option("dg_resnet20", "model name; for a list: dgnet models")
-    weighting: str | None = option(None, "how edges are weighted: routed (the default), learned, fixed")
+    weighting: str | None = option(
+        None, "how edges are weighted: routed (the default), signed, linear, softmax, learned, fixed"
+    )
     topology: str | None = option(
         None,
         "which edges exist: complete (the default), residual, chain, er, ba, ws; or one for each stage, separated by commas",

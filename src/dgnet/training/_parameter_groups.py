@@ -16,8 +16,8 @@ def build_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters with and without weight decay; with `layer_decay`, also by layer, each with its share of the learning rate.
 
-    Routers, gates, thresholds and normalisation have groups of their own if an option gives them another decay or learning
-    rate. With `layer_decay` routers, gates and thresholds always have: no layer's share is applied to them.
+    Routers, gates, thresholds and normalisation have groups of their own if an option gives them another decay, learning rate
+    or optimiser. With `layer_decay` routers, gates and thresholds always have: no layer's share is applied to them.
     """
     exempt: set[str] = getattr(network, "no_weight_decay", set)()
     groups: list[dict[str, Any]]
@@ -40,11 +40,14 @@ def build_parameter_groups(
         for group in groups:
             plain = [p for p in group["params"] if p.ndim <= 1 and id(p) not in connectivity]
             apart.append({**group, "params": plain, "weight_decay": config.weight_decay})
-    has_own_rate = config.router_lr != 1 or layer_decay is not None
-    rate = {"lr_scale": config.router_lr} if has_own_rate else {}
+    rate: dict[str, Any] = {}
+    if config.router_lr != 1 or layer_decay is not None:
+        rate["lr_scale"] = config.router_lr
+    if config.router_optimizer == "adamw":
+        rate["use_fallback"] = True  # timm's Muon then uses AdamW
     if config.routing_decay != "weights":
         apart.append({"params": routers, "weight_decay": decay, **rate})
-    elif has_own_rate:
+    elif rate:
         matrices, biases = ([p for p in routers if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
         apart.append({"params": matrices, "weight_decay": config.weight_decay, **rate})
         apart.append({"params": biases, "weight_decay": 0.0, **rate})
