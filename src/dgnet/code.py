@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,8 +16,14 @@ _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 @contextmanager
 def trust_code(modules: str | Iterable[str]) -> Iterator[None]:
-    """Inside the `with` block, code of these modules and packages may be imported where a file names it."""
-    token = _trusted.set((*_trusted.get(), *([modules] if isinstance(modules, str) else modules)))
+    """Inside the `with` block, code of these modules and packages may be imported where a file names it.
+
+    Raises UsageError unless `modules` is a name or several names.
+    """
+    names = [modules] if isinstance(modules, str) else list(modules) if isinstance(modules, Iterable) else [modules]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"trust_code is the name of a package, or a list of names, got {modules!r}")
+    token = _trusted.set((*_trusted.get(), *(name.strip() for name in names)))
     try:
         yield
     finally:
@@ -36,21 +43,48 @@ def code_path(code: Any) -> str | None:
 
 
 def find_code(path: str, what: str) -> Any:
-    """The class or function at the import path `path`, which the option `what` names.
+    """The class or function at the import path `path`, which the option `what` names. It may be inside a class.
+
+    What its module prints when it is imported goes to stderr: stdout may be a document.
 
     Raises UsageError if its module is not trusted, cannot be imported, or does not have it.
     """
     package = path.partition(".")[0]
     if not any(path == name or path.startswith(f"{name}.") for name in _trusted.get()):
         raise UsageError(
-            f"{what} is code of the package {package} ({path}), which is run only if you trust it: --trust-code {package},"
-            f" or in Python trust_code={package!r}"
+            f"{what} is code of the package {package} ({path}), which is run only if you trust it: trust_code={package!r}"
         )
-    module, _, name = path.rpartition(".")
+    *names, name = path.split(".")
+    module = ".".join(names)
+    holder = _find_holder(names, what)
+    if holder is None:
+        raise UsageError(
+            f"{what}: {module} cannot be imported: there is no such module; install it, or add its folder to PYTHONPATH"
+        )
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        line = f"{what}: {module} cannot be imported ({reason(error)}); install it, or add its folder to PYTHONPATH"
-        raise UsageError(line) from None
+        return getattr(holder, name)
     except AttributeError:
         raise UsageError(f"{what}: {module} has no {name}; install the version that the network was trained with") from None
+
+
+def _find_holder(names: Sequence[str], what: str) -> Any:
+    """The module `names`, joined by dots, or the class in a module; None if there is neither."""
+    with redirect_stdout(sys.stderr):
+        found = _import(".".join(names), what)
+    if found is not None or len(names) == 1:
+        return found
+    outer = _find_holder(names[:-1], what)
+    return getattr(outer, names[-1], None)
+
+
+def _import(module: str, what: str) -> Any:
+    """The module; None if there is none of this name. Raises UsageError for any other error of its import."""
+    try:
+        return importlib.import_module(module)
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # the module may raise anything, or end the process
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        why = f"it calls exit({error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {reason(error)}"
+        raise UsageError(f"{what}: {module} cannot be imported ({why}); repair it, or install what it needs") from None
