@@ -24,6 +24,7 @@ import sparse_mode  # noqa: E402
 from common import read_rows  # noqa: E402
 from dgnet._cost_tables import TABLES as PAPER_TABLES  # noqa: E402
 from dgnet._cost_tables import format_cost_table  # noqa: E402
+from dgnet.models import list_pretrained  # noqa: E402
 from grid import read_grid  # noqa: E402
 from report import Arms, collect, column, difference, format_mean, format_table  # noqa: E402
 
@@ -322,7 +323,25 @@ def costs_table() -> str:
     return format_table(["model", "size", *fields.values()], lines)
 
 
+def pretrained_table() -> str:
+    """The networks whose weights come with the package."""
+    head = ["network", "images", "top-1 %", "parameters M", "multiply-adds M, dense", "executed, mean"]
+    rows = [
+        [
+            f"`{row.name}`",
+            f"{row.images:,}",
+            f"{row.top1:.2f}",
+            f"{row.parameters / 1e6:.3f}",
+            f"{row.dense_multiply_adds / 1e6:.2f}",
+            f"{row.executed_multiply_adds / 1e6:.2f} ({row.executed_multiply_adds / row.dense_multiply_adds:.0%})",
+        ]
+        for row in list_pretrained()
+    ]
+    return format_table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "pretrained": pretrained_table,
     "cifar10": partial(
         arms_table,
         "cifar10",

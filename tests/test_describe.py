@@ -63,6 +63,13 @@ def test_blocks_that_stay_static_are_grouped_by_the_reason():
     assert to_json(asdict(found), "utf-8")
 
 
+def test_static_blocks_of_stages_that_are_no_containers_are_listed():
+    found = dgnet.describe(dgnet.convert(timm.create_model("regnetx_002", num_classes=4)), 64)
+    assert [(group.reason, group.blocks) for group in found.static] == [
+        ("it changes the shape", ("s1.b1", "s2.b1", "s3.b1", "s4.b1"))
+    ]
+
+
 def test_one_block_is_called_so():
     converted = dgnet.convert(timm.create_model("resnet18"), stages="layer3", node_gate="hard", image_size=32)
     assert str(dgnet.describe(converted, 32)).startswith("DynamicResNet: 1 dynamic stage of 1 block\n")

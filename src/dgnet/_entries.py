@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from timm.models import build_model_with_cfg, load_pretrained, register_model, resolve_pretrained_cfg
 from torch import nn
 
+from dgnet.errors import UsageError
+
 if TYPE_CHECKING:
     from dgnet.models import TimmNetwork
 
@@ -20,6 +22,7 @@ def dgnet_converted(pretrained: bool = False, *, base: str, **kwargs: Any) -> Ti
     """timm's network `base`, converted; further options are those of `dgnet.convert` and of `base`."""
     from dgnet.models import create_model, take_state
 
+    _check_base(base)
     if not kwargs.get("pretrained_cfg"):
         kwargs["pretrained_cfg"] = resolve_pretrained_cfg(base).to_dict(remove_source=True)
 
@@ -42,11 +45,30 @@ def dgnet_detector(
     detector: Mapping[str, Any],
     **others: Any,
 ) -> nn.Module:
-    """`dgnet.detection.Detector` on `network`, built with `network_args`. `detector`: further arguments of `Detector`."""
+    """`dgnet.detection.Detector` on `network`, built with `network_args`. `detector`: further arguments of `Detector`.
+
+    Raises UsageError for any other option: timm's are for classifiers.
+    """
     from dgnet.detection import Detector
     from dgnet.models import create_model
 
+    given = [name for name, value in others.items() if value not in (None, False) and not name.startswith(_OF_TIMM)]
+    if given:
+        raise UsageError(f"a published detector has no option {given[0]!r}; leave it out")
+    _check_base(network)
     built = Detector(create_model(network, **network_args), num_classes, **detector)
     if pretrained:
         load_pretrained(built, dict(pretrained_cfg or {}), num_classes=num_classes)
     return built
+
+
+_OF_TIMM = ("pretrained_", "cache_dir")
+"""What the options begin with that say where weights are. timm passes them to all networks."""
+
+
+def _check_base(name: object) -> None:
+    """Raises UsageError if a `config.json` names another published network, whose weights would be loaded too."""
+    from dgnet.models import SOURCES
+
+    if str(name).startswith(SOURCES):
+        raise UsageError(f"a config.json must name a network of timm or dgnet, got {str(name)[:60]!r}")

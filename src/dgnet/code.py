@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any
 
-from dgnet.errors import UsageError, reason
+from dgnet.errors import UsageError, reason, shorten
 
 TRUSTED = "DGNET_TRUST_CODE"
 """The environment variable with the packages that the user trusts in every command, separated by commas."""
@@ -28,8 +27,14 @@ _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 @contextmanager
 def trust_code(modules: str | Iterable[str]) -> Iterator[None]:
-    """Inside the `with` block, code of these modules and packages may be imported where a file names it."""
-    token = _trusted.set((*_trusted.get(), *([modules] if isinstance(modules, str) else modules)))
+    """Inside the `with` block, code of these modules and packages may be imported where a file names it.
+
+    Raises UsageError unless `modules` is a name or several names.
+    """
+    names = [modules] if isinstance(modules, str) else list(modules) if isinstance(modules, Iterable) else [modules]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"trust_code is the name of a package, or a list of names, got {modules!r}")
+    token = _trusted.set((*_trusted.get(), *(name.strip() for name in names)))
     try:
         yield
     finally:
@@ -49,24 +54,30 @@ def code_path(code: Any) -> str | None:
 
 
 def find_code(path: str, what: str) -> Any:
-    """The class or function at the import path `path`, which the option `what` names.
+    """The class or function at the import path `path`, which the option `what` names. It may be inside a class.
+
+    What its module prints when it is imported goes to stderr: stdout may be a document.
 
     Raises UsageError if its module is not trusted, cannot be imported, or does not have it.
     """
     _check_trust(path, what)
-    module, _, name = path.rpartition(".")
+    *names, name = path.split(".")
+    module = ".".join(names)
+    holder = _find_holder(names, what)
+    if holder is None:
+        raise _missing(module, what)
     try:
-        return getattr(_import(module, what), name)
+        return getattr(holder, name)
     except AttributeError:
         raise UsageError(f"{what}: {module} has no {name}; install the version that the network was trained with") from None
 
 
 def list_packages(text: str | None, what: str) -> list[str]:
     """The packages that an option lists, separated by commas. Raises UsageError for one that cannot be a name."""
-    names = [name.strip() for name in (text or "").split(",")] if text else []
+    names = [name.strip() for name in text.split(",")] if text else []
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise UsageError(f"{what} takes packages as they are imported, separated by commas, got {name!r}")
+            raise UsageError(f"{what} takes packages as they are imported, separated by commas, got {shorten(name, 60)!r}")
     return list(dict.fromkeys(names))
 
 
@@ -74,7 +85,9 @@ def import_packages(names: Iterable[str], what: str) -> None:
     """Import packages, for what they register. Raises UsageError for one that is not trusted or cannot be imported."""
     for name in names:
         _check_trust(name, what)
-        _import(name, what)
+        with redirect_stdout(sys.stderr):
+            if _import(name, what) is None:
+                raise _missing(name, what)
 
 
 def _check_trust(path: str, what: str) -> None:
@@ -85,26 +98,34 @@ def _check_trust(path: str, what: str) -> None:
     package = path.partition(".")[0]
     where = "" if path == package else f" ({path})"
     raise UsageError(
-        f"{what} is code of the package {package}{where}, which is run only if you trust it: --trust-code {package}, or in"
-        f" Python trust_code={package!r}"
+        f"{what} is code of the package {package}{where}, which is run only if you trust it: trust_code={package!r}"
     )
 
 
+def _missing(module: str, what: str) -> UsageError:
+    return UsageError(
+        f"{what}: {module} cannot be imported: there is no such module; install it, or add its folder to PYTHONPATH"
+    )
+
+
+def _find_holder(names: Sequence[str], what: str) -> Any:
+    """The module `names`, joined by dots, or the class in a module; None if there is neither."""
+    with redirect_stdout(sys.stderr):
+        found = _import(".".join(names), what)
+    if found is not None or len(names) == 1:
+        return found
+    outer = _find_holder(names[:-1], what)
+    return getattr(outer, names[-1], None)
+
+
 def _import(module: str, what: str) -> Any:
+    """The module; None if there is none of this name. Raises UsageError for any other error of its import."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        line = f"{what}: {module} cannot be imported ({reason(error)}); install it, or add its folder to PYTHONPATH"
-        raise UsageError(line) from None
-    except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{what}: {module} cannot be imported ({describe_error(error)}); correct it") from error
-
-
-def describe_error(error: Exception) -> str:
-    """An error in the user's own code: its class, its message, and the line that raised it."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg}, {error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__ or sys.exc_info()[2])
-    own = [frame for frame in frames if not frame.filename.startswith("<frozen")]
-    where = f", {own[-1].filename}, line {own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {reason(error)}{where}"
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # the module may raise anything, or end the process
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        why = f"it calls exit({error.code})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {reason(error)}"
+        raise UsageError(f"{what}: {module} cannot be imported ({why}); repair it, or install what it needs") from None

@@ -18,13 +18,18 @@ from dgnet.errors import UsageError, WriteError, reason
 from dgnet.paths import find_kind, read_text
 
 
+def part_of(path: Path) -> Path:
+    """Where `replace_file` writes the new content of `path`. A process that is killed leaves this file."""
+    return path.with_name(f".{path.name}.part")
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to inside the `with` block, which replaces `path` at the end of the block.
 
     It is in the folder of `path`. Its content is on the disk before it is renamed. If the block raises, `path` is unchanged.
     """
-    written = path.with_name(f".{path.name}.part")
+    written = part_of(path)
     try:
         written.touch()
         mode = written.stat().st_mode  # as the user's umask has it; some libraries write files that nobody else may read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
@@ -66,9 +67,18 @@ def read_options(config: Any) -> None:
             object.__setattr__(config, f.name, read_value(hints[f.name], value, flag(f.name)))
 
 
+_FLAGS = {"imports": "--import"}
+"""Fields that cannot be called like their option, whose name is a keyword of Python."""
+
+
 def flag(name: str) -> str:
     """The option of a field as it is typed: --batch-size for batch_size."""
-    return f"--{name.replace('_', '-')}"
+    return _FLAGS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def as_word(value: Any) -> str:
+    """A plain value as it is typed after its option."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def is_used(option: Field[Any], chosen: Mapping[str, list[str]]) -> bool:

@@ -14,10 +14,12 @@ import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dgnet
 from dgnet.checkpoint import Checkpoint, describe_network, load_checkpoint, save_tensors
+from dgnet.cli.weights import find_results_folder
 from dgnet.code import trust_code
 from dgnet.data import Preprocessing
 from dgnet.detection import Detector, describe_detector, load_detector
@@ -111,14 +113,30 @@ def test_a_published_detector_is_the_trained_one(tmp_path):
     built = Detector(network, 2, **detector).eval()
     described = describe_detector("test_resnet", options, NAMES[:2], {1: 7, 2: 9}, {**detector, "options": {}}, {})
     save_tensors(built.state_dict(), tmp_path / "run.safetensors", described)
-    written = publish(tmp_path / "run.safetensors", tmp_path / "published")
+    written = publish(tmp_path / "run.safetensors", tmp_path / "published", evaluation={"ap": 31.5, "ap50": 50, "ap75": None})
     assert written.task == "detect"
+    assert "| AP | 31.50 |" in (tmp_path / "published" / "README.md").read_text()
     images = [torch.rand(3, 40, 32)]
     expected = built(images)[0]
     for loaded in (dgnet.create_model(written.source), timm.create_model(written.source, pretrained=True)):
         found = loaded.eval()(images)[0]
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert load_detector(written.source).category_ids == {1: 7, 2: 9}
+    for option in ("features_only", "drop_path_rat"):
+        with pytest.raises(UsageError, match=f"detector has no option '{option}'"):
+            dgnet.create_model(written.source, **{option: True})
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    edit(tmp_path / "published", model_args={**config["model_args"], "network": "hf-hub:user/name"})
+    with pytest.raises(UsageError, match=r"must name a network of timm or dgnet, got 'hf-hub:user/name'"):
+        dgnet.create_model(written.source)
+
+
+def test_the_base_of_a_converted_network_is_no_other_published_one(tmp_path):
+    save(tmp_path / "run.safetensors", "test_resnet", dynamic=True, node_gate="hard")
+    source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
+    edit(tmp_path / "published", model_args={"base": source})
+    with pytest.raises(UsageError, match="must name a network of timm or dgnet"):
+        dgnet.create_model(source)
 
 
 def test_a_card_says_what_was_measured_and_escapes_names(tmp_path):
@@ -142,7 +160,7 @@ def test_a_card_says_what_was_measured_and_escapes_names(tmp_path):
 
 def test_code_of_the_users_own_is_run_only_if_trusted(tmp_path, images):
     expected = save(tmp_path / "run.safetensors", "dg_resnet20", channels=(4, 6, 8), weighting=Halves)(images)
-    with pytest.raises(UsageError, match=r"code of the package tests .*--trust-code tests"):
+    with pytest.raises(UsageError, match=r"code of the package tests .*trust_code=.tests."):
         publish(tmp_path / "run.safetensors", tmp_path / "published")
     with trust_code("tests"):
         source = publish(tmp_path / "run.safetensors", tmp_path / "published").source
@@ -175,6 +193,17 @@ def test_the_commands_take_a_published_network(tmp_path, capsys):
     assert "published; load it" in ask(capsys, "publish", tmp_path / "run.safetensors", "--to", folder)  # again: replaced
 
 
+@pytest.mark.parametrize("source", ["local-dir:/some/where", "hf-hub:user/name"])
+def test_results_of_a_published_network_go_to_the_current_folder(source):
+    assert find_results_folder(source) == Path()
+
+
+def test_results_of_a_checkpoint_go_beside_it(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert find_results_folder(str(tmp_path)) == tmp_path
+    assert find_results_folder(str(tmp_path / "model.safetensors")) == tmp_path
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +214,18 @@ def test_the_commands_take_a_published_network(tmp_path, capsys):
         (lambda folder: edit(folder, architecture=None), "architecture"),
         (lambda folder: edit(folder, model_args={"topolgy": "er"}), "topolgy"),
         (lambda folder: edit(folder, model_args=[1]), "model_args"),
+        (lambda folder: edit(folder, model_args=None), "model_args must be a dict"),
+        (lambda folder: edit(folder, num_classes="four"), "num_classes must be a whole number"),
+        (lambda folder: edit(folder, label_names=5), "label_names must be a list of texts"),
+        (lambda folder: edit(folder, label_names="cat"), "label_names must be a list of texts"),
+        (lambda folder: edit(folder, dgnet=[1]), "dgnet must be a dict"),
+        (lambda folder: edit(folder, pretrained_cfg=None), "pretrained_cfg must be a dict"),
+        (lambda folder: edit(folder, pretrained_cfg={"mean": "grey"}), "mean must be a list of numbers"),
+        (lambda folder: edit(folder, pretrained_cfg={"input_size": [3, 32]}), "input_size must be a list of 3"),
+        (lambda folder: edit(folder, pretrained_cfg={"crop_pct": "all"}), "crop_pct must be a number"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff{}"), "not UTF-8"),
+        (lambda folder: (folder / "config.json").write_text('{"architecture": "a", "architecture": "b"}'), "given twice"),
+        (lambda folder: spoil(folder), "fc.bias holds values that are not finite"),
         (lambda folder: edit(folder, model_args={}), "size mismatch|loading state_dict"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors|No suitable"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors|header"),
@@ -197,6 +238,20 @@ def test_a_damaged_folder_is_refused_in_one_line(change, message, tmp_path):
     with pytest.raises(UsageError, match=message) as found:
         dgnet.create_model(source)
     assert "\n" not in str(found.value)
+
+
+def spoil(folder: Path) -> None:
+    """Put NaN into the weights."""
+    state = load_file(folder / "model.safetensors")
+    state["fc.bias"][0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
+def test_a_home_folder_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "run.safetensors", "dg_resnet20", **NETWORKS["dg_resnet20"])
+    publish(tmp_path / "run.safetensors", tmp_path / "published")
+    assert dgnet.create_model("local-dir:~/published").num_classes == len(NAMES)
 
 
 HUB = """
@@ -268,5 +323,7 @@ def test_what_cannot_be_published_is_refused(tmp_path, capsys):
     line = refuse(capsys, "publish", run, "--to", tmp_path / "new", "--evaluation", tmp_path / "figures.json")
     assert "holds none of top1" in line
     assert not (tmp_path / "new").exists()
+    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    assert "publish a checkpoint of dgnet" in refuse(capsys, "publish", tmp_path / "bare.safetensors", "--to", tmp_path / "new")
     for name in ("hf-hub:a/b/c", "hf-hub:a b/c"):
         assert "is no name of a model on the Hub" in refuse(capsys, "evaluate", name)

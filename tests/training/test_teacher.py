@@ -160,8 +160,8 @@ def test_published_weights_that_are_not_there_are_one_line(tmp_path, monkeypatch
             train(TrainConfig(output=str(tmp_path / "run"), **given))
         return str(caught.value)
 
-    line = "--pretrained true: no weights of dg_resnet20 are published in timm; use --weights FILE"
-    assert train_with(pretrained=True) == line
+    line = "--pretrained true: no weights of dg_resnet56 are published; use --weights FILE"
+    assert train_with(pretrained=True, model="dg_resnet56") == line
 
     def fail(*arguments: object, **more: object) -> None:
         raise FileNotFoundError("cannot find the file on the Hub")

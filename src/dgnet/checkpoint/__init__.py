@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dgnet.checkpoint._checkpoint import load_checkpoint as load_checkpoint
     from dgnet.checkpoint._checkpoint import read_run_data as read_run_data
     from dgnet.checkpoint._files import DESCRIPTION as DESCRIPTION
-    from dgnet.checkpoint._files import check_finite as check_finite
+    from dgnet.checkpoint._files import STEPS as STEPS
     from dgnet.checkpoint._files import damaged as damaged
     from dgnet.checkpoint._files import find_checkpoint as find_checkpoint
     from dgnet.checkpoint._files import read_tensors as read_tensors

@@ -155,7 +155,7 @@ def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> T
     Raises UsageError if no weights are published, and if they cannot be downloaded.
     """
     if not has_pretrained_weights(model):
-        raise UsageError(f"{asked}: no weights of {model} are published in timm; use {instead}")
+        raise UsageError(f"{asked}: no weights of {model} are published; use {instead}")
     try:
         return create_model(model, pretrained=True, **options)
     except UsageError as error:
@@ -169,8 +169,12 @@ def create_pretrained(model: str, asked: str, instead: str, **options: Any) -> T
 
 
 def find_class_names(network: TimmNetwork, classes: int) -> list[str] | None:
-    """ImageNet's class names if the network's own config is for so many of its classes, else None."""
-    return imagenet_classes(classes) if network.pretrained_cfg.get("num_classes") == classes else None
+    """The names in the network's own config, if it is for so many classes: its labels, or those of ImageNet; None without."""
+    cfg = network.pretrained_cfg
+    if cfg.get("num_classes") != classes:
+        return None
+    labels = list(cfg.get("label_names") or ())
+    return labels if len(labels) == classes else imagenet_classes(classes)
 
 
 def _check_options(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from dgnet.checkpoint._files import DESCRIPTION, check_finite, damaged, find_checkpoint, read_tensors, save_tensors
+from dgnet.checkpoint._files import DESCRIPTION, damaged, find_checkpoint, read_tensors, save_tensors
 from dgnet.checkpoint._fit import load_state
 from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import writing
 from dgnet.graph import accept_cuts, find_stages
-from dgnet.models import TimmNetwork, create_model, static_counterpart
+from dgnet.models import TimmNetwork, check_finite, create_model, static_counterpart
 from dgnet.typed import Label, Location, read_entry, read_fields
 
 CLASSIFY, DETECT = "classify", "detect"

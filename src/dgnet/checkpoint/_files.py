@@ -37,14 +37,6 @@ def damaged(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is damaged: {error}; use another checkpoint") from None
 
 
-def check_finite(state_dict: Mapping[str, Tensor]) -> None:
-    """Raises UsageError if a tensor holds NaN or infinity."""
-    for name, tensor in state_dict.items():
-        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # torch cannot ask float8
-        if (tensor.is_floating_point() or tensor.is_complex()) and not values.isfinite().all():
-            raise UsageError(f"{name} holds values that are not finite")
-
-
 def save_tensors(state_dict: Mapping[str, Tensor], path: Path, carried: dict[str, Any]) -> None:
     """Write a state dict as safetensors, with the description `carried` as metadata. Raises OSError if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
@@ -73,8 +65,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if kind != "file":
         found = "does not exist" if kind is None else "is no regular file"
         raise UsageError(
-            f"checkpoint {path} {found}; give a run folder, a .ckpt file, a model.safetensors, or a name that"
-            " dgnet models --pretrained lists"
+            f"checkpoint {path} {found}; give a run folder, a .ckpt file, a model.safetensors, or a published network:"
+            " local-dir:FOLDER, hf-hub:USER/NAME, or a name that dgnet models --pretrained lists"
         )
     return path
 
@@ -113,9 +105,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     with damaged(path):
         if carried is not None and not isinstance(carried, dict):
             raise UsageError(f"{DESCRIPTION} is no dict")
+    if carried is not None and isinstance(content.get("global_step"), int):
+        carried = {**carried, STEPS: content["global_step"]}
     return dict(state), carried
 
 
+STEPS = "steps"
+"""In the description that `read_tensors` gives for a .ckpt file of a run: how many steps the run had made."""
 _STATES = ("state_dict_ema", "state_dict", "model")
 """Where checkpoints keep a state dict. timm's training stores averaged weights too, which timm prefers when it loads them."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.checkpoint._files import check_finite, damaged, find_checkpoint, read_tensors
+from dgnet.checkpoint._files import damaged, find_checkpoint, read_tensors
 from dgnet.errors import UsageError, reason
 from dgnet.graph import DynamicGraph
 from dgnet.models import (
@@ -20,6 +20,7 @@ from dgnet.models import (
     adapt_input,
     adapt_positions,
     as_words,
+    check_finite,
     classifier_prefixes,
     describe_loss,
     find_obstacle,

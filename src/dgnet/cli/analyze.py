@@ -20,9 +20,9 @@ from dgnet.cli.command import (
     print_json,
     write_then_print,
 )
-from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
+from dgnet.cli.weights import add_checkpoint_or_weights, find_results_folder, open_checkpoint, remark
 from dgnet.errors import UsageError, check_range
-from dgnet.paths import find_kind, is_folder
+from dgnet.paths import find_kind
 from dgnet.typed import Location
 
 
@@ -37,7 +37,8 @@ def _parser() -> Parser:
         "--output",
         type=Location | None,
         default=None,
-        help="folder to write to; by default `analysis` in the run folder or beside the checkpoint file",
+        help="folder to write to; by default `analysis` in the run folder, beside the checkpoint file, or for a published"
+        " network in the current folder",
     )
     parser.add_argument(
         "--images",
@@ -114,7 +115,7 @@ def _find_folder(args: Namespace) -> Path:
         return Path(args.output)
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
-    return (Path(args.checkpoint) if is_folder(args.checkpoint) else Path(args.checkpoint).parent) / "analysis"
+    return find_results_folder(args.checkpoint) / "analysis"
 
 
 def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:

@@ -24,10 +24,9 @@ from dgnet.cli.command import (
     warn_if_nothing_skips,
     write_then_print,
 )
-from dgnet.cli.weights import add_checkpoint_or_weights, open_checkpoint, remark
+from dgnet.cli.weights import add_checkpoint_or_weights, find_results_folder, open_checkpoint, remark
 from dgnet.errors import BadImageError, UsageError, check_choice, check_range
 from dgnet.files import make_writable
-from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 
@@ -95,7 +94,10 @@ def _evaluate_parser() -> Parser:
         help="offsets of the sweep, such as [-0.1, 0, 0.1]; by default 11 from -0.5 to 0.5",
     )
     parser.add_argument(
-        "--output", type=Location | None, default=None, help="folder for the sweep's table and plot; by default the run folder"
+        "--output",
+        type=Location | None,
+        default=None,
+        help="folder for the sweep's table and plot; by default the run folder, or for a published network the current one",
     )
     parser.add_argument(
         "--speed", action="store_true", help="also measure images/s of both modes and of the static baseline, in one run"
@@ -126,7 +128,7 @@ def run_evaluate(args: Namespace) -> None:
     remark(remarks)
     if args.sweep_threshold:
         if is_main_process():  # under torchrun the others have nothing to do: the sweep measures times
-            _sweep(args, checkpoint.path, network, dataset, loading)
+            _sweep(args, network, dataset, loading)
         return
     if args.write and is_main_process():  # before the evaluation: a file that cannot be written is reported at once
         checkpoint.save(Path(args.write))
@@ -221,12 +223,12 @@ def _check_evaluate(args: Namespace) -> None:
         raise UsageError(f"--write {args.write} must end in .safetensors")
 
 
-def _sweep(args: Namespace, path: Path, network: Any, dataset: Any, loading: dict[str, int]) -> None:
+def _sweep(args: Namespace, network: Any, dataset: Any, loading: dict[str, int]) -> None:
     """`dgnet evaluate --sweep-threshold`."""
     from dgnet.analysis import OFFSETS, format_sweep, save_sweep, sweep_thresholds
     from dgnet.evaluation import announce
 
-    folder = Path(args.output or (args.checkpoint if is_folder(args.checkpoint) else path.parent))
+    folder = Path(args.output) if args.output else find_results_folder(args.checkpoint)
     make_writable(folder)
     offsets, device = OFFSETS if args.offsets is None else args.offsets, find_device(args.device)
     announce(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +17,12 @@ def _publish_parser() -> Parser:
         description="Publish a trained network in a folder or on the Hugging Face Hub: weights, timm's config.json, model card."
     )
     add_checkpoint(parser)
-    parser.add_argument("--to", type=Location, help="new or empty folder, or hf-hub:USER/NAME")
+    parser.add_argument("--to", type=Location, help="required: new or empty folder, or hf-hub:USER/NAME")
     parser.add_argument(
         "--evaluation",
         type=Location | None,
         default=None,
-        help="JSON file with the output of dgnet evaluate RUN --json, for the model card; by default the run's last metrics",
+        help="JSON file with the output of dgnet evaluate RUN --json, for the model card; by default what metrics.csv says",
     )
     parser.add_argument("--license", type=str | None, default=None, help="license of the weights, such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="with hf-hub: a new repository is private")
@@ -45,7 +46,7 @@ def run_publish(args: Namespace) -> None:
         print_json(asdict(written))
         return
     print(f"published; load it with: dgnet.create_model({written.source!r})")
-    print(f"use it: dgnet {'detect ' * (written.task == 'detect')}predict {written.source} photo.jpg")
+    print(f"use it: dgnet {'detect ' * (written.task == 'detect')}predict {shlex.quote(written.source)} photo.jpg")
 
 
 PUBLISH = Command(_publish_parser, run_publish)

@@ -45,7 +45,9 @@ def run_models(args: Namespace) -> None:
         return
     for name in names if not args.pretrained else []:
         print(name)
-    if args.pretrained:
+    if args.pretrained and not found:
+        print("no weights come with this version of dgnet; timm has weights for its own networks", file=sys.stderr)
+    if found:
         print(f"{'name':<36}{'top-1 %':>8}{'params M':>10}{'MAdds M':>9}{'executed M':>12}")
     for row in found:
         cells = f"{row.top1:>8.2f}{row.parameters / 1e6:>10.3f}{row.dense_multiply_adds / 1e6:>9.2f}"

@@ -13,6 +13,7 @@ from dgnet._streams import say_once
 from dgnet.cli.command import Parser, add_checkpoint
 from dgnet.errors import UsageError
 from dgnet.options import LARGEST_SIDE, flag
+from dgnet.paths import find_kind, is_folder
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -93,6 +94,18 @@ def open_checkpoint(args: Namespace) -> tuple[Checkpoint, list[str]]:
 
         lines.append(f"{checkpoint.path}: {describe_untrained(checkpoint.build_network(), loaded.untrained)}")
     return checkpoint, lines
+
+
+def find_results_folder(checkpoint: str) -> Path:
+    """Where commands write by default: in the run folder, beside the checkpoint file, or in the current folder.
+
+    The latter is for a published network: its folder may be published again, and that of a download is a cache.
+    """
+    from dgnet.models import is_published
+
+    if is_folder(checkpoint):
+        return Path(checkpoint)
+    return Path() if find_kind(checkpoint) is None and is_published(checkpoint) else Path(checkpoint).parent
 
 
 def _classes_of_data(args: Namespace) -> list[str]:

@@ -11,7 +11,6 @@ from dgnet.checkpoint import (
     DESCRIPTION,
     DETECT,
     Described,
-    check_finite,
     damaged,
     find_checkpoint,
     find_resized,
@@ -23,7 +22,7 @@ from dgnet.checkpoint import (
 from dgnet.detection._config import SIZE_BOUNDS
 from dgnet.detection._detector import Detector
 from dgnet.errors import UsageError, check_range
-from dgnet.models import TimmNetwork, classifier_prefixes
+from dgnet.models import TimmNetwork, check_finite, classifier_prefixes
 from dgnet.typed import Location, read_entry, read_fields
 
 _BODY = "backbone.body."

@@ -13,6 +13,8 @@ from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import accept_cuts as accept_cuts
 from dgnet.graph._gating import least_logit as least_logit
+from dgnet.graph._groups import mean_over_groups as mean_over_groups
+from dgnet.graph._groups import sum_in_groups as sum_in_groups
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
 from dgnet.graph._layout import from_map as from_map
 from dgnet.graph._layout import to_map as to_map

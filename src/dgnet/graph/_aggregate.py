@@ -27,8 +27,9 @@ _ROW_ELEMENTS = 4 * 1024
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
-    `features`: one tensor for each in-edge, E of them, (B, C, H, W) or of another layout with B first; `weights`: (B, E);
-    `is_open`: (B, E), None for all open. The feature of a closed edge never enters the sum, even if it is infinite or NaN.
+    `features`: one tensor for each in-edge, E of them, (B, C, H, W) or of another layout with B first; `weights`: (B, E), or
+    (B, E, g) for features of (B, g, …); `is_open`: (B, E), None for all open. The feature of a closed edge never enters the sum,
+    even if it is infinite or NaN.
 
     Sums in float32 if features are in half precision, otherwise in their own precision. Returns a tensor like a feature.
     """
@@ -75,9 +76,9 @@ def aggregate_rows(
     if is_open is not None and is_open.all():
         is_open = None
     is_partial = rows is not None or is_open is not None
-    if elements > _BLOCK_ELEMENTS // 2 or (is_partial and elements >= _ROW_ELEMENTS):
+    if weights.ndim == 2 and (elements > _BLOCK_ELEMENTS // 2 or (is_partial and elements >= _ROW_ELEMENTS)):
         return _sum_samples(out, features, weights, is_open, rows)
-    return _sum_blocks(out, features, weights, is_open, rows, size=_BLOCK_ELEMENTS // elements)
+    return _sum_blocks(out, features, weights, is_open, rows, size=max(_BLOCK_ELEMENTS // elements, 1))
 
 
 def _sum_samples(
@@ -170,15 +171,20 @@ class _Aggregate(torch.autograd.Function):
                 edge_is_open = _along(is_open[:, edge], feature)
                 weight = torch.where(edge_is_open, weight, 0)
                 product = None if product is None else torch.where(edge_is_open, product, 0)
-            columns.append(None if product is None else product.sum(tuple(range(1, product.ndim))).to(weights.dtype))
+            columns.append(
+                None if product is None else product.sum(tuple(range(weights.ndim - 1, product.ndim))).to(weights.dtype)
+            )
             feature_grads.append((grad_sum * weight).to(feature.dtype) if needed else None)
         weight_grad = torch.stack(columns, 1) if ctx.needs_input_grad[0] else None  # type: ignore[arg-type]
         return weight_grad, None, *feature_grads
 
 
 def _along(values: Tensor, feature: Tensor) -> Tensor:
-    """One value for each sample, (B,), in the form that multiplies a feature: (B, 1, 1, 1) for (B, C, H, W)."""
-    return values.view(-1, *[1] * (feature.ndim - 1))
+    """One value for each sample, (B,), in the form that multiplies a feature: (B, 1, 1, 1) for (B, C, H, W).
+
+    Also one for each sample and group, (B, g), for a feature of (B, g, …).
+    """
+    return values.reshape(*values.shape, *[1] * (feature.ndim - values.ndim))
 
 
 def _sum_dtype(feature: Tensor) -> torch.dtype:

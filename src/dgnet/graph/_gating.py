@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._context import ContextStack
+from dgnet.graph._groups import along_groups
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
@@ -52,8 +53,8 @@ def close_edges(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Close the in-edges of a node that are below the threshold, come from dead nodes, or lead to a closed gate (§3.3).
 
-    `weights`: (B, E). `is_open`: which edges are above the threshold, (B, E). `sender_is_alive`: (B, E). `gate`: whether the
-    node's own gate is open, (B,). None: all of them are.
+    `weights`: (B, E), or (B, E, g) for groups of channels. `is_open`: which edges are above the threshold, (B, E).
+    `sender_is_alive`: (B, E). `gate`: whether the node's own gate is open, (B,). None: all of them are.
     Returns the weights, 0 where closed; which edges are open, (B, E); whether the node is alive, (B,). None: all.
 
     While gates train, `sender_is_alive` and `gate` are 0 or 1 as floats, with gradients. Then a weight is multiplied by
@@ -62,16 +63,16 @@ def close_edges(
     if is_open is None and gate is None and sender_is_alive is None:
         return weights, None, None
     if sender_is_alive is None:
-        sender_is_alive = torch.ones_like(weights, dtype=torch.bool if gate is None else gate.dtype)
+        sender_is_alive = weights.new_ones(weights.shape[:2], dtype=torch.bool if gate is None else gate.dtype)
     if sender_is_alive.is_floating_point():
         passes = sender_is_alive > 0.5
         is_alive = (passes if is_open is None else is_open & passes).any(1).to(sender_is_alive.dtype)
-        weights = weights * sender_is_alive.to(weights.dtype)
-        weights = weights if is_open is None else torch.where(is_open, weights, 0)
+        weights = weights * along_groups(sender_is_alive, weights).to(weights.dtype)
+        weights = weights if is_open is None else torch.where(along_groups(is_open, weights), weights, 0)
         return weights, is_open, is_alive if gate is None else is_alive * gate
     is_open = sender_is_alive if is_open is None else is_open & sender_is_alive
     is_open = is_open if gate is None else is_open & gate[:, None]
-    return torch.where(is_open, weights, 0), is_open, is_open.any(1)
+    return torch.where(along_groups(is_open, weights), weights, 0), is_open, is_open.any(1)
 
 
 def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._aggregate import aggregate
 from dgnet.graph._gating import NodeGates
+from dgnet.graph._groups import mean_over_groups, sum_in_groups
 from dgnet.graph._layout import LAYOUTS
 from dgnet.graph._topology import Topology
 from dgnet.graph._weighting import Weighting
@@ -106,12 +108,13 @@ class StageNodes(nn.Module):
     ) -> Tensor:
         """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
 
-        `weights`, `is_open` (None: all open): (B, E). `sources`: the features of the in-edges; for an entry node the raw stage
-        input and x_0.
+        `weights`: (B, E), or (B, E, g) for groups of channels; `is_open`: (B, E), None: all open. `sources`: the features of
+        the in-edges; for an entry node the raw stage input and x_0.
         """
         if node in self.topology.entry:
             return self._compute_entry(node, weights, is_open, *sources, further=further)
-        return self.transform(node, aggregate(sources, weights, is_open), further=further)
+        summed = sum_in_groups(partial(aggregate, is_open=is_open), sources, weights, self.layout)
+        return self.transform(node, summed, further=further)
 
     def transform(self, node: int, x: Tensor, is_activated: bool = False, further: Further = NOTHING) -> Tensor:
         """x_j from x̂_j, (B, C, H, W); for the output node, the stage's output. Not for entry nodes.
@@ -138,6 +141,7 @@ class StageNodes(nn.Module):
     ) -> Tensor:
         """x_j of an entry node, f_j(α · stage input)."""
         block = self.nodes[node - 1]
+        weights = mean_over_groups(weights)  # the raw input may have other channels
         # Fast path in training: a block with `takes_scale` computes f_j(α · x) without storing α · x.
         if self.training and getattr(block, "takes_scale", False):
             y: Tensor = block(raw, scale=weights[:, 0])

@@ -33,11 +33,20 @@ class Record:
         self._alpha: list[list[Tensor]] = [[] for _ in self._stages]
         self._adjacency: list[list[Tensor]] = [[] for _ in self._stages]
         self._ran: list[list[Tensor]] = [[] for _ in self._stages]
+        self._group_weights: list[list[Tensor]] = [[] for _ in self._stages]
 
     @property
     def adjacency(self) -> list[Tensor]:
-        """For each stage the weights used in the aggregation, (B, N, N); 0 where an edge is closed."""
+        """For each stage the weights used in the aggregation, (B, N, N); 0 where an edge is closed.
+
+        With weights for each group of channels this is their mean; `group_weights` has all.
+        """
         return [self._join(chunks) for chunks in self._adjacency]
+
+    @property
+    def group_weights(self) -> list[Tensor]:
+        """As `adjacency`, for each group of channels, (B, N, N, g); (B, N, N) for a stage whose weighting has none."""
+        return [self._join(chunks) for chunks in self._group_weights]
 
     @property
     def alpha(self) -> list[Tensor]:
@@ -67,6 +76,9 @@ class Record:
             return
         self._alpha[index].append(wiring.alpha)
         self._adjacency[index].append(wiring.adjacency)
+        self._group_weights[index].append(
+            wiring.group_weights if self._stages[index].weighting.groups > 1 else wiring.adjacency
+        )
         self._ran[index].append(wiring.ran.detach() > 0)
 
     @staticmethod
@@ -94,8 +106,9 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
 
     Routers do not run, and an edge that weighs 0 is closed. Copies of the model are not affected.
 
-    `adjacency`: for each stage (N, N) for all samples, (B, N, N) with one for each sample, or None to leave the stage as it is.
-    Imposing the `record.adjacency` of a forward pass gives the same output again.
+    `adjacency`: for each stage (N, N) for all samples, (B, N, N) with one for each sample, (B, N, N, g) with weights for each
+    group of channels, or None to leave the stage as it is. Imposing the `record.adjacency` of a forward pass (with groups its
+    `record.group_weights`) gives the same output again.
 
     Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks, and if the model
     runs as copies in other threads.
@@ -124,9 +137,10 @@ def _stages_of(model: nn.Module) -> list[DynamicGraph]:
 
 
 def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
-    """`matrix` as (1 or B, N, N). Raises UsageError if it does not fit the topology."""
+    """`matrix` as (1 or B, N, N[, g]). Raises UsageError if it does not fit the topology."""
     num_nodes = topology.num_nodes
-    if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3) or matrix.shape[-2:] != (num_nodes, num_nodes):
+    sizes = matrix.shape[1:3] if isinstance(matrix, Tensor) and matrix.ndim == 4 else getattr(matrix, "shape", ())[-2:]
+    if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3, 4) or sizes != (num_nodes, num_nodes):
         allowed = f"({num_nodes}, {num_nodes}) or (B, {num_nodes}, {num_nodes})"
         found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise UsageError(f"{name}: an adjacency is {allowed}, got {found}")
@@ -134,7 +148,7 @@ def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
         raise UsageError(f"{name}: an adjacency is a dense tensor with values, got {matrix.layout} on {matrix.device.type}")
     if matrix.is_complex() or not torch.isfinite(matrix).all():
         raise UsageError(f"{name}: the weights of an adjacency must be finite real numbers")
-    matrix = matrix if matrix.ndim == 3 else matrix[None]
+    matrix = matrix[None] if matrix.ndim == 2 else matrix
     if matrix[:, ~topology.mask.to(matrix.device)].any():
         raise UsageError(f"{name}: the adjacency weighs an edge that the topology lacks; row j holds node j's in-edges")
     return matrix

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.options import Options, option
+from dgnet.graph._groups import GroupOptions
+from dgnet.options import option
 
 CLOSED_BIAS = -8.0
 """Initial b of an edge that starts closed: α = 0.0003. Thirty such edges together weigh about 0.01."""
@@ -23,7 +24,7 @@ NORMS = ("none", "layer", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterOptions(Options):
+class RouterOptions(GroupOptions):
     """Options of routers and block gates alike."""
 
     router_norm: str = option(

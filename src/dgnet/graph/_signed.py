@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_range
+from dgnet.graph._groups import along_groups, check_groups, mean_over_groups, split_groups
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
@@ -61,11 +62,12 @@ class SignedWeighting(RoutedWeighting):
             gate=given.gate,
             threshold=given.threshold,
             learn_threshold=given.learn_threshold,
+            weight_groups=given.weight_groups,
         )
         super().__init__(topology, channels, routed)
-        self.order = EdgeOrder(topology)
+        self.order = EdgeOrder(topology, self.groups)
         self.start = find_start(topology, given, stage)
-        self.static = nn.Parameter(torch.empty(self.order.num_edges))
+        self.static = nn.Parameter(torch.empty(self.order.shape))
         self.order.fill(self.static, self.start)
 
     def reset_parameters(self) -> None:
@@ -91,10 +93,11 @@ class _UnboundedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int, options: SignedOptions | None = None) -> None:
         super().__init__(topology, channels)
         self.options = options or SignedOptions()
+        self.groups = check_groups(self.options.weight_groups, channels)
         self.pool = self.options.router_pool or global_average_pool
         self.routers = nn.ModuleDict(
             {
-                str(node): PooledLinear(channels, len(topology.free_receivers(node)), bias=self.bias, norm="unit")
+                str(node): PooledLinear(channels, len(topology.free_receivers(node)) * self.groups, bias=self.bias, norm="unit")
                 for node in range(topology.output)
                 if topology.free_receivers(node)
             }
@@ -124,24 +127,24 @@ class _UnboundedWeighting(Weighting):
         if str(node) not in self.routers:
             return feature.new_ones(feature.shape[0], 0)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            scores: Tensor = self.routers[str(node)](pool_feature(feature, self.pool))
-            return scores
+            return split_groups(self.routers[str(node)](pool_feature(feature, self.pool)), self.groups)
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         weight = self.value(node, alpha)
         tau = self.tau[node].to(weight.dtype)
-        soft = torch.sigmoid((weight.abs() - tau) / _TEMPERATURE)
+        size = mean_over_groups(weight.abs())
+        soft = along_groups(torch.sigmoid((size - tau) / _TEMPERATURE), weight)
         if self.options.edge_gate == "soft":
             return weight * soft
         if not self.training:
             return weight
-        return weight * ((weight.abs() >= tau).to(weight.dtype) + (soft - soft.detach()))
+        return weight * (along_groups(size >= tau, weight).to(weight.dtype) + (soft - soft.detach()))
 
     def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
         if self.training:
             return None
-        weight = self.value(node, alpha)
-        return weight.abs() >= self.tau[node].to(weight.dtype) + offset
+        weight = mean_over_groups(self.value(node, alpha).abs())
+        return weight >= self.tau[node].to(weight.dtype) + offset
 
 
 class LinearWeighting(_UnboundedWeighting):
@@ -153,9 +156,9 @@ class LinearWeighting(_UnboundedWeighting):
 
     def __init__(self, topology: Topology, channels: int, options: SignedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels, options)
-        self.order = EdgeOrder(topology)
+        self.order = EdgeOrder(topology, self.groups)
         self.start = find_start(topology, self.options, stage)
-        self.static = nn.Parameter(torch.empty(self.order.num_edges))
+        self.static = nn.Parameter(torch.empty(self.order.shape))
         self.scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
@@ -205,8 +208,9 @@ class SoftmaxWeighting(_UnboundedWeighting):
         routers = self.routers
         if any(router.weight.any() for router in routers.values()):  # type: ignore[operator]
             return None
-        biases = [routers[str(i)].bias[self.topology.free_receivers(i).index(node)] for i in self.topology.senders(node)]  # type: ignore[index]
-        return torch.stack(biases)
+        biases = [split_groups(routers[str(i)].bias[None], self.groups)[0] for i in self.topology.senders(node)]  # type: ignore[index]
+        rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
+        return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)])
 
     def value(self, node: int, alpha: Tensor) -> Tensor:
         return alpha.softmax(1) * alpha.shape[1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, shorten
+from dgnet.graph._groups import GroupOptions
 from dgnet.graph._topology import RANDOM_TOPOLOGIES, RandomGraphOptions, Topology, build_topology
 from dgnet.options import option
 
@@ -22,7 +23,7 @@ STATIC_STARTS = ("ones", "identity", "normal", *RANDOM_TOPOLOGIES)
 
 
 @dataclass(frozen=True)
-class StaticOptions(RandomGraphOptions):
+class StaticOptions(RandomGraphOptions, GroupOptions):
     """Options of static weights."""
 
     static_start: Any = option(
@@ -80,13 +81,17 @@ def find_start(topology: Topology, options: StaticOptions, stage: int = 1) -> Te
 
 
 class EdgeOrder:
-    """Where the weights of each node's free in-edges lie in one vector of all free edges: a slice for each receiving node."""
+    """Where the weights of each node's free in-edges lie in one vector of all free edges: a slice for each receiving node.
 
-    def __init__(self, topology: Topology) -> None:
+    With g > 1 groups of channels, values are (E, g) where they would be (E,).
+    """
+
+    def __init__(self, topology: Topology, groups: int = 1) -> None:
         self.topology = topology
         degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
         self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
-        self.num_edges = sum(degrees)
+        self.shape = (sum(degrees),) if groups == 1 else (sum(degrees), groups)
+        """Of the values of all free edges."""
 
     def row(self, values: Tensor, node: int) -> Tensor:
         """The values of the node's in-edges, (E_j,), in the order of `topology.senders(node)`. `values`: (E,)."""
@@ -100,4 +105,5 @@ class EdgeOrder:
             if start is None and len(own):
                 nn.init.normal_(own, std=abs(scale) * len(own) ** -0.5)
             elif start is not None and len(own):
-                own.copy_(scale * start[node, list(self.topology.senders(node))])
+                values_of_edges = scale * start[node, list(self.topology.senders(node))]
+                own.copy_(values_of_edges if own.ndim == 1 else values_of_edges[:, None])

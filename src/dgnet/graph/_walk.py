@@ -109,7 +109,7 @@ class DenseWalk(Walk):
         self.features: list[Any] = []  # x_i of each node
         self.alive: list[Tensor | None] = [None]  # of each node, (B,): bool, or 0 and 1 while gates train; None: all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
-        self.alpha = self.new_predictions()  # α of each edge
+        self.alpha = self.new_predictions(stage.weighting.groups)  # α of each edge
         self.votes = self.new_predictions()  # of each edge, what the sender adds to the logit of the receiver's gate
         self.alpha_rows: list[Tensor] = []
         self.weight_rows: list[Tensor] = []
@@ -163,16 +163,21 @@ class DenseWalk(Walk):
         """
         batch, senders, weighting = self.x.shape[0], self.topology.senders(node), self.stage.weighting
         if self.imposed is not None:
-            weights = self.imposed[:, node, list(senders)].to(self.x.device).expand(batch, -1)
-            return weights, weights, weights != 0
+            weights = self.imposed[:, node, list(senders)].to(self.x.device)
+            weights = weights.expand(batch, *weights.shape[1:])
+            return weights, weights, weights != 0 if weights.ndim == 2 else (weights != 0).any(2)
         if node in self.topology.pinned:
             weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node])
             return weights, weights, None
         # Shared α is not collected edge by edge: the compiler would index into the row for every element of the sum.
-        alpha = self.row(self.alpha, node) if self.needs.alpha else weighting.shared_alpha(node).expand(batch, -1)
+        alpha = self.row(self.alpha, node) if self.needs.alpha else self.share(weighting.shared_alpha(node))
         if weighting.couples_edges:
             alpha = close_edges(alpha, None, sender_is_alive)[0]
         return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
+
+    def share(self, alpha: Tensor) -> Tensor:
+        """α that is the same for all samples, (E,) or (E, g), with B first."""
+        return alpha.expand(self.x.shape[0], *alpha.shape)
 
     def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
         """Whether the gate of a block is open, (B,); None if it has none."""
@@ -212,15 +217,15 @@ class DenseWalk(Walk):
 
     # How predictions are stored. A walk whose nodes run on some of the samples stores them in another form.
 
-    def new_predictions(self) -> Any:
-        """Storage for one number for each sample and edge."""
+    def new_predictions(self, groups: int = 1) -> Any:
+        """Storage for one number for each sample and edge, or for each of several `groups` of channels."""
         return {}
 
     def keep(self, predictions: Any, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
-        """Store `values`, (B, E), which were predicted for the edges from `node` to `receivers`."""
+        """Store `values`, (B, E) or (B, E, g), which were predicted for the edges from `node` to `receivers`."""
         for receiver, column in zip(receivers, values.unbind(1), strict=True):
             predictions[node, receiver] = column
 
     def row(self, predictions: Any, node: int) -> Tensor:
-        """What was predicted for the in-edges of `node`, (B, E)."""
+        """What was predicted for the in-edges of `node`, (B, E) or (B, E, g)."""
         return torch.stack([predictions[i, node] for i in self.topology.senders(node)], dim=1)

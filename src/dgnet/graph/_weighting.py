@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._gating import is_above_threshold, psi
+from dgnet.graph._groups import check_groups, mean_over_groups, split_groups
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
@@ -41,6 +42,9 @@ class Weighting(nn.Module):
             if old in vars(cls):
                 raise UsageError(f"{cls.__name__} overrides `{old}` of version 0.1's weightings; override {new} instead")
 
+    groups = 1
+    """g: the groups of channels that have weights of their own. If there are several, α and weights are (B, E, g)."""
+
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
         self.topology = topology
@@ -57,7 +61,7 @@ class Weighting(nn.Module):
         return self.threshold is not None or type(self).find_open is not Weighting.find_open
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
-        """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`.
+        """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`. With `groups` (B, E, g).
 
         `feature`: the node's output, (B, C, H, W).
         """
@@ -83,7 +87,7 @@ class Weighting(nn.Module):
         threshold = None if self.training else self.threshold
         if threshold is None:
             return None
-        return is_above_threshold(alpha, threshold[node].to(alpha.dtype), offset)
+        return is_above_threshold(mean_over_groups(alpha), threshold[node].to(alpha.dtype), offset)
 
     def reset_parameters(self) -> None:
         """Reset the parameters to their initial values."""
@@ -134,9 +138,10 @@ class LearnedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels)
         self.options = options or LearnedOptions()
-        self.order = EdgeOrder(topology)
+        self.groups = check_groups(self.options.weight_groups, channels)
+        self.order = EdgeOrder(topology, self.groups)
         self.start = find_start(topology, self.options, stage)
-        self.alpha = nn.Parameter(torch.empty(self.order.num_edges))
+        self.alpha = nn.Parameter(torch.empty(self.order.shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -189,7 +194,7 @@ class RoutedOptions(RouterOptions):
         for name in ("learn_threshold", "unit_start"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("unit_start", "router_norm"):
+        for name in ("unit_start", "router_norm", "weight_groups"):
             if self.router is not None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
         if self.unit_start and self.inference_weight == "raw":
@@ -241,6 +246,7 @@ class RoutedWeighting(Weighting):
     ) -> None:
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
+        self.groups = check_groups(self.options.weight_groups, channels)
         self.pool = self.options.router_pool or global_average_pool
         self.start_weights = {dtype: self.options.start_weights(dtype) for dtype in (torch.float32, torch.float64)}
         closed = topology.mask & ~(start or topology).mask
@@ -252,9 +258,11 @@ class RoutedWeighting(Weighting):
             if receivers:
                 opening = (start or topology).receivers(node)
                 open_bias, closed_bias = self.options.router_bias, self.options.closed_bias
-                biases = [open_bias if receiver in opening else closed_bias for receiver in receivers]
+                biases = [
+                    open_bias if receiver in opening else closed_bias for receiver in receivers for _ in range(self.groups)
+                ]
                 self.routers[str(node)] = (
-                    Router(channels, len(receivers), biases, self.options.router_std, self.options.router_norm)
+                    Router(channels, len(biases), biases, self.options.router_std, self.options.router_norm)
                     if self.options.router is None
                     else self.options.router(channels, len(receivers))
                 )
@@ -278,15 +286,15 @@ class RoutedWeighting(Weighting):
             return feature.new_ones(feature.shape[0], 0)
         # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            alpha: Tensor = self.routers[str(node)](pool_feature(feature, self.pool))
-            return alpha
+            return split_groups(self.routers[str(node)](pool_feature(feature, self.pool)), self.groups)
 
     def constant_alpha(self, node: int) -> Tensor | None:
         routers: Any = self.routers  # a user's own router is not known
         if any(not isinstance(router, Router) or router.weight.any() for router in routers.values()):
             return None
-        biases = [routers[str(i)].bias[self.topology.free_receivers(i).index(node)] for i in self.topology.senders(node)]
-        return torch.stack(biases).sigmoid()
+        biases = [split_groups(routers[str(i)].bias[None], self.groups)[0] for i in self.topology.senders(node)]
+        rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
+        return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)]).sigmoid()
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         is_raw = not self.training and self.options.inference_weight == "raw"
@@ -299,4 +307,4 @@ class RoutedWeighting(Weighting):
         if self.closed is None:
             return weight
         closed = self.closed[node, list(self.topology.senders(node))].to(weight)
-        return weight - closed * shift
+        return weight - (closed if weight.ndim == 2 else closed[:, None]) * shift

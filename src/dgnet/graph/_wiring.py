@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.graph._context import ContextStack
+from dgnet.graph._groups import mean_over_groups
 from dgnet.graph._topology import Topology
 
 
 class Wiring:
     """How one forward pass wired a stage.
 
-    `alpha_rows`, `weight_rows`: α and the weights after closing, (B, E) for each node from node 1 on. `ran`: for each node
-    except the output node, whether it ran, (B,): bool, or 0 and 1 as floats while gates train; None: for all samples.
+    `alpha_rows`, `weight_rows`: α and the weights after closing, (B, E) or (B, E, g) for each node from node 1 on. `ran`: for
+    each node except the output node, whether it ran, (B,): bool, or 0 and 1 as floats while gates train; None: for all samples.
     """
 
     def __init__(
@@ -36,12 +37,17 @@ class Wiring:
 
     @property
     def alpha(self) -> Tensor:
-        """α of every edge, (B, N, N), detached; the imposed weights if a matrix was imposed."""
-        return to_matrix(self.topology, self.alpha_rows)
+        """α of every edge, (B, N, N), detached; the imposed weights if a matrix was imposed. With groups their mean."""
+        return to_matrix(self.topology, [mean_over_groups(row) for row in self.alpha_rows])
 
     @property
     def adjacency(self) -> Tensor:
-        """The weights used in the aggregation, (B, N, N), detached; 0 where an edge is closed."""
+        """The weights used in the aggregation, (B, N, N), detached; 0 where an edge is closed. With groups their mean."""
+        return to_matrix(self.topology, [mean_over_groups(row) for row in self.weight_rows])
+
+    @property
+    def group_weights(self) -> Tensor:
+        """As `adjacency`, for each group of channels, (B, N, N, g); (B, N, N) if the weighting has none."""
         return to_matrix(self.topology, self.weight_rows)
 
     @property
@@ -55,11 +61,14 @@ class Wiring:
 
 @torch.no_grad()
 def to_matrix(topology: Topology, rows: Sequence[Tensor]) -> Tensor:
-    """(B, N, N) from one (B, E) row of in-edges for each node from node 1 on."""
-    num_nodes = topology.num_nodes
-    matrix = rows[0].new_zeros(len(rows[0]), num_nodes, num_nodes, dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    """(B, N, N), or with groups (B, N, N, g), from one row of in-edges, (B, E) or (B, E, g), for each node from node 1 on."""
+    num_nodes, groups = topology.num_nodes, max((row.shape[2:] for row in rows), key=len)
+    dtype = torch.promote_types(rows[0].dtype, torch.float32)
+    matrix = rows[0].new_zeros(len(rows[0]), num_nodes, num_nodes, *groups, dtype=dtype)
     for node, row in enumerate(rows, start=1):
-        matrix[:, node, list(topology.senders(node))] = row.detach().to(matrix.dtype)
+        row = row.detach().to(matrix.dtype)
+        row = row if row.ndim == matrix.ndim - 1 else row[..., None]  # pinned edges have one weight for all groups
+        matrix[:, node, list(topology.senders(node))] = row
     return matrix
 
 
@@ -90,12 +99,12 @@ def observers_of(stage: nn.Module) -> list[tuple[int, Observer]]:
 
 
 def impose(matrices: Sequence[tuple[nn.Module, Tensor]]) -> AbstractContextManager[None]:
-    """Impose edge weights inside the `with` block. `matrices`: pairs of a stage and its weights, (1 or B, N, N)."""
+    """Impose edge weights inside the `with` block. `matrices`: pairs of a stage and its weights, (1 or B, N, N[, g])."""
     return _IMPOSED.hold(list(matrices))
 
 
 def imposed_on(stage: nn.Module) -> Tensor | None:
-    """The matrix that was last imposed on `stage`, (1 or B, N, N), or None."""
+    """The matrix that was last imposed on `stage`, (1 or B, N, N[, g]), or None."""
     found = None
     for matrices in _IMPOSED.values():
         for changed, matrix in matrices:

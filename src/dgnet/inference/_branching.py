@@ -28,7 +28,7 @@ class BranchingWalk(DenseWalk):
         is_exporting = torch.compiler.is_exporting()
         if runs is None or node == self.topology.output or (is_exporting and has_batch_norms(self.stage.nodes[node - 1])):
             return super().run(node, weights, is_open, runs)
-        opened = torch.ones_like(weights, dtype=torch.bool) if is_open is None else is_open
+        opened = weights.new_ones(weights.shape[:2], dtype=torch.bool) if is_open is None else is_open
         if is_exporting:
             return self._gather(node, weights, opened, runs)
         return self._branch(node, weights, opened, runs)

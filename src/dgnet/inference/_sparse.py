@@ -5,6 +5,7 @@ Letters: B batch, n samples for which a node runs, N nodes of a stage, E in-edge
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 
 from dgnet.compat.torch import is_compiled_for_all_sizes
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph import DenseWalk, StageNodes, Walk, aggregate_rows, find_stages, require_stages, select_samples
+from dgnet.graph import (
+    DenseWalk,
+    StageNodes,
+    Walk,
+    aggregate_rows,
+    find_stages,
+    mean_over_groups,
+    require_stages,
+    select_samples,
+    sum_in_groups,
+)
 from dgnet.inference._branching import BranchingWalk
 
 MODES = ("dense", "sparse")
@@ -108,6 +119,8 @@ class SparseWalk(DenseWalk):
         if rows is not None and len(rows) == 0:
             return None
         stage = self.stage
+        if node in self.topology.entry:
+            weights = mean_over_groups(weights)
         with select_samples(self.area, rows):
             if node not in self.topology.entry:
                 return stage.transform(node, self.sum(node, weights, is_open, rows), further=self.further)
@@ -129,21 +142,23 @@ class SparseWalk(DenseWalk):
         present = [edge for edge, sender in enumerate(senders) if self.features[sender] is not None]
         features = [self.features[senders[edge]] for edge in present]
         if rows is None and len(present) == len(senders) and all(self.rows[sender] is None for sender in senders):
-            return aggregate_rows(features, weights, is_open)
+            return sum_in_groups(partial(aggregate_rows, is_open=is_open), features, weights, self.stage.layout)
         places = self.places[:, _span(senders)]
         if rows is not None:
             weights, is_open, places = weights[rows], None if is_open is None else is_open[rows], places[rows]
         opened = None if is_open is None else is_open[:, present]
-        return aggregate_rows(features, weights[:, present], opened, places[:, present].t().contiguous())
+        rows_of_samples = places[:, present].t().contiguous()
+        sum_rows = partial(aggregate_rows, is_open=opened, rows=rows_of_samples)
+        return sum_in_groups(sum_rows, features, weights[:, present], self.stage.layout)
 
     def finish(self) -> Tensor:
         return refuse_gradients(super().finish(), self.stage, self.x)
 
     # Predictions are tensors (sender, sample, receiver), 0 where the sender did not run for the sample.
 
-    def new_predictions(self) -> Tensor:
+    def new_predictions(self, groups: int = 1) -> Tensor:
         nodes, dtype = self.topology.num_nodes, torch.promote_types(self.x.dtype, torch.float32)
-        return self.x.new_zeros(nodes, len(self.x), nodes, dtype=dtype)
+        return self.x.new_zeros(nodes, len(self.x), nodes, *((groups,) if groups > 1 else ()), dtype=dtype)
 
     def keep(self, predictions: Tensor, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
         span, rows = _span(receivers), self.rows[node]
@@ -151,7 +166,7 @@ class SparseWalk(DenseWalk):
         predictions[node][samples, span] = values.to(predictions.dtype)
 
     def row(self, predictions: Tensor, node: int) -> Tensor:
-        return predictions[_span(self.topology.senders(node)), :, node].t()
+        return predictions[_span(self.topology.senders(node)), :, node].transpose(0, 1)
 
 
 class _RefuseGradients(torch.autograd.Function):

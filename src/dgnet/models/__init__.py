@@ -43,6 +43,7 @@ from dgnet.models._own_code import check_callable as check_callable
 from dgnet.models._protocol import TimmNetwork as TimmNetwork
 from dgnet.models._published import CONFIG as CONFIG
 from dgnet.models._published import PRETRAINED as PRETRAINED
+from dgnet.models._published import SOURCES as SOURCES
 from dgnet.models._published import WEIGHTS as WEIGHTS
 from dgnet.models._published import Published as Published
 from dgnet.models._published import check_repo_id as check_repo_id
@@ -54,6 +55,7 @@ from dgnet.models._published import packaged_names as packaged_names
 from dgnet.models._published import read_published as read_published
 from dgnet.models._shorten import remove_blocks as remove_blocks
 from dgnet.models._shorten import removed_blocks as removed_blocks
+from dgnet.models._state import check_finite as check_finite
 from dgnet.models._state import match_names as match_names
 from dgnet.models._state import unwrap_names as unwrap_names
 from dgnet.models._static_start import STARTS as STARTS

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.fx import Proxy
 
 from dgnet.compat.timm import FeatureGetterNet
 from dgnet.errors import UsageError
-from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, Further, StageNodes, aggregate
+from dgnet.graph import ContextStack, DenseWalk, DynamicGraph, Further, StageNodes, aggregate, sum_in_groups
 from dgnet.models._agreement import Agreement
 from dgnet.models._calls import drop_missing
 from dgnet.models._dynamic import DynamicNetwork
@@ -87,7 +88,8 @@ class _StepWalk(DenseWalk):
         for last in self.topology.blocks:
             senders = slice(last + 1)
             opened = None if is_open is None else is_open[:, senders]
-            self.steps.append(aggregate(self.features[senders], weights[:, senders], opened))
+            sum_open = partial(aggregate, is_open=opened)
+            self.steps.append(sum_in_groups(sum_open, self.features[senders], weights[:, senders], self.stage.layout))
         return self.steps[-1]
 
 

@@ -22,9 +22,9 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
-from dgnet.models._published import SOURCES, packaged_options, read_published
+from dgnet.models._published import SOURCES, expand_source, packaged_options, read_published
 from dgnet.models._shorten import remove_blocks
-from dgnet.models._state import unwrap_names
+from dgnet.models._state import check_finite, unwrap_names
 from dgnet.paths import find_kind
 from dgnet.typed import read_value
 
@@ -56,7 +56,9 @@ def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: A
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
     architecture = name.partition(".")[0]
     is_known = timm.is_model(architecture)
-    if name.startswith(SOURCES):
+    is_source = name.startswith(SOURCES)
+    if is_source:
+        name = expand_source(name)
         read_published(name)
         kwargs = {"pretrained": True, **kwargs}
     elif not is_known:
@@ -76,6 +78,8 @@ def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: A
                 if find_stages(network):
                     raise UsageError(f"dynamic=True converts a static network, and {name} is dynamic already; leave it out")
                 network = convert(network, **conversion)
+        if is_source and kwargs["pretrained"]:
+            _check_loaded(name, network)
         if kwargs.get("checkpoint_path"):
             load_checkpoint(network, kwargs["checkpoint_path"], filter_fn=take_state)
         return cast(TimmNetwork, network)
@@ -89,6 +93,14 @@ def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: A
         raise UsageError(
             f"{name} cannot be built with {given or 'its defaults'}: {type(error).__name__}: {reason(error)}"
         ) from error
+
+
+def _check_loaded(name: str, network: nn.Module) -> None:
+    """Raises UsageError if the weights of the published network `name` are not finite: timm does not look."""
+    try:
+        check_finite(network.state_dict())
+    except UsageError as error:
+        raise UsageError(f"the weights of {name} are damaged: {error}; publish it again, or download it again") from None
 
 
 def _take_conversion(name: str, options: dict[str, Any]) -> dict[str, Any] | None:

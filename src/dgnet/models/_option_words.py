@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from dgnet.errors import UsageError
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import _read_connectivity
 from dgnet.models._dynamic import DynamicNetwork
-from dgnet.options import flag
+from dgnet.options import as_word, flag
 
 _DEFAULTS = {"topology": "complete", "weighting": "routed", "node_gate": "none", "stages": "auto", "dynamic": False}
 _FLAGS = ("topology", "weighting", "shortcut", "img_size")
@@ -39,7 +38,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     rest = {}
     for name, value in options.items():
         if name in _FLAGS and isinstance(value, str | int):
-            words += ["--image-size" if name == "img_size" else flag(name), str(value)]
+            words += ["--image-size" if name == "img_size" else flag(name), as_word(value)]
         elif name != "dynamic":
             rest[name] = value
-    return [*words, "--model-kwargs", json.dumps(rest, ensure_ascii=False)] if rest else words
+    return [*words, "--model-kwargs", as_word(rest)] if rest else words

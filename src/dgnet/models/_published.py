@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from dgnet.documents import read_json
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.paths import expand, is_file, is_folder, list_folder
-from dgnet.typed import read_entry
+from dgnet.typed import Label, read_entry, read_value
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """The files of a published network."""
@@ -47,6 +47,12 @@ def is_published(name: str) -> bool:
     return name.startswith(SOURCES) or name in packaged_names()
 
 
+def expand_source(name: str) -> str:
+    """A source with `~` in its folder expanded, which timm does not do. Raises UsageError as `dgnet.paths.expand` does."""
+    source, _, where = name.partition(":")
+    return f"{_LOCAL}{expand(where)}" if f"{source}:" == _LOCAL and where else name
+
+
 def find_published(name: str, file: str) -> Path:
     """The path of a file of the published network `name`; from the Hub it is downloaded.
 
@@ -73,8 +79,8 @@ def _find_local(folder: Path, file: str) -> Path:
 
 
 def _download(where: str, file: str) -> Path:
-    name, _, revision = where.partition("@")
-    check_repo_id(name)
+    name, at, revision = where.partition("@")
+    check_repo_id(name if revision or not at else where)
     try:
         return Path(hf_hub_download(name, file, revision=revision or None))
     except RepositoryNotFoundError:
@@ -125,15 +131,37 @@ def _read(name: str) -> Published:
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise UsageError(f"{path} is of the unknown network {architecture!r}{hint or ';'} a newer dgnet or timm may have it")
-    cfg = read_entry(content, "pretrained_cfg", dict[str, Any], where) if "pretrained_cfg" in content else {}
-    names = content.get("label_names", cfg.get("label_names")) or []
+    values = {
+        name: read_entry(content, name, dict[str, Any], where) for name in ("model_args", "pretrained_cfg") if name in content
+    }
+    cfg = values.get("pretrained_cfg", {})
+    read_value(int | None, content.get("num_classes"), f"{where}: num_classes")
+    for name, kind in _CFG.items():
+        read_value(kind, cfg.get(name), f"{where}: pretrained_cfg: {name}")
+    names = content.get("label_names", cfg.get("label_names"))
+    names = list(names.values()) if isinstance(names, dict) else names
+    measured = content.get("dgnet", {})
+    if not isinstance(measured, dict):
+        raise UsageError(f"{where}: dgnet must be a dict, got {measured!r}")
     return Published(
         architecture,
-        read_entry(content, "model_args", dict[str, Any], where) if content.get("model_args") else {},
+        values.get("model_args", {}),
         cfg,
-        [str(label) for label in (names.values() if isinstance(names, dict) else names)],
-        content.get("dgnet") or {},
+        read_value(list[Label] | None, names, f"{where}: label_names") or [],
+        measured,
     )
+
+
+_CFG: dict[str, Any] = {
+    "num_classes": int | None,
+    "input_size": tuple[int, int, int] | None,
+    "mean": tuple[float, ...] | None,
+    "std": tuple[float, ...] | None,
+    "interpolation": str | None,
+    "crop_pct": float | None,
+    "crop_mode": str | None,
+}
+"""Entries of timm's `pretrained_cfg` that decide what the network sees, and their types. timm itself takes any value."""
 
 
 @cache

@@ -292,10 +292,14 @@ _LAST_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)  # other subclasses in ti
 def _explain(
     modules: Mapping[str, nn.Module], blocks: Sequence[_Block], taken: set[str], within: Sequence[str] | None
 ) -> Iterable[StaticBlock]:
-    """The blocks that stay static: children of containers, the innermost ones, that are in no run and contain none."""
+    """The blocks that stay static: the innermost ones that are in no run and contain none.
+
+    A block is a child of a container, a residual block, or of a class of which a run has blocks: stages may be no containers.
+    """
+    classes = {type(modules[name]) for name in taken}
     inside = [block for block in blocks if not any(block.name.startswith(f"{name}.") for name in taken)]
     outside = [b for b in inside if b.name not in taken and not any(name.startswith(f"{b.name}.") for name in taken)]
-    held = [b for b in outside if isinstance(modules[b.parent], nn.Sequential | nn.ModuleList) or b.call.is_residual]
+    held = [b for b in outside if _is_held(modules, b) or b.call.is_residual or type(modules[b.name]) in classes]
     names = [block.name for block in held]
     for block in held:
         is_container = isinstance(modules[block.name], nn.Sequential | nn.ModuleList)
@@ -305,3 +309,8 @@ def _explain(
             continue
         why = block.obstacle or block.cut or "it is one block only, and has no gate"
         yield StaticBlock(block.name, why if _is_within(block.name, within) else "it is in none of the named stages")
+
+
+def _is_held(modules: Mapping[str, nn.Module], block: _Block) -> bool:
+    """Whether a container holds the block."""
+    return isinstance(modules[block.parent], nn.Sequential | nn.ModuleList)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import is_tensor_like
 
 from dgnet.errors import UsageError
@@ -27,6 +27,14 @@ def unwrap_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     while prefix := next((wrapper for wrapper in _WRAPPERS if _is_before_all(state_dict, wrapper)), ""):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
     return state_dict
+
+
+def check_finite(state_dict: Mapping[str, Tensor]) -> None:
+    """Raises UsageError if a tensor holds NaN or infinity."""
+    for name, tensor in state_dict.items():
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # torch cannot ask float8
+        if (tensor.is_floating_point() or tensor.is_complex()) and not values.isfinite().all():
+            raise UsageError(f"{name} holds values that are not finite")
 
 
 def match_names(state_dict: Mapping[str, Any], own: Container[str]) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -10,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dgnet.models import Connectivity
-from dgnet.options import flag, hints_of
+from dgnet.options import as_word, flag, hints_of
 from dgnet.typed import is_location
 
 # They do not change the result, or are of the machine that trained.
@@ -39,6 +38,5 @@ def training_command(name: str, kind: type[Any], config: Mapping[str, Any]) -> s
             continue
         if is_location(hints[f.name]) and isinstance(value, str):
             value = PurePath(value).name
-        written = value if isinstance(value, str) else json.dumps(value)
-        words.append(f"{flag(f.name)} {shlex.quote(written)}")
+        words.append(f"{flag(f.name)} {shlex.quote(as_word(value))}")
     return " ".join(["dgnet", name, *words]) if words else ""

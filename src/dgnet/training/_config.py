@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from dgnet.code import list_packages
 from dgnet.devices import ACCELERATORS
 from dgnet.errors import UsageError, shorten
 from dgnet.options import (
@@ -39,7 +40,7 @@ _LONGEST_INTERVAL = 1_000_000_000
 # Options that a resumed run may change: where the data are, and which hardware is used. They do not change the result.
 RESUME_OPTIONS = (
     *("data", "val_data", "data_root", "images", "val_images", "accelerator", "devices", "nodes", "workers", "threads"),
-    *("checkpoint_every", "max_bad_images", "max_pixels"),
+    *("checkpoint_every", "max_bad_images", "max_pixels", "imports"),
 )
 
 # Model options that --model-kwargs cannot set, and the reason or the option to use instead.
@@ -71,16 +72,21 @@ class RunConfig(OptimizerOptions):
 
     model: str = option("dg_resnet20", "model name; for a list: dgnet models")
     weighting: str | None = option(
-        None, "how edges are weighted: routed (the default), signed, linear, softmax, learned, fixed"
+        None,
+        "how edges are weighted: routed (the default), signed, linear, softmax, learned, fixed, or my_package.MyWeighting",
     )
     topology: str | None = option(
         None,
-        "which edges exist: complete (the default), residual, chain, er, ba, ws; or one for each stage, separated by commas",
+        "which edges exist: complete (the default), residual, chain, er, ba, ws; or one for each stage, separated by commas;"
+        " or my_package.my_topology",
     )
     shortcut: str | None = option(None, "where the residual shortcut is: edge (the default), node")
     dynamic: bool = option(False, "convert a static network of timm: its runs of residual blocks become dynamic stages")
     model_kwargs: dict[str, Any] = option(
         {}, "further model options, as a dict; to add one to those of a recipe: --model-kwargs.router_bias 0"
+    )
+    imports: str | None = option(
+        None, "packages of your own, separated by commas: import them before the network is built, and trust their code"
     )
     weights: Location | None = option(None, "start from the weights in this file or run folder")
     output: Location | None = option(None, "run folder, new or empty; by default the next free runs/MODEL-N")
@@ -124,6 +130,7 @@ class RunConfig(OptimizerOptions):
         if self.batch_size % self.accumulate:
             raise UsageError(f"--batch-size {self.batch_size} cannot be divided by --accumulate {self.accumulate}")
         self.checkpoint_interval()
+        list_packages(self.imports, flag("imports"))
         for logger in self.loggers:
             arguments = logger.get("init_args", {})
             is_known = logger.keys() <= {"class_path", "init_args"} and isinstance(arguments, dict)

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 
 from dgnet._streams import forget_closed_pipe, say
+from dgnet.code import import_packages, list_packages
 from dgnet.data import Ledger, absolute_source, compose
 from dgnet.documents import read_yaml
 from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_of_machine, reason
@@ -60,10 +61,11 @@ class RunResult:
 def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
     """A run that is about to start, or to continue in the folder `resume`. Its folder is locked inside the `with` block.
 
-    A new folder that is still empty at the end is removed.
+    A new folder that is still empty at the end is removed. The packages of `--import` are imported first.
 
     Raises UsageError for a folder that is not empty or in which another process trains, and for a damaged checkpoint.
     """
+    import_packages(list_packages(config.imports, flag("imports")), flag("imports"))
     if not is_main_process(config.nodes):  # the first process chose the folder
         yield Run(config, resume, resume or Path(config.output or "runs"))
         return
@@ -277,6 +279,8 @@ def read_run(folder: Path, changes: Mapping[str, Any], kind: type[C]) -> tuple[C
             own = {f.name for f in fields(kind)}
             allowed = ", ".join(flag(option) for option in RESUME_OPTIONS if option in own)
             raise UsageError(f"--resume uses the options in {path}: leave out {flag(name)}; these may differ: {allowed}")
+    if changes.get("imports"):  # typed again, because a file cannot make code trusted; what the run imports stays
+        changes = {**changes, "imports": ",".join(filter(None, [config.imports, changes["imports"]]))}
     config = replace(config, **changes)
     rows = read_history(folder)
     if rows and rows[-1]["epoch"] + 1 > config.schedule()[0]:
