@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dgnet.checkpoint._bare_weights import read_weights as read_weights
     from dgnet.checkpoint._checkpoint import CLASSIFY as CLASSIFY
     from dgnet.checkpoint._checkpoint import DETECT as DETECT
+    from dgnet.checkpoint._checkpoint import IMPORTS as IMPORTS
     from dgnet.checkpoint._checkpoint import NOT_STORED as NOT_STORED
     from dgnet.checkpoint._checkpoint import Checkpoint as Checkpoint
     from dgnet.checkpoint._checkpoint import Described as Described

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dgnet.checkpoint._files import DESCRIPTION, damaged, find_checkpoint, read_tensors, save_tensors
 from dgnet.checkpoint._fit import load_state
+from dgnet.code import import_packages
 from dgnet.data import Preprocessing, check_max_pixels
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.files import writing
 from dgnet.graph import accept_cuts, find_stages
 from dgnet.models import TimmNetwork, check_finite, create_model, static_counterpart
-from dgnet.typed import Label, Location, read_entry, read_fields
+from dgnet.typed import Label, Location, read_entry, read_fields, read_value
 
 CLASSIFY, DETECT = "classify", "detect"
 """The tasks of checkpoints."""
@@ -34,6 +35,9 @@ _ADVICE = {
 NOT_STORED = ("num_classes", "in_chans", "pretrained", "checkpoint_path", "features_only")
 """Model options that a checkpoint cannot hold, because they follow from it."""
 
+IMPORTS = "imports"
+"""The entry of a description with the packages of `--import`, if one of them registers the network with timm."""
+
 
 @dataclass(frozen=True)
 class Described:
@@ -45,6 +49,7 @@ class Described:
     model_kwargs: dict[str, Any]
     class_names: list[str]
     config: dict[str, Any]  # the run's configuration
+    imports: list[str] = field(default_factory=list, kw_only=True)  # packages of the user's own that register the network
 
     task: ClassVar[str]  # CLASSIFY or DETECT
 
@@ -70,6 +75,7 @@ class Described:
         """The fields that `carried` describes. Raises UsageError for a value that is missing or of another type."""
         kinds = {"model": str, "model_kwargs": dict[str, Any], "class_names": list[Label], "config": dict[str, Any]}
         values = {name: read_entry(carried, name, kind, DESCRIPTION) for name, kind in kinds.items()}
+        values["imports"] = read_value(list[str], carried.get(IMPORTS, []), f"{DESCRIPTION}: {IMPORTS}")
         for name in NOT_STORED:
             if name in values["model_kwargs"]:
                 raise UsageError(f"{DESCRIPTION}: model_kwargs sets {name}, which follows from the checkpoint")
@@ -78,8 +84,12 @@ class Described:
         return values
 
     def create_network(self, **options: Any) -> TimmNetwork:
-        """The network as described, untrained. Raises UsageError, which names the checkpoint, if it cannot be built."""
+        """The network as described, untrained. Raises UsageError, which names the checkpoint, if it cannot be built.
+
+        Packages of the user's own that register it are imported first, if they are trusted; see `dgnet.code`.
+        """
         try:
+            import_packages(self.imports, "its network")
             with accept_cuts():
                 return create_model(self.model, **options, **self.model_kwargs)
         except UsageError as error:
@@ -140,7 +150,9 @@ class Checkpoint(Described):
 
     def save(self, path: Path) -> None:
         """Write the checkpoint as a safetensors file. Raises UsageError if the file cannot be written."""
-        carried = describe_network(self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config)
+        carried = describe_network(
+            self.model, self.model_kwargs, self.class_names, self.preprocessing, self.config, self.imports
+        )
         with writing(path, "name another file"):
             save_tensors(self.build_network().state_dict(), path, carried)
 
@@ -176,7 +188,12 @@ def read_run_data(kind: type[D], checkpoint: Described) -> D:
 
 
 def describe_network(
-    model: str, model_kwargs: dict[str, Any], class_names: list[str], preprocessing: Preprocessing, config: dict[str, Any]
+    model: str,
+    model_kwargs: dict[str, Any],
+    class_names: list[str],
+    preprocessing: Preprocessing,
+    config: dict[str, Any],
+    imports: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The description of a network, plain values that a checkpoint stores under the key "dgnet"."""
     return {
@@ -185,6 +202,7 @@ def describe_network(
         "class_names": class_names,
         "preprocessing": preprocessing.to_dict(),
         "config": config,
+        **({IMPORTS: list(imports)} if imports else {}),
     }
 
 

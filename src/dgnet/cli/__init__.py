@@ -17,7 +17,7 @@ import dgnet
 from dgnet._guard import answer, run_process
 from dgnet.cli import analyze, classify, convert, detect, doctor, explore, publish, tools
 from dgnet.cli.command import Command, Group, Parser
-from dgnet.code import trust_code
+from dgnet.code import list_packages, trust_code
 from dgnet.compat.argparse import option_strings
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.memory import keep_freed_memory
@@ -106,7 +106,7 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
         raise UsageError("--resume continues with the run's own config.yaml; leave out --config")
     args = parser.parse(words, defaults=not (command.is_resumable and "--resume" in given))
     try:
-        with trust_code((args.get("trust_code") or "").split(",")):
+        with trust_code([*list_packages(args.get("trust_code"), "--trust-code"), *parser.typed_code]):
             command.run(args)
     except UsageError as error:
         error.args = (parser.spell(str(error)),)

@@ -21,6 +21,7 @@ from dgnet.cli.command import (
     find_device,
     print_json,
     run_training,
+    trust_words,
     warn_if_nothing_skips,
     write_then_print,
 )
@@ -44,7 +45,7 @@ def run_train(args: Namespace) -> None:
     if result is not None:
         epochs = f"{config.epochs} epoch{'s' * (config.epochs != 1)}"
         print(f"top-1 {result.metrics['val_top1']:.2f} % after {epochs}; run folder: {result.folder}")
-        print(f"evaluate it: dgnet evaluate {result.folder}")
+        print(f"evaluate it: dgnet evaluate {result.folder}{trust_words(config, '--trust-code')}")
 
 
 def _evaluate_parser() -> Parser:

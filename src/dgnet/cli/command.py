@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from dgnet._guard import report_end
-from dgnet.cli.network_options import as_typed, find_option
+from dgnet.cli.network_options import as_typed, find_option, find_typed_code
 from dgnet.cli.timm_names import suggest
+from dgnet.code import CODE_OPTIONS, is_code_path, list_packages
 from dgnet.compat.argparse import option_strings
 from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
@@ -41,6 +42,7 @@ class Parser(ArgumentParser):
         self.hints: dict[str, Any] = {}  # option as typed -> type
         self.suggest = did_you_mean  # from an unknown name and the known ones to a hint
         self.moved: set[str] = set()  # options as typed, whose value is the first argument
+        self.typed_code: list[str] = []  # packages and classes that were typed, which is how a user trusts code
         self.bounds: dict[str, tuple[float, ...]] = {}  # destination -> the lowest number, or the lowest and the highest
 
     def add_argument(self, *names: str, type: Any = None, **settings: Any) -> Any:
@@ -58,6 +60,9 @@ class Parser(ArgumentParser):
         Raises UsageError for a mistake in the words or in a recipe.
         """
         words, recipes, entries = self._take_apart(self._move(words))
+        if self.recipe:
+            typed = self.parse_args(words, defaults=False)  # without what recipes hold
+            self.typed_code = find_typed_code({**typed, **{names[-1]: value for _, names, value in entries}})
         for path in recipes:
             self.set_defaults(self._read_recipe(path))
         args = self.parse_args(words, defaults=defaults)
@@ -187,7 +192,7 @@ def add_fields(parser: Parser, config: type[Any]) -> None:
         if "help" in f.metadata:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             hint = parser.recipe[f.name] = hints_of(config)[f.name]
-            parser.add_argument(flag(f.name), type=hint, default=default, help=f.metadata["help"])
+            parser.add_argument(flag(f.name), dest=f.name, type=hint, default=default, help=f.metadata["help"])
 
 
 def build_train_parser(config: type[RunConfig], description: str) -> Parser:
@@ -224,10 +229,27 @@ def run_training(args: Namespace, kind: type[C], train: Callable[[C, Path | None
     except Interrupted as error:
         if is_main_process():
             is_kept = is_file(error.folder / "config.yaml")
-            how = f"; continue with: dgnet {kind.command} --resume {error.folder}" if is_kept else ""
+            trust = trust_words(config, "--import")
+            how = f"; continue with: dgnet {kind.command} --resume {error.folder}{trust}" if is_kept else ""
             report_end(f"dgnet: {error}{how}")
         raise SystemExit(128 + error.signum) from None
     return (result if is_main_process() else None), config
+
+
+def trust_words(config: RunConfig, option: str) -> str:
+    """What to type with a command for a run whose code is the user's own, after a space; else "".
+
+    `option`: --import to continue the run, --trust-code to use its checkpoint.
+    """
+    from dgnet.models import needed_packages
+
+    imports = needed_packages(config.model, config.imports)
+    if option == flag("imports"):
+        imports = list_packages(config.imports, option)
+    options = {**config.model_kwargs, "weighting": config.weighting}  # a checkpoint holds the edges of a topology
+    paths = [options[name] for name in CODE_OPTIONS if is_code_path(options.get(name))]
+    packages = [*imports, *(path.partition(".")[0] for path in paths)]
+    return f" {option} {','.join(dict.fromkeys(packages))}" if packages else ""
 
 
 def add_checkpoint(parser: Parser, nargs: str | None = None) -> None:
@@ -239,12 +261,17 @@ def add_checkpoint(parser: Parser, nargs: str | None = None) -> None:
         help="run folder, .ckpt file, model.safetensors, or a published network: local-dir:FOLDER, hf-hub:USER/NAME, or a name"
         " that dgnet models --pretrained lists",
     )
+    add_trust(parser)
+
+
+def add_trust(parser: Parser) -> None:
+    """Add `--trust-code`."""
     parser.add_argument(
         "--trust-code",
         type=str | None,
         default=None,
         metavar="PACKAGES",
-        help="packages, separated by commas, whose code may be imported if the checkpoint names a class of theirs",
+        help="packages, separated by commas, that may be imported if the checkpoint names them, or a class of theirs",
     )
 
 

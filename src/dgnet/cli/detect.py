@@ -18,12 +18,14 @@ from dgnet.cli.command import (
     add_json,
     add_loader_options,
     add_max_pixels,
+    add_trust,
     apply_max_pixels,
     build_train_parser,
     describe_wirings,
     find_device,
     print_json,
     run_training,
+    trust_words,
     warn_if_nothing_skips,
     write_then_print,
 )
@@ -48,12 +50,13 @@ def run_train(args: Namespace) -> None:
     if result is not None:
         ap, ap50 = (result.metrics[name] for name in ("val_ap", "val_ap50"))
         print(f"AP {ap:.2f}, AP50 {ap50:.2f} after {config.iterations:,} iterations; run folder: {result.folder}")
-        print(f"evaluate it: dgnet detect evaluate {result.folder}")
+        print(f"evaluate it: dgnet detect evaluate {result.folder}{trust_words(config, '--trust-code')}")
 
 
 def _evaluate_parser() -> Parser:
     parser = Parser(description="Compute COCO's average precision for a detector's checkpoint or for a file of results.")
     parser.add_argument("checkpoint", type=Location, help="run folder, .ckpt file or model.safetensors; or RESULTS.json")
+    add_trust(parser)
     parser.add_argument(
         "--data", type=Location | None, default=None, help="annotations; by default those the run was evaluated on"
     )

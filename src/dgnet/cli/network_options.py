@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from dgnet.code import CODE_OPTIONS, is_code_path, list_packages
 from dgnet.options import flag
 
 NETWORK_OPTIONS = (
@@ -25,6 +27,8 @@ def find_option(name: str, options: Collection[str], has_dict: bool) -> str | No
     """
     if flag(name) in options:
         return flag(name)
+    if name == "trust_code" and flag("imports") in options:
+        return flag("imports")
     return f"--model-kwargs.{name}" if has_dict and name in NETWORK_OPTIONS else None
 
 
@@ -36,3 +40,10 @@ def as_typed(message: str, options: Collection[str], has_dict: bool) -> str:
         return found[0] if option is None else f"{option} {_WORDS.get(found[2], found[2].strip(chr(39)))}"
 
     return re.sub(r"(?<![\w.-])([a-z_]+)=('[^' ]+'|True|False|None|-?\d+(?:\.\d+)?)(?![\w'])", replace, message)
+
+
+def find_typed_code(typed: Mapping[str, Any]) -> list[str]:
+    """The packages and import paths of code among the options that a user typed, not those that a recipe holds."""
+    options = {**(typed.get("model_kwargs") or {}), **typed}
+    paths = [options[name] for name in CODE_OPTIONS if is_code_path(options.get(name))]
+    return [*list_packages(typed.get("imports"), flag("imports")), *paths]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from dgnet.checkpoint import (
     DESCRIPTION,
     DETECT,
+    IMPORTS,
     Described,
     damaged,
     find_checkpoint,
@@ -105,6 +106,7 @@ def describe_detector(
     category_ids: dict[int, int],
     detector: dict[str, Any],
     config: dict[str, Any],
+    imports: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The plain values that a checkpoint holds besides its tensors."""
     return {
@@ -115,6 +117,7 @@ def describe_detector(
         "category_ids": [category_ids.get(label, label) for label in range(1, len(class_names) + 1)],
         "detector": detector,
         "config": config,
+        **({IMPORTS: list(imports)} if imports else {}),
     }
 
 

@@ -13,7 +13,7 @@ from dgnet.detection._config import DetectConfig
 from dgnet.detection._detector import Detector
 from dgnet.detection._module import DetectionDataModule, DetectionModule
 from dgnet.errors import UsageError
-from dgnet.models import stored_options
+from dgnet.models import needed_packages, stored_options
 from dgnet.training import Run, RunResult, describe_untrained, open_run, with_absolute_paths
 
 
@@ -56,6 +56,7 @@ def _train(config: DetectConfig, run: Run) -> RunResult:
         train_set.annotations.category_ids,
         config.detector_options,
         asdict(config),
+        needed_packages(config.model, config.imports),
     )
     module = DetectionModule(detector, config, carried, evaluation)
     trainer = run.build_trainer(config, module.best)

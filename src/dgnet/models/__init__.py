@@ -25,6 +25,7 @@ from dgnet.models._dynamic import stored_options as stored_options
 from dgnet.models._factory import create_model as create_model
 from dgnet.models._factory import has_pretrained_weights as has_pretrained_weights
 from dgnet.models._factory import list_models as list_models
+from dgnet.models._factory import needed_packages as needed_packages
 from dgnet.models._factory import static_counterpart as static_counterpart
 from dgnet.models._factory import take_state as take_state
 from dgnet.models._increment import Increment as Increment

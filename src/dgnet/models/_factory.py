@@ -15,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, load_checkpoint, resolve_pretrained_cfg
 from torch import nn
 
+from dgnet.code import list_packages
 from dgnet.code import trust_code as trusting
 from dgnet.errors import UnknownOptionError, UsageError, check_range, did_you_mean, reason, shorten
 from dgnet.graph import find_stages
@@ -59,7 +60,8 @@ def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: A
     is_source = name.startswith(SOURCES)
     if is_source:
         name = expand_source(name)
-        read_published(name)
+        with trusting(trust_code):
+            read_published(name)
         kwargs = {"pretrained": True, **kwargs}
     elif not is_known:
         shown = repr(name) if len(name) <= 60 else f"{name[:60]!r}…"
@@ -164,6 +166,15 @@ def static_counterpart(name: str, options: Mapping[str, Any]) -> tuple[str, dict
         return None
     dynamic = {"dynamic", *_conversion_options()}
     return static, {option: value for option, value in options.items() if option not in dynamic}
+
+
+def needed_packages(name: str, imports: str | None) -> list[str]:
+    """The packages in `imports`, separated by commas, if the network `name` is of none but the user's own; otherwise none.
+
+    A class of theirs that an option names is found without them, by its import path.
+    """
+    module = timm.model_entrypoint(name.partition(".")[0]).__module__
+    return [] if module.partition(".")[0] in ("timm", "dgnet") else list_packages(imports, "--import")
 
 
 def _conversion_options() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from dgnet.code import import_packages
 from dgnet.documents import read_json
 from dgnet.errors import UsageError, did_you_mean, reason
 from dgnet.paths import expand, is_file, is_folder, list_folder
@@ -128,6 +129,10 @@ def _read(name: str) -> Published:
         raise UsageError(f"{path} is no description of a network: it holds no JSON object")
     where = str(path)
     architecture = read_entry(content, "architecture", str, where)
+    measured = content.get("dgnet", {})
+    if not isinstance(measured, dict):
+        raise UsageError(f"{where}: dgnet must be a dict, got {measured!r}")
+    import_packages(read_value(list[str], measured.get("imports", []), f"{where}: imports"), f"{where}: its network")
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise UsageError(f"{path} is of the unknown network {architecture!r}{hint or ';'} a newer dgnet or timm may have it")
@@ -140,9 +145,6 @@ def _read(name: str) -> Published:
         read_value(kind, cfg.get(name), f"{where}: pretrained_cfg: {name}")
     names = content.get("label_names", cfg.get("label_names"))
     names = list(names.values()) if isinstance(names, dict) else names
-    measured = content.get("dgnet", {})
-    if not isinstance(measured, dict):
-        raise UsageError(f"{where}: dgnet must be a dict, got {measured!r}")
     return Published(
         architecture,
         values.get("model_args", {}),

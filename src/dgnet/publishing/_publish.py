@@ -13,7 +13,7 @@ from typing import Any
 from dgnet._cost import cost
 from dgnet._entries import CONVERTED, DETECTOR
 from dgnet._version import __version__
-from dgnet.checkpoint import DETECT, STEPS, Checkpoint, describe_network, find_checkpoint, read_tensors, save_tensors
+from dgnet.checkpoint import DETECT, IMPORTS, STEPS, Checkpoint, describe_network, find_checkpoint, read_tensors, save_tensors
 from dgnet.detection import DetectConfig, DetectorCheckpoint, describe_detector
 from dgnet.errors import UsageError, check_range, reason, shorten
 from dgnet.files import lock, part_of, read_table, replace_file, to_json, writing
@@ -230,6 +230,8 @@ def _write(checkpoint: Checkpoint | DetectorCheckpoint, folder: Path, about: _Ab
     else:
         config["pretrained_cfg"].pop("license", None)  # timm's is that of the network's own weights
     config["dgnet"] = {"version": __version__, **measured, "command": about.command}
+    if checkpoint.imports:
+        config["dgnet"][IMPORTS] = checkpoint.imports
     network = f"{checkpoint.model}, made dynamic" if checkpoint.model_kwargs.get("dynamic") else checkpoint.model
     card = write_card(
         Card(title, is_detector, network, checkpoint.class_names, _in_words(measured), load, about.command, about.license)
@@ -269,7 +271,9 @@ def _describe_classifier(
         "model_args": model_args,
         "pretrained_cfg": {**cfg, **({"tag": tag} if tag else {})},
     }
-    described = describe_network(checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, what, config={})
+    described = describe_network(
+        checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, what, config={}, imports=checkpoint.imports
+    )
     return config, network.state_dict(), described
 
 
@@ -296,6 +300,7 @@ def _describe_detector(checkpoint: DetectorCheckpoint) -> tuple[dict[str, Any], 
         checkpoint.category_ids,
         checkpoint.detector,
         config={},
+        imports=checkpoint.imports,
     )
     return config, detector.state_dict(), described
 

@@ -10,7 +10,7 @@ import torch
 from dgnet.checkpoint import create_pretrained, describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, match_image_size, static_start_options, stored_options
+from dgnet.models import TimmNetwork, match_image_size, needed_packages, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._data_module import ImageDataModule
@@ -62,7 +62,8 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     config = with_absolute_paths(config, sources=("data", "val_data"))
     config = replace(config, teacher=absolute_teacher(config.teacher))
     options = stored_options(network, config.network_kwargs)
-    carried = describe_network(config.model, options, train_set.class_names, preprocessing, asdict(config))
+    described = config.model, options, train_set.class_names, preprocessing, asdict(config)
+    carried = describe_network(*described, needed_packages(config.model, config.imports))
     parameters = sum(p.numel() for p in network.parameters())
     if config.grad_checkpointing:
         try:
