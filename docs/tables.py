@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import aggregate  # noqa: E402
 import networks  # noqa: E402
@@ -24,9 +24,16 @@ import sparse_mode  # noqa: E402
 from common import read_rows  # noqa: E402
 from dgnet._cost_tables import TABLES as PAPER_TABLES  # noqa: E402
 from dgnet._cost_tables import format_cost_table  # noqa: E402
+from dgnet.experiments import (  # noqa: E402
+    Arms,
+    collect,
+    column,
+    difference,
+    format_mean,
+    format_table,
+    read_grid,
+)
 from dgnet.models import list_pretrained  # noqa: E402
-from grid import read_grid  # noqa: E402
-from report import Arms, collect, column, difference, format_mean, format_table  # noqa: E402
 
 MARKED = r"(?ms)^<!-- table: (\S+) -->\n.*?^<!-- end of table -->$"
 

@@ -25,6 +25,7 @@ LAYERS = (
     ("detection",),
     ("_entries",),
     ("analysis", "bench", "publishing", "_doctor"),
+    ("experiments",),
     ("cli",),
     ("__main__",),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,28 @@ class ShownFigure(Figure):
         return content.getvalue()
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG; returns their paths.
+FORMATS = ("png", "svg", "pdf")
+"""The formats of figures, as their files end."""
+_DATED = {"svg": "Date", "pdf": "CreationDate"}
+"""Entries that would make two files of one figure differ."""
 
-    An existing file is replaced only when the new one is complete. Text in the SVG stays text.
+
+def save_figure(figure: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS[:2]) -> list[Path]:
+    """Write a figure in each of `formats`, by default PNG and SVG; returns the paths.
+
+    An existing file is replaced only when the new one is complete. Text in the SVG and the PDF stays text.
     """
     paths = []
-    with matplotlib.rc_context({"svg.hashsalt": "dgnet", "svg.fonttype": "none"}), warnings.catch_warnings():
+    settings: Any = {"svg.hashsalt": "dgnet", "svg.fonttype": "none", "pdf.fonttype": 42}  # 42: fonts as journals ask for them
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # file names may hold characters that no font has
         figure.set_dpi(200)  # lay out at the resolution of the PNG: the width of text depends on it
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # lay out only once: it is slow, and the second result would differ slightly
-        for ending in ("png", "svg"):
+        for ending in formats:
             path = folder / f"{name}.{ending}"
             content = io.BytesIO()  # first in memory: Pillow does not say why a file cannot be written
-            figure.savefig(content, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+            figure.savefig(content, format=ending, dpi=200, metadata={_DATED[ending]: None} if ending in _DATED else None)
             with replace_content(path) as file:
                 file.write(content.getvalue())  # a view could outlive the buffer after an error
             paths.append(path)

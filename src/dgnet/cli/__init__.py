@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, convert, detect, doctor, explore, publish, tools
+from dgnet.cli import analyze, classify, convert, detect, doctor, experiment, explore, publish, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.code import list_packages, trust_code
 from dgnet.compat.argparse import option_strings
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command | Group] = {
     "publish": publish.PUBLISH,
     "predict": classify.PREDICT,
     "detect": detect.DETECT,
+    "experiment": experiment.EXPERIMENT,
     "explore": explore.EXPLORE,
     "cost": tools.COST,
     "bench": tools.BENCH,

@@ -35,7 +35,9 @@ from dgnet.data._shards import expand_shards as expand_shards
 from dgnet.data._shards import is_shards as is_shards
 from dgnet.data._shards import is_stream as is_stream
 from dgnet.data._sources import absolute_source as absolute_source
+from dgnet.data._sources import check_source as check_source
 from dgnet.data._sources import open_dataset as open_dataset
 from dgnet.data._sources import open_train_and_evaluation as open_train_and_evaluation
+from dgnet.data._sources import source_below as source_below
 from dgnet.data._splits import EVALUATION as EVALUATION
 from dgnet.data._splits import TRAIN as TRAIN

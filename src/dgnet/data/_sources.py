@@ -14,10 +14,10 @@ from dgnet.data._datasets import Digits, Folder, Shards, TimmDataset
 from dgnet.data._images import ImageDataset, hold_out
 from dgnet.data._labels import number_classes
 from dgnet.data._open_stream import check_stream, local_path
-from dgnet.data._shards import ShardStream, is_shards, is_stream
+from dgnet.data._shards import ShardStream, expand_shards, is_shards, is_stream
 from dgnet.data._splits import EVALUATION, TRAIN, has_both, split_folder
 from dgnet.errors import UsageError, did_you_mean
-from dgnet.paths import absolute, find_kind, is_folder
+from dgnet.paths import absolute, expand, find_kind, is_folder
 
 _READERS = ("hfds", "torch", "tfds", "hfids")
 
@@ -59,13 +59,17 @@ def open_dataset(
             raise UsageError(f"{source} is a stream; use a map-style source: hfds/…, torch/…, a folder, or shards")
         return TimmDataset(source, role, data_root, class_names, as_before)
     if kind is None:
-        raise UsageError(
-            f"data source {source!r} does not exist{did_you_mean(source, ['digits'])}; a source is `digits`, a folder of class"
-            " folders, shards ending in .tar, or a name like torch/cifar10"
-        )
+        raise _missing(source)
     if kind != "folder":
         raise UsageError(f"data source {source!r} is a file; expected a folder of class folders, or shards ending in .tar")
     return Folder(split_folder(Path(source), role, as_before), class_names, needs_labels)
+
+
+def _missing(source: str) -> UsageError:
+    return UsageError(
+        f"data source {source!r} does not exist{did_you_mean(source, ['digits'])}; a source is `digits`, a folder of class"
+        " folders, shards ending in .tar, or a name like torch/cifar10"
+    )
 
 
 def absolute_source(source: str) -> str:
@@ -79,6 +83,38 @@ def absolute_source(source: str) -> str:
         parts = source.removeprefix(prefix).split("::")
         return prefix + "::".join(part if part.startswith("$") or is_stream(part) else absolute(part) for part in parts)
     return absolute(source)
+
+
+def source_below(source: str, folder: str | Path | None) -> str:
+    """A source whose relative paths are those below `folder`; names, URLs and absolute paths as they are.
+
+    Raises UsageError for a relative path without a folder.
+    """
+    if source == "digits" or is_stream(source):
+        return source
+    if source.partition("/")[0] in _READERS and (folder is None or find_kind(Path(folder) / source) is None):
+        return source
+    prefix = "wds/" if is_shards(source) and source.startswith("wds/") else ""
+    parts = source.removeprefix(prefix).split("::") if is_shards(source) else [source]
+    return prefix + "::".join(part if part.startswith("$") or is_stream(part) else _below(part, folder) for part in parts)
+
+
+def _below(path: str, folder: str | Path | None) -> str:
+    if os.path.isabs(expand(path)):
+        return str(expand(path))
+    if folder is None:
+        raise UsageError(f"{path} is a relative path; name the folder that holds it with --data")
+    return str(Path(folder) / path)
+
+
+def check_source(source: str) -> None:
+    """Raises UsageError if a source names files that are not there. They are not opened, and a stream is not read."""
+    if source == "digits" or is_stream(source):
+        return
+    if is_shards(source):
+        expand_shards(source)
+    elif find_kind(source) is None and source.partition("/")[0] not in _READERS:
+        raise _missing(source)
 
 
 def gives_both(source: str) -> bool:

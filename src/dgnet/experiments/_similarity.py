@@ -1,18 +1,15 @@
 """Cosine similarity of the inputs of a stage's nodes, at initialisation and after training.
 
-    python experiments/similarity.py RUN [RUN ...] --data CIFAR10/cifar10-test-000000.tar
-
-If all nodes read nearly the same sum, the stage acts like one wide layer; if their inputs differ, it has depth. Prints a
-Markdown table.
+If all nodes read nearly the same sum, the stage acts like one wide layer; if their inputs differ, it has depth.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +18,24 @@ from torch import Tensor, nn
 from dgnet.checkpoint import load_checkpoint
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import open_evaluation_data
+from dgnet.experiments._report import format_table
 from dgnet.graph import find_stages
-from report import format_table
 
 
-def main() -> int:
-    """Print a table with one row for each run and stage; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders or checkpoints of networks with dynamic stages")
-    parser.add_argument("--data", help="images; by default those the run was evaluated on")
-    parser.add_argument("--images", type=int, default=64, help="number of images: the first ones of the data")
-    args = parser.parse_args()
-    try:
-        check_range("--images", args.images, 2)
-        rows = [row for run in args.runs for row in compare(run, args.data, args.images)]
-    except UsageError as error:
-        print(f"similarity.py: {error}", file=sys.stderr)
-        return 2
+def format_similarity(rows: Sequence[Sequence[str]]) -> str:
+    """The rows of `compare_inputs` as a Markdown table."""
     heads = ["run", "stage", "next node, start", "trained", "any two nodes, start", "trained"]
-    print(format_table(heads, rows))
-    return 0
+    return format_table(heads, [list(row) for row in rows])
 
 
-def compare(run: Path, source: str | None, images: int) -> list[list[str]]:
-    """One row for each stage of a run's network."""
+def compare_inputs(run: Path, source: str | None, images: int) -> list[list[str]]:
+    """One row for each stage of a run's network. `source`: by default the images that the run was evaluated on.
+
+    `images`: how many, the first ones. Raises UsageError for a static network, and for fewer than two images.
+    """
+    check_range("--images", images, 2)
     checkpoint = load_checkpoint(run)
-    network = checkpoint.build_network()
+    network: Any = checkpoint.build_network()
     if not find_stages(network):
         raise UsageError(f"{run}: {checkpoint.model} has no dynamic stages")
     data = open_evaluation_data(checkpoint, source)
@@ -94,7 +83,3 @@ def similarity(network: nn.Module, images: Tensor) -> list[tuple[float, float]]:
         for hook in hooks:
             hook.remove()
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,257 @@
+"""A grid of training runs as a YAML file: the runs it asks for, and the table of the finished ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dgnet.data import is_shards
+from dgnet.documents import read_yaml
+from dgnet.errors import UsageError, check_range, did_you_mean
+from dgnet.files import read_table
+from dgnet.training import TrainConfig
+from dgnet.typed import Location, read_entry, read_value
+
+KEYS = ("like", "recipe", "data", "test", "options", "groups", "compare")
+_GROUP_KEYS = ("seeds", "arms")
+
+RUN_OF = "$run:"
+"""An option with this prefix names an arm: the option's value is the folder of that arm's run with the same seed."""
+
+PLACES = ("data", "val_data", "data_root", "output", "threads", "imports")
+"""Options that do not change the result: where images and code are stored, but not which images they are (the grid names those)."""
+
+_SET = {"data": "`data`", "val_data": "`test`", "seed": "`seeds` of a group", "output": "--output"}
+"""Options that no arm can have, and what says them instead."""
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One training run and its evaluation: an arm of the grid with one seed."""
+
+    group: str
+    arm: str
+    seed: int
+    options: dict[str, Any]  # options of `dgnet train`, including those of the recipe
+    evaluation: dict[str, Any]  # additional options of `dgnet evaluate`
+    images: tuple[str | None, ...]  # the grid's `data` and `test`
+
+    @property
+    def digest(self) -> str:
+        """A hash of the options that change the result; a run with other options is another run."""
+        return _digest(self.training | ({"evaluate": self.evaluation} if self.evaluation else {}))
+
+    @property
+    def name(self) -> str:
+        """The name of the training and of its run folder. Arms that differ only in their evaluation share it."""
+        return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
+
+    @property
+    def needs(self) -> list[str]:
+        """The arms whose runs of the same seed must be finished before this one."""
+        values = (value for value in self.options.values() if isinstance(value, str))
+        return [value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The options that change the result of training."""
+        return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
+
+
+def _digest(options: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The contents of a grid's YAML file."""
+
+    path: Path
+    runs: list[GridRun]
+    compare: list[tuple[str, str]]
+    data: str
+    test: str | None  # None: runs are evaluated on held-out training images, or on those that `data` has for it
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of the groups, in order."""
+        return list(dict.fromkeys(run.group for run in self.runs))
+
+    def find(self, arm: str, seed: int) -> GridRun:
+        """The run of an arm with a seed. Raises UsageError if there is none."""
+        for run in self.runs:
+            if (run.arm, run.seed) == (arm, seed):
+                return run
+        raise UsageError(f"{self.path} has no arm {arm!r} with seed {seed}, which another arm names")
+
+    @property
+    def evaluated(self) -> str:
+        """The images that accuracies refer to: "test", "held-out", or "evaluation" for those that `data` itself has."""
+        if self.test is not None:
+            return "test"
+        return "held-out" if any(run.options.get("holdout") for run in self.runs) else "evaluation"
+
+    @property
+    def table(self) -> Path:
+        """The CSV file with one row for each finished run."""
+        return self.path.parent / "results" / f"{self.path.stem}.csv"
+
+    @property
+    def curves(self) -> Path:
+        """The CSV file with one row for each epoch of each finished run."""
+        return self.path.parent / "results" / f"{self.path.stem}_curves.csv"
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid from a YAML file. Raises UsageError if it cannot be read, is incomplete or holds a mistake."""
+    where = f"grid {path}"
+    values = _read_values(path, ())
+    shared = {**_read_recipe(values, where), **_read_options(values.get("options") or {}, f"{where}: options")}
+    data = read_entry(values, "data", Location, where)
+    test = read_value(Location | None, values.get("test"), f"{where}: test")
+    runs: list[GridRun] = []
+    arms: dict[str, tuple[str, dict[str, Any]]] = {}  # each arm's first group, and its own options
+    for group, part in read_entry(values, "groups", dict[str, Any], where).items():
+        seeds, own = _read_group(part, f"{where}: group {group!r}")
+        for arm, options in own.items():
+            first, others = arms.setdefault(arm, (group, options))
+            if options != others:
+                raise UsageError(f"{where}: two arms are called {arm!r}, in the groups {first!r} and {group!r}; rename one")
+        runs += [build_run(group, arm, seed, {**shared, **own[arm]}, (data, test)) for seed in seeds for arm in own]
+    if not runs:
+        raise UsageError(f"{where}: groups holds no arm")
+    compare = _read_pairs(values.get("compare") or [], {run.arm for run in runs}, where)
+    grid = Grid(path, runs, compare, data, test)
+    _check_runs(grid, where)
+    for run in runs:
+        for needed in run.needs:
+            grid.find(needed, run.seed)
+    return grid
+
+
+def _read_values(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a grid, over those of the grid that it is like. `readers`: the grids that are like this one."""
+    where = f"grid {path}"
+    found = read_yaml(path, "grid")
+    if not isinstance(found, dict):
+        raise UsageError(f"{where} must hold the keys {', '.join(KEYS)}")
+    _check_names(found, KEYS, f"{where}: unknown key", "keys")
+    if "recipe" in found:
+        found["recipe"] = str(path.parent / read_entry(found, "recipe", Location, where))
+    like = read_value(Location | None, found.pop("like", None), f"{where}: like")
+    if like is None:
+        return found
+    readers = (*readers, path.resolve())
+    other = path.parent / like
+    if other.resolve() in readers:
+        raise UsageError(f"{where}: like leads back to {other}")
+    base = _read_values(other, readers)
+    options: dict[str, Any] = {}
+    for values, name in ((base, f"grid {other}"), (found, where)):  # of options, each overrides one
+        options |= read_value(dict[str, Any], values.get("options") or {}, f"{name}: options")
+    return {**base, **found, "options": options}
+
+
+def _read_recipe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    recipe = read_entry(values, "recipe", Location, where)
+    found: dict[str, Any] = read_value(dict[str, Any], read_yaml(recipe, f"{where}: recipe"), f"{where}: recipe {recipe}")
+    _check_names(found, _known_options(), f"{where}: recipe {recipe}: unknown option", "")
+    return found
+
+
+def _read_options(values: Any, where: str) -> dict[str, Any]:
+    """Options of `dgnet train`, and `evaluate`. Raises UsageError for one that is unknown, or that the grid itself says."""
+    options: dict[str, Any] = read_value(dict[str, Any], values, where)
+    _check_names(options, (*_known_options(), "evaluate"), f"{where}: unknown option", "")
+    for name, instead in _SET.items():
+        if name in options:
+            raise UsageError(f"{where} cannot set {name}: {instead} says it")
+    if "evaluate" in options:
+        read_value(dict[str, Any], options["evaluate"], f"{where}: evaluate")
+    return options
+
+
+def _known_options() -> list[str]:
+    return [f.name for f in fields(TrainConfig)]
+
+
+def _check_names(values: Iterable[Any], known: Iterable[str], what: str, listed: str) -> None:
+    known = list(known)
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            listing = f"{listed}: {', '.join(known)}" if listed else "options of a network are entries of model_kwargs"
+            raise UsageError(f"{what} {name!r}{hint or ';'} {listing}")
+
+
+def _read_group(values: Any, where: str) -> tuple[list[int], dict[str, dict[str, Any]]]:
+    """The seeds of a group, and for each arm its options."""
+    read_value(dict[str, Any], values, where)
+    _check_names(values, _GROUP_KEYS, f"{where}: unknown key", "keys")
+    seeds = read_entry(values, "seeds", list[int], where)
+    if not seeds:
+        raise UsageError(f"{where}: seeds lists none")
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise UsageError(f"{where}: seed {seed} is given twice; remove one")
+        check_range(f"{where}: a seed", seed, 0, 2**32 - 1)
+    arms = {
+        arm: _read_options(options, f"{where}: arm {arm!r}")
+        for arm, options in read_entry(values, "arms", dict[str, Any], where).items()
+    }
+    return seeds, arms
+
+
+def build_run(group: str, arm: str, seed: int, options: dict[str, Any], images: tuple[str | None, ...]) -> GridRun:
+    """A run with `options` (the arm's and the recipe's) and the grid's `images`."""
+    evaluation = options.pop("evaluate", {})
+    options = {"model": TrainConfig.model, **options, "seed": seed}
+    return GridRun(group, arm, seed, fill_seed(options, seed), dict(evaluation), images)
+
+
+def fill_seed(value: Any, seed: int) -> Any:
+    """`value` with each "$seed" replaced by the run's seed, for example to give each run its own random graph."""
+    if isinstance(value, dict):
+        return {name: fill_seed(item, seed) for name, item in value.items()}
+    return seed if value == "$seed" else value
+
+
+def _read_pairs(values: Any, arms: set[str], where: str) -> list[tuple[str, str]]:
+    what = f"{where}: compare"
+    if not isinstance(values, list):
+        raise UsageError(f"{what} must be a list of pairs of arms, as in [[static, dynamic]]")
+    pairs: list[tuple[str, str]] = []
+    for number, pair in enumerate(values):
+        first, second = read_value(tuple[str, str], pair, f"{what}[{number}]")
+        for name in (first, second):
+            if name not in arms:
+                hint = did_you_mean(name, arms)
+                raise UsageError(
+                    f"{what} has {name!r}, which is not an arm{hint}" + ("" if hint else f"; arms: {', '.join(sorted(arms))}")
+                )
+        pairs.append((first, second))
+    return pairs
+
+
+def _check_runs(grid: Grid, where: str) -> None:
+    """Raises UsageError for a run without images to evaluate on, or with two kinds, and for a run that is there twice."""
+    runs: dict[tuple[str, int], str] = {}
+    for run in grid.runs:
+        is_held_out = bool(run.options.get("holdout"))
+        if (grid.test is not None and is_held_out) or (grid.test is None and not is_held_out and is_shards(grid.data)):
+            raise UsageError(
+                f"{where}: arm {run.arm!r} needs either `test` in the grid or `holdout` among its options, not both"
+            )
+        group = runs.setdefault((run.arm, run.seed), run.group)
+        if group != run.group:
+            raise UsageError(f"{where}: arm {run.arm!r} with seed {run.seed} is in two groups: {group}, {run.group}")
+
+
+def missing_runs(grid: Grid) -> list[GridRun]:
+    """The runs that are not yet in the table, in the grid's order."""
+    done = {(row["digest"], row["arm"]) for row in read_table(grid.table, ("digest", "arm"))}
+    return [run for run in grid.runs if (run.digest, run.arm) not in done]
