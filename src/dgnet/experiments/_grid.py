@@ -23,7 +23,7 @@ RUN_OF = "$run:"
 """An option with this prefix names an arm: the option's value is the folder of that arm's run with the same seed."""
 
 PLACES = ("data", "val_data", "data_root", "output", "threads", "imports")
-"""Options that do not change the result: where images and code are stored, but not which images they are (the grid names those)."""
+"""Options that do not change the result: where images and code are, but not which images (the grid names those)."""
 
 _SET = {"data": "`data`", "val_data": "`test`", "seed": "`seeds` of a group", "output": "--output"}
 """Options that no arm can have, and what says them instead."""

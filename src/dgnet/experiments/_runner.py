@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import json
 import math
 import os
 import queue
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from dgnet._cost import cost
 from dgnet.bench import describe_hardware, versions
 from dgnet.checkpoint import load_checkpoint
+from dgnet.documents import parse_json
 from dgnet.errors import UsageError, shorten
 from dgnet.experiments._check import check_images, check_runs
 from dgnet.experiments._grid import Grid, GridRun
@@ -167,7 +167,7 @@ class _Workers:
         if found is None:
             return None
         counted = cost(network, checkpoint.preprocessing.image_size)
-        evaluation = json.loads(found)
+        evaluation = parse_json(found, f"the output of dgnet evaluate {folder}")
         row: dict[str, Any] = {"group": run.group, "arm": run.arm, "seed": run.seed, "digest": run.digest}
         row |= {
             "epochs": run.options.get("epochs", TrainConfig.epochs),
