@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._context import ContextStack
-from dgnet.graph._groups import along_groups
+from dgnet.graph._edge_weights import of_whole_edges
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
@@ -67,12 +67,12 @@ def close_edges(
     if sender_is_alive.is_floating_point():
         passes = sender_is_alive > 0.5
         is_alive = (passes if is_open is None else is_open & passes).any(1).to(sender_is_alive.dtype)
-        weights = weights * along_groups(sender_is_alive, weights).to(weights.dtype)
-        weights = weights if is_open is None else torch.where(along_groups(is_open, weights), weights, 0)
+        weights = weights * of_whole_edges(sender_is_alive, weights).to(weights.dtype)
+        weights = weights if is_open is None else torch.where(of_whole_edges(is_open, weights), weights, 0)
         return weights, is_open, is_alive if gate is None else is_alive * gate
     is_open = sender_is_alive if is_open is None else is_open & sender_is_alive
     is_open = is_open if gate is None else is_open & gate[:, None]
-    return torch.where(along_groups(is_open, weights), weights, 0), is_open, is_open.any(1)
+    return torch.where(of_whole_edges(is_open, weights), weights, 0), is_open, is_open.any(1)
 
 
 def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:

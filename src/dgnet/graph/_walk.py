@@ -109,7 +109,7 @@ class DenseWalk(Walk):
         self.features: list[Any] = []  # x_i of each node
         self.alive: list[Tensor | None] = [None]  # of each node, (B,): bool, or 0 and 1 while gates train; None: all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
-        self.alpha = self.new_predictions(stage.weighting.groups)  # α of each edge
+        self.alpha = self.new_predictions(stage.weighting.edge_weights)  # α of each edge
         self.votes = self.new_predictions()  # of each edge, what the sender adds to the logit of the receiver's gate
         self.alpha_rows: list[Tensor] = []
         self.weight_rows: list[Tensor] = []
@@ -176,7 +176,7 @@ class DenseWalk(Walk):
         return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
 
     def share(self, alpha: Tensor) -> Tensor:
-        """α that is the same for all samples, (E,) or (E, g), with B first."""
+        """α that is the same for all samples, (E,) or (E, k), with B first."""
         return alpha.expand(self.x.shape[0], *alpha.shape)
 
     def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
@@ -217,15 +217,15 @@ class DenseWalk(Walk):
 
     # How predictions are stored. A walk whose nodes run on some of the samples stores them in another form.
 
-    def new_predictions(self, groups: int = 1) -> Any:
-        """Storage for one number for each sample and edge, or for each of several `groups` of channels."""
+    def new_predictions(self, numbers: int = 1) -> Any:
+        """Storage for some `numbers` for each sample and edge."""
         return {}
 
     def keep(self, predictions: Any, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
-        """Store `values`, (B, E) or (B, E, g), which were predicted for the edges from `node` to `receivers`."""
+        """Store `values`, (B, E) or (B, E, k), which were predicted for the edges from `node` to `receivers`."""
         for receiver, column in zip(receivers, values.unbind(1), strict=True):
             predictions[node, receiver] = column
 
     def row(self, predictions: Any, node: int) -> Tensor:
-        """What was predicted for the in-edges of `node`, (B, E) or (B, E, g)."""
+        """What was predicted for the in-edges of `node`, (B, E) or (B, E, k)."""
         return torch.stack([predictions[i, node] for i in self.topology.senders(node)], dim=1)
