@@ -166,8 +166,8 @@ class SparseWalk(DenseWalk):
         samples: Any = slice(None) if rows is None else rows if isinstance(span, slice) else rows[:, None]
         predictions[node][samples, span] = values.to(predictions.dtype)
 
-    def row(self, predictions: Tensor, node: int) -> Tensor:
-        return predictions[_span(self.topology.senders(node)), :, node].transpose(0, 1)
+    def row(self, predictions: Tensor, node: int, senders: tuple[int, ...]) -> Tensor:
+        return predictions[_span(senders), :, node].transpose(0, 1)
 
 
 class _RefuseGradients(torch.autograd.Function):
