@@ -9,9 +9,11 @@ what the networks say about stored images, is written too.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "src" / "dgnet" / "models" / "pretrained"
