@@ -9,9 +9,11 @@ what the networks say about stored images, is written too.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "src" / "dgnet" / "models" / "pretrained"
@@ -29,6 +31,11 @@ NETWORKS = {
     ],
 }
 """Name of the published network -> the options of its training. A later one may start from an earlier one."""
+SOURCES = {
+    "digits": "handwritten digits of scikit-learn, every fifth of a class held out for evaluation",
+    "cifar10": "CIFAR-10, all training images, as JPEGs of quality 75 with 4:2:0 chroma; evaluated on the test images",
+}
+"""Part of a network's tag -> what it was trained on."""
 
 
 def main() -> int:
@@ -52,6 +59,8 @@ def main() -> int:
         evaluation.write_text(call("evaluate", str(run), "--json"), encoding="utf-8")
         target = ["--evaluation", str(evaluation), "--license", "apache-2.0", "--to", str(TARGET / name)]
         call("publish", str(run), *target)
+        (TARGET / name / "README.md").unlink()  # a card says how to load a folder; these are loaded by their names
+        describe(name)
     record_answers()
     return 0
 
@@ -62,6 +71,17 @@ def call(command: str, *words: str) -> str:
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout
+
+
+def describe(name: str) -> None:
+    """Add to the network's config.json what it was trained on, and with which recipe."""
+    path = TARGET / name / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    words = NETWORKS[name]
+    recipe = Path(words[words.index("--config") + 1]).relative_to(ROOT) if "--config" in words else None
+    source = next(source for part, source in SOURCES.items() if part in name)
+    config["dgnet"] |= {"source": source, "recipe": None if recipe is None else recipe.as_posix()}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def record_answers() -> None:

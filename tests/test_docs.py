@@ -23,6 +23,7 @@ from dgnet.cli.command import Command, Parser
 from dgnet.compat.argparse import list_arguments
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages
+from tests.helpers.data import jpeg
 from tests.helpers.pages import ROOT, blocks, find_commands, find_pages, read, strip_code
 
 SLOW = {"docs/convert.md", "docs/quickstart.md"}
@@ -56,6 +57,7 @@ hooks = load("hooks")
 )
 def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # pages write files
+    (tmp_path / "photo.jpg").write_bytes(jpeg(90, 40))  # a photo of the reader's
     scope: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), scope)

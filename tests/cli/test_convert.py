@@ -197,7 +197,7 @@ def test_weights_of_a_static_run_keep_its_classes_and_preprocessing(images, tmp_
             ["test_vit", "--topology", "chain"],
             "compute another function: in stage 1, blocks.0, it lacks edges; only --topology complete keeps it",
         ),
-        (["test_vit", "--weighting", "no"], "unknown weighting 'no'; allowed: routed, learned, fixed"),
+        (["test_vit", "--weighting", "no"], "unknown weighting 'no'; allowed: routed, signed, linear, softmax, learned, fixed"),
         (["test_vit", "--model-kwargs", "{num_classes: 3}"], "--model-kwargs cannot set num_classes"),
         (["test_vit", "--output", "run"], "--output needs --weights FILE or --pretrained true"),
         (["test_vit", "--check", "nowhere"], "data source 'nowhere' does not exist"),

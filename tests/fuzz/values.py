@@ -48,7 +48,7 @@ KEYS = [
     "accumulate", "lr", "lr_batch_size", "threshold_lr", "momentum", "weight_decay", "norm_decay", "routing_decay", "clip_grad",
     "ema", "precision", "accelerator", "devices", "sync_bn", "checkpoint_every", "loggers", "workers", "threads", "holdout",
     "epoch_images", "epochs", "evaluate_every", "image_size", "crop_pct", "augment", "warmup_epochs", "label_smoothing",
-    "budget", "budget_per", "budget_strength", "budget_warmup", "channels_last", "grad_checkpointing",
+    "budget", "budget_per", "budget_strength", "budget_rule", "budget_warmup", "channels_last", "grad_checkpointing",
     "on_bad_image", "max_bad_images", "cache", "weighting", "topology", "shortcut", "unknown_key", "é", "1", "<<",
 ]
 YAML_VALUES = ["[a, b]", '"text"', "'1'", "0o17", "1e5", "[1, [2, [3]]]", "{a: null}", "1.0", "8.0", "8", "99", "0.1"]

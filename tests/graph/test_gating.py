@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import DynamicGraph, FixedWeighting, GateOptions, NodeGates, Topology, accept_cuts, record_connectivity
 from dgnet.graph._topology import complete
+from dgnet.inference import set_mode, set_sparse
 
 
 def test_a_gate_in_training_is_0_or_1_with_the_gradient_of_its_probability():
@@ -109,3 +111,20 @@ def test_gates_whose_closing_would_cut_a_stage_are_refused():
     with pytest.raises(UsageError, match="through block 2"):
         NodeGates(Topology(mask), 4, GateOptions("gumbel"))
     dgnet.create_model("dg_resnet20", node_gate="hard", topology="residual")
+
+
+@torch.no_grad()
+def test_gates_that_read_the_stages_input_do_not_depend_on_what_its_blocks_compute(tiny):
+    network = tiny(node_gate="hard", node_gate_bias=0.0, gate_reads="stage", topology="residual").eval()
+    images = torch.randn(8, 3, 12, 10)
+    with record_connectivity(network) as record:
+        logits = network(images)
+    assert any(0 < float(ran[:, 1:-1].float().mean()) < 1 for ran in record.ran)
+    torch.testing.assert_close(set_mode(deepcopy(network), "sparse")(images), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(set_sparse(deepcopy(network), "native")(images), logits, rtol=1e-4, atol=1e-5)
+    stage = network.stages[0]
+    for block in stage.nodes:
+        nn.init.zeros_(block.conv2.weight)
+    with record_connectivity(network) as changed:
+        network(images)
+    assert torch.equal(changed.ran[0], record.ran[0])

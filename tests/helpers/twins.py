@@ -38,7 +38,10 @@ def run_stage_by_edges(stage: DynamicGraph, x: Tensor) -> tuple[Tensor, Tensor, 
             for row, k in enumerate(out_edges):
                 z = sum(w * v for w, v in zip(router.weight[row].tolist(), pooled, strict=True)) + router.bias[row].item()
                 alpha.setdefault((i, k), []).append(sigmoid(z) if alive[i][b] else 0.0)
-            for row, k in enumerate([k for k in out_edges if k != last] if gates is not None and alive[i][b] else []):
+            gated = [k for k in out_edges if k != last]
+            if gates is not None and gates.reads == "stage":
+                gated = list(range(1, last)) if i == 0 else []
+            for row, k in enumerate(gated if gates is not None and alive[i][b] else []):
                 column = gates.columns[str(i)].weight[row].tolist()
                 votes[b][k] += sum(w * v for w, v in zip(column, pooled, strict=True))
         tau = stage.weighting.tau[j].item()

@@ -234,8 +234,8 @@ class Router(nn.Module):
         ({"router": Router}, "the feature after stage blocks.0 differs; leave out the options"),
         ({"node_gate": "hard", "node_gate_bias": 0.1, "threshold_offset": 0.1}, "a gate is closed; leave out"),
         ({"node_gate": False}, "unknown node_gate False; allowed: none, hard, gumbel"),
-        ({"weighting": None}, "weighting is routed, learned, fixed or a callable .* got None"),
-        ({"weighting": [1]}, r"weighting is routed, learned, fixed or a callable .* got \[1\]"),
+        ({"weighting": None}, "weighting is routed, signed, linear, softmax, learned, fixed or a callable .* got None"),
+        ({"weighting": [1]}, r"weighting is routed, signed, linear, softmax, learned, fixed or a callable .* got \[1\]"),
         ({"topology": None}, "topology is a name, a mask, a callable .* got None"),
         ({"stages": np.array(["blocks", "head"])}, "stages is 'auto' or a list of names"),
     ],
@@ -539,7 +539,8 @@ def test_to_static_compares_what_parameters_do_not_say():
     stage.threshold_offset = 0.0
     stage.nodes[1].register_forward_hook(lambda module, inputs, output: None)  # hooks are no part of it
     assert dgnet.to_static(converted)
-    stage.weighting.shared_alpha = lambda node: torch.full((node,), 0.5)
-    stage.weighting.__class__ = type("Half", (dgnet.Weighting,), {"reads_features": False})
+    receivers = stage.topology.free_receivers
+    stage.weighting.predict = lambda node, feature: torch.full((len(feature), len(receivers(node))), 0.5)
+    stage.weighting.__class__ = type("Half", (dgnet.Weighting,), {})
     with pytest.raises(UsageError, match=r"cannot become static: the feature after stage blocks.0 differs"):
         dgnet.to_static(converted)

@@ -20,6 +20,7 @@ SHEET = Path(__file__).with_name("cifar10.png")
 ANSWERS = Path(__file__).with_name("pretrained.json")
 """Logits of each network for its images, and which of them are right."""
 MEGABYTE = 1e6
+ROOT = Path(__file__).parents[2]
 
 
 def cut_sheet() -> list[Image.Image]:
@@ -54,7 +55,7 @@ def test_the_logits_are_those_of_the_trained_network(name):
     found = answer(name)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
     if name.endswith("cifar10"):
-        assert (found.argmax(1) == torch.arange(10)).sum() >= 8
+        assert (found.argmax(1) == torch.arange(10)).sum() >= 7
 
 
 def test_they_are_small():
@@ -75,6 +76,9 @@ def test_what_is_said_of_them_is_what_is_counted(row):
     assert len(cfg["label_names"]) == cfg["num_classes"] == 10
     assert row.command.startswith("dgnet train --")
     assert row.top1 > 80
+    about = json.loads((PRETRAINED / row.name / "config.json").read_text())["dgnet"]
+    assert about["source"]
+    assert about["recipe"] is None or (ROOT / about["recipe"]).is_file()
 
 
 def test_a_name_without_a_tag_has_the_network_without_a_budget():
@@ -83,6 +87,12 @@ def test_a_name_without_a_tag_has_the_network_without_a_budget():
         assert torch.equal(tensor, tagged.state_dict()[name])
     with_gates = timm.create_model("dg_resnet32.cifar10_budget60", pretrained=True)
     assert any(".node_gates." in name for name in with_gates.state_dict())
+
+
+@pytest.mark.slow
+def test_a_name_is_analysed_as_a_run_is(capsys, tmp_path):
+    ask(capsys, "analyze", "dg_resnet20.digits_budget50", "--data", "digits", "--output", tmp_path / "analysis")
+    assert (tmp_path / "analysis" / "explorer.html").is_file()
 
 
 def test_commands_take_their_names(capsys, tmp_path):

@@ -123,3 +123,22 @@ def test_budgets_that_cannot_be(tiny):
     ]:
         with pytest.raises(UsageError, match=message):
             Budget(network, 12, share)
+
+
+@pytest.mark.parametrize("rule", ["penalty", "exact"])
+def test_the_exact_rule_ends_at_the_budget_where_the_penalty_ends_above_it(tiny, rule):
+    """A task that would rather execute everything: its loss falls by 1 with the share that is executed."""
+    budget, steps = Budget(tiny(node_gate="hard"), 12, 0.5, strength=10.0, warmup=0.1, rule=rule), 400
+    logit = torch.tensor(3.0, requires_grad=True)
+    optimizer = torch.optim.SGD([logit], lr=0.5)
+    for step in range(steps):
+        executed = logit.sigmoid().expand(4)
+        loss = budget.penalty(executed, step / steps) - executed.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        budget.adapt(executed.mean(), step / steps, steps)
+    share = float(logit.detach().sigmoid())
+    expected = 0.5 + 1 / 20 if rule == "penalty" else 0.5  # where the slope of the penalty is that of the task
+    assert share == pytest.approx(expected, abs=2e-3)
+    assert float(budget.multiplier) == pytest.approx(0.0 if rule == "penalty" else 1.0, abs=0.05)

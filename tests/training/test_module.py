@@ -118,6 +118,25 @@ def test_routers_and_gates_take_their_share_of_the_rate_and_keep_their_weight_de
             assert group == {"decay": before[name]["decay"], "share": 0.2 if is_router else 1.0}
 
 
+@pytest.mark.parametrize("choice", ["same", "adamw"])
+def test_muon_leaves_routers_to_adamw_if_asked(choice):
+    network = dgnet.create_model("dg_resnet20", channels=(4, 4, 4), weighting="signed", node_gate="hard")
+    config = TrainConfig(optimizer="nmuon", router_optimizer=choice)
+    optimizer = create_optimizer_v2(build_parameter_groups(network, config), opt="nmuon", lr=0.1)
+    network(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    routing = {id(p) for n, p in network.named_parameters() if ".weighting." in n or ".node_gates." in n}
+    orthogonalised = {id(p) for p, state in optimizer.state.items() if state.get("use_muon")}
+    matrices = {id(p) for p in network.parameters() if p.ndim > 1}
+    assert orthogonalised & matrices - routing
+    assert bool(orthogonalised & routing) == (choice == "same")
+
+
+def test_adamw_for_routers_is_for_muon_only():
+    with pytest.raises(UsageError, match="--router-optimizer adamw is for Muon optimisers, not for sgd; leave it out"):
+        TrainConfig(router_optimizer="adamw")
+
+
 @pytest.mark.parametrize("norm_decay", [False, True])
 def test_the_rate_decays_from_layer_to_layer_as_in_timm_but_not_of_routers(norm_decay):
     found = groups_by_name("dg_resnet20", 0.5, norm_decay=norm_decay, router_lr=0.3, threshold_lr=0.1)

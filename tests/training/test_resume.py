@@ -63,7 +63,7 @@ CASES = {
     "fine-tuning, two ranks": {"ranks": 2, **TUNED, "accumulate": 1},
     "folder, workers, EMA": {"workers": 2, "ema": 0.9},
     "shards, accumulation": {"source": "shards", "accumulate": 2, "clip_grad": 1.0, "evaluate_every": 2},
-    "folder, two ranks": {"ranks": 2},
+    "folder, two ranks, an exact budget": {"ranks": 2, "budget": 0.6, "budget_rule": "exact", "budget_warmup": 0.1},
     "shards, two ranks, a worker, EMA, accumulation": {
         "source": "shards",
         "ranks": 2,
@@ -85,7 +85,7 @@ def test_killed_and_resumed_again_and_again_a_run_ends_where_it_ends_undisturbed
     whole = Run(options(data, tmp_path / "whole", source, **more), ranks)
     begin = time.monotonic()
     assert whole.start().wait() == [0] * ranks, whole.log()
-    assert whole.log().count("3,075 parameters, on") == 1  # one process of all prints and writes
+    assert whole.log().count(" parameters, on") == 1  # one process of all prints and writes
     duration = time.monotonic() - begin
     rng = random.Random(case)
     kills = 0

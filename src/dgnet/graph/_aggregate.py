@@ -28,8 +28,8 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
     `features`: one tensor for each in-edge, E of them, (B, C, H, W) or of another layout with B first; `weights`: (B, E), or
-    (B, E, g) for features of (B, g, …); `is_open`: (B, E), None for all open. The feature of a closed edge never enters the sum,
-    even if it is infinite or NaN.
+    (B, E, g) for features of (B, g, …); `is_open`: (B, E), None for all open. The feature of a closed edge never enters the
+    sum, even if it is infinite or NaN.
 
     Sums in float32 if features are in half precision, otherwise in their own precision. Returns a tensor like a feature.
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._context import ContextStack
-from dgnet.graph._groups import along_groups
+from dgnet.graph._edge_weights import of_whole_edges
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
@@ -67,12 +67,12 @@ def close_edges(
     if sender_is_alive.is_floating_point():
         passes = sender_is_alive > 0.5
         is_alive = (passes if is_open is None else is_open & passes).any(1).to(sender_is_alive.dtype)
-        weights = weights * along_groups(sender_is_alive, weights).to(weights.dtype)
-        weights = weights if is_open is None else torch.where(along_groups(is_open, weights), weights, 0)
+        weights = weights * of_whole_edges(sender_is_alive, weights).to(weights.dtype)
+        weights = weights if is_open is None else torch.where(of_whole_edges(is_open, weights), weights, 0)
         return weights, is_open, is_alive if gate is None else is_alive * gate
     is_open = sender_is_alive if is_open is None else is_open & sender_is_alive
     is_open = is_open if gate is None else is_open & gate[:, None]
-    return torch.where(along_groups(is_open, weights), weights, 0), is_open, is_open.any(1)
+    return torch.where(of_whole_edges(is_open, weights), weights, 0), is_open, is_open.any(1)
 
 
 def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:
@@ -108,6 +108,13 @@ class GateOptions(RouterOptions):
     )
 
     node_gate_std: float = option(0.01, "standard deviation of the initial weights of gates", used_by=_GATED)
+    gate_reads: str = option(
+        "senders",
+        "what a gate reads: senders: the features of the block's senders; stage: that of the stage's input node, so that all"
+        " gates of a stage are decided before its blocks run",
+        ("senders", "stage"),
+        _GATED,
+    )
 
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
@@ -126,9 +133,9 @@ def accept_cuts() -> AbstractContextManager[None]:
 class NodeGates(nn.Module):
     """One gate for each block: open if σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders i that are alive.
 
-    v_ij: this module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its
-    gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate
-    sometimes opens.
+    With `gate_reads="stage"` the only i is the stage's input node, also for a block that it does not send to. v_ij: this
+    module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its gradient is that
+    of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate sometimes opens.
 
     Raises UsageError if all paths through the stage lead through one block: closing its gate would remove the image from the
     network, and a budget would count that as saved.
@@ -146,6 +153,7 @@ class NodeGates(nn.Module):
             )
         self.topology = topology
         self.form = options.node_gate
+        self.reads = options.gate_reads
         self.start = (options.node_gate_bias, options.node_gate_std)
         self.columns = nn.ModuleDict(
             {
@@ -165,12 +173,18 @@ class NodeGates(nn.Module):
             assert isinstance(column, PooledLinear)
             nn.init.normal_(column.weight, std=std)
 
+    def senders(self, node: int) -> tuple[int, ...]:
+        """The nodes whose features the gate of the block `node` reads, ascending."""
+        return self.topology.senders(node) if self.reads == "senders" else (0,)
+
     def receivers(self, node: int) -> tuple[int, ...]:
-        """The blocks among the nodes that `node` sends to, ascending."""
+        """The blocks whose gates read the feature of `node`, ascending."""
+        if self.reads == "stage":
+            return tuple(self.topology.blocks) if node == 0 else ()
         return tuple(j for j in self.topology.receivers(node) if j != self.topology.output)
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
-        """v_ij · φ(x_i) for the node's out-edges to blocks, (B, E), from its feature, (B, C, H, W)."""
+        """v_ij · φ(x_i) for the blocks `receivers(node)`, (B, E), from the node's feature, (B, C, H, W)."""
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
             votes: Tensor = self.columns[str(node)](pool_feature(feature))
             return votes
@@ -178,7 +192,7 @@ class NodeGates(nn.Module):
     def decide(self, node: int, votes: Tensor, offset: float = 0.0) -> Tensor:
         """Whether the block runs, (B,): bool in evaluation, 0 or 1 with a gradient in training.
 
-        `votes`: what its senders predicted, (B, number of in-edges), 0 where they are dead. In evaluation a gate is open if its
+        `votes`: what the nodes `senders(node)` predicted, (B, E), 0 where they are dead. In evaluation a gate is open if its
         probability is at least ½ + `offset`.
         """
         logit = votes.sum(1) + self.bias[node].to(votes.dtype)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._aggregate import aggregate
+from dgnet.graph._edge_weights import mean_of_edge, split_ways, sum_in_groups
 from dgnet.graph._gating import NodeGates
-from dgnet.graph._groups import mean_over_groups, sum_in_groups
 from dgnet.graph._layout import LAYOUTS
 from dgnet.graph._topology import Topology
 from dgnet.graph._weighting import Weighting
@@ -108,18 +108,47 @@ class StageNodes(nn.Module):
     ) -> Tensor:
         """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
 
-        `weights`: (B, E), or (B, E, g) for groups of channels; `is_open`: (B, E), None: all open. `sources`: the features of
-        the in-edges; for an entry node the raw stage input and x_0.
+        `weights`: (B, E), or (B, E, k) with several weights for each edge; `is_open`: (B, E), None: all open. `sources`: the
+        features of the in-edges; for an entry node the raw stage input and x_0.
         """
-        if node in self.topology.entry:
-            return self._compute_entry(node, weights, is_open, *sources, further=further)
-        summed = sum_in_groups(partial(aggregate, is_open=is_open), sources, weights, self.layout)
-        return self.transform(node, summed, further=further)
+        sum_senders = partial(self._sum, sources[-len(self.topology.senders(node)) :], is_open=is_open)
+        sum_raw = partial(self._sum, sources[:1], is_open=is_open)
+        block = self.nodes[node - 1] if node in self.topology.entry else None
+        if self.training and getattr(block, "takes_scale", False):
+            # A fast path: the block computes f_j(α · x) without storing α · x.
+            own, passed = map(mean_of_edge, split_ways(weights, self.weighting.two_way))
+            assert block is not None
+            return self.finish_entry(block(sources[0], scale=own[:, 0]), lambda: sum_senders(passed))
+        return self.compute_from_sums(node, weights, sum_raw, sum_senders, further)
 
-    def transform(self, node: int, x: Tensor, is_activated: bool = False, further: Further = NOTHING) -> Tensor:
+    def _sum(self, sources: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
+        return sum_in_groups(partial(aggregate, is_open=is_open), sources, weights, self.layout)
+
+    def compute_from_sums(
+        self,
+        node: int,
+        weights: Tensor,
+        sum_raw: Callable[[Tensor], Tensor],
+        sum_senders: Callable[[Tensor], Tensor],
+        further: Further,
+    ) -> Tensor:
+        """As `compute`, from two functions of weights, Σ_i w_i x_i: of the raw stage input, and of the senders' features."""
+        own, passed = split_ways(weights, self.weighting.two_way)  # of what the block reads, and of what its shortcut passes on
+        if node in self.topology.entry:  # one weight for all channels: the raw input may have other ones
+            y = self.call_block(node, sum_raw(mean_of_edge(own)), further)
+            return self.finish_entry(y, lambda: sum_senders(mean_of_edge(passed)))
+        if node == self.topology.output:
+            return self.transform(node, sum_senders(passed), further=further)
+        summed = sum_senders(own)
+        return self.transform(node, summed, further=further, passed=summed if passed is own else sum_senders(passed))
+
+    def transform(
+        self, node: int, x: Tensor, is_activated: bool = False, further: Further = NOTHING, passed: Tensor | None = None
+    ) -> Tensor:
         """x_j from x̂_j, (B, C, H, W); for the output node, the stage's output. Not for entry nodes.
 
-        `is_activated`: whether the activation after the aggregation was already applied to `x`.
+        `is_activated`: whether the activation after the aggregation was already applied to `x`. `passed`: what the shortcut in
+        the node adds; None: `x`.
         """
         if self.shortcut == "edge" and not is_activated:
             x = self.activation(x)
@@ -128,26 +157,13 @@ class StageNodes(nn.Module):
         y = self.call_block(node, x, further)
         if self.shortcut == "edge":
             return y
-        activated: Tensor = self.activation(y + x)
+        activated: Tensor = self.activation(y + (x if passed is None else passed))
         return activated
 
     def call_block(self, node: int, x: Tensor, further: Further) -> Tensor:
         """f_j(x), (B, C, H, W)."""
         y: Tensor = self.nodes[node - 1](x, *further.values, **further.named)
         return y
-
-    def _compute_entry(
-        self, node: int, weights: Tensor, is_open: Tensor | None, raw: Tensor, projected: Tensor, *, further: Further
-    ) -> Tensor:
-        """x_j of an entry node, f_j(α · stage input)."""
-        block = self.nodes[node - 1]
-        weights = mean_over_groups(weights)  # the raw input may have other channels
-        # Fast path in training: a block with `takes_scale` computes f_j(α · x) without storing α · x.
-        if self.training and getattr(block, "takes_scale", False):
-            y: Tensor = block(raw, scale=weights[:, 0])
-        else:
-            y = self.call_block(node, aggregate([raw], weights, is_open), further)
-        return self.finish_entry(y, lambda: aggregate([projected], weights, is_open))
 
     def finish_entry(self, y: Tensor, shortcut: Callable[[], Tensor]) -> Tensor:
         """x_j of an entry node from `y` = f_j(x̂_j) and, if its block adds one, the weighted shortcut."""

@@ -33,20 +33,20 @@ class Record:
         self._alpha: list[list[Tensor]] = [[] for _ in self._stages]
         self._adjacency: list[list[Tensor]] = [[] for _ in self._stages]
         self._ran: list[list[Tensor]] = [[] for _ in self._stages]
-        self._group_weights: list[list[Tensor]] = [[] for _ in self._stages]
+        self._edge_weights: list[list[Tensor]] = [[] for _ in self._stages]
 
     @property
     def adjacency(self) -> list[Tensor]:
         """For each stage the weights used in the aggregation, (B, N, N); 0 where an edge is closed.
 
-        With weights for each group of channels this is their mean; `group_weights` has all.
+        With weights for each group of channels this is their mean; `edge_weights` has all.
         """
         return [self._join(chunks) for chunks in self._adjacency]
 
     @property
-    def group_weights(self) -> list[Tensor]:
+    def edge_weights(self) -> list[Tensor]:
         """As `adjacency`, for each group of channels, (B, N, N, g); (B, N, N) for a stage whose weighting has none."""
-        return [self._join(chunks) for chunks in self._group_weights]
+        return [self._join(chunks) for chunks in self._edge_weights]
 
     @property
     def alpha(self) -> list[Tensor]:
@@ -76,8 +76,8 @@ class Record:
             return
         self._alpha[index].append(wiring.alpha)
         self._adjacency[index].append(wiring.adjacency)
-        self._group_weights[index].append(
-            wiring.group_weights if self._stages[index].weighting.groups > 1 else wiring.adjacency
+        self._edge_weights[index].append(
+            wiring.edge_weights if self._stages[index].weighting.edge_weights > 1 else wiring.adjacency
         )
         self._ran[index].append(wiring.ran.detach() > 0)
 
@@ -108,7 +108,7 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
 
     `adjacency`: for each stage (N, N) for all samples, (B, N, N) with one for each sample, (B, N, N, g) with weights for each
     group of channels, or None to leave the stage as it is. Imposing the `record.adjacency` of a forward pass (with groups its
-    `record.group_weights`) gives the same output again.
+    `record.edge_weights`) gives the same output again.
 
     Raises UsageError if a matrix is missing, has the wrong size, or weighs an edge that the topology lacks, and if the model
     runs as copies in other threads.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.graph._groups import GroupOptions
+from dgnet.graph._edge_weights import GroupOptions
 from dgnet.options import option
 
 CLOSED_BIAS = -8.0

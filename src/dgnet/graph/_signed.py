@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_range
-from dgnet.graph._groups import along_groups, check_groups, mean_over_groups, split_groups
+from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, of_whole_edges, split_edges
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
@@ -63,9 +63,10 @@ class SignedWeighting(RoutedWeighting):
             threshold=given.threshold,
             learn_threshold=given.learn_threshold,
             weight_groups=given.weight_groups,
+            two_way=given.two_way,
         )
         super().__init__(topology, channels, routed)
-        self.order = EdgeOrder(topology, self.groups)
+        self.order = EdgeOrder(topology, self.edge_weights)
         self.start = find_start(topology, given, stage)
         self.static = nn.Parameter(torch.empty(self.order.shape))
         self.order.fill(self.static, self.start)
@@ -93,11 +94,13 @@ class _UnboundedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int, options: SignedOptions | None = None) -> None:
         super().__init__(topology, channels)
         self.options = options or SignedOptions()
-        self.groups = check_groups(self.options.weight_groups, channels)
+        self.edge_weights, self.two_way = count_edge_weights(self.options, channels), self.options.two_way
         self.pool = self.options.router_pool or global_average_pool
         self.routers = nn.ModuleDict(
             {
-                str(node): PooledLinear(channels, len(topology.free_receivers(node)) * self.groups, bias=self.bias, norm="unit")
+                str(node): PooledLinear(
+                    channels, len(topology.free_receivers(node)) * self.edge_weights, bias=self.bias, norm="unit"
+                )
                 for node in range(topology.output)
                 if topology.free_receivers(node)
             }
@@ -127,23 +130,23 @@ class _UnboundedWeighting(Weighting):
         if str(node) not in self.routers:
             return feature.new_ones(feature.shape[0], 0)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            return split_groups(self.routers[str(node)](pool_feature(feature, self.pool)), self.groups)
+            return split_edges(self.routers[str(node)](pool_feature(feature, self.pool)), self.edge_weights)
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         weight = self.value(node, alpha)
         tau = self.tau[node].to(weight.dtype)
-        size = mean_over_groups(weight.abs())
-        soft = along_groups(torch.sigmoid((size - tau) / _TEMPERATURE), weight)
+        size = mean_of_edge(weight.abs())
+        soft = of_whole_edges(torch.sigmoid((size - tau) / _TEMPERATURE), weight)
         if self.options.edge_gate == "soft":
             return weight * soft
         if not self.training:
             return weight
-        return weight * (along_groups(size >= tau, weight).to(weight.dtype) + (soft - soft.detach()))
+        return weight * (of_whole_edges(size >= tau, weight).to(weight.dtype) + (soft - soft.detach()))
 
     def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
         if self.training:
             return None
-        weight = mean_over_groups(self.value(node, alpha).abs())
+        weight = mean_of_edge(self.value(node, alpha).abs())
         return weight >= self.tau[node].to(weight.dtype) + offset
 
 
@@ -156,7 +159,7 @@ class LinearWeighting(_UnboundedWeighting):
 
     def __init__(self, topology: Topology, channels: int, options: SignedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels, options)
-        self.order = EdgeOrder(topology, self.groups)
+        self.order = EdgeOrder(topology, self.edge_weights)
         self.start = find_start(topology, self.options, stage)
         self.static = nn.Parameter(torch.empty(self.order.shape))
         self.scale = nn.Parameter(torch.empty(()))
@@ -208,7 +211,7 @@ class SoftmaxWeighting(_UnboundedWeighting):
         routers = self.routers
         if any(router.weight.any() for router in routers.values()):  # type: ignore[operator]
             return None
-        biases = [split_groups(routers[str(i)].bias[None], self.groups)[0] for i in self.topology.senders(node)]  # type: ignore[index]
+        biases = [split_edges(routers[str(i)].bias[None], self.edge_weights)[0] for i in self.topology.senders(node)]  # type: ignore[index]
         rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
         return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, shorten
-from dgnet.graph._groups import GroupOptions
+from dgnet.graph._edge_weights import GroupOptions
 from dgnet.graph._topology import RANDOM_TOPOLOGIES, RandomGraphOptions, Topology, build_topology
 from dgnet.options import option
 
@@ -83,14 +83,14 @@ def find_start(topology: Topology, options: StaticOptions, stage: int = 1) -> Te
 class EdgeOrder:
     """Where the weights of each node's free in-edges lie in one vector of all free edges: a slice for each receiving node.
 
-    With g > 1 groups of channels, values are (E, g) where they would be (E,).
+    With k > 1 weights for each edge, values are (E, k) where they would be (E,).
     """
 
-    def __init__(self, topology: Topology, groups: int = 1) -> None:
+    def __init__(self, topology: Topology, edge_weights: int = 1) -> None:
         self.topology = topology
         degrees = [0 if j in topology.pinned else len(topology.senders(j)) for j in range(topology.num_nodes)]
         self.offsets = [sum(degrees[:j]) for j in range(topology.num_nodes + 1)]
-        self.shape = (sum(degrees),) if groups == 1 else (sum(degrees), groups)
+        self.shape = (sum(degrees),) if edge_weights == 1 else (sum(degrees), edge_weights)
         """Of the values of all free edges."""
 
     def row(self, values: Tensor, node: int) -> Tensor:

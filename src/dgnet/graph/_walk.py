@@ -109,7 +109,7 @@ class DenseWalk(Walk):
         self.features: list[Any] = []  # x_i of each node
         self.alive: list[Tensor | None] = [None]  # of each node, (B,): bool, or 0 and 1 while gates train; None: all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
-        self.alpha = self.new_predictions(stage.weighting.groups)  # α of each edge
+        self.alpha = self.new_predictions(stage.weighting.edge_weights)  # α of each edge
         self.votes = self.new_predictions()  # of each edge, what the sender adds to the logit of the receiver's gate
         self.alpha_rows: list[Tensor] = []
         self.weight_rows: list[Tensor] = []
@@ -123,7 +123,7 @@ class DenseWalk(Walk):
     def compute(self, node: int) -> Any:
         sender_is_alive = stack_alive([self.alive[i] for i in self.topology.senders(node)])
         alpha, weights, is_open = self.weigh(node, sender_is_alive)
-        weights, is_open, is_alive = close_edges(weights, is_open, sender_is_alive, self.decide(node, sender_is_alive))
+        weights, is_open, is_alive = close_edges(weights, is_open, sender_is_alive, self.decide(node))
         if self.observers:
             self.alpha_rows.append(close_edges(alpha, None, sender_is_alive)[0])
             self.weight_rows.append(weights)
@@ -170,22 +170,24 @@ class DenseWalk(Walk):
             weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node])
             return weights, weights, None
         # Shared α is not collected edge by edge: the compiler would index into the row for every element of the sum.
-        alpha = self.row(self.alpha, node) if self.needs.alpha else self.share(weighting.shared_alpha(node))
+        alpha = self.row(self.alpha, node, senders) if self.needs.alpha else self.share(weighting.shared_alpha(node))
         if weighting.couples_edges:
             alpha = close_edges(alpha, None, sender_is_alive)[0]
         return alpha, weighting.weigh(node, alpha), weighting.find_open(node, alpha, self.stage.threshold_offset)
 
     def share(self, alpha: Tensor) -> Tensor:
-        """α that is the same for all samples, (E,) or (E, g), with B first."""
+        """α that is the same for all samples, (E,) or (E, k), with B first."""
         return alpha.expand(self.x.shape[0], *alpha.shape)
 
-    def decide(self, node: int, sender_is_alive: Tensor | None) -> Tensor | None:
+    def decide(self, node: int) -> Tensor | None:
         """Whether the gate of a block is open, (B,); None if it has none."""
         if not self.needs.gates or node == self.topology.output:
             return None
-        assert self.stage.node_gates is not None
-        votes = close_edges(self.row(self.votes, node), None, sender_is_alive)[0]
-        return self.stage.node_gates.decide(node, votes, self.stage.threshold_offset)
+        gates = self.stage.node_gates
+        assert gates is not None
+        senders = gates.senders(node)
+        votes = close_edges(self.row(self.votes, node, senders), None, stack_alive([self.alive[i] for i in senders]))[0]
+        return gates.decide(node, votes, self.stage.threshold_offset)
 
     def find_needed(self) -> Tensor | None:
         """For which samples each node has an open path to the output node, (B, N), from known weights; None for all."""
@@ -217,15 +219,15 @@ class DenseWalk(Walk):
 
     # How predictions are stored. A walk whose nodes run on some of the samples stores them in another form.
 
-    def new_predictions(self, groups: int = 1) -> Any:
-        """Storage for one number for each sample and edge, or for each of several `groups` of channels."""
+    def new_predictions(self, numbers: int = 1) -> Any:
+        """Storage for some `numbers` for each sample and edge."""
         return {}
 
     def keep(self, predictions: Any, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
-        """Store `values`, (B, E) or (B, E, g), which were predicted for the edges from `node` to `receivers`."""
+        """Store `values`, (B, E) or (B, E, k), which were predicted at `node` for `receivers`."""
         for receiver, column in zip(receivers, values.unbind(1), strict=True):
             predictions[node, receiver] = column
 
-    def row(self, predictions: Any, node: int) -> Tensor:
-        """What was predicted for the in-edges of `node`, (B, E) or (B, E, g)."""
-        return torch.stack([predictions[i, node] for i in self.topology.senders(node)], dim=1)
+    def row(self, predictions: Any, node: int, senders: tuple[int, ...]) -> Tensor:
+        """What `senders` predicted for `node`, (B, E) or (B, E, k)."""
+        return torch.stack([predictions[i, node] for i in senders], dim=1)

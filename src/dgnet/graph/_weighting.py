@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
+from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, split_edges
 from dgnet.graph._gating import is_above_threshold, psi
-from dgnet.graph._groups import check_groups, mean_over_groups, split_groups
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
@@ -42,8 +42,12 @@ class Weighting(nn.Module):
             if old in vars(cls):
                 raise UsageError(f"{cls.__name__} overrides `{old}` of version 0.1's weightings; override {new} instead")
 
-    groups = 1
-    """g: the groups of channels that have weights of their own. If there are several, α and weights are (B, E, g)."""
+    edge_weights = 1
+    """k, the weights of each edge: those of groups of channels, of a node's two ways, or one. If k > 1, α and weights are
+    (B, E, k)."""
+
+    two_way = False
+    """Whether a node's block and its shortcut read sums with weights of their own. The first half of k is the block's."""
 
     def __init__(self, topology: Topology, channels: int) -> None:
         super().__init__()
@@ -61,9 +65,9 @@ class Weighting(nn.Module):
         return self.threshold is not None or type(self).find_open is not Weighting.find_open
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
-        """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`. With `groups` (B, E, g).
+        """α of the node's free out-edges, (B, E), in the order of `topology.free_receivers(node)`.
 
-        `feature`: the node's output, (B, C, H, W).
+        (B, E, k) with several `edge_weights`. `feature`: the node's output, (B, C, H, W).
         """
         raise NotImplementedError
 
@@ -87,7 +91,7 @@ class Weighting(nn.Module):
         threshold = None if self.training else self.threshold
         if threshold is None:
             return None
-        return is_above_threshold(mean_over_groups(alpha), threshold[node].to(alpha.dtype), offset)
+        return is_above_threshold(mean_of_edge(alpha), threshold[node].to(alpha.dtype), offset)
 
     def reset_parameters(self) -> None:
         """Reset the parameters to their initial values."""
@@ -138,8 +142,8 @@ class LearnedWeighting(Weighting):
     def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels)
         self.options = options or LearnedOptions()
-        self.groups = check_groups(self.options.weight_groups, channels)
-        self.order = EdgeOrder(topology, self.groups)
+        self.edge_weights, self.two_way = count_edge_weights(self.options, channels), self.options.two_way
+        self.order = EdgeOrder(topology, self.edge_weights)
         self.start = find_start(topology, self.options, stage)
         self.alpha = nn.Parameter(torch.empty(self.order.shape))
         self.reset_parameters()
@@ -194,7 +198,7 @@ class RoutedOptions(RouterOptions):
         for name in ("learn_threshold", "unit_start"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("unit_start", "router_norm", "weight_groups"):
+        for name in ("unit_start", "router_norm", "weight_groups", "two_way"):
             if self.router is not None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UsageError(f"{name}={getattr(self, name)!r} has no effect with a router of your own; leave it out")
         if self.unit_start and self.inference_weight == "raw":
@@ -246,7 +250,7 @@ class RoutedWeighting(Weighting):
     ) -> None:
         super().__init__(topology, channels)
         self.options = options or RoutedOptions()
-        self.groups = check_groups(self.options.weight_groups, channels)
+        self.edge_weights, self.two_way = count_edge_weights(self.options, channels), self.options.two_way
         self.pool = self.options.router_pool or global_average_pool
         self.start_weights = {dtype: self.options.start_weights(dtype) for dtype in (torch.float32, torch.float64)}
         closed = topology.mask & ~(start or topology).mask
@@ -259,7 +263,9 @@ class RoutedWeighting(Weighting):
                 opening = (start or topology).receivers(node)
                 open_bias, closed_bias = self.options.router_bias, self.options.closed_bias
                 biases = [
-                    open_bias if receiver in opening else closed_bias for receiver in receivers for _ in range(self.groups)
+                    open_bias if receiver in opening else closed_bias
+                    for receiver in receivers
+                    for _ in range(self.edge_weights)
                 ]
                 self.routers[str(node)] = (
                     Router(channels, len(biases), biases, self.options.router_std, self.options.router_norm)
@@ -286,13 +292,13 @@ class RoutedWeighting(Weighting):
             return feature.new_ones(feature.shape[0], 0)
         # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            return split_groups(self.routers[str(node)](pool_feature(feature, self.pool)), self.groups)
+            return split_edges(self.routers[str(node)](pool_feature(feature, self.pool)), self.edge_weights)
 
     def constant_alpha(self, node: int) -> Tensor | None:
         routers: Any = self.routers  # a user's own router is not known
         if any(not isinstance(router, Router) or router.weight.any() for router in routers.values()):
             return None
-        biases = [split_groups(routers[str(i)].bias[None], self.groups)[0] for i in self.topology.senders(node)]
+        biases = [split_edges(routers[str(i)].bias[None], self.edge_weights)[0] for i in self.topology.senders(node)]
         rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
         return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)]).sigmoid()
 

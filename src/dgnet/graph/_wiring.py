@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.graph._context import ContextStack
-from dgnet.graph._groups import mean_over_groups
+from dgnet.graph._edge_weights import mean_of_edge
 from dgnet.graph._topology import Topology
 
 
@@ -38,15 +38,15 @@ class Wiring:
     @property
     def alpha(self) -> Tensor:
         """α of every edge, (B, N, N), detached; the imposed weights if a matrix was imposed. With groups their mean."""
-        return to_matrix(self.topology, [mean_over_groups(row) for row in self.alpha_rows])
+        return to_matrix(self.topology, [mean_of_edge(row) for row in self.alpha_rows])
 
     @property
     def adjacency(self) -> Tensor:
         """The weights used in the aggregation, (B, N, N), detached; 0 where an edge is closed. With groups their mean."""
-        return to_matrix(self.topology, [mean_over_groups(row) for row in self.weight_rows])
+        return to_matrix(self.topology, [mean_of_edge(row) for row in self.weight_rows])
 
     @property
-    def group_weights(self) -> Tensor:
+    def edge_weights(self) -> Tensor:
         """As `adjacency`, for each group of channels, (B, N, N, g); (B, N, N) if the weighting has none."""
         return to_matrix(self.topology, self.weight_rows)
 

@@ -334,7 +334,7 @@ def _supports(stage: StageNodes) -> bool:
         return False
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
-    if weighting.groups > 1:
+    if weighting.edge_weights > 1:
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
         return False

@@ -20,9 +20,9 @@ from dgnet.graph import (
     Walk,
     aggregate_rows,
     find_stages,
-    mean_over_groups,
     require_stages,
     select_samples,
+    split_ways,
     sum_in_groups,
 )
 from dgnet.inference._branching import BranchingWalk
@@ -118,23 +118,24 @@ class SparseWalk(DenseWalk):
         self.rows.append(rows)
         if rows is not None and len(rows) == 0:
             return None
-        stage = self.stage
-        if node in self.topology.entry:
-            weights = mean_over_groups(weights)
+        some = None if is_open is None or rows is None else is_open[rows]
+        raw_rows = None if rows is None else rows[None]
+
+        def sum_raw(weights: Tensor) -> Tensor:
+            own = weights if rows is None else weights[rows]
+            return aggregate_rows([self.x], own, is_open if rows is None else some, raw_rows)
+
         with select_samples(self.area, rows):
-            if node not in self.topology.entry:
-                return stage.transform(node, self.sum(node, weights, is_open, rows), further=self.further)
-            some = (weights, is_open) if rows is None else (weights[rows], None if is_open is None else is_open[rows])
-            raw = aggregate_rows([self.x], *some, None if rows is None else rows[None])
-            y = stage.call_block(node, raw, self.further)
-            return stage.finish_entry(y, lambda: self.sum(node, weights, is_open, rows))
+            sum_senders = partial(self.sum, node, is_open=is_open, rows=rows)
+            return self.stage.compute_from_sums(node, weights, sum_raw, sum_senders, self.further)
 
     def _run_output(self, weights: Tensor, is_open: Tensor | None) -> Tensor:
         output = self.topology.output
         if all(self.features[sender] is None for sender in self.topology.senders(output)):
             with select_samples(self.area, torch.empty(0, dtype=torch.long, device=self.x.device)):  # it runs an empty batch
                 return self.stage.transform(output, self.stage.empty_sum(self.x, self.further))
-        return self.stage.transform(output, self.sum(output, weights, is_open, None))
+        own = split_ways(weights, self.stage.weighting.two_way)[1]
+        return self.stage.transform(output, self.sum(output, own, is_open, None))
 
     def sum(self, node: int, weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
         """x̂_j for the samples `rows`, (n,), None for all. `weights`, `is_open` (None: all open): (B, E)."""
@@ -156,17 +157,17 @@ class SparseWalk(DenseWalk):
 
     # Predictions are tensors (sender, sample, receiver), 0 where the sender did not run for the sample.
 
-    def new_predictions(self, groups: int = 1) -> Tensor:
+    def new_predictions(self, numbers: int = 1) -> Tensor:
         nodes, dtype = self.topology.num_nodes, torch.promote_types(self.x.dtype, torch.float32)
-        return self.x.new_zeros(nodes, len(self.x), nodes, *((groups,) if groups > 1 else ()), dtype=dtype)
+        return self.x.new_zeros(nodes, len(self.x), nodes, *((numbers,) if numbers > 1 else ()), dtype=dtype)
 
     def keep(self, predictions: Tensor, node: int, receivers: tuple[int, ...], values: Tensor) -> None:
         span, rows = _span(receivers), self.rows[node]
         samples: Any = slice(None) if rows is None else rows if isinstance(span, slice) else rows[:, None]
         predictions[node][samples, span] = values.to(predictions.dtype)
 
-    def row(self, predictions: Tensor, node: int) -> Tensor:
-        return predictions[_span(self.topology.senders(node)), :, node].transpose(0, 1)
+    def row(self, predictions: Tensor, node: int, senders: tuple[int, ...]) -> Tensor:
+        return predictions[_span(senders), :, node].transpose(0, 1)
 
 
 class _RefuseGradients(torch.autograd.Function):

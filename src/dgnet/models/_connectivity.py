@@ -98,6 +98,8 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
                     f"{f.name}={getattr(self, f.name)!r} has no effect with {axis}={getattr(self, axis)!r};"
                     f" leave it out, or use {allowed}"
                 )
+        if self.two_way and self.shortcut != "node":
+            raise UsageError("two_way needs shortcut='node': with shortcut='edge' a node has no shortcut of its own")
         if self.router_start != "complete":
             if self.topology != "complete":
                 raise UsageError(f"router_start={self.router_start!r} opens a part of topology='complete'; leave topology out")

@@ -127,17 +127,22 @@ def build_model(
             f" create_model({name!r}, checkpoint_path=FILE) or: dgnet train --model {name} --weights FILE;"
             " networks that have weights: dgnet models --pretrained"
         )
-    kwargs = {**_published_options(name, pretrained, kwargs.get("pretrained_cfg")), **kwargs}
+    kwargs = {**_published_options(name, pretrained, kwargs), **kwargs}
     _check_options(name, cls, kwargs)
     built = build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=take_state, **kwargs)
     return cast(TimmNetwork, built)
 
 
-def _published_options(name: str, pretrained: bool, cfg: Any) -> Mapping[str, Any]:
-    """The options of the weights in this package that are asked for, by their tag `cfg` or as the network's default ones."""
+def _published_options(name: str, pretrained: bool, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of the weights in this package that are asked for, by their tag or as the network's default ones.
+
+    `given`: what timm's builder is given. If that names other weights, there are no such options.
+    """
+    cfg = given.get("pretrained_cfg")
     if isinstance(cfg, str):
         return packaged_options(f"{name}.{cfg}")
-    return packaged_options(f"{name}.{resolve_pretrained_cfg(name).tag}") if pretrained and cfg is None else {}
+    is_default = pretrained and cfg is None and not given.get("pretrained_cfg_overlay")
+    return packaged_options(f"{name}.{resolve_pretrained_cfg(name).tag}") if is_default else {}
 
 
 def take_state(state_dict: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 
 from dgnet._cost import StageCost, cost_model
@@ -11,6 +12,10 @@ from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import DynamicGraph, Wiring, find_stages, observe
 
 PER = ("batch", "sample")
+RULES = ("penalty", "exact")
+
+_SETTLES = 0.05
+"""Share of training within which the multiplier of the rule "exact" settles, if nothing else changes."""
 
 
 class Budget:
@@ -20,6 +25,10 @@ class Budget:
     1. `target` falls linearly from 1 to `share` over the first `warmup` of training, a share of all steps.
 
     `per`: the loss is on the mean of a "batch", or on each "sample".
+
+    `rule`: the loss alone ("penalty") settles where it balances the loss of the task, which is a little above the share. With
+    "exact" the loss has a second term, `multiplier` · (executed - target). The multiplier grows while too much is executed and
+    falls while too little is (the method of multipliers), from the end of `warmup` on.
 
     Raises UsageError for a network without block gates, and for a `share` outside (0, 1] or below the cost of what always runs.
     """
@@ -32,8 +41,10 @@ class Budget:
         per: str = "batch",
         strength: float = 10.0,
         warmup: float = 0.3,
+        rule: str = "penalty",
     ) -> None:
         check_choice("--budget-per", per, PER)
+        check_choice("--budget-rule", rule, RULES)
         check_range("--budget-strength", strength, 0)
         check_range("--budget-warmup", warmup, 0, 1)
         self.stages = find_stages(network)
@@ -48,7 +59,8 @@ class Budget:
             raise UsageError(f"--budget must be above 0 and at most 1, got {share}; what always runs costs {least:.3f}")
         if share < least:
             raise UsageError(f"--budget {share} is less than what always runs, {least:.3f} of the dense cost; use more")
-        self.share, self.per, self.strength, self.warmup = share, per, strength, warmup
+        self.share, self.per, self.strength, self.warmup, self.rule = share, per, strength, warmup, rule
+        self.multiplier = torch.zeros((), device="cpu")
         self._ran: dict[int, Tensor] = {}
 
     def watch(self) -> AbstractContextManager[None]:
@@ -66,10 +78,21 @@ class Budget:
 
     def penalty(self, executed: Tensor, progress: float = 1.0) -> Tensor:
         """The loss. `executed`: for each sample a share of the dense cost, (B,); `progress`: the share of training done."""
-        ramp = min(progress / self.warmup, 1.0) if self.warmup else 1.0
-        target = 1 - ramp * (1 - self.share)
+        target = self.target(progress)
         distance = executed.mean() - target if self.per == "batch" else executed - target
-        return self.strength * distance.square().mean()
+        penalty = self.strength * distance.square().mean()
+        return penalty if self.rule == "penalty" else penalty + self.multiplier.to(executed.device) * distance.mean()
+
+    def target(self, progress: float) -> float:
+        """The share of the dense cost to be executed now. `progress`: the share of training done."""
+        ramp = min(progress / self.warmup, 1.0) if self.warmup else 1.0
+        return 1 - ramp * (1 - self.share)
+
+    def adapt(self, executed: Tensor, progress: float, steps: int) -> None:
+        """Change the multiplier after a step. `executed`: the mean of the step's images; `steps`: of the whole training."""
+        if self.rule == "exact" and progress >= self.warmup:
+            rate = 2 * self.strength / max(_SETTLES * steps, 1)
+            self.multiplier = self.multiplier.to(executed.device) + rate * (executed.detach() - self.share)
 
 
 def _least_in_training(cost: StageCost, stage: DynamicGraph) -> int:

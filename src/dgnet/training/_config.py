@@ -239,6 +239,12 @@ class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunCo
         "batch", "apply the budget to the mean of a batch, or to each sample: batch, sample", ("batch", "sample")
     )
     budget_strength: float = option(10.0, "weight of the budget loss")
+    budget_rule: str = option(
+        "penalty",
+        "penalty: the budget loss alone, which settles a little above the budget; exact: besides, a multiplier that grows while"
+        " too much is executed",
+        ("penalty", "exact"),
+    )
     budget_warmup: float = option(0.3, "share of training during which the target falls from 1 to --budget")
     compile: bool = option(False, "compile the network with torch.compile")
     channels_last: bool = option(False, "channels_last memory format")

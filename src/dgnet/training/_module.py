@@ -234,11 +234,13 @@ class Classifier(RunModule):
             losses = losses.masked_fill(labels == IGNORED, 0.0)
         loss = losses.sum() / (labels != IGNORED).sum().clamp(min=1)
         if self.budget is not None:
-            progress = self.global_step / int(self.trainer.estimated_stepping_batches)
+            steps = int(self.trainer.estimated_stepping_batches)
+            progress = self.global_step / steps
             executed = figures["executed"]
             if self.config.on_bad_image == "skip":
                 executed = executed[labels != IGNORED]
             loss = loss + self.budget.penalty(executed, progress)
+            self.budget.adapt(self.trainer.strategy.reduce(executed.detach().mean(), reduce_op="mean"), progress, steps)
         return self.finish_step(loss, **{"top-1": (logits.detach().argmax(1) == labels).sum()})
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -285,12 +287,16 @@ class Classifier(RunModule):
         super().on_save_checkpoint(checkpoint)
         if self.teacher_fingerprint is not None:
             checkpoint["teacher"] = self.teacher_fingerprint
+        if self.budget is not None and self.budget.rule == "exact":
+            checkpoint["budget_multiplier"] = float(self.budget.multiplier)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("teacher") != self.teacher_fingerprint:
             raise UsageError(
                 f"--teacher {self.config.teacher} has other weights than when the run began; put them back, or start a new run"
             )
+        if self.budget is not None and self.budget.rule == "exact":
+            self.budget.multiplier = torch.tensor(checkpoint["budget_multiplier"])
         super().on_load_checkpoint(checkpoint)
 
 

@@ -56,7 +56,7 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         run.say(f"{config.weights}: {line}")
     budget = None
     if config.budget is not None:
-        how = (config.budget_per, config.budget_strength, config.budget_warmup)
+        how = (config.budget_per, config.budget_strength, config.budget_warmup, config.budget_rule)
         budget = Budget(network, preprocessing.image_size, config.budget, *how)
     teacher = None if config.teacher is None else build_teacher(config, train_set.class_names, preprocessing)
     config = with_absolute_paths(config, sources=("data", "val_data"))

@@ -66,12 +66,12 @@ def test_dense_and_sparse_agree_and_what_is_recorded_gives_the_same_again(weight
     images = torch.randn(4, 3, 16, 16)
     with record_connectivity(network) as record:
         output = network(images)
-    assert [weights.shape[3] for weights in record.group_weights] == [2, 2, 2]
-    for weights, adjacency in zip(record.group_weights, record.adjacency, strict=True):
+    assert [weights.shape[3] for weights in record.edge_weights] == [2, 2, 2]
+    for weights, adjacency in zip(record.edge_weights, record.adjacency, strict=True):
         torch.testing.assert_close(weights.mean(3), adjacency)
         if weighting != "softmax":
             assert (weights[..., 0] - weights[..., 1]).abs().max() > 1e-3
-    with use_connectivity(network, record.group_weights):
+    with use_connectivity(network, record.edge_weights):
         torch.testing.assert_close(network(images), output, rtol=1e-4, atol=1e-5)
     if weighting == "learned":
         return
@@ -129,3 +129,41 @@ def test_exported_and_compiled_forms_agree():
 def test_refusals(options, message):
     with pytest.raises(UsageError, match=message):
         dgnet.create_model("dg_resnet20", **options)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_a_block_and_its_shortcut_read_sums_of_their_own(groups):
+    """x_j = relu(f_j(Σ w_ij x_i) + Σ v_ij x_i), with the recorded weights w and v; the output node reads by v."""
+    network = DynamicCifarResNet(
+        (3, 3, 3), channels=(4, 6, 8), weighting="signed", shortcut="node", two_way=True, weight_groups=groups
+    )
+    close_some(network)
+    stage, images = find_stages(network)[0], torch.randn(3, 3, 16, 16)
+    seen: list[Tensor] = []
+    stage.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))
+    with record_connectivity(network) as record:
+        output = network(images)
+    weights = record.edge_weights[0]
+    assert weights.shape == (3, 5, 5, 2 * groups)
+    assert (weights[..., 0] - weights[..., -1]).abs().max() > 1e-3
+    x, expected = seen
+    features = [stage.input(x)]
+    for node in range(1, 5):
+        w, v = weights[:, node, :node, :groups], weights[:, node, :node, groups:]
+        if node == 1:
+            raw, passed = w.mean(2)[:, 0, None, None, None] * x, v.mean(2)[:, 0, None, None, None] * features[0]
+            y = stage.nodes[0](raw)
+            features.append(torch.relu(y + passed) if stage.entry_shortcut else torch.relu(y))
+            continue
+        passed = sum_by_group(features, v, None, 1)
+        features.append(passed if node == 4 else torch.relu(stage.nodes[node - 1](sum_by_group(features, w, None, 1)) + passed))
+    torch.testing.assert_close(features[-1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(set_mode(network, "sparse")(images), output, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ways_need_a_shortcut_in_the_node():
+    with pytest.raises(
+        UsageError, match="two_way needs shortcut='node': with shortcut='edge' a node has no shortcut of its own"
+    ):
+        dgnet.create_model("dg_resnet20", two_way=True)
