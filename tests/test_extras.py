@@ -12,13 +12,11 @@ import pytest
 
 from dgnet._extras import EXTRAS, find_missing, import_extra
 from dgnet.errors import UsageError
+from dgnet.experiments import difference
 from tests.helpers.boxes import box_entry, image_entry, write_set
 from tests.helpers.command import refuse
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import report  # noqa: E402
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_the_report_of_a_grid_names_what_is_missing(hide):
     rows = {seed: {"top1": str(80 + seed)} for seed in range(3)}
     hide("scipy")
     with pytest.raises(UsageError, match=r"needs scipy, which is not installed; type: pip install 'dgnet\[experiments\]'"):
-        report.difference(rows, rows)
+        difference(rows, rows)
 
 
 def test_every_extra_has_a_case():
