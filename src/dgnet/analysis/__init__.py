@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dgnet.analysis._figures import COLOURS as COLOURS
     from dgnet.analysis._figures import FORMATS as FORMATS
     from dgnet.analysis._figures import save_figure as save_figure
+    from dgnet.analysis._seeds import SeedMeans as SeedMeans
+    from dgnet.analysis._seeds import check_seeds as check_seeds
     from dgnet.analysis._sweep import OFFSETS as OFFSETS
     from dgnet.analysis._sweep import format_sweep as format_sweep
     from dgnet.analysis._sweep import save_sweep as save_sweep

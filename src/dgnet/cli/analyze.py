@@ -22,6 +22,7 @@ from dgnet.cli.command import (
 )
 from dgnet.cli.weights import add_checkpoint_or_weights, find_results_folder, open_checkpoint, remark
 from dgnet.errors import UsageError, check_range
+from dgnet.options import flag
 from dgnet.paths import find_kind
 from dgnet.typed import Location
 
@@ -29,6 +30,13 @@ from dgnet.typed import Location
 def _parser() -> Parser:
     parser = Parser(description="Analyse a checkpoint's connectivity: statistics, the paper's figures, an interactive page.")
     add_checkpoint_or_weights(parser, nargs="?")
+    parser.add_argument(
+        "others",
+        type=Location,
+        nargs="*",
+        metavar="RUN",
+        help="runs of the same network with other seeds: means over these runs and the first; needs --output",
+    )
     parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
     parser.add_argument(
         "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
@@ -84,7 +92,9 @@ def run_analyze(args: Namespace) -> None:
     lines: list[str] = []
     files: list[Path] = []
     writers: list[Callable[[], list[Path]]] = []
-    if args.checkpoint is not None:
+    if args.others:
+        document, lines, writers = _analyze_seeds(args, folder)
+    elif args.checkpoint is not None:
         document, lines, writers = _analyze(args, folder)
     if curves:
         writers.append(lambda: save_curves(curves, folder))
@@ -113,6 +123,8 @@ def run_analyze(args: Namespace) -> None:
 def _find_folder(args: Namespace) -> Path:
     if args.output:
         return Path(args.output)
+    if args.others:
+        raise UsageError("several runs need --output, a folder to write their means to")
     if args.checkpoint is None:
         raise UsageError("--curves without a checkpoint needs --output, a folder to write to")
     return find_results_folder(args.checkpoint) / "analysis"
@@ -179,6 +191,42 @@ def _analyze(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], 
         *map(str, found.observations),
     ]
     return document, lines, writers
+
+
+def _analyze_seeds(args: Namespace, folder: Path) -> tuple[dict[str, Any], list[str], list[Callable[[], list[Path]]]]:
+    """Analyse runs of one network with different seeds; returns what `_analyze` does."""
+    from dgnet.analysis import SeedMeans, check_seeds, find_analysis
+    from dgnet.checkpoint import load_checkpoint
+    from dgnet.evaluation import announce, describe_source, open_evaluation_data
+
+    for name in ("images", "extremes", "model"):
+        if args[name] not in (None, []):
+            raise UsageError(f"{flag(name)} is for one checkpoint, and {1 + len(args.others)} are named; leave it out")
+    apply_max_pixels(args)
+    checkpoints = [load_checkpoint(run) for run in (args.checkpoint, *args.others)]
+    first = checkpoints[0]
+    for checkpoint in checkpoints:
+        if (checkpoint.model, checkpoint.class_names) != (first.model, first.class_names):
+            raise UsageError(
+                f"{checkpoint.path} is of {checkpoint.model} with {len(checkpoint.class_names):,} classes, and {first.path} of"
+                f" {first.model} with {len(first.class_names):,}; means are over runs of one network"
+            )
+    networks = [checkpoint.build_dynamic() for checkpoint in checkpoints]
+    names = [str(checkpoint.path) for checkpoint in checkpoints]
+    check_seeds(networks, names)
+    dataset = open_evaluation_data(first, args.data, args.data_root, needs_labels=False)
+    announce(dataset)
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "workers": args.workers, "device": find_device(args.device)}
+    found = [find_analysis(network, dataset, folder, extremes=0, **loading) for network in networks]
+    means = SeedMeans(found)
+    source = describe_source(first, args.data)
+    document = {"checkpoints": names, "model": first.model, "data": source, **means.document()}
+    figures = document["figures"]
+    lines = [f"{len(found)} runs of {first.model} on {source}, mean ± standard deviation over runs"]
+    for name in ("top1", "closed_edges", "weight_std", "executed_multiply_adds"):
+        if name in figures:
+            lines.append(f"{name} {figures[name]['mean']:,.4f} ± {figures[name]['std']:,.4f}")
+    return document, lines, [lambda: means.save(folder)]
 
 
 ANALYZE = Command(_parser, run_analyze)
