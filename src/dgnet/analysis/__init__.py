@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from dgnet.analysis._explorer_server import import_gradio as import_gradio
     from dgnet.analysis._explorer_server import own_uploads as own_uploads
     from dgnet.analysis._explorer_server import serve as serve
+    from dgnet.analysis._figures import COLOURS as COLOURS
+    from dgnet.analysis._figures import ShownFigure as ShownFigure
+    from dgnet.analysis._figures import escape_text as escape_text
+    from dgnet.analysis._figures import save_figure as save_figure
     from dgnet.analysis._sweep import OFFSETS as OFFSETS
     from dgnet.analysis._sweep import format_sweep as format_sweep
     from dgnet.analysis._sweep import save_sweep as save_sweep
