@@ -240,7 +240,7 @@ def budget_table(seed: int = 10) -> str:
 
 
 def speed_table(name: str) -> str:
-    """Images/s of networks with a budget, a column for each batch size. `name`: of a file of benchmarks/budget.py."""
+    """Images/s of networks with a budget, a column for each batch size. `name`: of a file in benchmarks/results."""
     rows = read_rows(ROOT / "benchmarks" / "results" / f"{name}.json")
     batches = sorted({row["batch_size"] for row in rows})
     found = {(row["model"], row["batch_size"]): row for row in rows}

@@ -25,7 +25,7 @@ LAYERS = (
     ("detection",),
     ("_entries",),
     ("analysis", "bench", "publishing", "_doctor"),
-    ("experiments",),
+    ("comparison", "experiments"),
     ("cli",),
     ("__main__",),
 )
@@ -77,7 +77,9 @@ def test_imports_point_downwards():
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ["models", "inference", "evaluation", "training", "detection", "analysis", "bench", "cli"])
+@pytest.mark.parametrize(
+    "package", ["models", "inference", "evaluation", "training", "detection", "analysis", "bench", "comparison", "cli"]
+)
 def test_only_the_graph_touches_private_attributes_of_a_stage(package):
     private = {"_load_from_state_dict", "_senders", "_receivers", "_masks"}
     for path in (SOURCE / "graph").glob("*.py"):

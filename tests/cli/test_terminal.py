@@ -80,6 +80,9 @@ ONLY_HELP = {
     "explore": "serves",
     "detect train": "slow",
     "detect predict": "slow",
+    "experiment run": "starts processes",
+    "experiment report": "needs finished runs",
+    "experiment similarity": "needs a run",
 }
 """Commands of which the fast tests print the help text only, and why. Their output uses the same functions."""
 

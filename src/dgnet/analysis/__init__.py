@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dgnet.analysis._explorer_server import serve as serve
     from dgnet.analysis._figures import COLOURS as COLOURS
     from dgnet.analysis._figures import FORMATS as FORMATS
+    from dgnet.analysis._figures import ShownFigure as ShownFigure
+    from dgnet.analysis._figures import escape_text as escape_text
     from dgnet.analysis._figures import save_figure as save_figure
     from dgnet.analysis._seeds import SeedMeans as SeedMeans
     from dgnet.analysis._seeds import check_seeds as check_seeds

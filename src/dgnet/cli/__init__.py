@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import dgnet
 from dgnet._guard import answer, run_process
-from dgnet.cli import analyze, classify, convert, detect, doctor, experiment, explore, publish, tools
+from dgnet.cli import analyze, classify, compare, convert, detect, doctor, experiment, explore, publish, tools
 from dgnet.cli.command import Command, Group, Parser
 from dgnet.code import list_packages, trust_code
 from dgnet.compat.argparse import option_strings
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command | Group] = {
     "convert": convert.CONVERT,
     "train": classify.TRAIN,
     "evaluate": classify.EVALUATE,
+    "compare": compare.COMPARE,
     "analyze": analyze.ANALYZE,
     "export": tools.EXPORT,
     "publish": publish.PUBLISH,
@@ -76,8 +77,7 @@ def _ignore_deprecations() -> None:
 def _run(entry: Command | Group, name: str, words: list[str]) -> int:
     """Run the command or group `name` with the `words` that follow it; returns the exit status."""
     if isinstance(entry, Command):
-        _run_command(entry, name, words)
-        return 0
+        return _run_command(entry, name, words)
     if words and not words[0].startswith("-"):
         word, *rest = words
         if word not in entry.commands:
@@ -92,7 +92,7 @@ def _run(entry: Command | Group, name: str, words: list[str]) -> int:
     return 2
 
 
-def _run_command(command: Command, name: str, words: list[str]) -> None:
+def _run_command(command: Command, name: str, words: list[str]) -> int:
     parser = command.build()
     parser.prog = name
     _check_options(name, words, parser)
@@ -108,7 +108,7 @@ def _run_command(command: Command, name: str, words: list[str]) -> None:
     args = parser.parse(words, defaults=not (command.is_resumable and "--resume" in given))
     try:
         with trust_code([*list_packages(args.get("trust_code"), "--trust-code"), *parser.typed_code]):
-            command.run(args)
+            return command.run(args) or 0
     except UsageError as error:
         error.args = (parser.spell(str(error)),)
         raise

@@ -172,7 +172,7 @@ class Command:
     """A command of `dgnet`."""
 
     build: Callable[[], Parser]  # builds the parser; imports what the options need
-    run: Callable[[Namespace], None]  # does the work
+    run: Callable[[Namespace], int | None]  # does the work; returns the exit status if it may differ from 0
     is_resumable: bool = False  # if True, `run` gets only the options typed by the user, without defaults, for --resume
     sets_memory: bool = False  # if True, the command itself decides whether to call `keep_freed_memory`
     has_processes: bool = False  # if True, launchers such as torchrun may start it: their variables are checked

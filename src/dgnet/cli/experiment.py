@@ -51,8 +51,8 @@ def _run_parser() -> Parser:
     return parser
 
 
-def run_experiment(args: Namespace) -> None:
-    """`dgnet experiment run`."""
+def run_experiment(args: Namespace) -> int:
+    """`dgnet experiment run`; returns 1 if a run failed, else 0."""
     from dgnet.experiments import Places, check_runs, missing_runs, read_grid, run_grid
 
     grid = read_grid(Path(args.grid))
@@ -67,7 +67,7 @@ def run_experiment(args: Namespace) -> None:
         check_runs(grid, missing, replace(places, data=data or Path()))  # nothing is read: any folder does
         for run in missing:
             print(f"{run.group}: {run.arm}, seed {run.seed}")
-        return
+        return 0
     minutes = math.inf if args.minutes is None else args.minutes
     try:
         failed = run_grid(grid, missing, places, jobs=args.jobs, minutes=minutes, imports=args.imports)
@@ -76,7 +76,7 @@ def run_experiment(args: Namespace) -> None:
         raise
     if failed:
         print(f"dgnet: {failed} of {len(missing)} runs failed; type the same command again to repeat them", file=sys.stderr)
-        raise SystemExit(1)
+    return int(failed > 0)
 
 
 def _check_evaluations(grid: Grid, runs: Sequence[GridRun]) -> None:

@@ -23,7 +23,7 @@ from dgnet.models._connectivity import Connectivity
 from dgnet.models._convert import convert
 from dgnet.models._dynamic import DynamicNetwork
 from dgnet.models._protocol import TimmNetwork
-from dgnet.models._published import SOURCES, expand_source, packaged_options, read_published
+from dgnet.models._published import SOURCES, expand_source, packaged_names, packaged_options, read_published
 from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import check_finite, unwrap_names
 from dgnet.paths import find_kind
@@ -157,7 +157,12 @@ def has_pretrained_weights(name: str, options: Mapping[str, Any] = MappingProxyT
     """
     if name.startswith(SOURCES):
         return True
-    cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
+    try:
+        cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
+    except RuntimeError:
+        tags = [named for named in packaged_names() if named.startswith(f"{name}.")]
+        known = f"; there are {', '.join(tags)}" if tags else ""
+        raise UsageError(f"there are no weights {name}.{options.get('pretrained_cfg')}{known}") from None
     if cfg.file and find_kind(cfg.file) not in ("file", "folder"):  # a folder: "local-dir:FOLDER"
         raise UsageError(f"the pretrained weights of {name} should be in {cfg.file}, which does not exist")
     return bool(cfg.has_weights or cfg.state_dict)

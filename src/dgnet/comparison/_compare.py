@@ -1,0 +1,247 @@
+"""Accuracy, executed multiply-adds and time of several networks on the same images, measured in one process."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dgnet.bench import describe_hardware, versions
+from dgnet.checkpoint import Checkpoint, load_checkpoint
+from dgnet.data import ImageDataset
+from dgnet.errors import UsageError, check_range
+from dgnet.evaluation import Evaluation, announce, evaluate, open_evaluation_data
+from dgnet.graph import find_stages
+from dgnet.inference import can_skip, deploy, time_alternating, time_step
+
+_IMAGES = 256
+"""Images that calls are timed on, one batch after the other, so that wirings vary as in use; fewer if there are fewer."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The speed of a network at one batch size."""
+
+    batch_size: int
+    images_per_second: float  # median over rounds
+    images_per_second_range: tuple[float, float]
+    ratio: float  # to the first network, in the same round: median; above 1 this one is faster
+    ratio_range: tuple[float, float]
+    p50_ms: float  # of single calls
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The figures of one network."""
+
+    name: str
+    model: str
+    form: str  # as it is deployed: "static", "dense" or "sparse"
+    image_size: tuple[int, int]
+    parameters: int
+    top1: float  # percent
+    top5: float  # percent
+    images: int
+    dense_multiply_adds: int
+    executed_multiply_adds: float  # mean over the images
+    executed_percentiles: dict[str, float]
+    timings: list[Timing]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures, and under which conditions they were measured."""
+
+    rows: list[Compared]
+    failed: dict[str, str]  # name -> why it could not be loaded
+    data: str
+    device: str
+    compile: bool
+    rounds: int
+    threads: int
+    hardware: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A network to compare."""
+
+    name: str
+    checkpoint: Checkpoint
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.checkpoint.preprocessing.image_size
+
+
+def compare(
+    runs: Sequence[str | Path],
+    data: str | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 64),
+    rounds: int = 7,
+    device: str = "cpu",
+    compile: bool = True,
+    allow_mixed_sizes: bool = False,
+    data_root: str | None = None,
+    evaluation_batch_size: int = 128,
+    workers: int = 0,
+) -> Comparison:
+    """Compare networks, each in the form in which one would deploy it.
+
+    `runs`: run folders, checkpoints, or names of published networks, each as "LABEL=RUN" if it is to have another name. The
+    first is what the others' speed is a ratio of. `data`: images; by default those that the first run was evaluated on.
+
+    Accuracy and multiply-adds come from one pass over all images. Normalisations are folded, and with `compile` networks are
+    compiled. A network that can skip runs in its sparse mode. All are timed in alternating rounds, so that a busy machine slows
+    all alike.
+
+    A run that cannot be loaded is left out and named in the result. Raises UsageError if none is left, if they have different
+    classes or, unless `allow_mixed_sizes`, image sizes, and if there are fewer images than a batch needs.
+    """
+    check_range("--rounds", rounds, 1)
+    for batch_size in batch_sizes:
+        check_range("--batch-sizes", batch_size, 1)
+    if not batch_sizes:
+        raise UsageError("--batch-sizes is empty; give at least one, such as 1 8 64")
+    sides, failed = _load(runs)
+    _check_alike(sides, allow_mixed_sizes)
+    datasets = [_open(side, data or _data_of(sides[0]), data_root) for side in sides]
+    if max(batch_sizes) > len(datasets[0]):
+        raise UsageError(f"--batch-sizes {max(batch_sizes)} is more than the {len(datasets[0]):,} images; use smaller batches")
+    announce(datasets[0])
+    forms, evaluations = [], []
+    for side, dataset in zip(sides, datasets, strict=True):
+        network = side.checkpoint.build_network()
+        form = "static" if not find_stages(network) else "sparse" if can_skip(network) else "dense"
+        mode = "sparse" if form == "sparse" else "dense"
+        print(f"{side.name}: evaluate, {form}", file=sys.stderr)
+        forms.append(form)
+        evaluations.append(evaluate(network, dataset, evaluation_batch_size, workers, device, mode=mode))
+    timings = _time(sides, forms, datasets, batch_sizes, rounds, device, compile)
+    rows = [_row(side, form, found, timings[side.name]) for side, form, found in zip(sides, forms, evaluations, strict=True)]
+    source = data or _data_of(sides[0])
+    about = describe_hardware(device), versions(device)
+    return Comparison(rows, failed, source, device, compile, rounds, torch.get_num_threads(), *about)
+
+
+def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
+    """The networks that can be loaded, under different names, and why the others cannot."""
+    found: list[tuple[str, Checkpoint]] = []
+    failed: dict[str, str] = {}
+    for run in runs:
+        label, _, place = str(run).rpartition("=")
+        try:
+            checkpoint = load_checkpoint(place)
+        except UsageError as error:
+            failed[str(run)] = str(error)
+            continue
+        budget = checkpoint.config.get("budget")
+        name = str(place) if Path(place).name == place and "." in place else checkpoint.model
+        found.append((label or (name if budget is None or name == place else f"{name}, budget {budget}"), checkpoint))
+    if not found:
+        raise UsageError(f"no network is left to compare: {next(iter(failed.values()), 'name some runs')}")
+    counts, seen = Counter(name for name, _ in found), Counter[str]()
+    sides = []
+    for name, checkpoint in found:
+        seen[name] += 1
+        sides.append(_Side(f"{name} ({seen[name]})" if counts[name] > 1 else name, checkpoint))
+    return sides, failed
+
+
+def _check_alike(sides: Sequence[_Side], allow_mixed_sizes: bool) -> None:
+    first = sides[0]
+    for side in sides[1:]:
+        if side.checkpoint.class_names != first.checkpoint.class_names:
+            raise UsageError(
+                f"{side.name} and {first.name} were trained for different classes ({len(side.checkpoint.class_names)} and"
+                f" {len(first.checkpoint.class_names)}); compare networks of the same ones"
+            )
+        if side.size != first.size and not allow_mixed_sizes:
+            sizes = " and ".join("×".join(map(str, size)) for size in (side.size, first.size))
+            raise UsageError(
+                f"{side.name} and {first.name} take images of different sizes ({sizes}); compare them with --allow-mixed-sizes"
+            )
+
+
+def _data_of(side: _Side) -> str:
+    run = side.checkpoint.data
+    return str(run.val_data or run.data)
+
+
+def _open(side: _Side, data: str, data_root: str | None) -> ImageDataset:
+    return open_evaluation_data(side.checkpoint, data, data_root)
+
+
+def _time(
+    sides: Sequence[_Side],
+    forms: Sequence[str],
+    datasets: Sequence[ImageDataset],
+    batch_sizes: Sequence[int],
+    rounds: int,
+    device: str,
+    compile: bool,
+) -> dict[str, list[Timing]]:
+    """For each side its timings, one for each batch size."""
+    images: dict[tuple[int, int], Tensor] = {}
+    for side, dataset in zip(sides, datasets, strict=True):
+        if side.size not in images:
+            images[side.size] = torch.stack([dataset[index][0] for index in range(min(_IMAGES, len(dataset)))]).to(device)
+    found: dict[str, list[Timing]] = {side.name: [] for side in sides}
+    for batch_size in tqdm(batch_sizes, desc="batch sizes", file=sys.stderr):
+        steps: dict[str, Callable[[], object]] = {}
+        for side, form in zip(sides, forms, strict=True):
+            mode = "sparse" if form == "sparse" else "dense"
+            network = side.checkpoint.build_network().to(device)
+            call = deploy(network, side.size, mode, batch_size, compile)
+            batches = [batch for batch in images[side.size].split(batch_size) if len(batch) == batch_size]
+            turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in batches)
+            steps[side.name] = lambda call=call, turn=turn: call(next(turn))  # type: ignore[misc]
+        seconds = time_alternating(steps, rounds, device)
+        calls: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(max(_IMAGES // batch_size, 1)):
+            for name, step in steps.items():
+                calls[name].append(1000 * time_step(step, device))
+        first = seconds[sides[0].name]
+        for name, times in seconds.items():
+            ratios = [one / other for one, other in zip(first, times, strict=True)]
+            p50, p95 = (float(value) for value in np.percentile(calls[name], (50, 95)))
+            found[name].append(
+                Timing(
+                    batch_size,
+                    batch_size / statistics.median(times),
+                    (batch_size / max(times), batch_size / min(times)),
+                    statistics.median(ratios),
+                    (min(ratios), max(ratios)),
+                    p50,
+                    p95,
+                )
+            )
+    return found
+
+
+def _row(side: _Side, form: str, found: Evaluation, timings: list[Timing]) -> Compared:
+    return Compared(
+        side.name,
+        side.checkpoint.model,
+        form,
+        side.size,
+        sum(tensor.numel() for tensor in side.checkpoint.build_network().parameters()),
+        found.top1,
+        found.top5,
+        found.images,
+        found.dense_multiply_adds,
+        found.executed_multiply_adds,
+        found.executed_percentiles,
+        timings,
+    )
