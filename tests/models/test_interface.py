@@ -11,7 +11,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.graph import Router, find_stages
-from dgnet.models import packaged_names
+from dgnet.models import needed_packages, packaged_names
 from tests.helpers.networks import build_meta
 
 DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
@@ -228,3 +228,9 @@ def test_topologies_of_the_stages_as_a_tuple():
         for kind in (list, tuple)
     ]
     assert edges[0] == edges[1]
+
+
+def test_packages_of_ones_own_are_needed_only_by_their_networks():
+    assert needed_packages("dg_resnet20", "my_package") == []
+    assert needed_packages("resnet18.a1_in1k", "my_package") == []
+    assert needed_packages("local-dir:FOLDER", "my_package") == []

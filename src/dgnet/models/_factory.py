@@ -183,7 +183,10 @@ def needed_packages(name: str, imports: str | None) -> list[str]:
 
     A class of theirs that an option names is found without them, by its import path.
     """
-    module = timm.model_entrypoint(name.partition(".")[0]).__module__
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):  # a source, whose config.json says what it needs
+        return []
+    module = timm.model_entrypoint(architecture).__module__
     return [] if module.partition(".")[0] in ("timm", "dgnet") else list_packages(imports, "--import")
 
 
