@@ -142,6 +142,8 @@ def test_a_recipe_cannot_make_code_trusted(package, data, tmp_path, capsys, monk
         assert f"which is run only if you trust it: --import {package}" in line
         assert package not in sys.modules
         assert not (tmp_path / "run").exists()
+    recipe.write_text(f"import: {package}")  # a keyword of Python
+    assert "unknown option 'import'; in a recipe it is imports" in refuse(capsys, "train", "--config", recipe)
     recipe.write_text(f"weighting: {package}.Halves")
     ask(capsys, "train", "--config", recipe, *data, "--import", package, "--output", tmp_path / "run")
     # A standing choice of the user, for all commands.

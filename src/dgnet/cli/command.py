@@ -134,7 +134,9 @@ class Parser(ArgumentParser):
             raise UsageError(f"--config {path} must hold options, as in `lr: 0.1`")
         for name in values or {}:
             if name not in self.recipe:
-                raise UsageError(f"--config {path}: unknown option {name!r}{self.hint(str(name), self.recipe)}")
+                own = next((known for known in self.recipe if flag(known) == f"--{name}"), None)  # --import
+                hint = f"; in a recipe it is {own}" if own else self.hint(str(name), self.recipe)
+                raise UsageError(f"--config {path}: unknown option {name!r}{hint}")
         return {
             name: read_value(self.recipe[name], value, f"--config {path}: {flag(name)}")
             for name, value in (values or {}).items()
