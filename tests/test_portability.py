@@ -71,6 +71,7 @@ LOOKED_UP = {
     "signal.SIGPIPE": {"data/_open_stream.py"},
     "signal.pthread_kill": {"_guard.py"},
     "fcntl": {"files.py"},
+    "os.sched_getaffinity": {"experiments/_runner.py"},  # not on macOS and Windows
     "resource": {"data/_loading.py"},
 }
 

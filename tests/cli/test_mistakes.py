@@ -64,7 +64,7 @@ def test_a_message_names_options_as_they_are_typed():
         ('train --model-kwargs {"router_std":-1}', "router_std must be at least 0, got -1"),
         ("train --output FILE/sub", "the run folder FILE/sub cannot be written: Not a directory"),
         ("train --output FILE", "--output FILE is a file"),
-        ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, learned, fixed"),
+        ("train --weighting foo", "unknown weighting 'foo'; allowed: routed, signed, linear, softmax, learned, fixed"),
         ('train --model-kwargs {"router_bas":1}', "has no option 'router_bas'; did you mean 'router_bias'?"),
         ('train --model-kwargs {"num_classes":3}', "cannot set num_classes: it follows from the data"),
         ("train --epochs 0", "--epochs must be at least 1, got 0"),

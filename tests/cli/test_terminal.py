@@ -67,6 +67,10 @@ REAL = {
     "predict": ["predict", "run", f"{ODD}.jpg"],
     "predict --json": ["predict", "run", f"{ODD}.jpg", "--json"],
     "train": ["train", "--data", "data", "--epochs", "1", "--output", "OUTPUT/run", *QUICK],
+    "compare": [
+        *("compare", "run", "--batch-sizes", "2", "--rounds", "1", "--compile", "false"),
+        *("--output", "OUTPUT/compared"),
+    ],
     "publish": ["publish", "run", "--to", "OUTPUT/made"],
     "analyze --json": ["analyze", "run", "--extremes", "1", "--explorer", "2", "--output", "OUTPUT", "--json"],
     "detect evaluate": ["detect", "evaluate", "results.json", "--data", "instances.json"],

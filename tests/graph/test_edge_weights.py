@@ -13,7 +13,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import aggregate, aggregate_rows, find_stages, record_connectivity, sum_in_groups, use_connectivity
 from dgnet.inference import set_mode, set_sparse
 from dgnet.models.cifar_resnet import DynamicCifarResNet
-from tests.graph.test_signed import close_some
+from tests.helpers.networks import draw_and_close
 from tests.helpers.static import build_static, draw_images
 
 WEIGHTINGS = ("routed", "signed", "linear", "softmax", "learned")
@@ -62,7 +62,7 @@ def test_dense_and_sparse_agree_and_what_is_recorded_gives_the_same_again(weight
         for stage in find_stages(network.eval()):
             nn.init.normal_(stage.weighting.alpha)
     else:
-        close_some(network)
+        draw_and_close(network)
     images = torch.randn(4, 3, 16, 16)
     with record_connectivity(network) as record:
         output = network(images)
@@ -104,7 +104,7 @@ def test_a_network_of_each_layout_converts_with_groups(name):
 @pytest.mark.slow
 @torch.no_grad()
 def test_exported_and_compiled_forms_agree():
-    network = close_some(DynamicCifarResNet((3, 3, 3), channels=(4, 6, 8), weighting="signed", weight_groups=2))
+    network = draw_and_close(DynamicCifarResNet((3, 3, 3), channels=(4, 6, 8), weighting="signed", weight_groups=2))
     images = torch.randn(2, 3, 16, 16)
     expected = network(images)
     for mode in ("dense", "sparse"):
@@ -138,7 +138,7 @@ def test_a_block_and_its_shortcut_read_sums_of_their_own(groups):
     network = DynamicCifarResNet(
         (3, 3, 3), channels=(4, 6, 8), weighting="signed", shortcut="node", two_way=True, weight_groups=groups
     )
-    close_some(network)
+    draw_and_close(network)
     stage, images = find_stages(network)[0], torch.randn(3, 3, 16, 16)
     seen: list[Tensor] = []
     stage.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0], output)))

@@ -27,6 +27,7 @@ from dgnet.graph._topology import complete, residual
 from dgnet.inference import set_mode, set_sparse
 from dgnet.models import Connectivity
 from dgnet.models.cifar_resnet import DynamicCifarResNet
+from tests.helpers.networks import draw_and_close
 
 NETWORKS = {
     "signed": {"weighting": "signed", "static_start": "normal"},
@@ -204,24 +205,10 @@ def test_an_edge_below_the_threshold_weighs_0_in_training_and_may_open_again():
     assert weighting.tau.grad[3] < 0  # a lower threshold would open it
 
 
-def close_some(network: nn.Module) -> nn.Module:
-    """Routers that differ between images, and thresholds that close some edges."""
-    for stage in find_stages(network):
-        for name, parameter in stage.named_parameters():
-            if "routers" in name or "columns" in name:
-                nn.init.normal_(parameter, std=1.5)
-        nn.init.constant_(stage.weighting.tau, 0.35)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-    return network.eval()
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_dense_sparse_and_native_agree(name):
-    network = close_some(DynamicCifarResNet(layers=(4, 4, 4), channels=(4, 6, 8), **NETWORKS[name]))
+    network = draw_and_close(DynamicCifarResNet(layers=(4, 4, 4), channels=(4, 6, 8), **NETWORKS[name]))
     images = torch.randn(6, 3, 16, 16)
     with record_connectivity(network) as expected:
         output = network(images)
@@ -239,7 +226,7 @@ def test_dense_sparse_and_native_agree(name):
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_exported_and_compiled_forms_agree(name):
-    network = close_some(DynamicCifarResNet(layers=(3, 3, 3), channels=(4, 6, 8), **NETWORKS[name]))
+    network = draw_and_close(DynamicCifarResNet(layers=(3, 3, 3), channels=(4, 6, 8), **NETWORKS[name]))
     images = torch.randn(2, 3, 16, 16)
     expected = network(images)
     for mode in ("dense", "sparse"):

@@ -72,6 +72,20 @@ def close_some(network: nn.Module, images: torch.Tensor) -> None:
                 stage.weighting.tau[node] = (alpha[gap] + alpha[gap + 1]) / 2 if is_wide else -1
 
 
+def draw_and_close(network: nn.Module) -> nn.Module:
+    """Draw routers, gates and normalisations, and set thresholds that close some edges of any weighting."""
+    for stage in find_stages(network):
+        for name, parameter in stage.named_parameters():
+            if "routers" in name or "columns" in name:
+                nn.init.normal_(parameter, std=1.5)
+        nn.init.constant_(stage.weighting.tau, 0.35)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+    return network.eval()
+
+
 def close_some_gates(network: nn.Module, images: torch.Tensor) -> None:
     """Set the bias of each block gate so that it is open for some of `images`: in the middle of a wide gap between logits."""
     network.eval()

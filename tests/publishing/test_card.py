@@ -10,7 +10,7 @@ import pytest
 
 from dgnet.publishing import publish
 from dgnet.publishing._card import Card, escape, write_card
-from tests.publishing.test_publish import NETWORKS, save
+from tests.helpers.published import NETWORKS, save
 
 CARD = Card("title", False, "dg_resnet20", ["cat"], {"top-1": "91.25 %"}, "local-dir:here", "dgnet train", None)
 

@@ -15,29 +15,20 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import dgnet
-from dgnet.checkpoint import Checkpoint, describe_network, load_checkpoint, save_tensors
+from dgnet.checkpoint import load_checkpoint, save_tensors
 from dgnet.cli.weights import find_results_folder
 from dgnet.code import trust_code
-from dgnet.data import Preprocessing
 from dgnet.detection import Detector, describe_detector, load_detector
 from dgnet.errors import UsageError
 from dgnet.graph import FixedWeighting
-from dgnet.models import stored_options
 from dgnet.publishing import publish
 from tests.helpers.command import ask, refuse
 from tests.helpers.hub import HubStub
-from tests.helpers.networks import build, shake_norms
+from tests.helpers.networks import build
+from tests.helpers.published import NAMES, NETWORKS, save
 
-NAMES = ["a|b", "<b>bold</b>", "`code` *x*", "# title\n- list"]
-NETWORKS = {
-    "dg_resnet20": {"channels": (4, 6, 8), "node_gate": "hard", "threshold_offset": 0.1},
-    "randwire_small_ws": {"num_blocks": 6, "channels": 8},
-    "resnet20": {"channels": (4, 6, 8)},
-    "test_resnet": {"dynamic": True, "node_gate": "hard"},
-}
 MORE = {
     "test_vit": {"dynamic": True, "img_size": 32},
     "dg_resnet18": {"topology": "er"},
@@ -52,28 +43,6 @@ class Halves(FixedWeighting):
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         return super().forward(*args, **kwargs) / 2
-
-
-def save(path: Path, name: str, **options: object) -> nn.Module:
-    """Save a checkpoint of a network with changed weights, and return the network."""
-    network = shake_norms(build(name, num_classes=len(NAMES), **options)).eval()
-    checkpoint = Checkpoint(
-        path,
-        network.state_dict(),
-        name,
-        stored_options(network, options),
-        NAMES,
-        {},
-        Preprocessing.of(network.pretrained_cfg, 32),
-    )
-    save_tensors(checkpoint.state_dict, path, {**describe(checkpoint)})
-    return network
-
-
-def describe(checkpoint: Checkpoint) -> dict[str, object]:
-    return describe_network(
-        checkpoint.model, checkpoint.model_kwargs, checkpoint.class_names, checkpoint.preprocessing, checkpoint.config
-    )
 
 
 @pytest.fixture

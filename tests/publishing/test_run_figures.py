@@ -11,7 +11,7 @@ import torch
 from dgnet.checkpoint import read_tensors
 from dgnet.errors import UsageError
 from dgnet.publishing import publish
-from tests.publishing.test_publish import NETWORKS, save
+from tests.helpers.published import NETWORKS, save
 
 METRICS = "epoch,step,train_loss,val_top1,val_top5\n0,9,2.0,,\n0,9,,70.0,90.0\n1,19,,60.0,80.0\n"
 

@@ -12,7 +12,7 @@ from dgnet.errors import UsageError
 from dgnet.files import lock
 from dgnet.publishing import publish
 from tests.helpers.command import ask, refuse
-from tests.publishing.test_publish import NETWORKS, save
+from tests.helpers.published import NETWORKS, save
 
 
 @pytest.fixture(scope="module")
