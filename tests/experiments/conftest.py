@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.grids import RECIPE, write_grid, write_yaml
 from tests.helpers.data import jpeg, write_shard
+from tests.helpers.grids import RECIPE, write_grid, write_yaml
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from dgnet.errors import UsageError
 from dgnet.experiments import Places, missing_runs, read_grid
 from dgnet.files import write_table
 from dgnet.training import TrainConfig
-from tests.experiments.grids import ONE_TRAINING, one_group, write_grid, write_yaml
 from tests.helpers.command import ask, refuse
+from tests.helpers.grids import ONE_TRAINING, one_group, write_grid, write_yaml
 from tests.helpers.networks import build_meta
 
 ROOT = Path(__file__).parents[2]

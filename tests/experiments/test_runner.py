@@ -14,9 +14,9 @@ from dgnet.cli import main
 from dgnet.experiments import read_grid
 from dgnet.experiments._runner import list_gpus
 from dgnet.files import lock, read_table, write_table
-from tests.experiments.grids import MODELS, ONE_TRAINING, one_group, write_grid
 from tests.helpers.command import ask, refuse
 from tests.helpers.data import write_folder
+from tests.helpers.grids import MODELS, ONE_TRAINING, one_group, write_grid
 from tests.helpers.processes import wait_for
 
 
