@@ -29,9 +29,10 @@ _IMAGES = 256
 
 @dataclass(frozen=True)
 class Timing:
-    """The speed of a network at one batch size."""
+    """The speed of a network at one batch size, in its fastest form."""
 
     batch_size: int
+    form: str  # "dense" or "sparse"
     images_per_second: float  # median over rounds
     images_per_second_range: tuple[float, float]
     ratio: float  # to the first network, in the same round: median; above 1 this one is faster
@@ -46,7 +47,7 @@ class Compared:
 
     name: str
     model: str
-    form: str  # as it is deployed: "static", "dense" or "sparse"
+    kind: str  # "static" or "dynamic"
     image_size: tuple[int, int]
     parameters: int
     top1: float  # percent
@@ -103,8 +104,8 @@ def compare(
     first is what the others' speed is a ratio of. `data`: images; by default those that the first run was evaluated on.
 
     Accuracy and multiply-adds come from one pass over all images. Normalisations are folded, and with `compile` networks are
-    compiled. A network that can skip runs in its sparse mode. All are timed in alternating rounds, so that a busy machine slows
-    all alike.
+    compiled. A network that can skip blocks is timed in its dense and in its sparse mode, and the faster one counts. All are
+    timed in alternating rounds, so that a busy machine slows all alike.
 
     A run that cannot be loaded is left out and named in the result. Raises UsageError if none is left, if they have different
     classes or, unless `allow_mixed_sizes`, image sizes, and if there are fewer images than a batch needs.
@@ -120,16 +121,13 @@ def compare(
     if max(batch_sizes) > len(datasets[0]):
         raise UsageError(f"--batch-sizes {max(batch_sizes)} is more than the {len(datasets[0]):,} images; use smaller batches")
     announce(datasets[0])
-    forms, evaluations = [], []
+    evaluations = []
     for side, dataset in zip(sides, datasets, strict=True):
+        print(f"evaluating {side.name}", file=sys.stderr)
         network = side.checkpoint.build_network()
-        form = "static" if not find_stages(network) else "sparse" if can_skip(network) else "dense"
-        mode = "sparse" if form == "sparse" else "dense"
-        print(f"{side.name}: evaluate, {form}", file=sys.stderr)
-        forms.append(form)
-        evaluations.append(evaluate(network, dataset, evaluation_batch_size, workers, device, mode=mode))
-    timings = _time(sides, forms, datasets, batch_sizes, rounds, device, compile)
-    rows = [_row(side, form, found, timings[side.name]) for side, form, found in zip(sides, forms, evaluations, strict=True)]
+        evaluations.append(evaluate(network, dataset, evaluation_batch_size, workers, device))
+    timings = _time(sides, datasets, batch_sizes, rounds, device, compile)
+    rows = [_row(side, found, timings[side.name]) for side, found in zip(sides, evaluations, strict=True)]
     source = data or _data_of(sides[0])
     about = describe_hardware(device), versions(device)
     return Comparison(rows, failed, source, device, compile, rounds, torch.get_num_threads(), *about)
@@ -185,7 +183,6 @@ def _open(side: _Side, data: str, data_root: str | None) -> ImageDataset:
 
 def _time(
     sides: Sequence[_Side],
-    forms: Sequence[str],
     datasets: Sequence[ImageDataset],
     batch_sizes: Sequence[int],
     rounds: int,
@@ -200,25 +197,30 @@ def _time(
     found: dict[str, list[Timing]] = {side.name: [] for side in sides}
     for batch_size in tqdm(batch_sizes, desc="batch sizes", file=sys.stderr):
         steps: dict[str, Callable[[], object]] = {}
-        for side, form in zip(sides, forms, strict=True):
-            mode = "sparse" if form == "sparse" else "dense"
-            network = side.checkpoint.build_network().to(device)
-            call = deploy(network, side.size, mode, batch_size, compile)
-            batches = [batch for batch in images[side.size].split(batch_size) if len(batch) == batch_size]
-            turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in batches)
-            steps[side.name] = lambda call=call, turn=turn: call(next(turn))  # type: ignore[misc]
+        keys: dict[str, dict[str, str]] = {side.name: {} for side in sides}  # name -> form -> key of its step
+        for side in sides:
+            for form in _forms(side):
+                call = deploy(side.checkpoint.build_network().to(device), side.size, form, batch_size, compile)
+                batches = [batch for batch in images[side.size].split(batch_size) if len(batch) == batch_size]
+                turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in batches)
+                key = keys[side.name][form] = f"{side.name}, {form}"
+                steps[key] = lambda call=call, turn=turn: call(next(turn))  # type: ignore[misc]
         seconds = time_alternating(steps, rounds, device)
-        calls: dict[str, list[float]] = {name: [] for name in steps}
+        medians = {key: statistics.median(times) for key, times in seconds.items()}
+        fastest = {name: min(forms, key=lambda form, forms=forms: medians[forms[form]]) for name, forms in keys.items()}  # type: ignore[misc]
+        calls: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(max(_IMAGES // batch_size, 1)):
-            for name, step in steps.items():
-                calls[name].append(1000 * time_step(step, device))
-        first = seconds[sides[0].name]
-        for name, times in seconds.items():
+            for name, form in fastest.items():
+                calls[name].append(1000 * time_step(steps[keys[name][form]], device))
+        first = seconds[keys[sides[0].name][fastest[sides[0].name]]]
+        for name, form in fastest.items():
+            times = seconds[keys[name][form]]
             ratios = [one / other for one, other in zip(first, times, strict=True)]
             p50, p95 = (float(value) for value in np.percentile(calls[name], (50, 95)))
             found[name].append(
                 Timing(
                     batch_size,
+                    form,
                     batch_size / statistics.median(times),
                     (batch_size / max(times), batch_size / min(times)),
                     statistics.median(ratios),
@@ -230,13 +232,20 @@ def _time(
     return found
 
 
-def _row(side: _Side, form: str, found: Evaluation, timings: list[Timing]) -> Compared:
+def _forms(side: _Side) -> tuple[str, ...]:
+    """The forms in which a network may be deployed."""
+    network = side.checkpoint.build_network()
+    return ("dense", "sparse") if find_stages(network) and can_skip(network) else ("dense",)
+
+
+def _row(side: _Side, found: Evaluation, timings: list[Timing]) -> Compared:
+    network = side.checkpoint.build_network()
     return Compared(
         side.name,
         side.checkpoint.model,
-        form,
+        "dynamic" if find_stages(network) else "static",
         side.size,
-        sum(tensor.numel() for tensor in side.checkpoint.build_network().parameters()),
+        sum(parameter.numel() for parameter in network.parameters()),
         found.top1,
         found.top5,
         found.images,

@@ -20,7 +20,7 @@ from dgnet.files import replace_file, to_json
 NAME = "compare"
 """Of the files: compare.json, compare.csv, compare.png, compare.svg, compare.html."""
 
-_FORMS = {"static": "o", "dense": "s", "sparse": "^"}
+_MARKERS = {"static": "o", "dynamic": "^"}
 
 
 def format_comparison(found: Comparison) -> str:
@@ -38,15 +38,21 @@ def format_comparison(found: Comparison) -> str:
 
 def _table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heads and cells."""
-    heads = ["network", "form", "top-1 %", "executed MAdds M", "of dense"]
+    heads = ["network", "kind", "top-1 %", "executed MAdds M", "of dense"]
     for timing in found.rows[0].timings:
-        heads += [f"images/s at {timing.batch_size}", "ratio", "p50 ms", "p95 ms"]
+        heads += [f"images/s at {timing.batch_size}", "form", "ratio", "p50 ms", "p95 ms"]
     rows = []
     for row in found.rows:
-        cells = [row.name, row.form, f"{row.top1:.2f}", f"{row.executed_multiply_adds / 1e6:.2f}"]
+        cells = [row.name, row.kind, f"{row.top1:.2f}", f"{row.executed_multiply_adds / 1e6:.2f}"]
         cells.append(f"{row.executed_multiply_adds / row.dense_multiply_adds:.0%}")
         for timing in row.timings:
-            cells += [f"{timing.images_per_second:,.0f}", f"{timing.ratio:.2f}", f"{timing.p50_ms:.2f}", f"{timing.p95_ms:.2f}"]
+            cells += [
+                f"{timing.images_per_second:,.0f}",
+                timing.form,
+                f"{timing.ratio:.2f}",
+                f"{timing.p50_ms:.2f}",
+                f"{timing.p95_ms:.2f}",
+            ]
         rows.append(cells)
     return heads, rows
 
@@ -85,10 +91,19 @@ def draw_comparison(found: Comparison) -> Figure:
 def _draw(axes: Axes, rows: Sequence[Compared], costs: Sequence[float]) -> None:
     front = find_front([(cost, row.top1) for cost, row in zip(costs, rows, strict=True)])
     axes.plot([costs[index] for index in front], [rows[index].top1 for index in front], color="0.75", linewidth=1, zorder=1)
+    middle = (min(costs) + max(costs)) / 2
     for number, (row, cost) in enumerate(zip(rows, costs, strict=True)):
-        axes.plot(cost, row.top1, _FORMS[row.form], color=COLOURS[number % len(COLOURS)], markersize=7, zorder=2)
+        axes.plot(cost, row.top1, _MARKERS[row.kind], color=COLOURS[number % len(COLOURS)], markersize=7, zorder=2)
+        side = -1 if cost > middle else 1  # names point to the middle of the panel
         axes.annotate(
-            escape_text(row.name), (cost, row.top1), (6, 5), textcoords="offset points", fontsize=7.5, color="0.15", zorder=3
+            escape_text(row.name),
+            (cost, row.top1),
+            (7 * side, 6),
+            textcoords="offset points",
+            ha="right" if side < 0 else "left",
+            fontsize=7.5,
+            color="0.15",
+            zorder=3,
         )
     axes.margins(0.22, 0.18)
     axes.set_xlim(left=max(0, axes.get_xlim()[0]))
@@ -160,7 +175,7 @@ def _page(found: Comparison, picture: str) -> str:
 <style>{_STYLE}</style>
 <h1>Accuracy against cost and time</h1>
 <div class="picture">{picture}</div>
-<p>○ static, □ dense, △ sparse. The line joins the networks that no other beats in both.</p>
+<p>○ static, △ dynamic. The line joins the networks that no other beats in both.</p>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {failed}
 <p>{html.escape(_conditions(found))}</p>

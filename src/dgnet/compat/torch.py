@@ -59,6 +59,11 @@ def is_compiled_for_all_sizes() -> bool:
     return not (torch.compiler.is_exporting() or torch._dynamo.config.assume_static_by_default)
 
 
+def allow_many_graphs() -> Any:
+    """A context in which any number of networks of one class may be compiled. By default the ninth in a process is an error."""
+    return torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether `module` or a part of it has forward hooks. The public interface can register hooks, but not list them."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from dgnet.compat.torch import allow_many_graphs
 from dgnet.inference._native import lower_static_blocks, use_native
 from dgnet.inference._sparse import set_mode
 
@@ -39,9 +41,13 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
+    sizes: set[torch.Size] = set()
 
     def run(images: Tensor) -> Tensor:
-        with torch.no_grad():  # under inference_mode the compiler would not treat weights as constants
+        is_new = images.shape not in sizes
+        sizes.add(images.shape)
+        # under inference_mode the compiler would not treat weights as constants
+        with torch.no_grad(), allow_many_graphs() if is_new else nullcontext():
             logits: Tensor = compiled(images)
             return logits
 
