@@ -37,7 +37,7 @@ def stage_input(network: nn.Module, index: int, images: torch.Tensor) -> torch.T
         {"node_gate": "hard", "node_gate_bias": 2.0, "threshold_offset": 0.05},
         {"node_gate": "hard", "node_gate_bias": 0.3, "topology": "residual"},
         {"node_gate": "hard", "node_gate_bias": 0.5, "gate_reads": "stage"},
-        {"node_gate": "hard", "node_gate_bias": 0.5, "gate_reads": "stage", "topology": "residual"},
+        {"node_gate": "hard", "node_gate_bias": 0.5, "gate_reads": "stage", "shortcut": "node"},
     ],
     index=[0, 1],
     training=[True, False],
