@@ -54,6 +54,7 @@ def test_weights_of_the_static_network_start_a_dynamic_one(images, tmp_path, cap
     assert "is a checkpoint of resnet20, not of dg_resnet32 as asked for (these are not the weights of the static" in line
 
 
+@pytest.mark.slow
 def test_a_dynamic_network_starts_as_the_static_one(images, tmp_path, capsys):
     options = ["--data", images, "--epochs", 1, "--lr", 1e-9, *QUICK[:-2]]
     ask(capsys, "train", "--model", "resnet20", "--output", tmp_path / "resnet20", *options)

@@ -165,6 +165,7 @@ def test_a_network_that_computes_something_else_is_refused_and_leaves_nothing_be
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_a_static_run_keep_its_classes_and_preprocessing(images, tmp_path, capsys):
     words = ["train", "--model", "test_convnext", "--data", images, *TUNE, "--output", tmp_path / "static"]
     ask(capsys, *words, "--crop-pct", 0.5)

@@ -15,7 +15,7 @@ from tests.fuzz.worker import Outcome
 
 EACH = 3
 """Random inputs of each kind."""
-LONG = ("run_files", "fuzz")
+LONG = ("run_files", "fuzz", "text_and_numbers", "silent_choices")
 """The kept inputs that take longest."""
 
 
