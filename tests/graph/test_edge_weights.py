@@ -13,7 +13,7 @@ from dgnet.errors import UsageError
 from dgnet.graph import aggregate, aggregate_rows, find_stages, record_connectivity, sum_in_groups, use_connectivity
 from dgnet.inference import set_mode, set_sparse
 from dgnet.models.cifar_resnet import DynamicCifarResNet
-from tests.helpers.networks import draw_and_close
+from tests.helpers.networks import assert_forms_agree, draw_and_close
 from tests.helpers.static import build_static, draw_images
 
 WEIGHTINGS = ("routed", "signed", "linear", "softmax", "learned")
@@ -105,15 +105,7 @@ def test_a_network_of_each_layout_converts_with_groups(name):
 @torch.no_grad()
 def test_exported_and_compiled_forms_agree():
     network = draw_and_close(DynamicCifarResNet((3, 3, 3), channels=(4, 6, 8), weighting="signed", weight_groups=2))
-    images = torch.randn(2, 3, 16, 16)
-    expected = network(images)
-    for mode in ("dense", "sparse"):
-        program = dgnet.inference.export_network(network, (16, 16), mode)
-        torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    assert_forms_agree(network)
 
 
 @pytest.mark.parametrize(

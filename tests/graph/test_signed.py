@@ -27,7 +27,7 @@ from dgnet.graph._topology import complete, residual
 from dgnet.inference import set_mode, set_sparse
 from dgnet.models import Connectivity
 from dgnet.models.cifar_resnet import DynamicCifarResNet
-from tests.helpers.networks import draw_and_close
+from tests.helpers.networks import assert_forms_agree, draw_and_close
 
 NETWORKS = {
     "signed": {"weighting": "signed", "static_start": "normal"},
@@ -227,15 +227,7 @@ def test_dense_sparse_and_native_agree(name):
 @torch.no_grad()
 def test_exported_and_compiled_forms_agree(name):
     network = draw_and_close(DynamicCifarResNet(layers=(3, 3, 3), channels=(4, 6, 8), **NETWORKS[name]))
-    images = torch.randn(2, 3, 16, 16)
-    expected = network(images)
-    for mode in ("dense", "sparse"):
-        program = dgnet.inference.export_network(network, (16, 16), mode)
-        torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    assert_forms_agree(network)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -10,6 +10,7 @@ from torch import nn
 
 import dgnet
 from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity
+from dgnet.inference import export_network
 
 
 def build(name: str, **options: object) -> nn.Module:
@@ -84,6 +85,20 @@ def draw_and_close(network: nn.Module) -> nn.Module:
             nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
     return network.eval()
+
+
+@torch.no_grad()
+def assert_forms_agree(network: nn.Module) -> None:
+    """The exported programs and the compiled graph give what the network gives."""
+    images = torch.randn(2, 3, 16, 16)
+    expected = network(images)
+    for mode in ("dense", "sparse"):
+        program = export_network(network, (16, 16), mode)
+        torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def close_some_gates(network: nn.Module, images: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import Evaluation, announce, evaluate, open_evaluation_data
 from dgnet.graph import find_stages
 from dgnet.inference import can_skip, deploy, time_alternating, time_step
+from dgnet.models import TimmNetwork
 
 _IMAGES = 256
 """Images that calls are timed on, one batch after the other, so that wirings vary as in use; fewer if there are fewer."""
@@ -80,6 +81,7 @@ class _Side:
 
     name: str
     checkpoint: Checkpoint
+    network: TimmNetwork
 
     @property
     def size(self) -> tuple[int, int]:
@@ -117,43 +119,43 @@ def compare(
         raise UsageError("--batch-sizes is empty; give at least one, such as 1 8 64")
     sides, failed = _load(runs)
     _check_alike(sides, allow_mixed_sizes)
-    datasets = [_open(side, data or _data_of(sides[0]), data_root) for side in sides]
+    source = data or _data_of(sides[0])
+    datasets = [open_evaluation_data(side.checkpoint, source, data_root) for side in sides]
     if max(batch_sizes) > len(datasets[0]):
         raise UsageError(f"--batch-sizes {max(batch_sizes)} is more than the {len(datasets[0]):,} images; use smaller batches")
     announce(datasets[0])
     evaluations = []
     for side, dataset in zip(sides, datasets, strict=True):
         print(f"evaluating {side.name}", file=sys.stderr)
-        network = side.checkpoint.build_network()
-        evaluations.append(evaluate(network, dataset, evaluation_batch_size, workers, device))
+        evaluations.append(evaluate(side.network, dataset, evaluation_batch_size, workers, device))
     timings = _time(sides, datasets, batch_sizes, rounds, device, compile)
     rows = [_row(side, found, timings[side.name]) for side, found in zip(sides, evaluations, strict=True)]
-    source = data or _data_of(sides[0])
     about = describe_hardware(device), versions(device)
     return Comparison(rows, failed, source, device, compile, rounds, torch.get_num_threads(), *about)
 
 
 def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
     """The networks that can be loaded, under different names, and why the others cannot."""
-    found: list[tuple[str, Checkpoint]] = []
+    found: list[tuple[str, Checkpoint, TimmNetwork]] = []
     failed: dict[str, str] = {}
     for run in runs:
         label, _, place = str(run).rpartition("=")
         try:
             checkpoint = load_checkpoint(place)
+            network = checkpoint.build_network()
         except UsageError as error:
             failed[str(run)] = str(error)
             continue
         budget = checkpoint.config.get("budget")
         name = str(place) if Path(place).name == place and "." in place else checkpoint.model
-        found.append((label or (name if budget is None or name == place else f"{name}, budget {budget}"), checkpoint))
+        found.append((label or (name if budget is None or name == place else f"{name}, budget {budget}"), checkpoint, network))
     if not found:
         raise UsageError(f"no network is left to compare: {next(iter(failed.values()), 'name some runs')}")
-    counts, seen = Counter(name for name, _ in found), Counter[str]()
+    counts, seen = Counter(name for name, *_ in found), Counter[str]()
     sides = []
-    for name, checkpoint in found:
+    for name, checkpoint, network in found:
         seen[name] += 1
-        sides.append(_Side(f"{name} ({seen[name]})" if counts[name] > 1 else name, checkpoint))
+        sides.append(_Side(f"{name} ({seen[name]})" if counts[name] > 1 else name, checkpoint, network))
     return sides, failed
 
 
@@ -177,10 +179,6 @@ def _data_of(side: _Side) -> str:
     return str(run.val_data or run.data)
 
 
-def _open(side: _Side, data: str, data_root: str | None) -> ImageDataset:
-    return open_evaluation_data(side.checkpoint, data, data_root)
-
-
 def _time(
     sides: Sequence[_Side],
     datasets: Sequence[ImageDataset],
@@ -200,7 +198,7 @@ def _time(
         keys: dict[str, dict[str, str]] = {side.name: {} for side in sides}  # name -> form -> key of its step
         for side in sides:
             for form in _forms(side):
-                call = deploy(side.checkpoint.build_network().to(device), side.size, form, batch_size, compile)
+                call = deploy(side.network.to(device), side.size, form, batch_size, compile)
                 batches = [batch for batch in images[side.size].split(batch_size) if len(batch) == batch_size]
                 turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in batches)
                 key = keys[side.name][form] = f"{side.name}, {form}"
@@ -234,18 +232,16 @@ def _time(
 
 def _forms(side: _Side) -> tuple[str, ...]:
     """The forms in which a network may be deployed."""
-    network = side.checkpoint.build_network()
-    return ("dense", "sparse") if find_stages(network) and can_skip(network) else ("dense",)
+    return ("dense", "sparse") if find_stages(side.network) and can_skip(side.network) else ("dense",)
 
 
 def _row(side: _Side, found: Evaluation, timings: list[Timing]) -> Compared:
-    network = side.checkpoint.build_network()
     return Compared(
         side.name,
         side.checkpoint.model,
-        "dynamic" if find_stages(network) else "static",
+        "dynamic" if find_stages(side.network) else "static",
         side.size,
-        sum(parameter.numel() for parameter in network.parameters()),
+        sum(parameter.numel() for parameter in side.network.parameters()),
         found.top1,
         found.top5,
         found.images,

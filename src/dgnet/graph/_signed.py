@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_range
-from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, of_whole_edges, split_edges
-from dgnet.graph._pooling import global_average_pool, pool_feature
+from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, of_whole_edges
+from dgnet.graph._pooling import global_average_pool
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
 from dgnet.graph._topology import Topology
-from dgnet.graph._weighting import RoutedOptions, RoutedWeighting, Weighting
+from dgnet.graph._weighting import RoutedOptions, RoutedWeighting, Weighting, gather_biases, predict_edges
 from dgnet.options import option
 
 _UNBOUNDED = {"weighting": ("linear", "softmax")}
@@ -127,10 +127,7 @@ class _UnboundedWeighting(Weighting):
 
     def score(self, node: int, feature: Tensor) -> Tensor:
         """uᵀn(φ) + b of the node's free out-edges, (B, E), in float32, as routers compute it."""
-        if str(node) not in self.routers:
-            return feature.new_ones(feature.shape[0], 0)
-        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            return split_edges(self.routers[str(node)](pool_feature(feature, self.pool)), self.edge_weights)
+        return predict_edges(self.routers, node, feature, self.pool, self.edge_weights)
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         weight = self.value(node, alpha)
@@ -211,9 +208,7 @@ class SoftmaxWeighting(_UnboundedWeighting):
         routers = self.routers
         if any(router.weight.any() for router in routers.values()):  # type: ignore[operator]
             return None
-        biases = [split_edges(routers[str(i)].bias[None], self.edge_weights)[0] for i in self.topology.senders(node)]  # type: ignore[index]
-        rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
-        return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)])
+        return gather_biases(routers, self.topology, node, self.edge_weights)
 
     def value(self, node: int, alpha: Tensor) -> Tensor:
         return alpha.softmax(1) * alpha.shape[1]

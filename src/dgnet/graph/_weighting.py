@@ -161,6 +161,26 @@ _GATED = {"weighting": ("routed", "signed")}
 _PREDICTED = {"weighting": ("routed", "signed", "linear", "softmax")}
 
 
+def predict_edges(
+    routers: nn.ModuleDict, node: int, feature: Tensor, pool: Callable[[Tensor], Tensor], edge_weights: int
+) -> Tensor:
+    """What the router of `node` says of its free out-edges, (B, E) or (B, E, k), from its feature, (B, C, H, W)."""
+    if str(node) not in routers:  # every out-edge is pinned
+        return feature.new_ones(feature.shape[0], 0)
+    # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
+    with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
+        return split_edges(routers[str(node)](pool_feature(feature, pool)), edge_weights)
+
+
+def gather_biases(routers: Any, topology: Topology, node: int, edge_weights: int) -> Tensor:
+    """b of the node's in-edges, (E,) or (E, k), in the order of `topology.senders(node)`; each is in its sender's router."""
+    rows = []
+    for sender in topology.senders(node):
+        biases = split_edges(routers[str(sender)].bias[None], edge_weights)[0]
+        rows.append(biases[topology.free_receivers(sender).index(node)])
+    return torch.stack(rows)
+
+
 @dataclass(frozen=True)
 class RoutedOptions(RouterOptions):
     """Options of `RoutedWeighting`. The defaults are DG-Net's."""
@@ -288,19 +308,13 @@ class RoutedWeighting(Weighting):
                 reset()
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
-        if str(node) not in self.routers:  # every out-edge is pinned
-            return feature.new_ones(feature.shape[0], 0)
-        # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
-        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            return split_edges(self.routers[str(node)](pool_feature(feature, self.pool)), self.edge_weights)
+        return predict_edges(self.routers, node, feature, self.pool, self.edge_weights)
 
     def constant_alpha(self, node: int) -> Tensor | None:
         routers: Any = self.routers  # a user's own router is not known
         if any(not isinstance(router, Router) or router.weight.any() for router in routers.values()):
             return None
-        biases = [split_edges(routers[str(i)].bias[None], self.edge_weights)[0] for i in self.topology.senders(node)]
-        rows = [self.topology.free_receivers(i).index(node) for i in self.topology.senders(node)]
-        return torch.stack([bias[row] for bias, row in zip(biases, rows, strict=True)]).sigmoid()
+        return gather_biases(self.routers, self.topology, node, self.edge_weights).sigmoid()
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
         is_raw = not self.training and self.options.inference_weight == "raw"
