@@ -12,26 +12,11 @@ import timm
 from dgnet.checkpoint import load_checkpoint, read_tensors
 from tests.helpers.command import QUICK, ask, refuse
 from tests.helpers.data import write_folder
+from tests.helpers.own_code import HALVES
 
-PACKAGE = '''
-import torch
-from torch import nn
-
-from dgnet.graph import Weighting
-
-
-class Halves(Weighting):
-    """Every edge weighs a learned value, which starts at one half."""
-
-    reads_features = False
-
-    def __init__(self, topology, channels):
-        super().__init__(topology, channels)
-        self.value = nn.Parameter(torch.tensor(0.5))
-
-    def shared_alpha(self, node):
-        return self.value.expand(len(self.topology.senders(node)))
-
+PACKAGE = (
+    HALVES
+    + """
 
 class Hidden(nn.Module):
     def __init__(self, channels, num_edges):
@@ -80,7 +65,8 @@ def no_arguments():
 
 
 NUMBER = 5
-'''
+"""
+)
 REGISTERS = """
 from timm.models import register_model
 

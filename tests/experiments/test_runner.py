@@ -17,6 +17,7 @@ from dgnet.files import lock, read_table, write_table
 from tests.helpers.command import ask, refuse
 from tests.helpers.data import write_folder
 from tests.helpers.grids import MODELS, ONE_TRAINING, one_group, write_grid
+from tests.helpers.own_code import HALVES
 from tests.helpers.processes import wait_for
 
 
@@ -59,30 +60,11 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder, capsys):
     assert [path.read_bytes() for path in drawn] == before  # the same rows, the same files: no change to commit
 
 
-OWN = """
-import torch
-from torch import nn
-
-from dgnet.graph import Weighting
-
-
-class Halves(Weighting):
-    reads_features = False
-
-    def __init__(self, topology, channels):
-        super().__init__(topology, channels)
-        self.value = nn.Parameter(torch.tensor(0.5))
-
-    def shared_alpha(self, node):
-        return self.value.expand(len(self.topology.senders(node)))
-"""
-
-
 @pytest.mark.slow
 def test_a_weighting_of_ones_own_on_class_folders_is_interrupted_and_goes_on(folder, monkeypatch, capsys):
     """A grid as a researcher writes it: own code as an arm, photos in class folders, terminated, started again, reported."""
     (folder / "packages").mkdir()
-    (folder / "packages" / "own_grid_weighting.py").write_text(OWN)
+    (folder / "packages" / "own_grid_weighting.py").write_text(HALVES)
     for split, images in (("train", 8), ("val", 4)):
         write_folder(folder / "data" / "photos" / split, {"ant": images, "cat": images})
     arms = {"learned": {"weighting": "learned"}, "own": {"weighting": "own_grid_weighting.Halves"}}
