@@ -53,8 +53,8 @@ def spread_routers(stage: DynamicGraph, std: float = 2.0) -> None:
             nn.init.normal_(router.weight, std=std)
             nn.init.normal_(router.bias, mean=0.5)
     if stage.node_gates is not None:
-        for column in stage.node_gates.columns.values():
-            nn.init.normal_(column.weight, std=std)
+        for reader in stage.node_gates.readers:
+            nn.init.normal_(reader.weight, std=std)
 
 
 def close_some(network: nn.Module, images: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from dgnet.errors import UsageError
 from dgnet.files import make_writable
 from dgnet.options import LARGEST_SIDE
 from dgnet.paths import find_kind, list_folder
+from dgnet.presets import PRESETS
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--node-gate", type=str, default="none", help="gates on blocks: none (training to a budget adds them), hard, gumbel"
+    )
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        default=None,
+        help=f"connectivity in the form of another network: {', '.join(PRESETS)}",
     )
     parser.add_argument(
         "--stages",
@@ -98,6 +105,7 @@ def run_convert(args: Namespace) -> None:
         topology=args.topology,
         weighting=args.weighting,
         node_gate=args.node_gate,
+        preset=args.preset,
         stages="auto" if args.stages == ["auto"] else args.stages,
         image_size=size,
         **options,

@@ -11,9 +11,10 @@ from dgnet.options import flag
 
 NETWORK_OPTIONS = (
     "topology", "weighting", "shortcut", "router_reads", "threshold_offset", "topology_seed", "er_p", "ba_m", "ws_k", "ws_p",
-    "learned_start", "learned_activation", "router_norm", "router", "router_bias", "router_std", "router_start", "router_pool",
-    "gate", "threshold", "learn_threshold", "unit_start", "inference_weight", "node_gate", "node_gate_bias", "node_gate_std",
-    "gate_reads", "static_start", "linear_function", "linear_scale", "edge_gate", "weight_groups", "two_way", "stages",
+    "learned_start", "learned_activation", "keep_edges", "router_norm", "router", "router_bias", "router_std", "router_start",
+    "router_pool", "gate", "threshold", "learn_threshold", "unit_start", "inference_weight", "node_gate", "node_gate_bias",
+    "node_gate_std", "gate_reads", "gate_policy", "static_start", "linear_function", "linear_scale", "edge_gate",
+    "weight_groups", "two_way", "stages",
 )  # fmt: skip
 """The options of `dgnet.Connectivity` and `dgnet.convert`. To ask them for their names would import torch."""
 

@@ -18,6 +18,8 @@ from dgnet.graph._gating import least_logit as least_logit
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
 from dgnet.graph._layout import from_map as from_map
 from dgnet.graph._layout import to_map as to_map
+from dgnet.graph._network_gates import NetworkGates as NetworkGates
+from dgnet.graph._network_gates import link_gates as link_gates
 from dgnet.graph._nodes import OWN_WEIGHTING as OWN_WEIGHTING
 from dgnet.graph._nodes import Further as Further
 from dgnet.graph._nodes import StageNodes as StageNodes

@@ -111,9 +111,17 @@ class GateOptions(RouterOptions):
     gate_reads: str = option(
         "senders",
         "what a gate reads: senders: the features of the block's senders; stage: that of the stage's input node, so that all"
-        " gates of a stage are decided before its blocks run",
-        ("senders", "stage"),
+        " gates of a stage are decided before its blocks run; network: that of the first stage's input node, so that all gates"
+        " of the network are",
+        ("senders", "stage", "network"),
         _GATED,
+    )
+    gate_policy: str = option(
+        "linear",
+        "what decides the gates of a whole network: linear: a linear layer on the pooled feature; convolutional: three small"
+        " convolutions before it",
+        ("linear", "convolutional"),
+        {"gate_reads": ("network",)},
     )
 
     def check(self) -> None:
@@ -133,9 +141,10 @@ def accept_cuts() -> AbstractContextManager[None]:
 class NodeGates(nn.Module):
     """One gate for each block: open if σ(z_j) ≥ ½, z_j = c_j + Σ_i v_ij · φ(x_i), over the block's senders i that are alive.
 
-    With `gate_reads="stage"` the only i is the stage's input node, also for a block that it does not send to. v_ij: this
-    module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1 too, and its gradient is that
-    of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a closed gate sometimes opens.
+    With `gate_reads="stage"` the only i is the stage's input node, also for a block that it does not send to (for "network" see
+    `NetworkGates`). v_ij: this module's own weights, applied to the pooled feature of sender i. In training a gate is 0 or 1
+    too, and its gradient is that of σ(z) (straight-through). A "gumbel" gate adds logistic noise to z in training, so that a
+    closed gate sometimes opens.
 
     Raises UsageError if all paths through the stage lead through one block: closing its gate would remove the image from the
     network, and a budget would count that as saved.
@@ -155,12 +164,9 @@ class NodeGates(nn.Module):
         self.form = options.node_gate
         self.reads = options.gate_reads
         self.start = (options.node_gate_bias, options.node_gate_std)
+        senders = [] if options.gate_reads == "network" else [i for i in range(topology.output) if self.receivers(i)]
         self.columns = nn.ModuleDict(
-            {
-                str(i): PooledLinear(channels, len(self.receivers(i)), bias=False, norm=options.router_norm)
-                for i in range(topology.output)
-                if self.receivers(i)
-            }
+            {str(i): PooledLinear(channels, len(self.receivers(i)), bias=False, norm=options.router_norm) for i in senders}
         )
         self.bias = nn.Parameter(torch.empty(topology.num_nodes))  # c, (N,) as τ; those of input and output node are unused
         self.reset_parameters()
@@ -173,13 +179,23 @@ class NodeGates(nn.Module):
             assert isinstance(column, PooledLinear)
             nn.init.normal_(column.weight, std=std)
 
+    @property
+    def serves_others(self) -> bool:
+        """Whether other stages need what is predicted here, even if this one's weights are imposed."""
+        return False
+
+    @property
+    def readers(self) -> list[nn.Linear]:
+        """The linear layers that predict votes; with weights of 0 the gates do not depend on the image."""
+        return [column for column in self.columns.values() if isinstance(column, nn.Linear)]
+
     def senders(self, node: int) -> tuple[int, ...]:
         """The nodes whose features the gate of the block `node` reads, ascending."""
         return self.topology.senders(node) if self.reads == "senders" else (0,)
 
     def receivers(self, node: int) -> tuple[int, ...]:
         """The blocks whose gates read the feature of `node`, ascending."""
-        if self.reads == "stage":
+        if self.reads != "senders":
             return tuple(self.topology.blocks) if node == 0 else ()
         return tuple(j for j in self.topology.receivers(node) if j != self.topology.output)
 

@@ -143,7 +143,7 @@ class DenseWalk(Walk):
     def predict(self, node: int, feature: Tensor) -> None:
         """Store what a node predicts for its out-edges from its feature: α (Eq. 4), and its votes for block gates."""
         stage, gates = self.stage, self.stage.node_gates
-        gated = gates.receivers(node) if gates is not None and self.needs.gates else ()
+        gated = gates.receivers(node) if gates is not None and (self.needs.gates or gates.serves_others) else ()
         if not (self.needs.alpha or gated):
             return
         if stage.router_reads == "activation":

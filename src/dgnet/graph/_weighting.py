@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError, check_choice, check_range
-from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, split_edges
+from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, of_whole_edges, split_edges
 from dgnet.graph._gating import is_above_threshold, psi
 from dgnet.graph._pooling import global_average_pool, pool_feature
 from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
@@ -123,9 +123,18 @@ class LearnedOptions(StaticOptions):
         {"weighting": ("learned",)},
     )
 
+    keep_edges: int = option(
+        0,
+        "in-edges of a node that stay open: this many, those with the largest |α|; 0: all. In training the others weigh 0 and"
+        " learn as if they were open (straight-through)",
+        used_by={"weighting": ("learned",)},
+    )
+
     def check(self) -> None:
         """Raises UsageError for an invalid value."""
         check_range("learned_start", self.learned_start)
+        if type(self.keep_edges) is not int or self.keep_edges < 0:
+            raise UsageError(f"keep_edges must be a whole number from 0 on, got {self.keep_edges!r}")
         if self.learned_start == 0 and self.learned_activation == "identity":
             raise UsageError(
                 "learned_start must not be 0: edges that weigh 0 count as closed, and nothing would reach the output"
@@ -151,9 +160,31 @@ class LearnedWeighting(Weighting):
     def reset_parameters(self) -> None:
         self.order.fill(self.alpha, self.start, self.options.learned_start)
 
+    @property
+    def can_close(self) -> bool:
+        return self.options.keep_edges > 0
+
     def shared_alpha(self, node: int) -> Tensor:
         alpha = self.order.row(self.alpha, node)
         return alpha.sigmoid() if self.options.learned_activation == "sigmoid" else alpha
+
+    def weigh(self, node: int, alpha: Tensor) -> Tensor:
+        kept = self._find_kept(alpha)
+        if kept is None:
+            return alpha
+        kept = of_whole_edges(kept, alpha).to(alpha.dtype)
+        return alpha * kept + (alpha - alpha.detach()) * (1 - kept) if self.training else alpha * kept
+
+    def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
+        return None if self.training else self._find_kept(alpha)
+
+    def _find_kept(self, alpha: Tensor) -> Tensor | None:
+        """Which in-edges of a node are among the heaviest, (B, E), from their α; None: all of them."""
+        number = self.options.keep_edges
+        if not 0 < number < alpha.shape[1]:
+            return None
+        heaviest = mean_of_edge(alpha).detach().abs().topk(number, dim=1).indices
+        return torch.zeros(alpha.shape[:2], dtype=torch.bool, device=alpha.device).scatter(1, heaviest, True)
 
 
 _ROUTED = {"weighting": ("routed",)}

@@ -18,6 +18,7 @@ from dgnet.graph import (
     FixedWeighting,
     LearnedWeighting,
     LinearWeighting,
+    NetworkGates,
     NodeGates,
     PooledLinear,
     RoutedWeighting,
@@ -181,6 +182,9 @@ class NativeWalk(Walk):
             if feature is None:
                 return
             feature = to_map(feature, self.stage.layout)
+            gates = self.stage.node_gates
+            if node == 0 and isinstance(gates, NetworkGates) and (self.imposed is None or gates.serves_others):
+                self.native.vote(gates.predict(0, feature).contiguous())
             if self.runs_blocks:
                 self.summed = self._seen(self.native.run(feature, self.applies_relu))
             else:
@@ -328,13 +332,13 @@ _WEIGHTINGS = (RoutedWeighting, SignedWeighting, LinearWeighting, SoftmaxWeighti
 def _supports(stage: StageNodes) -> bool:
     """Whether the extension supports all parts of the stage."""
     weighting, gates = stage.weighting, stage.node_gates
-    if type(weighting) not in _WEIGHTINGS or type(gates) not in (NodeGates, type(None)):
+    if type(weighting) not in _WEIGHTINGS or type(gates) not in (NodeGates, NetworkGates, type(None)):
         return False
     if any(has_forward_hooks(module) for module in (weighting, stage.activation, gates) if module is not None):
         return False
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
-    if weighting.edge_weights > 1:
+    if weighting.edge_weights > 1 or (isinstance(weighting, LearnedWeighting) and weighting.can_close):
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
         return False

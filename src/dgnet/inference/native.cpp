@@ -229,6 +229,14 @@ struct Walk : torch::CustomClassHolder {
     return take(nodes - 1, relu);
   }
 
+  // Add votes for the gates of all blocks, (B, blocks), which were predicted outside the stage, to their logits.
+  void vote(const Tensor& votes) {
+    const float* vote = votes.const_data_ptr<float>();
+    for (int64_t b = 0; b < samples; ++b) {
+      for (int64_t node = 1; node < nodes - 1; ++node) logits[b * nodes + node] += *vote++;
+    }
+  }
+
   // The weighted shortcut of an entry node, from the input node's feature, for the samples for which it runs.
   std::optional<Tensor> take_shortcut(int64_t node) { return sum(node, false, false); }
 
@@ -505,6 +513,7 @@ TORCH_LIBRARY(dgnet, library) {
       .def("take", &Walk::take)
       .def("take_shortcut", &Walk::take_shortcut)
       .def("put", &Walk::put)
+      .def("vote", &Walk::vote)
       .def("alpha", &Walk::get_alpha)
       .def("weights", &Walk::get_weights)
       .def("ran", &Walk::get_ran);

@@ -18,6 +18,7 @@ from dgnet.graph import (
     LearnedOptions,
     LearnedWeighting,
     LinearWeighting,
+    NetworkGates,
     NodeGates,
     RoutedWeighting,
     SignedOptions,
@@ -113,6 +114,7 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
             "topology": [*self.topology_names(), *starts],
             "weighting": [self.weighting] if isinstance(self.weighting, str) else [OWN_WEIGHTING],
             "node_gate": [self.node_gate],
+            "gate_reads": [self.gate_reads],
         }
 
     def plain_options(self) -> dict[str, Any]:
@@ -182,6 +184,7 @@ class Connectivity(GateOptions, SignedOptions, LearnedOptions, StageOptions, Axe
         if self.node_gate == "none":
             return None
         try:
-            return NodeGates(topology, channels, self)
+            kind = NetworkGates if self.gate_reads == "network" else NodeGates
+            return kind(topology, channels, self)
         except UsageError as error:
             raise UsageError(f"stage {stage}: {error}") from None

@@ -24,6 +24,7 @@ from dgnet.graph import (
     Weighting,
     find_stages,
     least_logit,
+    link_gates,
 )
 from dgnet.models._agreement import Agreement, compare, find_tolerance
 from dgnet.models._connectivity import Connectivity, WeightingLike
@@ -33,6 +34,7 @@ from dgnet.models._inputs import find_channels, find_image_size
 from dgnet.models._isolation import copy_network, find_device, find_dtype, plain_context
 from dgnet.models._runs import Run, find_runs
 from dgnet.models._verify import find_difference
+from dgnet.presets import expand_preset
 
 # The start of every weight at 1 and of every gate open; and routers that read features of any scale.
 _ROUTED_START = {"router_std": 0.0, "router_norm": "layer", "unit_start": True}
@@ -45,6 +47,7 @@ def convert(
     topology: TopologyLike = "complete",
     weighting: WeightingLike = "routed",
     node_gate: str | None = None,
+    preset: str | None = None,
     stages: str | Sequence[str] = "auto",
     image_size: int | tuple[int, int] | None = None,
     check: Tensor | None = None,
@@ -56,10 +59,11 @@ def convert(
     stages; with gates also single blocks. All blocks of a run get the same further arguments, or none. The rest stays static.
     The copy's class is a subclass of the network's own.
 
-    `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `stages`: "auto", or
-    the names of modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or
-    height and width; by default the network's own. `check`: images, (B, C, H, W), on which both networks must agree.
-    `options`: further ones of `dgnet.Connectivity`.
+    `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `preset`: a name of
+    `dgnet.presets` in place of these three, for connectivity in the form of another network. `stages`: "auto", or the names of
+    modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or height and width;
+    by default the network's own. `check`: images, (B, C, H, W), on which both networks must agree. `options`: further ones of
+    `dgnet.Connectivity`.
 
     The network and the copy run once on two random images, to see that they compute the same; not on the meta device. In
     training mode the network must call the blocks in the same way.
@@ -73,6 +77,14 @@ def convert(
         )
     if check is not None and not (isinstance(check, Tensor) and check.ndim == 4 and len(check)):
         raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
+    if preset is not None:
+        axes = {"topology": topology, "weighting": weighting, "node_gate": node_gate}
+        defaults = ("complete", "routed", "none", None)
+        given = {name: value for name, value in axes.items() if isinstance(value, Tensor) or value not in defaults}
+        options = expand_preset(type(network).__name__, preset, {**given, **options, "dynamic": True})
+        del options["dynamic"]
+        topology, weighting = options.pop("topology"), options.pop("weighting")
+        node_gate = options.pop("node_gate", None)
     connectivity = _read_connectivity(topology, weighting, node_gate, options)
     with plain_context(network):
         result, size = _convert(network, connectivity, _read_stages(stages), image_size)
@@ -109,6 +121,11 @@ def _convert(
         why = "; ".join(f"{block.name}: {block.reason}" for block in named[:3]) or "it has no residual blocks"
         gates = "; with node_gate='hard' single blocks become stages too" if found.removable and least_blocks > 1 else ""
         raise UsageError(f"{type(network).__name__} has no run of blocks that could become a stage ({why}){gates}")
+    if connectivity.gate_policy == "convolutional" and found.runs[0].layout == "NLC":
+        raise UsageError(
+            f"gate_policy='convolutional' is not possible: the first stage of {type(network).__name__} holds tokens, not maps;"
+            " leave it out"
+        )
     described = tuple(ConvertedRun.of(run, converted.get_submodule(run.names[0])) for run in found.runs)
     static_names: dict[str, str] = {}
     topologies = connectivity.build_topologies([len(run.names) + 2 for run in found.runs])
@@ -119,6 +136,7 @@ def _convert(
             place.training = stage.training
             converted.set_submodule(name, place)
             static_names[f"{name}."] = f"{run.names[0]}.nodes.{step}.block."
+    link_gates([stage.node_gates for stage in find_stages(converted)])
     result = cast(ConvertedNetwork, converted)
     try:
         result.__class__ = converted_class(type(network))
@@ -205,8 +223,7 @@ def find_change(stage: StageNodes) -> str:
     if any(parameter.is_meta for parameter in stage.parameters()):
         return ""
     if gates is not None:
-        columns: Any = gates.columns.values()
-        if any(column.weight.any() for column in columns):
+        if any(reader.weight.any() for reader in gates.readers):
             return "its gates depend on the image"
         if (gates.bias[1:-1] < max(0.0, least_logit(stage.threshold_offset))).any():  # 0: in training
             return "a gate is closed"

@@ -13,7 +13,7 @@ from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
-from dgnet.graph import TOPOLOGIES, DynamicGraph, RandomGraphOptions, Topology, aggregate, find_stages
+from dgnet.graph import TOPOLOGIES, DynamicGraph, RandomGraphOptions, Topology, aggregate, find_stages, link_gates
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._state import LoadsWrapped
 
@@ -230,6 +230,7 @@ class DynamicFamily(DynamicNetwork):
                 if part.shortcut_name and position == 0:
                     static_names[f"{name}.{block_name}.{part.shortcut_name}."] = f"{name}.input."
                 static_names[f"{name}.{block_name}."] = f"{name}.nodes.{position}."
+        link_gates([stage.node_gates for stage in self.stages])
         self.static_names = static_names
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

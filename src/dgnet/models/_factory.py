@@ -27,6 +27,7 @@ from dgnet.models._published import SOURCES, expand_source, packaged_names, pack
 from dgnet.models._shorten import remove_blocks
 from dgnet.models._state import check_finite, unwrap_names
 from dgnet.paths import find_kind
+from dgnet.presets import expand_preset
 from dgnet.typed import read_value
 
 
@@ -41,20 +42,23 @@ def list_models(filter: str = "*") -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def create_model(name: str, *, trust_code: str | Sequence[str] = (), **kwargs: Any) -> TimmNetwork:
+def create_model(name: str, *, preset: str | None = None, trust_code: str | Sequence[str] = (), **kwargs: Any) -> TimmNetwork:
     """`timm.create_model`, for dgnet's models and timm's own, with one-line errors.
 
     `name`: a registered name, also with the tag of published weights (NAME.TAG), or a source in timm's form:
     "local-dir:FOLDER", "hf-hub:USER/NAME". A source has the published weights, unless `pretrained=False`.
     `kwargs`: the options of `dgnet.models.Connectivity` (topology, weighting, shortcut, …) and timm's (num_classes,
     drop_path_rate, features_only, checkpoint_path, …). With `dynamic=True` timm's network is converted: further options are
-    those of `dgnet.convert` (stages, …). `without_blocks`: names of residual blocks to leave out. `trust_code`: packages whose
-    code may be imported if an option, also one in a source's `config.json`, names a class of theirs ("package.module.Class").
+    those of `dgnet.convert` (stages, …). `preset`: a name of `dgnet.presets`, such as "skipnet", for connectivity in the form
+    of another network; a static network is converted. `without_blocks`: names of residual blocks to leave out. `trust_code`:
+    packages whose code may be imported if an option, also one in a source's `config.json`, names a class of theirs
+    ("package.module.Class").
 
     Raises UsageError for an unknown model, option or value.
     """
     if not isinstance(name, str):
         raise UsageError(f"a model is given by its name, got {name!r}; see: dgnet models")
+    kwargs = expand_preset(name, preset, kwargs)
     architecture = name.partition(".")[0]
     is_known = timm.is_model(architecture)
     is_source = name.startswith(SOURCES)

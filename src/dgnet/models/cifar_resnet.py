@@ -6,7 +6,8 @@ pre-activation form (He et al., 2016b): no activation after an addition, as on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from timm.layers import DropPath
@@ -46,6 +47,8 @@ class CifarResNet(StagedNetwork):
 
     stem_names: tuple[str, ...] = ("conv1", "bn1", "act1")
     stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    block: type[BasicBlock] = BasicBlock
+    block_kwargs: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -88,7 +91,8 @@ class CifarResNet(StagedNetwork):
         """A residual block. `drop_path`: the rate at which it is left out in training."""
         keeps_shape = stride == 1 and in_channels == channels
         projection = None if keeps_shape else downsample_conv(in_channels, channels, 1, stride, norm_layer=nn.BatchNorm2d)
-        return BasicBlock(in_channels, channels, stride, projection, drop_path=DropPath(drop_path) if drop_path else None)
+        drop = DropPath(drop_path) if drop_path else None
+        return self.block(in_channels, channels, stride, projection, drop_path=drop, **self.block_kwargs)
 
     def init_weights(self, zero_init_last: bool = False) -> None:
         super().init_weights()
@@ -147,7 +151,8 @@ class DynamicCifarResNet(DynamicFamily, CifarResNet):
         self.init_weights(zero_init_last=zero_init_last)
 
 
-def _cfg() -> dict[str, Any]:
+def cifar_cfg() -> dict[str, Any]:
+    """A default config for timm: CIFAR-10 at 32 pixels."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -162,11 +167,12 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-_NAMES = tuple(f"{prefix}{depth}" for prefix in ("resnet", "resnetv2_", "dg_resnet") for depth in (20, 32, 56, 110))
-default_cfgs = generate_default_cfgs({**{name: _cfg() for name in _NAMES}, **packaged_cfgs(*_NAMES)})
+_NAMES = (*(f"{prefix}{depth}" for prefix in ("resnet", "resnetv2_", "dg_resnet") for depth in (20, 32, 56, 110)), "resnet44")
+default_cfgs = generate_default_cfgs({**{name: cifar_cfg() for name in _NAMES}, **packaged_cfgs(*_NAMES)})
 
 
-def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> TimmNetwork:
+def create_cifar(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **kwargs: Any) -> TimmNetwork:
+    """A network of 6n + 2 = `depth` layers; each registered function calls it."""
     blocks = (depth - 2) // 6
     return build_model(cls, name, pretrained, {"out_indices": (0, 1, 2, 3)}, layers=(blocks, blocks, blocks), **kwargs)
 
@@ -174,70 +180,76 @@ def _create(cls: type[CifarResNet], name: str, depth: int, pretrained: bool, **k
 @register_model
 def resnet20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-20 for 32×32 images, the static baseline."""
-    return _create(CifarResNet, "resnet20", 20, pretrained, **kwargs)
+    return create_cifar(CifarResNet, "resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
 def resnet32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-32 for 32×32 images, the static baseline."""
-    return _create(CifarResNet, "resnet32", 32, pretrained, **kwargs)
+    return create_cifar(CifarResNet, "resnet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def resnet44(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
+    """ResNet-44 for 32×32 images, the static baseline."""
+    return create_cifar(CifarResNet, "resnet44", 44, pretrained, **kwargs)
 
 
 @register_model
 def resnet56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-56 for 32×32 images, the static baseline."""
-    return _create(CifarResNet, "resnet56", 56, pretrained, **kwargs)
+    return create_cifar(CifarResNet, "resnet56", 56, pretrained, **kwargs)
 
 
 @register_model
 def resnet110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNet-110 for 32×32 images, the static baseline."""
-    return _create(CifarResNet, "resnet110", 110, pretrained, **kwargs)
+    return create_cifar(CifarResNet, "resnet110", 110, pretrained, **kwargs)
 
 
 @register_model
 def resnetv2_20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNetV2-20 for 32×32 images, pre-activation."""
-    return _create(CifarResNetV2, "resnetv2_20", 20, pretrained, **kwargs)
+    return create_cifar(CifarResNetV2, "resnetv2_20", 20, pretrained, **kwargs)
 
 
 @register_model
 def resnetv2_32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNetV2-32 for 32×32 images, pre-activation."""
-    return _create(CifarResNetV2, "resnetv2_32", 32, pretrained, **kwargs)
+    return create_cifar(CifarResNetV2, "resnetv2_32", 32, pretrained, **kwargs)
 
 
 @register_model
 def resnetv2_56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNetV2-56 for 32×32 images, pre-activation."""
-    return _create(CifarResNetV2, "resnetv2_56", 56, pretrained, **kwargs)
+    return create_cifar(CifarResNetV2, "resnetv2_56", 56, pretrained, **kwargs)
 
 
 @register_model
 def resnetv2_110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """ResNetV2-110 for 32×32 images, pre-activation."""
-    return _create(CifarResNetV2, "resnetv2_110", 110, pretrained, **kwargs)
+    return create_cifar(CifarResNetV2, "resnetv2_110", 110, pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet20(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-20 for 32×32 images."""
-    return _create(DynamicCifarResNet, "dg_resnet20", 20, pretrained, **kwargs)
+    return create_cifar(DynamicCifarResNet, "dg_resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet32(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-32 for 32×32 images."""
-    return _create(DynamicCifarResNet, "dg_resnet32", 32, pretrained, **kwargs)
+    return create_cifar(DynamicCifarResNet, "dg_resnet32", 32, pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet56(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-56 for 32×32 images."""
-    return _create(DynamicCifarResNet, "dg_resnet56", 56, pretrained, **kwargs)
+    return create_cifar(DynamicCifarResNet, "dg_resnet56", 56, pretrained, **kwargs)
 
 
 @register_model
 def dg_resnet110(pretrained: bool = False, **kwargs: Any) -> TimmNetwork:
     """DG-ResNet-110 for 32×32 images."""
-    return _create(DynamicCifarResNet, "dg_resnet110", 110, pretrained, **kwargs)
+    return create_cifar(DynamicCifarResNet, "dg_resnet110", 110, pretrained, **kwargs)

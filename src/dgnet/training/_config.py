@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dgnet.code import list_packages
 from dgnet.devices import ACCELERATORS
-from dgnet.errors import UsageError, shorten
+from dgnet.errors import UsageError, check_choice, shorten
 from dgnet.options import (
     LARGEST_SIDE,
     MOST_THREADS,
@@ -24,6 +24,7 @@ from dgnet.options import (
     option,
     read_options,
 )
+from dgnet.presets import PRESETS, expand_preset
 from dgnet.training._config_augmentation import AugmentationOptions
 from dgnet.training._config_finetuning import FineTuningOptions
 from dgnet.training._config_optimizer import LARGEST_RATE, OptimizerOptions
@@ -51,6 +52,7 @@ _TAKEN = {
     "checkpoint_path": "start from a file with --weights",
     "features_only": "the command decides it",
     "dynamic": "use --dynamic",
+    "preset": "use --preset",
     **{name: f"use --{name}" for name in _OWN_OPTIONS},
 }
 
@@ -81,6 +83,10 @@ class RunConfig(OptimizerOptions):
         " or my_package.my_topology",
     )
     shortcut: str | None = option(None, "where the residual shortcut is: edge (the default), node")
+    preset: str | None = option(
+        None,
+        "connectivity in the form of another network: " + ", ".join(PRESETS) + "; a static network is converted",
+    )
     dynamic: bool = option(False, "convert a static network of timm: its runs of residual blocks become dynamic stages")
     model_kwargs: dict[str, Any] = option(
         {}, "further model options, as a dict; to add one to those of a recipe: --model-kwargs.router_bias 0"
@@ -136,6 +142,8 @@ class RunConfig(OptimizerOptions):
             is_known = logger.keys() <= {"class_path", "init_args"} and isinstance(arguments, dict)
             if not isinstance(logger.get("class_path"), str) or not is_known:
                 raise UsageError(f"--loggers takes {{class_path: …, init_args: {{…}}}}, got {logger}")
+        if self.preset is not None:
+            check_choice("--preset", self.preset, tuple(PRESETS))
         for name in _TAKEN.keys() & self.model_kwargs.keys():
             raise UsageError(f"--model-kwargs cannot set {name}: {_TAKEN[name]}")
 
@@ -160,10 +168,11 @@ class RunConfig(OptimizerOptions):
 
     @property
     def network_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `create_model`: weighting, topology and shortcut, if given, and `model_kwargs`."""
+        """Keyword arguments for `create_model`: weighting, topology, shortcut and preset, if given, and `model_kwargs`."""
         axes = {name: getattr(self, name) for name in _OWN_OPTIONS}
         dynamic = {"dynamic": True} if self.dynamic else {}
-        return {**dynamic, **{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+        given = {**dynamic, **{name: value for name, value in axes.items() if value is not None}, **self.model_kwargs}
+        return expand_preset(self.model, self.preset, given)
 
     def schedule(self) -> tuple[int, int]:
         """The number of epochs, each a row of metrics.csv; and after how many of them there is an evaluation."""

@@ -1,0 +1,137 @@
+"""Block gates of a whole network that are decided at once, from the feature of the first stage's input node.
+
+Letters: B batch, N nodes of a stage, G gates of the network, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgnet.errors import UsageError
+from dgnet.graph._gating import GateOptions, NodeGates
+from dgnet.graph._pooling import pool_feature
+from dgnet.graph._router import PooledLinear
+from dgnet.graph._topology import Topology
+
+_POLICY_STEPS = 3
+"""Convolutions of a convolutional policy, each of which halves height and width."""
+
+
+class GatePolicy(nn.Module):
+    """The votes for all gates of a network from one feature, (B, C, H, W) -> (B, G).
+
+    `form`: "linear", a linear layer on the pooled feature; "convolutional", three 3×3 convolutions of stride 2 before it, which
+    double the channels from the second on, as the policy network of BlockDrop (Wu et al., CVPR 2018) reads the image.
+    """
+
+    def __init__(self, channels: int, num_gates: int, options: GateOptions) -> None:
+        super().__init__()
+        self.std = options.node_gate_std
+        self.trunk = nn.Sequential()
+        if options.gate_policy == "convolutional":
+            for step in range(_POLICY_STEPS):
+                wider = channels if step == 0 else 2 * channels
+                # Without batch statistics: an image's gates do not depend on the others of its batch.
+                self.trunk.extend([nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.GroupNorm(1, wider), nn.ReLU()])
+                channels = wider
+        self.head = PooledLinear(channels, num_gates, bias=False, norm=options.router_norm)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset the parameters to their initial values."""
+        for module in self.trunk:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.GroupNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.head.weight, std=self.std)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        feature = self.trunk(feature)
+        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
+            votes: Tensor = self.head(pool_feature(feature))
+            return votes
+
+
+class PassedVotes:
+    """The votes on their way from the first stage to the others: those of one forward pass, in each thread its own.
+
+    The stages of a network share one such object. A stage takes its votes once. A copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._votes: dict[tuple[int, int], Tensor] = {}  # of a thread and a stage
+
+    def put(self, votes: Sequence[Tensor]) -> None:
+        """Store the votes of each stage, (B, gates of the stage)."""
+        thread = _thread()
+        for stage, own in enumerate(votes):
+            self._votes[thread, stage] = own
+
+    def take(self, stage: int) -> Tensor | None:
+        """The votes of a stage, counted from 0; None if the first stage has not run before it."""
+        return self._votes.pop((_thread(), stage), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PassedVotes, ()  # also for copies
+
+
+def _thread() -> int:
+    """Which thread this is. Compiled code, which cannot ask, is one of its own."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class NetworkGates(NodeGates):
+    """The gates of one stage, whose votes the policy of the network's first stage predicts: `gate_reads="network"`.
+
+    A stage is linked to the others of its network by `link_gates`.
+    """
+
+    def __init__(self, topology: Topology, channels: int, options: GateOptions) -> None:
+        self.policy: GatePolicy | None = None  # of the first stage only
+        super().__init__(topology, channels, options)
+        self.options, self.channels = options, channels
+        self.sizes: list[int] = []  # gates of each stage of the network
+        self.stage = 0
+        self.passed = PassedVotes()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.policy is not None:
+            self.policy.reset_parameters()
+
+    @property
+    def serves_others(self) -> bool:
+        return self.policy is not None
+
+    @property
+    def readers(self) -> list[nn.Linear]:
+        return [] if self.policy is None else [self.policy.head]
+
+    def predict(self, node: int, feature: Tensor) -> Tensor:
+        if self.policy is not None:
+            self.passed.put(self.policy(feature).split(self.sizes, dim=1))
+        votes = self.passed.take(self.stage)
+        if votes is None or len(votes) != len(feature):
+            raise UsageError(
+                "gate_reads='network': the gates of this stage are decided by the network's first stage, which has not run on"
+                " these images; run the whole network"
+            )
+        return votes
+
+
+def link_gates(gates: Sequence[NodeGates | None]) -> None:
+    """Give the first stage a policy for the gates of all stages, if these are decided at once. `gates`: of each stage."""
+    linked = [own for own in gates if isinstance(own, NetworkGates)]
+    passed, sizes = PassedVotes(), [len(own.topology.blocks) for own in linked]
+    for stage, own in enumerate(linked):
+        own.stage, own.passed, own.sizes = stage, passed, sizes
+    if linked:
+        first = linked[0]
+        policy = GatePolicy(first.channels, sum(sizes), first.options)
+        first.policy = policy.to(first.bias.device, first.bias.dtype).train(first.training)
