@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import dgnet
 from dgnet.graph import aggregate
+from dgnet.inference import deploy
+from dgnet.inference._compile import CudaGraphs
 from tests.helpers.networks import close_some
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
@@ -58,3 +60,14 @@ def test_cuda_graphs_give_what_eager_gives(tiny):
     run = torch.compile(network, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         torch.testing.assert_close(run(images), network(images), rtol=1e-3, atol=1e-4)
+
+
+def test_a_dense_network_is_deployed_under_cuda_graphs(tiny):
+    network = tiny().cuda().eval()
+    batches = [torch.randn(6, 3, 12, 12, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    run = deploy(network, (12, 12), "dense", 6, compile=True)
+    assert isinstance(run, CudaGraphs)
+    found = [run(images) for images in batches]
+    with torch.inference_mode():
+        for images, logits in zip(batches, found, strict=True):
+            torch.testing.assert_close(logits, network(images), rtol=1e-3, atol=1e-3)

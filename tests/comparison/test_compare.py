@@ -7,15 +7,28 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import dgnet
+from dgnet._cost import cost_model
 from dgnet.checkpoint import describe_network, load_checkpoint, save_tensors
 from dgnet.cli import main
 from dgnet.comparison import compare
 from dgnet.comparison._report import find_front
 from dgnet.data import Preprocessing
+from dgnet.detection import (
+    CocoAnnotations,
+    CocoDetection,
+    Detector,
+    describe_detector,
+    evaluate_detector,
+    load_detector,
+    read_annotations,
+)
 from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.graph import find_stages
 from dgnet.models.cifar_resnet import CifarResNet, DynamicCifarResNet
+from tests.helpers.boxes import box_entry, image_entry, write_set
 from tests.helpers.command import ask, refuse
 
 FAST = ["--batch-sizes", "1", "4", "--rounds", "2", "--compile", "false"]
@@ -123,3 +136,54 @@ def test_the_front_is_what_no_other_beats_in_both():
     points = [(3.0, 90.0), (1.0, 80.0), (2.0, 79.0), (2.0, 85.0), (4.0, 90.0)]
     assert find_front(points) == [1, 3, 0]
     assert find_front([]) == []
+
+
+def save_detector(path: Path, model: str, annotations: CocoAnnotations, **options: object) -> Path:
+    """Save a detector that has seen no image."""
+    kwargs = {"short_side": 32, "long_side": 64, "fpn_channels": 8, "fpn_norm": False, "frozen_stages": 0, "frozen_norm": False}
+    kwargs |= {"options": {"box_score_thresh": 0.0, "box_detections_per_img": 5}}
+    torch.manual_seed(0)
+    detector = Detector(dgnet.create_model(model, **options), len(annotations.class_names), **kwargs).eval()
+    for stage in find_stages(detector):
+        if stage.node_gates is not None:
+            stage.node_gates.bias.data[2] = -9.0
+    classes, ids = annotations.class_names, annotations.category_ids
+    save_tensors(detector.state_dict(), path, describe_detector(model, dict(options), classes, ids, kwargs, config={}))
+    return path
+
+
+@pytest.mark.slow
+def test_two_detectors(tmp_path, capsys):
+    entries = [image_entry(id, *((48, 32), (32, 48))[id % 2]) for id in range(1, 4)]
+    boxes = [box_entry(id, id, [4.0, 4.0, 20.0, 16.0]) for id in range(1, 4)]
+    annotations, folder = write_set(tmp_path / "set", entries, boxes)
+    read = read_annotations(annotations)
+    static = save_detector(tmp_path / "static.safetensors", "strided_resnet18", read)
+    dynamic = save_detector(tmp_path / "dynamic.safetensors", "dg_resnet18", read, node_gate="hard", weighting="fixed")
+    data = ["--data", annotations, "--images", folder]
+    words = ["compare", f"plain={static}", dynamic, *data, "--batch-sizes", "1", "2", "--rounds", "1", "--output", tmp_path]
+    printed = ask(capsys, *words)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["task"] == "detect"
+    assert "AP %" in printed
+    assert "neither folded nor compiled" in printed
+    for path, row in zip((static, dynamic), found["rows"], strict=True):
+        checkpoint = load_detector(path)
+        alone = evaluate_detector(checkpoint.build(), CocoDetection(annotations, folder, class_names=checkpoint.class_names))
+        assert (row["ap"], row["ap50"]) == (alone.precision.ap, alone.precision.ap50)
+        assert row["top1"] is None
+        assert row["dense_multiply_adds"] == cost_model(checkpoint.build().backbone, (32, 64)).dense
+        assert f"{row['ap']:.2f}" in printed
+    assert found["rows"][0]["executed_multiply_adds"] == found["rows"][0]["dense_multiply_adds"]
+    # The second block of each stage never runs: all stages have two.
+    stage_costs = cost_model(load_detector(dynamic).build().backbone, (32, 64))
+    ran = torch.tensor([[1.0, 1, 0, 1]])
+    expected = stage_costs.fixed + sum(float(stage.executed(ran)) for stage in stage_costs.stages)
+    assert found["rows"][1]["executed_multiply_adds"] == pytest.approx(expected)
+    classifier = save(tmp_path / "classifier.safetensors", "resnet20")
+    message = "dg_resnet18 is a detector and resnet20 a classifier; compare networks that do the same task"
+    assert message in refuse(capsys, "compare", classifier, dynamic, *data, "--output", tmp_path / "out")
+    message = "--images is for detectors; classifiers are compared on --data"
+    assert message in refuse(
+        capsys, "compare", classifier, "--data", "digits", "--images", folder, "--output", tmp_path / "out"
+    )

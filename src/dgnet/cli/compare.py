@@ -14,7 +14,7 @@ from dgnet.typed import Location
 
 def _compare_parser() -> Parser:
     parser = Parser(
-        description="Compare networks as they would be deployed: accuracy, executed multiply-adds, latency and images/s."
+        description="Compare classifiers or detectors as deployed: accuracy, executed multiply-adds, latency and images/s."
     )
     parser.add_argument(
         "runs",
@@ -25,7 +25,13 @@ def _compare_parser() -> Parser:
         " --pretrained lists), each also as LABEL=RUN; speeds are ratios to the first",
     )
     parser.add_argument(
-        "--data", type=Location | None, default=None, help="images; by default those that the first run was evaluated on"
+        "--data",
+        type=Location | None,
+        default=None,
+        help="images, or annotations for detectors; by default those that the first run was evaluated on",
+    )
+    parser.add_argument(
+        "--images", type=Location | None, default=None, help="for detectors: folder of the images; by default that of each run"
     )
     parser.add_argument(
         "--data-root", type=Location | None, default=None, help="folder that holds the torch/… and hfds/… data sets"
@@ -62,6 +68,7 @@ def run_compare(args: Namespace) -> int:
         args.compile,
         args.allow_mixed_sizes,
         args.data_root,
+        args.images,
         workers=args.workers,
     )
 

@@ -7,25 +7,20 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dgnet.bench import describe_hardware, versions
-from dgnet.checkpoint import Checkpoint, load_checkpoint
-from dgnet.data import ImageDataset
+from dgnet.comparison._sides import IMAGES, Figures, Side, find_forms, load_side
 from dgnet.errors import UsageError, check_range
-from dgnet.evaluation import Evaluation, announce, evaluate, open_evaluation_data
+from dgnet.evaluation import announce
 from dgnet.graph import find_stages
-from dgnet.inference import can_skip, deploy, time_alternating, time_step
-from dgnet.models import TimmNetwork
-
-_IMAGES = 256
-"""Images that calls are timed on, one batch after the other, so that wirings vary as in use; fewer if there are fewer."""
+from dgnet.inference import time_alternating, time_step
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,22 @@ class Compared:
     kind: str  # "static" or "dynamic"
     image_size: tuple[int, int]
     parameters: int
-    top1: float  # percent
-    top5: float  # percent
+    top1: float | None  # percent; None for a detector, as top5
+    top5: float | None
     images: int
     dense_multiply_adds: int
     executed_multiply_adds: float  # mean over the images
     executed_percentiles: dict[str, float]
     timings: list[Timing]
+    ap: float | None = None  # percent, averaged over IoU 0.50 to 0.95; None for a classifier, as ap50
+    ap50: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 of a classifier, AP of a detector: percent."""
+        found = self.ap if self.top1 is None else self.top1
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,7 @@ class Comparison:
     threads: int
     hardware: str
     versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A network to compare."""
-
-    name: str
-    checkpoint: Checkpoint
-    network: TimmNetwork
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.checkpoint.preprocessing.image_size
+    task: str = "classify"  # or "detect"
 
 
 def compare(
@@ -97,6 +89,7 @@ def compare(
     compile: bool = True,
     allow_mixed_sizes: bool = False,
     data_root: str | None = None,
+    images: str | None = None,
     evaluation_batch_size: int = 128,
     workers: int = 0,
 ) -> Comparison:
@@ -104,6 +97,9 @@ def compare(
 
     `runs`: run folders, checkpoints, or names of published networks, each as "LABEL=RUN" if it is to have another name. The
     first is what the others' speed is a ratio of. `data`: images; by default those that the first run was evaluated on.
+
+    Detectors are compared by average precision; `data` is an annotation file, and `images` the folder of its images. They are
+    neither folded nor compiled, and multiply-adds are those of backbone and pyramid.
 
     Accuracy and multiply-adds come from one pass over all images. Normalisations are folded, and with `compile` networks are
     compiled. A network that can skip blocks is timed in its dense and in its sparse mode, and the faster one counts. All are
@@ -119,49 +115,59 @@ def compare(
         raise UsageError("--batch-sizes is empty; give at least one, such as 1 8 64")
     sides, failed = _load(runs)
     _check_alike(sides, allow_mixed_sizes)
-    source = data or _data_of(sides[0])
-    datasets = [open_evaluation_data(side.checkpoint, source, data_root) for side in sides]
+    source = data or sides[0].default_data()
+    if images is not None and sides[0].task != "detect":
+        raise UsageError("--images is for detectors; classifiers are compared on --data")
+    root = images if sides[0].task == "detect" else data_root
+    datasets = [side.open(source, root) for side in sides]
     if max(batch_sizes) > len(datasets[0]):
         raise UsageError(f"--batch-sizes {max(batch_sizes)} is more than the {len(datasets[0]):,} images; use smaller batches")
     announce(datasets[0])
     evaluations = []
     for side, dataset in zip(sides, datasets, strict=True):
         print(f"evaluating {side.name}", file=sys.stderr)
-        evaluations.append(evaluate(side.network, dataset, evaluation_batch_size, workers, device))
+        evaluations.append(side.evaluate(dataset, evaluation_batch_size, workers, device))
     timings = _time(sides, datasets, batch_sizes, rounds, device, compile)
     rows = [_row(side, found, timings[side.name]) for side, found in zip(sides, evaluations, strict=True)]
     about = describe_hardware(device), versions(device)
-    return Comparison(rows, failed, source, device, compile, rounds, torch.get_num_threads(), *about)
+    task = sides[0].task
+    is_compiled = compile and task == "classify"
+    return Comparison(rows, failed, source, device, is_compiled, rounds, torch.get_num_threads(), *about, task)
 
 
-def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
+def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
     """The networks that can be loaded, under different names, and why the others cannot."""
-    found: list[tuple[str, Checkpoint, TimmNetwork]] = []
+    sides: list[Side] = []
     failed: dict[str, str] = {}
     for run in runs:
         label, _, place = str(run).rpartition("=")
         try:
-            checkpoint = load_checkpoint(place)
-            network = checkpoint.build_network()
+            side = load_side(label, place)
         except UsageError as error:
             failed[str(run)] = str(error)
             continue
-        budget = checkpoint.config.get("budget")
-        name = str(place) if Path(place).name == place and "." in place else checkpoint.model
-        found.append((label or (name if budget is None or name == place else f"{name}, budget {budget}"), checkpoint, network))
-    if not found:
+        budget = side.checkpoint.config.get("budget")
+        name = str(place) if Path(place).name == place and "." in place else side.checkpoint.model
+        found = label or (name if budget is None or name == place else f"{name}, budget {budget}")
+        sides.append(side.named(found))
+    if not sides:
         raise UsageError(f"no network is left to compare: {next(iter(failed.values()), 'name some runs')}")
-    counts, seen = Counter(name for name, *_ in found), Counter[str]()
-    sides = []
-    for name, checkpoint, network in found:
-        seen[name] += 1
-        sides.append(_Side(f"{name} ({seen[name]})" if counts[name] > 1 else name, checkpoint, network))
+    counts, seen = Counter(side.name for side in sides), Counter[str]()
+    for index, side in enumerate(sides):
+        seen[side.name] += 1
+        if counts[side.name] > 1:
+            sides[index] = side.named(f"{side.name} ({seen[side.name]})")
     return sides, failed
 
 
-def _check_alike(sides: Sequence[_Side], allow_mixed_sizes: bool) -> None:
+def _check_alike(sides: Sequence[Side], allow_mixed_sizes: bool) -> None:
     first = sides[0]
     for side in sides[1:]:
+        if side.task != first.task:
+            detector, classifier = (side, first) if side.task == "detect" else (first, side)
+            raise UsageError(
+                f"{detector.name} is a detector and {classifier.name} a classifier; compare networks that do the same task"
+            )
         if side.checkpoint.class_names != first.checkpoint.class_names:
             raise UsageError(
                 f"{side.name} and {first.name} were trained for different classes ({len(side.checkpoint.class_names)} and"
@@ -174,40 +180,30 @@ def _check_alike(sides: Sequence[_Side], allow_mixed_sizes: bool) -> None:
             )
 
 
-def _data_of(side: _Side) -> str:
-    run = side.checkpoint.data
-    return str(run.val_data or run.data)
-
-
 def _time(
-    sides: Sequence[_Side],
-    datasets: Sequence[ImageDataset],
+    sides: Sequence[Side],
+    datasets: Sequence[Any],
     batch_sizes: Sequence[int],
     rounds: int,
     device: str,
     compile: bool,
 ) -> dict[str, list[Timing]]:
     """For each side its timings, one for each batch size."""
-    images: dict[tuple[int, int], Tensor] = {}
-    for side, dataset in zip(sides, datasets, strict=True):
-        if side.size not in images:
-            images[side.size] = torch.stack([dataset[index][0] for index in range(min(_IMAGES, len(dataset)))]).to(device)
     found: dict[str, list[Timing]] = {side.name: [] for side in sides}
     for batch_size in tqdm(batch_sizes, desc="batch sizes", file=sys.stderr):
         steps: dict[str, Callable[[], object]] = {}
         keys: dict[str, dict[str, str]] = {side.name: {} for side in sides}  # name -> form -> key of its step
-        for side in sides:
-            for form in _forms(side):
-                call = deploy(side.network.to(device), side.size, form, batch_size, compile)
-                batches = [batch for batch in images[side.size].split(batch_size) if len(batch) == batch_size]
-                turn = itertools.cycle(batch.contiguous(memory_format=torch.channels_last) for batch in batches)
+        for side, dataset in zip(sides, datasets, strict=True):
+            for form in find_forms(side):
+                call, batches = side.calls(dataset, form, batch_size, compile, device)
+                turn = itertools.cycle(batches)
                 key = keys[side.name][form] = f"{side.name}, {form}"
                 steps[key] = lambda call=call, turn=turn: call(next(turn))  # type: ignore[misc]
         seconds = time_alternating(steps, rounds, device)
         medians = {key: statistics.median(times) for key, times in seconds.items()}
         fastest = {name: min(forms, key=lambda form, forms=forms: medians[forms[form]]) for name, forms in keys.items()}  # type: ignore[misc]
         calls: dict[str, list[float]] = {side.name: [] for side in sides}
-        for _ in range(max(_IMAGES // batch_size, 1)):
+        for _ in range(max(IMAGES[sides[0].task] // batch_size, 1)):
             for name, form in fastest.items():
                 calls[name].append(1000 * time_step(steps[keys[name][form]], device))
         first = seconds[keys[sides[0].name][fastest[sides[0].name]]]
@@ -230,23 +226,13 @@ def _time(
     return found
 
 
-def _forms(side: _Side) -> tuple[str, ...]:
-    """The forms in which a network may be deployed."""
-    return ("dense", "sparse") if find_stages(side.network) and can_skip(side.network) else ("dense",)
-
-
-def _row(side: _Side, found: Evaluation, timings: list[Timing]) -> Compared:
+def _row(side: Side, found: Figures, timings: list[Timing]) -> Compared:
     return Compared(
-        side.name,
-        side.checkpoint.model,
-        "dynamic" if find_stages(side.network) else "static",
-        side.size,
-        sum(parameter.numel() for parameter in side.network.parameters()),
-        found.top1,
-        found.top5,
-        found.images,
-        found.dense_multiply_adds,
-        found.executed_multiply_adds,
-        found.executed_percentiles,
-        timings,
+        name=side.name,
+        model=side.checkpoint.model,
+        kind="dynamic" if find_stages(side.network) else "static",
+        image_size=side.size,
+        parameters=sum(parameter.numel() for parameter in side.network.parameters()),
+        timings=timings,
+        **asdict(found),
     )

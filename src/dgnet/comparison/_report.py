@@ -38,12 +38,12 @@ def format_comparison(found: Comparison) -> str:
 
 def _table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heads and cells."""
-    heads = ["network", "kind", "top-1 %", "executed MAdds M", "of dense"]
+    heads = ["network", "kind", _measure(found), "executed MAdds M", "of dense"]
     for timing in found.rows[0].timings:
         heads += [f"images/s at {timing.batch_size}", "form", "ratio", "p50 ms", "p95 ms"]
     rows = []
     for row in found.rows:
-        cells = [row.name, row.kind, f"{row.top1:.2f}", f"{row.executed_multiply_adds / 1e6:.2f}"]
+        cells = [row.name, row.kind, f"{row.accuracy:.2f}", f"{row.executed_multiply_adds / 1e6:.2f}"]
         cells.append(f"{row.executed_multiply_adds / row.dense_multiply_adds:.0%}")
         for timing in row.timings:
             cells += [
@@ -57,11 +57,20 @@ def _table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def _measure(found: Comparison) -> str:
+    """What accuracy is, in percent."""
+    return "AP %" if found.task == "detect" else "top-1 %"
+
+
 def _conditions(found: Comparison) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    how = "compiled" if found.compile else "not compiled"
+    how = "folded and compiled" if found.compile else "folded and not compiled"
+    if found.compile and found.device.startswith("cuda"):
+        how += " (the dense mode under CUDA graphs)"
+    if found.task == "detect":
+        how = "neither folded nor compiled; multiply-adds of backbone and pyramid"
     return (
-        f"{found.rows[0].images:,} images of {found.data}; networks folded and {how}; medians of {found.rounds} alternating"
+        f"{found.rows[0].images:,} images of {found.data}; networks {how}; medians of {found.rounds} alternating"
         f" rounds; ratio: to {found.rows[0].name}; {found.hardware}; {packages}"
     )
 
@@ -82,22 +91,22 @@ def draw_comparison(found: Comparison) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     batch = found.rows[0].timings[0].batch_size
     _draw(left, found.rows, [row.timings[0].p50_ms for row in found.rows])
-    left.set(xlabel=f"median time of a call, batch {batch}, ms", ylabel="top-1, %")
+    left.set(xlabel=f"median time of a call, batch {batch}, ms", ylabel=_measure(found))
     _draw(right, found.rows, [row.executed_multiply_adds / 1e6 for row in found.rows])
     right.set(xlabel="multiply-adds executed per image, mean, millions")
     return figure
 
 
 def _draw(axes: Axes, rows: Sequence[Compared], costs: Sequence[float]) -> None:
-    front = find_front([(cost, row.top1) for cost, row in zip(costs, rows, strict=True)])
-    axes.plot([costs[index] for index in front], [rows[index].top1 for index in front], color="0.75", linewidth=1, zorder=1)
+    front = find_front([(cost, row.accuracy) for cost, row in zip(costs, rows, strict=True)])
+    axes.plot([costs[index] for index in front], [rows[index].accuracy for index in front], color="0.75", linewidth=1, zorder=1)
     middle = (min(costs) + max(costs)) / 2
     for number, (row, cost) in enumerate(zip(rows, costs, strict=True)):
-        axes.plot(cost, row.top1, _MARKERS[row.kind], color=COLOURS[number % len(COLOURS)], markersize=7, zorder=2)
+        axes.plot(cost, row.accuracy, _MARKERS[row.kind], color=COLOURS[number % len(COLOURS)], markersize=7, zorder=2)
         side = -1 if cost > middle else 1  # names point to the middle of the panel
         axes.annotate(
             escape_text(row.name),
-            (cost, row.top1),
+            (cost, row.accuracy),
             (7 * side, 6),
             textcoords="offset points",
             ha="right" if side < 0 else "left",

@@ -8,6 +8,8 @@ from dgnet.evaluation._evaluate import Evaluation as Evaluation
 from dgnet.evaluation._evaluate import EvaluationMeters as EvaluationMeters
 from dgnet.evaluation._evaluate import evaluate as evaluate
 from dgnet.evaluation._executed import ExecutedCost as ExecutedCost
+from dgnet.evaluation._executed import executed_by_image as executed_by_image
+from dgnet.evaluation._executed import executed_figures as executed_figures
 from dgnet.evaluation._images import ImageByImage as ImageByImage
 from dgnet.evaluation._images import ImageFigures as ImageFigures
 from dgnet.evaluation._images import image_figures as image_figures

@@ -34,14 +34,9 @@ class ExecutedCost:
         parts = gather((self.executed, self.labels))
         executed = torch.cat([chunk for chunks, _ in parts for chunk in chunks])
         labels = torch.cat([chunk for _, chunks in parts for chunk in chunks])
-        shares = (5, 25, 50, 75, 95)
         named = Counter(self.class_names)
-        percentiles = np.percentile(executed.numpy(), shares)
         return {
-            "dense_multiply_adds": self.costs.dense,
-            "executed_multiply_adds": float(executed.mean()),
-            "executed_std": float(executed.std(correction=0)),
-            "executed_percentiles": {str(share): float(value) for share, value in zip(shares, percentiles, strict=True)},
+            **executed_figures(self.costs, executed),
             "executed_by_class": {
                 # Names may repeat: ImageNet has two kinds of crane.
                 name if named[name] == 1 else f"{name} ({index})": float(executed[labels == index].mean())
@@ -49,6 +44,20 @@ class ExecutedCost:
                 if (labels == index).any()
             },
         }
+
+
+_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def executed_figures(costs: CostModel, executed: Tensor) -> dict[str, Any]:
+    """The cost figures of `Evaluation` over all images. `executed`: multiply-adds of each image, (images,)."""
+    values = np.percentile(executed.numpy(), _PERCENTILES)
+    return {
+        "dense_multiply_adds": costs.dense,
+        "executed_multiply_adds": float(executed.mean()),
+        "executed_std": float(executed.std(correction=0)),
+        "executed_percentiles": {str(share): float(value) for share, value in zip(_PERCENTILES, values, strict=True)},
+    }
 
 
 def executed_by_image(costs: CostModel, batch: Batch) -> Tensor:

@@ -1,6 +1,7 @@
 """Run networks as they are deployed: sparse mode, folding, compilation, export, measured speed."""
 
 from dgnet.inference._compile import compile_network as compile_network
+from dgnet.inference._compile import without_gradients as without_gradients
 from dgnet.inference._export import FORMATS as FORMATS
 from dgnet.inference._export import check_export as check_export
 from dgnet.inference._export import export_network as export_network
