@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.models import group_parameters
@@ -12,6 +14,7 @@ import dgnet
 from dgnet.errors import UsageError
 from dgnet.training import TrainConfig, train
 from dgnet.training._module import Classifier
+from dgnet.training._optimizer import build_optimizer
 from dgnet.training._parameter_groups import build_parameter_groups
 from tests.helpers.runs import options
 
@@ -132,9 +135,46 @@ def test_muon_leaves_routers_to_adamw_if_asked(choice):
     assert bool(orthogonalised & routing) == (choice == "same")
 
 
-def test_adamw_for_routers_is_for_muon_only():
-    with pytest.raises(UsageError, match="--router-optimizer adamw is for Muon optimisers, not for sgd; leave it out"):
-        TrainConfig(router_optimizer="adamw")
+@pytest.mark.parametrize("decay", ["weights", "all", "none"])
+def test_routing_has_an_optimiser_of_its_own_whatever_the_others_have(decay):
+    network = dgnet.create_model("dg_resnet20", channels=(4, 4, 4), weighting="linear", node_gate="hard").train()
+    twin = copy.deepcopy(network)
+    options = {"lr": 0.1, "router_lr": 0.02, "threshold_lr": 0.5, "weight_decay": 0.01, "routing_decay": decay}
+    config = TrainConfig(optimizer="sgd", router_optimizer="adamw", **options)
+    optimizer = build_optimizer(build_parameter_groups(network, config), config)
+    scale_rates(optimizer, 0.5)
+    # The twin: torch's own optimisers, the routing parameters one by one.
+    plain = [p for n, p in twin.named_parameters() if not is_routing(n)]
+    groups = {id(p): group for group in build_parameter_groups(twin, config) for p in group["params"]}
+    others = []
+    for name, p in twin.named_parameters():
+        if is_routing(name) and p.requires_grad:
+            share = 0.5 if name.endswith(".tau") else 0.02
+            assert groups[id(p)].get("lr_scale", 1.0) == share
+            others.append({"params": [p], "lr": 0.05 * share, "weight_decay": groups[id(p)]["weight_decay"]})
+    decayed = [{"params": [p], "weight_decay": 0.01 if p.ndim > 1 else 0.0} for p in plain]
+    pair = (torch.optim.SGD(decayed, 0.05, 0.9, nesterov=True), torch.optim.AdamW(others, betas=(0.9, 0.999), eps=1e-8))
+    for step in range(4):
+        if step == 2:  # as a resumed run does
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = build_optimizer(build_parameter_groups(network, config), config)
+            optimizer.load_state_dict(state)
+        images = torch.randn(4, 3, 8, 8)
+        network(images).square().mean().backward()
+        twin(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for one in pair:
+            one.step()
+            one.zero_grad()
+    for (name, parameter), other in zip(network.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """What timm's schedules do: the share of a group times the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["lr"] * group.get("lr_scale", 1.0)
 
 
 @pytest.mark.parametrize("norm_decay", [False, True])

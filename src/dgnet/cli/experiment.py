@@ -117,7 +117,10 @@ def run_report(args: Namespace) -> None:
 
 
 def _similarity_parser() -> Parser:
-    parser = Parser(description="Print how similar the inputs of a stage's nodes are, at the start and after training.")
+    parser = Parser(
+        description="Print how similar the inputs of a stage's nodes are, which edges are open and what gradients they have, at the"
+        " start and after training."
+    )
     parser.add_argument(
         "runs", type=Location, nargs="+", metavar="RUN", help="run folders or checkpoints of networks with dynamic stages"
     )
@@ -129,10 +132,12 @@ def _similarity_parser() -> Parser:
 
 def run_similarity(args: Namespace) -> None:
     """`dgnet experiment similarity`."""
-    from dgnet.experiments import compare_inputs, format_similarity
+    from dgnet.experiments import compare_with_start, format_edges, format_similarity
 
     check_range("--images", args.images, 2)
-    print(format_similarity([row for run in args.runs for row in compare_inputs(Path(run), args.data, args.images)]))
+    inputs, edges = zip(*(compare_with_start(Path(run), args.data, args.images) for run in args.runs), strict=True)
+    print(format_similarity([row for rows in inputs for row in rows]))
+    print(f"\n{format_edges([row for rows in edges for row in rows])}")
 
 
 EXPERIMENT = Group(

@@ -1,4 +1,4 @@
-"""Cosine similarity of the inputs of a stage's nodes, at initialisation and after training.
+"""What training changes in a stage: how similar the inputs of its nodes are, and its edges (`_edges.py`).
 
 If all nodes read nearly the same sum, the stage acts like one wide layer; if their inputs differ, it has depth.
 """
@@ -6,6 +6,7 @@ If all nodes read nearly the same sum, the stage acts like one wide layer; if th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dgnet.checkpoint import load_checkpoint
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import open_evaluation_data
+from dgnet.experiments._edges import compare_edges
 from dgnet.experiments._report import format_table
 from dgnet.graph import find_stages
 
@@ -28,10 +30,11 @@ def format_similarity(rows: Sequence[Sequence[str]]) -> str:
     return format_table(heads, [list(row) for row in rows])
 
 
-def compare_inputs(run: Path, source: str | None, images: int) -> list[list[str]]:
-    """One row for each stage of a run's network. `source`: by default the images that the run was evaluated on.
+def compare_with_start(run: Path, source: str | None, images: int) -> tuple[list[list[str]], list[list[str]]]:
+    """The rows of `compare_inputs` and of `compare_edges` for a run's network, before training and after it.
 
-    `images`: how many, the first ones. Raises UsageError for a static network, and for fewer than two images.
+    `source`: by default the images that the run was evaluated on. `images`: how many, the first ones. The start is drawn anew.
+    Raises UsageError for a static network, and for fewer than two images.
     """
     check_range("--images", images, 2)
     checkpoint = load_checkpoint(run)
@@ -39,15 +42,36 @@ def compare_inputs(run: Path, source: str | None, images: int) -> list[list[str]
     if not find_stages(network):
         raise UsageError(f"{run}: {checkpoint.model} has no dynamic stages")
     data = open_evaluation_data(checkpoint, source)
-    batch = torch.stack([data[index][0] for index in range(min(images, len(data)))])
-    trained = similarity(network.eval(), batch)
+    items = [data[index] for index in range(min(images, len(data)))]
+    batch, labels = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
+    start = deepcopy(network)
     torch.manual_seed(0)
-    network.init_weights()
-    start = similarity(network.train(), batch)  # normalisation with the batch's statistics
+    start.init_weights()
+    set_statistics(start, batch)
+    network.eval()
+    return compare_inputs(run.name, start, network, batch), compare_edges(run.name, start, network, batch, labels)
+
+
+def compare_inputs(name: str, start: nn.Module, trained: nn.Module, images: Tensor) -> list[list[str]]:
+    """One row for each stage: the figures of `similarity` of the network before and after training."""
+    pairs = zip(similarity(start, images), similarity(trained, images), strict=True)
     return [
-        [run.name, str(stage), *(f"{value:.2f}" for pair in zip(before, after, strict=True) for value in pair)]
-        for stage, (before, after) in enumerate(zip(start, trained, strict=True), start=1)
+        [name, str(stage), *(f"{value:.2f}" for pair in zip(before, after, strict=True) for value in pair)]
+        for stage, (before, after) in enumerate(pairs, start=1)
     ]
+
+
+@torch.no_grad()
+def set_statistics(network: nn.Module, images: Tensor) -> None:
+    """Set the statistics of batch normalisations to those of `images`, and the network to evaluation mode."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    network.eval()
 
 
 @torch.no_grad()

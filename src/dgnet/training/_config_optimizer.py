@@ -34,9 +34,9 @@ class OptimizerOptions:
     router_lr: float = option(1.0, "learning rate of routers, gates and static weights, as a share of --lr")
     router_optimizer: str = option(
         "same",
-        "optimiser of routers and gates; adamw: with a Muon --optimizer, whose steps are equally long for every matrix, so"
-        " that a router that starts at 0 moves far at once",
-        ("same", "adamw"),
+        "optimiser of routers, gates, thresholds and static weights: same (as --optimizer), adamw, sgd; Muon's steps are"
+        " equally long for every matrix, so that a router that starts at 0 moves far at once",
+        ("same", "adamw", "sgd"),
     )
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")
     momentum: float = option(0.9, "momentum of SGD")
@@ -73,11 +73,6 @@ class OptimizerOptions:
                 raise UsageError(f"{flag(name)} must be above 0, got 0")
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UsageError(f"--clip-mode {self.clip_mode} needs a value to clip at; add --clip-grad, such as 0.01 for agc")
-        if self.router_optimizer == "adamw" and "muon" not in self.optimizer:
-            raise UsageError(
-                f"--router-optimizer adamw is for Muon optimisers, not for {self.optimizer}; leave it out, or use"
-                " --optimizer nmuon"
-            )
         if self.opt_eps is not None and not about.has_eps:
             raise UsageError(f"--optimizer {self.optimizer} has no epsilon; leave out --opt-eps")
         if self.opt_betas is None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from dgnet.training._config import RunConfig, TrainConfig
 from dgnet.training._freezing import Freezing
 from dgnet.training._losses import ClassificationLoss
 from dgnet.training._mixing import Mixing
+from dgnet.training._optimizer import build_optimizer
 from dgnet.training._parameter_groups import build_parameter_groups
 from dgnet.training._schedule import build_schedule
 from dgnet.training._teacher import Teacher
@@ -119,16 +119,7 @@ class RunModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # The updates of Eqs. (7) to (10): weights of nodes, of routers, their biases, thresholds. The gradients: dgnet.graph.
-        config = self.config
-        given: dict[str, Any] = {"betas": config.opt_betas and tuple(config.opt_betas), "eps": config.opt_eps}
-        optimizer = create_optimizer_v2(
-            self.parameter_groups(),
-            opt=config.optimizer,
-            lr=config.peak_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        optimizer = build_optimizer(self.parameter_groups(), self.config)
         scheduler = self.build_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from dgnet.graph import find_stages
 from dgnet.training._config_optimizer import OptimizerOptions
+from dgnet.training._optimizer import IS_ROUTING
 
 
 def build_parameter_groups(
@@ -43,16 +44,19 @@ def build_parameter_groups(
     rate: dict[str, Any] = {}
     if config.router_lr != 1 or layer_decay is not None:
         rate["lr_scale"] = config.router_lr
-    if config.router_optimizer == "adamw":
+    if config.router_optimizer == "adamw" and "muon" in config.optimizer:
         rate["use_fallback"] = True  # timm's Muon then uses AdamW
+    elif config.router_optimizer != "same":
+        rate[IS_ROUTING] = True
     if config.routing_decay != "weights":
         apart.append({"params": routers, "weight_decay": decay, **rate})
     elif rate:
         matrices, biases = ([p for p in routers if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
         apart.append({"params": matrices, "weight_decay": config.weight_decay, **rate})
         apart.append({"params": biases, "weight_decay": 0.0, **rate})
-    if config.routing_decay == "all" or config.threshold_lr != 1 or layer_decay is not None:
-        apart.append({"params": thresholds, "weight_decay": decay, "lr_scale": config.threshold_lr})
+    if config.routing_decay == "all" or config.threshold_lr != 1 or layer_decay is not None or IS_ROUTING in rate:
+        marked = {IS_ROUTING: True} if IS_ROUTING in rate else {}
+        apart.append({"params": thresholds, "weight_decay": decay, "lr_scale": config.threshold_lr, **marked})
     moved = {id(parameter) for group in apart for parameter in group["params"]}
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
