@@ -9,11 +9,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity, use_connectivity
 from dgnet.inference import set_mode, set_sparse
+from dgnet.inference._sparse import SparseWalk
 from tests.helpers.networks import shake_norms
 
 POLICIES = ("linear", "convolutional")
@@ -154,3 +156,43 @@ def test_tokens_have_no_convolutional_policy():
 def test_a_policy_without_network_gates_is_refused():
     with pytest.raises(UsageError, match="gate_policy='convolutional' has no effect with gate_reads='stage'"):
         dgnet.create_model("dg_resnet20", node_gate="hard", gate_reads="stage", gate_policy="convolutional")
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts how often the samples of a block are asked for, for which the CPU has to wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.waits += function is torch.ops.aten.nonzero.default
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("reads", ["senders", "stage", "network"])
+@torch.no_grad()
+def test_early_gates_are_read_once(tiny, monkeypatch, reads):
+    """Once for each stage, or for the whole network: not at each block."""
+    network = tiny(weighting="fixed", node_gate="hard", node_gate_bias=0.0, gate_reads=reads).eval()
+    images = torch.randn(8, 3, 16, 16) + 2 * torch.randn(8, 3, 1, 1)
+    with record_connectivity(network) as record:
+        logits = network(images)
+    assert any(0 < float(ran[:, 1:-1].float().mean()) < 1 for ran in record.ran)
+    set_mode(network, "sparse")
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or tensor)
+    # Rows follow from gates that are on the CPU already: that is no wait.
+    monkeypatch.setattr(SparseWalk, "_plan", lambda walk, opened: plan_by_hand(walk, opened))
+    with CountWaits() as counted, record_connectivity(network) as again:
+        sparse = network(images)
+    torch.testing.assert_close(sparse, logits, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, again.ran, record.ran))
+    assert counted.waits == (9 if reads == "senders" else 0)
+    assert len(copies) == {"senders": 0, "stage": 3, "network": 1}[reads]
+
+
+def plan_by_hand(walk: SparseWalk, opened: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of each node of a complete graph: every block reads the input node, so it runs where its gate is open."""
+    rows = [torch.tensor([row for row, gate in enumerate(column) if gate], dtype=torch.long) for column in opened.T.tolist()]
+    return [torch.arange(len(opened)), *rows]

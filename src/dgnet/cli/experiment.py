@@ -118,8 +118,8 @@ def run_report(args: Namespace) -> None:
 
 def _similarity_parser() -> Parser:
     parser = Parser(
-        description="Print how similar the inputs of a stage's nodes are, which edges are open and what gradients they have, at the"
-        " start and after training."
+        description="Print how similar the inputs of a stage's nodes are, which edges are open and what gradients they have, at"
+        " the start and after training."
     )
     parser.add_argument(
         "runs", type=Location, nargs="+", metavar="RUN", help="run folders or checkpoints of networks with dynamic stages"

@@ -189,13 +189,26 @@ class NodeGates(nn.Module):
         """The linear layers that predict votes; with weights of 0 the gates do not depend on the image."""
         return [column for column in self.columns.values() if isinstance(column, nn.Linear)]
 
+    @property
+    def is_early(self) -> bool:
+        """Whether all gates are decided before the blocks run."""
+        return self.reads != "senders"
+
+    def find_open_gates(self, votes: Tensor, offset: float) -> Tensor:
+        """Which gates are open in evaluation, (B, blocks) bool on the CPU, if they are early: the CPU waits once for all.
+
+        `votes`: of the stage's input node for all blocks, (B, blocks).
+        """
+        logits = votes + self.bias[1:-1].to(votes.dtype)
+        return (logits >= least_logit(offset)).cpu()
+
     def senders(self, node: int) -> tuple[int, ...]:
         """The nodes whose features the gate of the block `node` reads, ascending."""
         return self.topology.senders(node) if self.reads == "senders" else (0,)
 
     def receivers(self, node: int) -> tuple[int, ...]:
         """The blocks whose gates read the feature of `node`, ascending."""
-        if self.reads != "senders":
+        if self.is_early:
             return tuple(self.topology.blocks) if node == 0 else ()
         return tuple(j for j in self.topology.receivers(node) if j != self.topology.output)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.errors import UsageError
-from dgnet.graph._gating import GateOptions, NodeGates
+from dgnet.graph._gating import GateOptions, NodeGates, least_logit
 from dgnet.graph._pooling import pool_feature
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._topology import Topology
@@ -58,27 +58,37 @@ class GatePolicy(nn.Module):
             return votes
 
 
-class PassedVotes:
-    """The votes on their way from the first stage to the others: those of one forward pass, in each thread its own.
+class PassedDecisions:
+    """What the first stage has decided for the others, on its way to them: of one forward pass, in each thread its own.
 
-    The stages of a network share one such object. A stage takes its votes once. A copy starts empty.
+    The stages of a network share one such object. A stage takes what is its own once. A copy starts empty.
     """
 
     def __init__(self) -> None:
-        self._votes: dict[tuple[int, int], Tensor] = {}  # of a thread and a stage
+        self._held: dict[tuple[int, str, int], Tensor] = {}  # of a thread: a kind of decision, for a stage
 
-    def put(self, votes: Sequence[Tensor]) -> None:
-        """Store the votes of each stage, (B, gates of the stage)."""
+    def put(self, kind: str, decisions: Sequence[Tensor]) -> None:
+        """Store decisions of a kind for each stage, (B, gates of the stage)."""
         thread = _thread()
-        for stage, own in enumerate(votes):
-            self._votes[thread, stage] = own
+        for stage, own in enumerate(decisions):
+            self._held[thread, kind, stage] = own
 
-    def take(self, stage: int) -> Tensor | None:
-        """The votes of a stage, counted from 0; None if the first stage has not run before it."""
-        return self._votes.pop((_thread(), stage), None)
+    def take(self, kind: str, stage: int) -> Tensor | None:
+        """The decisions for a stage, counted from 0; None if the first stage has not run before it."""
+        return self._held.pop((_thread(), kind, stage), None)
+
+    def see(self, kind: str, stage: int) -> Tensor:
+        """What `take` would return, which must be there."""
+        return self._held[_thread(), kind, stage]
+
+    def clear(self) -> None:
+        """Forget what another pass of this thread has left, if it stopped before the last stage."""
+        thread = _thread()
+        for key in [key for key in self._held if key[0] == thread]:
+            del self._held[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PassedVotes, ()  # also for copies
+        return PassedDecisions, ()  # also for copies
 
 
 def _thread() -> int:
@@ -96,9 +106,9 @@ class NetworkGates(NodeGates):
         self.policy: GatePolicy | None = None  # of the first stage only
         super().__init__(topology, channels, options)
         self.options, self.channels = options, channels
-        self.sizes: list[int] = []  # gates of each stage of the network
+        self.linked: tuple[NetworkGates, ...] = ()  # those of each stage of the network
         self.stage = 0
-        self.passed = PassedVotes()
+        self.passed = PassedDecisions()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -115,8 +125,9 @@ class NetworkGates(NodeGates):
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
         if self.policy is not None:
-            self.passed.put(self.policy(feature).split(self.sizes, dim=1))
-        votes = self.passed.take(self.stage)
+            self.passed.clear()
+            self.passed.put("votes", self._split(self.policy(feature)))
+        votes = self.passed.take("votes", self.stage)
         if votes is None or len(votes) != len(feature):
             raise UsageError(
                 "gate_reads='network': the gates of this stage are decided by the network's first stage, which has not run on"
@@ -124,14 +135,28 @@ class NetworkGates(NodeGates):
             )
         return votes
 
+    def find_open_gates(self, votes: Tensor, offset: float) -> Tensor:
+        # The first stage asks for all stages, so that the CPU waits once for the whole network.
+        if self.policy is not None:
+            others = [self.passed.see("votes", own.stage) for own in self.linked[1:]]
+            logits = torch.cat([votes, *others], dim=1) + torch.cat([own.bias[1:-1] for own in self.linked]).to(votes.dtype)
+            self.passed.put("open", self._split((logits >= least_logit(offset)).cpu()))
+        opened = self.passed.take("open", self.stage)
+        return super().find_open_gates(votes, offset) if opened is None else opened
+
+    def _split(self, decisions: Tensor) -> tuple[Tensor, ...]:
+        """Decisions for all gates of the network, (B, G), stage by stage."""
+        parts: tuple[Tensor, ...] = decisions.split([len(own.topology.blocks) for own in self.linked], dim=1)
+        return parts
+
 
 def link_gates(gates: Sequence[NodeGates | None]) -> None:
     """Give the first stage a policy for the gates of all stages, if these are decided at once. `gates`: of each stage."""
     linked = [own for own in gates if isinstance(own, NetworkGates)]
-    passed, sizes = PassedVotes(), [len(own.topology.blocks) for own in linked]
+    passed = PassedDecisions()
     for stage, own in enumerate(linked):
-        own.stage, own.passed, own.sizes = stage, passed, sizes
+        own.stage, own.passed, own.linked = stage, passed, tuple(linked)
     if linked:
         first = linked[0]
-        policy = GatePolicy(first.channels, sum(sizes), first.options)
+        policy = GatePolicy(first.channels, sum(len(own.topology.blocks) for own in linked), first.options)
         first.policy = policy.to(first.bias.device, first.bias.dtype).train(first.training)

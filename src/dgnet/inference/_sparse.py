@@ -82,7 +82,8 @@ class SparseWalk(DenseWalk):
     """Each node runs on the samples for which it is alive. A feature holds those samples only, in ascending order.
 
     If all weights are known before the pass (imposed, learned or fixed), nodes without an open path to the output node are
-    skipped too. A backward pass through the output raises UsageError.
+    skipped too. If gates are decided early and no edge can close, the samples of every block are known before the first one
+    runs, and the CPU waits for a GPU once instead of at each block. A backward pass through the output raises UsageError.
     """
 
     skips_nodes = True
@@ -92,6 +93,7 @@ class SparseWalk(DenseWalk):
         # (B, N): each sample's row in each node's feature; any row if the node did not run for the sample.
         self.places = torch.arange(len(x), device=x.device)[:, None].repeat(1, self.topology.num_nodes)
         self.rows: list[Tensor | None] = [None]  # for each node, the samples for which it ran, (n,); None: all
+        self.plan: list[Tensor | None] | None = None  # the same, if it is known before the blocks run
 
     @classmethod
     def in_graph(cls) -> type[Walk]:
@@ -105,13 +107,28 @@ class SparseWalk(DenseWalk):
             self.places[:, node].zero_().index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         with select_samples(self.area, rows):
             super().put(node, feature)
+        gates = self.stage.node_gates
+        if node == 0 and gates is not None and self.needs.gates and gates.is_early and not self.stage.weighting.can_close:
+            blocks = list(self.topology.blocks)
+            self.plan = self._plan(gates.find_open_gates(self.votes[0][:, blocks], self.stage.threshold_offset))
+
+    def _plan(self, is_open: Tensor) -> list[Tensor | None]:
+        """For each node but the output node the samples for which it runs. `is_open`: gates, (B, blocks), on the CPU."""
+        alive = torch.ones(len(is_open), self.topology.num_nodes, dtype=torch.bool)
+        for node in self.topology.blocks:
+            alive[:, node] = is_open[:, node - 1] & alive[:, list(self.topology.senders(node))].any(1)
+        found = [alive[:, node].nonzero().flatten() for node in (0, *self.topology.blocks)]
+        on_device = torch.cat(found).to(self.x.device).split([len(rows) for rows in found])  # one transfer
+        return [None if len(rows) == len(alive) else rows for rows in on_device]
 
     @torch.no_grad()
     def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Tensor | None:
         if node == self.topology.output:
             return self._run_output(weights, is_open)
         rows = None
-        if runs is not None:
+        if self.plan is not None:
+            rows = self.plan[node]
+        elif runs is not None:
             rows = runs.nonzero().flatten()  # here the CPU waits for the GPU: it needs the number of samples
             if len(rows) == len(self.x):
                 rows = None
