@@ -16,6 +16,7 @@ from dgnet.compat.torch import is_compiled_for_all_sizes
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import (
     DenseWalk,
+    FoldingWalk,
     StageNodes,
     Walk,
     aggregate_rows,
@@ -44,7 +45,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
     """
     check_choice("mode", mode, MODES)
     for stage in require_stages(model) if mode == "sparse" else find_stages(model):
-        stage.inference_walk = SparseWalk if mode == "sparse" else DenseWalk
+        stage.inference_walk = SparseWalk if mode == "sparse" else FoldingWalk
     return model
 
 
