@@ -10,7 +10,7 @@ from torch import nn
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import record_connectivity
-from dgnet.inference import compile_network, measure_speed, set_mode, set_threshold_offset, time_alternating
+from dgnet.inference import _compile, compile_network, measure_speed, set_mode, set_threshold_offset, time_alternating
 
 
 def test_steps_take_turns_and_each_round_is_a_figure():
@@ -92,3 +92,21 @@ def test_any_number_of_networks_of_one_class_can_be_compiled():
         images = torch.randn(size, 3, 2, 2)
         torch.testing.assert_close(compile_network(network)(images), network(images), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_auto_takes_the_mode_that_is_faster_on_the_images(tiny, monkeypatch, capsys):
+    network, images = tiny(node_gate="hard"), torch.randn(4, 3, 12, 12)
+    built = []
+    monkeypatch.setattr(_compile, "compile_for", lambda network, mode, size: built.append((mode, size)) or (lambda _: mode))
+    for dense, sparse, chosen in [(2.0, 1.0, "sparse"), (1.0, 1.25, "dense")]:
+        seconds = {"dense": [dense] * 3, "sparse": [sparse] * 3}
+        monkeypatch.setattr(_compile, "time_alternating", lambda steps, device, seconds=seconds: seconds)
+        assert compile_network(network, "auto", images)(images) == chosen
+        printed = capsys.readouterr().err
+        assert f"mode {chosen}: on batches of 4 the sparse mode is {dense / sparse:.2f} times as fast" in printed
+    assert built == [("dense", 4), ("sparse", 4)] * 2
+    monkeypatch.delattr(_compile, "time_alternating")  # nothing to choose from: nothing is timed
+    assert compile_network(tiny(weighting="fixed"), "auto", images)(images) == "dense"
+    for missing in (None, images[0], images[:0]):
+        with pytest.raises(UsageError, match="mode 'auto' times the network: give a batch of images"):
+            compile_network(network, "auto", missing)

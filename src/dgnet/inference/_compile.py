@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dgnet.compat.torch import allow_many_graphs
+from dgnet.errors import UsageError
+from dgnet.graph import find_stages
 from dgnet.inference._native import lower_static_blocks, use_native
-from dgnet.inference._sparse import set_mode
+from dgnet.inference._sparse import can_skip, set_mode
+from dgnet.inference._timing import time_alternating
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "dense": {"freezing": True},
@@ -20,20 +26,54 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
-def compile_network(network: nn.Module, mode: str = "dense") -> Callable[[Tensor], Tensor]:
+def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """A copy of `network` in evaluation mode, compiled with its weights as constants: (B, C, H, W) -> (B, classes).
 
-    `mode`: "dense" or "sparse"; only "dense" for a network without dynamic stages. On the CPU the sparse mode takes any batch
-    size: the operations between the convolutions run in a compiled extension (`dgnet.inference._native`). On other devices it
-    is one graph with a branch for each block, which runs if the block is alive for some image: meant for one image at a time.
+    `mode`: "dense", "sparse" or "auto"; only "dense" and "auto" for a network without dynamic stages. On the CPU the sparse
+    mode takes any batch size: the operations between the convolutions run in a compiled extension (`dgnet.inference._native`).
+    On other devices it is one graph with a branch for each block, which runs if the block is alive for some image: meant for
+    one image at a time.
+
+    "auto" times both modes on `images`, (B, C, H, W), as they will be used: real ones, in batches of the size to come. It takes
+    the faster one, and says so in a line on stderr. On a GPU the dense mode then runs under CUDA graphs, and the sparse mode
+    is compiled for single images only.
 
     Raises UsageError if the extension cannot be built, or `mode` is not possible.
     """
+    if mode == "auto":
+        return _find_fastest(network, images)
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(lower_static_blocks(use_native(network)))
     set_mode(network, mode)
     return compile_graph(network, mode)
+
+
+def compile_for(network: nn.Module, mode: str, batch_size: int) -> Callable[[Tensor], Tensor]:
+    """`network` as `compile_network` deploys a mode for batches of one size: in the form of it that is known to be fastest."""
+    device = next(network.parameters()).device.type
+    if mode == "sparse" and device != "cpu" and batch_size > 1:  # faster than a branch for each block
+        return without_gradients(set_mode(deepcopy(network).eval(), "sparse"))
+    compiled = compile_network(network, mode)
+    return CudaGraphs(compiled) if device == "cuda" and mode == "dense" else compiled
+
+
+def _find_fastest(network: nn.Module, images: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if images is None or images.ndim != 4 or len(images) == 0:
+        raise UsageError("mode 'auto' times the network: give a batch of images, (B, C, H, W), as compile_network(…, images=…)")
+    dense = compile_for(network, "dense", len(images))
+    if not find_stages(network) or not can_skip(network):
+        return dense
+    forms = {"dense": dense, "sparse": compile_for(network, "sparse", len(images))}
+    seconds = time_alternating({name: partial(form, images) for name, form in forms.items()}, device=images.device)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest = min(medians, key=lambda name: medians[name])
+    ratio = medians["dense"] / medians["sparse"]
+    print(
+        f"mode {fastest}: on batches of {len(images)} the sparse mode is {ratio:.2f} times as fast as the dense one",
+        file=sys.stderr,
+    )
+    return forms[fastest]
 
 
 def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgnet.graph import find_stages
-from dgnet.inference._compile import CudaGraphs, compile_network, without_gradients
+from dgnet.inference._compile import compile_for, without_gradients
 from dgnet.inference._fold import fold_batch_norms
 from dgnet.inference._native import lower_static_blocks, set_sparse
 from dgnet.inference._sparse import set_mode
@@ -53,15 +53,13 @@ def deploy(
 ) -> Callable[[Tensor], Tensor]:
     """A copy of `network` as it is deployed for one batch size and images in channels_last, (B, C, H, W) -> (B, classes).
 
-    Normalisations are folded. `mode`: "dense" or "sparse". `compile`: use `compile_network`; on a GPU the dense mode runs under
+    Normalisations are folded. `mode`: "dense" or "sparse". `compile`: compile it; on a GPU the dense mode runs under
     CUDA graphs, and the sparse mode is compiled for batch size 1 only, because larger batches are faster uncompiled.
     `executor`: of a sparse mode that is not compiled, see `set_sparse`.
     """
     folded = fold_batch_norms(network, image_size).to(memory_format=torch.channels_last)
-    device = next(folded.parameters()).device.type
-    if compile and (mode != "sparse" or device == "cpu" or batch_size == 1):
-        compiled = compile_network(folded, mode)
-        return CudaGraphs(compiled) if device == "cuda" and mode == "dense" else compiled
+    if compile:
+        return compile_for(folded, mode, batch_size)
     if mode == "sparse":
         return without_gradients(lower_static_blocks(set_sparse(folded, executor)))
     return without_gradients(set_mode(folded, mode))
