@@ -11,7 +11,6 @@ from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
 from dgnet.graph._context import ContextStack as ContextStack
 from dgnet.graph._edge_weights import split_ways as split_ways
 from dgnet.graph._edge_weights import sum_in_groups as sum_in_groups
-from dgnet.graph._folding import FoldingWalk as FoldingWalk
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import accept_cuts as accept_cuts

@@ -111,8 +111,8 @@ class StageNodes(nn.Module):
         `weights`: (B, E), or (B, E, k) with several weights for each edge; `is_open`: (B, E), None: all open. `sources`: the
         features of the in-edges; for an entry node the raw stage input and x_0.
         """
-        sum_senders = partial(self.sum, sources[-len(self.topology.senders(node)) :], is_open=is_open)
-        sum_raw = partial(self.sum, sources[:1], is_open=is_open)
+        sum_senders = partial(self._sum, sources[-len(self.topology.senders(node)) :], is_open=is_open)
+        sum_raw = partial(self._sum, sources[:1], is_open=is_open)
         block = self.nodes[node - 1] if node in self.topology.entry else None
         if self.training and getattr(block, "takes_scale", False):
             # A fast path: the block computes f_j(α · x) without storing α · x.
@@ -121,8 +121,7 @@ class StageNodes(nn.Module):
             return self.finish_entry(block(sources[0], scale=own[:, 0]), lambda: sum_senders(passed))
         return self.compute_from_sums(node, weights, sum_raw, sum_senders, further)
 
-    def sum(self, sources: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-        """Σ_i w_i x_i in the stage's layout. `weights`: (B, E) or (B, E, g); `is_open`: (B, E), None: all open."""
+    def _sum(self, sources: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
         return sum_in_groups(partial(aggregate, is_open=is_open), sources, weights, self.layout)
 
     def compute_from_sums(

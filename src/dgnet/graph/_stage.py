@@ -13,7 +13,6 @@ from torch.fx import Proxy
 
 from dgnet.compat.torch import is_transformed
 from dgnet.errors import UsageError, shorten
-from dgnet.graph._folding import FoldingWalk
 from dgnet.graph._nodes import NOTHING, Further, StageNodes
 from dgnet.graph._walk import DenseWalk, Walk
 
@@ -35,7 +34,7 @@ class DynamicGraph(StageNodes):
     (see `dgnet.inference.set_mode`).
     """
 
-    inference_walk: StartWalk = FoldingWalk
+    inference_walk: StartWalk = DenseWalk
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):

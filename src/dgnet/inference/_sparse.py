@@ -16,7 +16,6 @@ from dgnet.compat.torch import is_compiled_for_all_sizes
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph import (
     DenseWalk,
-    FoldingWalk,
     StageNodes,
     Walk,
     aggregate_rows,
@@ -45,7 +44,7 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
     """
     check_choice("mode", mode, MODES)
     for stage in require_stages(model) if mode == "sparse" else find_stages(model):
-        stage.inference_walk = SparseWalk if mode == "sparse" else FoldingWalk
+        stage.inference_walk = SparseWalk if mode == "sparse" else DenseWalk
     return model
 
 
