@@ -57,7 +57,7 @@ def can_skip(model: nn.Module) -> bool:
 
 
 def _can_close(stage: StageNodes) -> bool:
-    return stage.node_gates is not None or stage.weighting.can_close
+    return stage.has_gates or stage.weighting.can_close
 
 
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
@@ -87,8 +87,8 @@ class SparseWalk(DenseWalk):
 
     skips_nodes = True
 
-    def __init__(self, stage: StageNodes, x: Tensor) -> None:
-        super().__init__(stage, x)
+    def __init__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> None:
+        super().__init__(stage, x, gates)
         # (B, N): each sample's row in each node's feature; any row if the node did not run for the sample.
         self.places = torch.arange(len(x), device=x.device)[:, None].repeat(1, self.topology.num_nodes)
         self.rows: list[Tensor | None] = [None]  # for each node, the samples for which it ran, (n,); None: all

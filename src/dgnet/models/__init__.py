@@ -1,6 +1,7 @@
 """Networks with dynamic connectivity, registered with timm on import."""
 
 from dgnet.models import cifar_resnet as cifar_resnet
+from dgnet.models import instanas as instanas
 from dgnet.models import mobilenetv2 as mobilenetv2
 from dgnet.models import randwire as randwire
 from dgnet.models import regnet as regnet
