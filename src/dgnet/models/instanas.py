@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -153,6 +153,10 @@ class InstaNAS(StagedNetwork):
     stem_names = ("conv1", "bn1", "act1")
     neck_names = ("conv2", "bn2", "act2")
     latency: Tensor
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, chosen: Tensor | None = None) -> Tensor: ...
 
     def __init__(
         self,
