@@ -44,10 +44,8 @@ class Walk:
             raise UsageError(
                 "this stage is given its gates: call stage(x, gates)" if gates is None else "this stage takes no gates"
             )
-        if gates is not None and tuple(gates.shape) != (x.shape[0], len(self.topology.blocks)):
-            raise UsageError(
-                f"gates are ({x.shape[0]}, {len(self.topology.blocks)}), one for each block, got {tuple(gates.shape)}"
-            )
+        if gates is not None and (gates.shape[0] != x.shape[0] or gates.shape[1:] != (len(self.topology.blocks),)):
+            raise UsageError(f"gates are (B, {len(self.topology.blocks)}), one for each block, got {tuple(gates.shape)}")
 
     @classmethod
     def in_graph(cls) -> type[Walk]:

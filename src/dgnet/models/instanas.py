@@ -128,7 +128,7 @@ class Controller(nn.Module):
         pooled = self.pool(self.blocks(self.stem(images))).flatten(1)
         with torch.autocast("cpu" if images.is_meta else images.device.type, enabled=False):
             logits: Tensor = self.fc(pooled.to(self.fc.weight.dtype))
-            return logits.view(len(logits), self.cells, len(MODULES))
+            return logits.view(-1, self.cells, len(MODULES))
 
 
 def _read_sizes(name: str, sizes: Any, stages: int | None = None) -> list[int]:
@@ -150,6 +150,8 @@ class InstaNAS(StagedNetwork):
     measured before the search; until then 0.
     """
 
+    has_own_graphs = True
+    """It has dynamic stages, but none of the options of `Connectivity`."""
     stem_names = ("conv1", "bn1", "act1")
     neck_names = ("conv2", "bn2", "act2")
     latency: Tensor
@@ -208,7 +210,7 @@ class InstaNAS(StagedNetwork):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem and controller, then each cell, neck."""
-        return {**super().group_matcher(coarse), "stem": r"^(controller|conv1|bn1)\b"}
+        return {**super().group_matcher(coarse), "stem": r"^(?:controller|conv1|bn1)\b"}
 
     @property
     def cells(self) -> list[Cell]:
@@ -223,10 +225,8 @@ class InstaNAS(StagedNetwork):
     def start_pass(self, images: Tensor, chosen: Tensor | None = None) -> Callable[[str, Tensor], Tensor]:
         """As for every staged network. `chosen`: which modules run, (B, L, M) bool; None: the controller's choice."""
         choices = self.choose(images) if chosen is None else chosen
-        if choices.shape != (len(images), *self.latency.shape):
-            raise UsageError(
-                f"the modules of {len(images)} images are {(len(images), *self.latency.shape)}, got {tuple(choices.shape)}"
-            )
+        if choices.shape[1:] != self.latency.shape:  # the stages check the number of images
+            raise UsageError(f"the modules of an image are {tuple(self.latency.shape)}, got {tuple(choices.shape[1:])}")
 
         def run(name: str, x: Tensor) -> Tensor:
             stage = getattr(self, name)

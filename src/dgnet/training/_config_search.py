@@ -82,6 +82,4 @@ class SearchOptions:
         """Raises UsageError if an option of this group is given for a network that has no controller."""
         given = self.given_search()
         if given is not None:
-            raise UsageError(
-                f"{given} needs a network with a controller, such as instanas_cifar; {model} has none; leave it out"
-            )
+            raise UsageError(f"{given} needs a network with a controller, such as instanas_cifar, and {model} has none")

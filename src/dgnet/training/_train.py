@@ -125,7 +125,8 @@ def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> tu
         network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **fixed, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
-            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
+            needs = "a network with dynamic stages whose blocks can get gates"
+            raise UsageError(f"--budget needs {needs}; {config.model} has none") from None
         asked = config.find_option(error.option)
         if asked is not None:
             raise UsageError(f"{asked}: {config.model} has no option {error.option}; leave it out") from None
