@@ -146,9 +146,9 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
         except UsageError as error:
             failed[str(run)] = str(error)
             continue
-        budget = checkpoint.config.get("budget")
+        trade_off = _trade_off(checkpoint)
         name = str(place) if Path(place).name == place and "." in place else checkpoint.model
-        found.append((label or (name if budget is None or name == place else f"{name}, budget {budget}"), checkpoint, network))
+        found.append((label or (name if not trade_off or name == place else f"{name}, {trade_off}"), checkpoint, network))
     if not found:
         raise UsageError(f"no network is left to compare: {next(iter(failed.values()), 'name some runs')}")
     counts, seen = Counter(name for name, *_ in found), Counter[str]()
@@ -157,6 +157,14 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
         seen[name] += 1
         sides.append(_Side(f"{name} ({seen[name]})" if counts[name] > 1 else name, checkpoint, network))
     return sides, failed
+
+
+def _trade_off(checkpoint: Checkpoint) -> str:
+    """What a run was trained to, in words; "" if that is accuracy alone."""
+    config = checkpoint.config
+    if config.get("search_epochs"):
+        return f"latency target {config['latency_target']:g}"
+    return "" if config.get("budget") is None else f"budget {config['budget']}"
 
 
 def _check_alike(sides: Sequence[_Side], allow_mixed_sizes: bool) -> None:

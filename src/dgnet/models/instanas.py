@@ -21,7 +21,6 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dgnet.compat.timm import InvertedResidual
 from dgnet.errors import UsageError, check_range
@@ -208,6 +207,11 @@ class InstaNAS(StagedNetwork):
         super().init_weights()
         self.controller.reset_parameters()
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each module in the backward pass."""
+        for cell in self.cells:
+            cell.grad_checkpointing = enable
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem and controller, then each cell, neck."""
         return {**super().group_matcher(coarse), "stem": r"^(?:controller|conv1|bn1)\b"}
@@ -233,8 +237,7 @@ class InstaNAS(StagedNetwork):
             if isinstance(stage, nn.Identity):  # removed by `prune_intermediate_layers`
                 return x
             for index, cell in enumerate(stage, start=self.first_cells[name]):
-                gates = cell.complete(choices[:, index])
-                x = checkpoint(cell, x, gates, use_reentrant=False) if self.grad_checkpointing else cell(x, gates)
+                x = cell(x, cell.complete(choices[:, index]))
             return x
 
         return run
