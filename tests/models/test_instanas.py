@@ -133,7 +133,7 @@ def test_a_module_runs_for_its_images_only_and_costs_what_it_runs():
     with dgnet.record_connectivity(network) as record:
         network(images, draw(6, 3))
     executed = costs.executed_in(record)
-    # Image 0: two identities, and the basic module of the cell that changes the shape. Each weighs an edge to it and one from it.
+    # Image 0: two identities, and the basic module of the cell that changes the shape; each with an edge to it and one from it.
     own = [
         (stage.nodes[node], stage.edges[node] + stage.edges[-1]) for stage, node in zip(costs.stages, (6, 5, 6), strict=True)
     ]
