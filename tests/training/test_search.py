@@ -19,6 +19,7 @@ from torch import Tensor
 import dgnet
 from dgnet.checkpoint import load_checkpoint
 from dgnet.cli import main
+from dgnet.comparison._compare import find_trade_off
 from dgnet.errors import UsageError
 from dgnet.files import read_table
 from dgnet.training import Interrupted, TrainConfig, _search_module, read_run, train
@@ -158,6 +159,7 @@ def test_one_command_trains_all_phases(whole, capsys):
     best = torch.load(whole / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["epoch"] >= 3  # of the last phase only
     assert "top-1" in ask(capsys, "evaluate", whole)
+    assert find_trade_off(load_checkpoint(whole)) == "latency target 0.5"  # its name in a comparison
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
         except UsageError as error:
             failed[str(run)] = str(error)
             continue
-        trade_off = _trade_off(checkpoint)
+        trade_off = find_trade_off(checkpoint)
         name = str(place) if Path(place).name == place and "." in place else checkpoint.model
         found.append((label or (name if not trade_off or name == place else f"{name}, {trade_off}"), checkpoint, network))
     if not found:
@@ -159,7 +159,7 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[_Side], dict[str, str]]:
     return sides, failed
 
 
-def _trade_off(checkpoint: Checkpoint) -> str:
+def find_trade_off(checkpoint: Checkpoint) -> str:
     """What a run was trained to, in words; "" if that is accuracy alone."""
     config = checkpoint.config
     if config.get("search_epochs"):
