@@ -1,6 +1,6 @@
 """Options of training a network whose controller chooses its modules: InstaNAS (Cheng et al., AAAI 2020).
 
-Rewards and the rates of the search are those of the authors' code (github.com/AnjieCheng/InstaNAS, `search/search.py` and `pretrain/train.py`).
+Rewards and the rates of the search are by default those of the authors' code (github.com/AnjieCheng/InstaNAS).
 """
 
 from __future__ import annotations
