@@ -149,7 +149,7 @@ def _always_alive(graph: DynamicGraph) -> tuple[int, ...]:
     """Input and output node, and the blocks that neither a gate of their own nor the thresholds of their in-edges can close."""
     topology, alive = graph.topology, {0, graph.topology.output}
     for node in topology.blocks:
-        can_close = graph.node_gates is not None or (graph.weighting.can_close and node not in topology.pinned)
+        can_close = graph.has_gates or (graph.weighting.can_close and node not in topology.pinned)
         if not can_close and alive.intersection(topology.senders(node)):
             alive.add(node)
     return tuple(sorted(alive))

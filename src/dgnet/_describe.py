@@ -172,7 +172,7 @@ def _add_gates(
     # The gates of these stages cost next to nothing: only the input and the output node always run.
     own = [replace(stage, always=(0, stage.topology.output)) for stage in costs.stages]
     by_name = dict(zip(stages, own, strict=True))
-    if not isinstance(model, ConvertedNetwork) or any(stage.node_gates is not None for stage in find_stages(model)):
+    if not isinstance(model, ConvertedNetwork) or any(stage.has_gates for stage in find_stages(model)):
         return by_name, replace(costs, stages=own)
     gated: Any = add_gates(model, size)
     total = cost_model(gated, size)

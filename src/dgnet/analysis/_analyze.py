@@ -113,7 +113,7 @@ def find_analysis(
         groups |= {"cheapest": statistics.cheapest.images, "dearest": statistics.dearest.images}
     groups = {name: found for name, found in groups.items() if found}
     stages = find_stages(network)
-    follows = any(stage.weighting.reads_features or stage.node_gates is not None for stage in stages)
+    follows = any(stage.weighting.reads_features or stage.has_gates for stage in stages)
     return Analysis(statistics, judge(statistics), dataset, follows, groups, embed(statistics))
 
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dgnet.bench import describe_hardware, versions
+from dgnet.checkpoint import Described
 from dgnet.comparison._sides import IMAGES, Figures, Side, find_forms, load_side
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import announce
@@ -146,10 +147,9 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
         except UsageError as error:
             failed[str(run)] = str(error)
             continue
-        budget = side.checkpoint.config.get("budget")
+        trade_off = find_trade_off(side.checkpoint)
         name = str(place) if Path(place).name == place and "." in place else side.checkpoint.model
-        found = label or (name if budget is None or name == place else f"{name}, budget {budget}")
-        sides.append(side.named(found))
+        sides.append(side.named(label or (name if not trade_off or name == place else f"{name}, {trade_off}")))
     if not sides:
         raise UsageError(f"no network is left to compare: {next(iter(failed.values()), 'name some runs')}")
     counts, seen = Counter(side.name for side in sides), Counter[str]()
@@ -158,6 +158,14 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
         if counts[side.name] > 1:
             sides[index] = side.named(f"{side.name} ({seen[side.name]})")
     return sides, failed
+
+
+def find_trade_off(checkpoint: Described) -> str:
+    """What a run was trained to, in words; "" if that is accuracy alone."""
+    config = checkpoint.config
+    if config.get("search_epochs"):
+        return f"latency target {config['latency_target']:g}"
+    return "" if config.get("budget") is None else f"budget {config['budget']}"
 
 
 def _check_alike(sides: Sequence[Side], allow_mixed_sizes: bool) -> None:

@@ -49,6 +49,7 @@ from dgnet.graph._topology import Topology as Topology
 from dgnet.graph._topology import TopologyLike as TopologyLike
 from dgnet.graph._topology import build_topology as build_topology
 from dgnet.graph._topology import node_names as node_names
+from dgnet.graph._topology import parallel as parallel
 from dgnet.graph._walk import DenseWalk as DenseWalk
 from dgnet.graph._walk import Walk as Walk
 from dgnet.graph._weighting import FixedWeighting as FixedWeighting

@@ -61,7 +61,8 @@ class StageNodes(nn.Module):
 
     `input`: raw stage input -> x_0 (a projection, or the identity). `nodes`: f_1 … f_{N-2}, the static blocks without their
     shortcut and without the activation after their addition. `activation`: that activation. `node_gates`: block gates, or None.
-    `layout`: of all features, (B, C, H, W) if "NCHW"; see `dgnet.graph.LAYOUTS`.
+    `layout`: of all features, (B, C, H, W) if "NCHW"; see `dgnet.graph.LAYOUTS`. `takes_gates`: gates are decided outside, as
+    by a controller that sees the image, and given to each forward pass.
 
     `shortcut="edge"`: the residual shortcut is an edge. The activation is applied to each aggregated sum, except that of an
     entry node. `shortcut="node"`: the shortcut is inside the node, x_j = activation(f_j(x̂_j) + x̂_j), and nothing is applied
@@ -80,6 +81,7 @@ class StageNodes(nn.Module):
         entry_shortcut: bool = True,
         node_gates: NodeGates | None = None,
         layout: str = "NCHW",
+        takes_gates: bool = False,
     ) -> None:
         super().__init__()
         options = options or StageOptions()
@@ -102,6 +104,14 @@ class StageNodes(nn.Module):
         self.activation = activation
         self.weighting = weighting
         self.node_gates = node_gates
+        self.takes_gates = takes_gates
+        if takes_gates and node_gates is not None:
+            raise UsageError("a stage that is given its gates has no node_gates of its own")
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether gates close blocks, the stage's own or given ones."""
+        return self.takes_gates or self.node_gates is not None
 
     def compute(
         self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor, further: Further = NOTHING

@@ -20,8 +20,8 @@ from dgnet.graph._walk import DenseWalk, Walk
 class StartWalk(Protocol):
     """Starts walks: a class of walks, or an object that prepares walks through one stage."""
 
-    def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
-        """Start a walk through `stage`. `x`: the raw stage input, (B, C_in, H_in, W_in)."""
+    def __call__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> Walk:
+        """Start a walk through `stage`. `x`: the raw stage input, (B, C_in, H_in, W_in). `gates`: see `Walk`."""
 
     def in_graph(self) -> type[Walk]:
         """The class of walks to use in a compiled or exported graph."""
@@ -36,10 +36,11 @@ class DynamicGraph(StageNodes):
 
     inference_walk: StartWalk = DenseWalk
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """The stage's output, (B, C, H, W). `gates`: which blocks run, (B, N - 2), for a stage that `takes_gates`."""
         if isinstance(x, Proxy):
-            return self._trace(x, NOTHING)
-        return self._follow(self.start_walk(x))
+            return self._trace(x, NOTHING if gates is None else Further((gates,), {}))
+        return self._follow(self.start_walk(x, gates))
 
     def _follow(self, walk: Walk) -> Tensor:
         """The stage's output, (B, C, H, W), from a walk that starts."""
@@ -48,8 +49,8 @@ class DynamicGraph(StageNodes):
             walk.put(node, walk.compute(node))  # close (Eq. 5), aggregate and transform (Eq. 3)
         return walk.finish()
 
-    def start_walk(self, x: Tensor) -> Walk:
-        """Start the walk of one forward pass. `x`: the raw stage input, (B, C_in, H_in, W_in)."""
+    def start_walk(self, x: Tensor, gates: Tensor | None = None) -> Walk:
+        """Start the walk of one forward pass. `x`: the raw stage input, (B, C_in, H_in, W_in). `gates`: see `Walk`."""
         start: StartWalk = self.inference_walk
         is_compiling = torch.compiler.is_compiling()
         # Where Python cannot read values, no node is known to be dead.
@@ -57,7 +58,7 @@ class DynamicGraph(StageNodes):
             start = DenseWalk
         if is_compiling:
             start = start.in_graph()
-        return start(self, x)
+        return start(self, x, gates)
 
     def _trace(self, x: Proxy, further: Further) -> Any:
         """One call of this module in a graph of `torch.fx`. Raises UsageError if the stage is traced alone."""

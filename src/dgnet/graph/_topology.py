@@ -163,6 +163,13 @@ def chain(num_nodes: int) -> Topology:
     return Topology(_all_edges(num_nodes).triu(-1))
 
 
+def parallel(num_nodes: int) -> Topology:
+    """Edges (0, j) and (j, N - 1): all blocks read the raw stage input side by side, and the output node sums them."""
+    mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool, device="cpu")
+    mask[1 : num_nodes - 1, 0] = mask[num_nodes - 1, 1 : num_nodes - 1] = True
+    return Topology(mask, entry=tuple(range(1, num_nodes - 1)))
+
+
 def _all_edges(num_nodes: int) -> Tensor:
     # On the CPU even if the model is built on the meta device: building a stage reads the edges.
     return torch.ones(num_nodes, num_nodes, dtype=torch.bool, device="cpu").tril(-1)

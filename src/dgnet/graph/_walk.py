@@ -26,19 +26,26 @@ class Walk:
     """One forward pass through a stage, node by node. It holds all state of the pass, so that a stage can run in many threads.
 
     `x`: the raw stage input, (B, C_in, H_in, W_in). The stage calls `put` with the input node's feature, then `compute` and
-    `put` for each node of `blocks`, then `finish`. `further`: what the blocks are called with besides their feature.
+    `put` for each node of `blocks`, then `finish`. `further`: what the blocks are called with besides their feature. `gates`:
+    which blocks run, (B, N - 2), 0 or 1, for a stage that `takes_gates`; imposed weights replace them.
 
-    Raises UsageError if the imposed matrix is for another number of samples than `x` has.
+    Raises UsageError if the imposed matrix is for another number of samples than `x` has, and for gates that do not fit.
     """
 
     further = NOTHING
 
-    def __init__(self, stage: StageNodes, x: Tensor) -> None:
-        self.stage, self.topology, self.x = stage, stage.topology, x
+    def __init__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> None:
+        self.stage, self.topology, self.x, self.gates = stage, stage.topology, x, gates
         self.observers = observers_of(stage)
         self.imposed = imposed_on(stage)  # weights instead of the stage's own, (1 or B, N, N)
         if self.imposed is not None and len(self.imposed) not in (1, x.shape[0]):
             raise UsageError(f"the imposed adjacency has {len(self.imposed)} samples, the batch {x.shape[0]}")
+        if (gates is not None) != stage.takes_gates and self.imposed is None:
+            raise UsageError(
+                "this stage is given its gates: call stage(x, gates)" if gates is None else "this stage takes no gates"
+            )
+        if gates is not None and (gates.shape[0] != x.shape[0] or gates.shape[1:] != (len(self.topology.blocks),)):
+            raise UsageError(f"gates are (B, {len(self.topology.blocks)}), one for each block, got {tuple(gates.shape)}")
 
     @classmethod
     def in_graph(cls) -> type[Walk]:
@@ -82,7 +89,7 @@ class Needs:
     def of(cls, stage: StageNodes, imposed: Tensor | None) -> Needs:
         """What a pass through `stage` must predict; `imposed`: the weights imposed on it, or None."""
         is_free = imposed is None
-        return cls(alpha=is_free and stage.weighting.reads_features, gates=is_free and stage.node_gates is not None)
+        return cls(alpha=is_free and stage.weighting.reads_features, gates=is_free and stage.has_gates)
 
     @property
     def are_weights_known(self) -> bool:
@@ -102,8 +109,8 @@ class DenseWalk(Walk):
     skips_nodes = False
     """Whether a node is skipped for samples that do not need it."""
 
-    def __init__(self, stage: StageNodes, x: Tensor) -> None:
-        super().__init__(stage, x)
+    def __init__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> None:
+        super().__init__(stage, x, gates)
         self.area = current_area()
         self.needs = Needs.of(stage, self.imposed)
         self.features: list[Any] = []  # x_i of each node
@@ -183,6 +190,9 @@ class DenseWalk(Walk):
         """Whether the gate of a block is open, (B,); None if it has none."""
         if not self.needs.gates or node == self.topology.output:
             return None
+        if self.gates is not None:
+            gate = self.gates[:, node - 1]
+            return gate.to(torch.promote_types(self.x.dtype, torch.float32)) if self.stage.training else gate > 0.5
         gates = self.stage.node_gates
         assert gates is not None
         senders = gates.senders(node)

@@ -161,8 +161,10 @@ class NativeWalk(Walk):
     If all blocks of the stage are plain, the extension runs the blocks too, in one call.
     """
 
-    def __init__(self, plan: NativePlan, stage: StageNodes, x: Tensor) -> None:
-        super().__init__(stage, x)
+    def __init__(self, plan: NativePlan, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> None:
+        super().__init__(stage, x, gates)
+        if gates is not None and self.imposed is None:
+            self.imposed = gate_weights(stage, gates)
         self.runs_blocks = plan.runs_blocks
         self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
@@ -232,6 +234,21 @@ class NativeWalk(Walk):
         )
 
 
+def gate_weights(stage: StageNodes, gates: Tensor) -> Tensor:
+    """Given gates as weights to impose, (B, N, N): the stage's own, which are known; 0 on the in-edges of closed blocks."""
+    topology, weighting = stage.topology, stage.weighting
+    weights = gates.new_zeros(topology.num_nodes, topology.num_nodes, dtype=torch.float32)
+    for node in range(1, topology.num_nodes):
+        senders = list(topology.senders(node))
+        if node in topology.pinned:
+            weights[node, senders] = topology.pinned[node]
+        else:
+            weights[node, senders] = weighting.weigh(node, weighting.shared_alpha(node)[None])[0].detach()
+    runs = gates.new_ones(len(gates), topology.num_nodes, dtype=torch.float32)
+    runs[:, 1:-1] = (gates > 0.5).float()
+    return weights * runs[:, :, None]
+
+
 class NativePlan:
     """Starts native walks through one stage. It holds weighting, gates and plain blocks as constants of the extension."""
 
@@ -279,9 +296,9 @@ class NativePlan:
             for node, program in enumerate(programs, start=1):
                 self.constants.set_block(node, program)
 
-    def __call__(self, stage: StageNodes, x: Tensor) -> Walk:
+    def __call__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> Walk:
         """Start a walk for the raw stage input `x`; in plain PyTorch if the extension does not support the pass."""
-        return NativeWalk(self, stage, x) if _is_supported(x) else SparseWalk(stage, x)
+        return NativeWalk(self, stage, x, gates) if _is_supported(x) else SparseWalk(stage, x, gates)
 
     def in_graph(self) -> type[Walk]:
         """See `dgnet.graph.Walk`."""
@@ -339,6 +356,8 @@ def _supports(stage: StageNodes) -> bool:
     if any(parameter.dtype != torch.float32 or not parameter.is_cpu for parameter in stage.parameters()):
         return False
     if weighting.edge_weights > 1 or (isinstance(weighting, LearnedWeighting) and weighting.can_close):
+        return False
+    if stage.takes_gates and weighting.reads_features:
         return False
     if (weighting.reads_features or gates is not None) and stage.router_reads != "feature":
         return False

@@ -57,7 +57,7 @@ def can_skip(model: nn.Module) -> bool:
 
 
 def _can_close(stage: StageNodes) -> bool:
-    return stage.node_gates is not None or stage.weighting.can_close
+    return stage.has_gates or stage.weighting.can_close
 
 
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
@@ -88,8 +88,8 @@ class SparseWalk(DenseWalk):
 
     skips_nodes = True
 
-    def __init__(self, stage: StageNodes, x: Tensor) -> None:
-        super().__init__(stage, x)
+    def __init__(self, stage: StageNodes, x: Tensor, gates: Tensor | None = None) -> None:
+        super().__init__(stage, x, gates)
         # (B, N): each sample's row in each node's feature; any row if the node did not run for the sample.
         self.places = torch.arange(len(x), device=x.device)[:, None].repeat(1, self.topology.num_nodes)
         self.rows: list[Tensor | None] = [None]  # for each node, the samples for which it ran, (n,); None: all
@@ -107,10 +107,18 @@ class SparseWalk(DenseWalk):
             self.places[:, node].zero_().index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         with select_samples(self.area, rows):
             super().put(node, feature)
-        gates = self.stage.node_gates
-        if node == 0 and gates is not None and self.needs.gates and gates.is_early and not self.stage.weighting.can_close:
-            blocks = list(self.topology.blocks)
-            self.plan = self._plan(gates.find_open_gates(self.votes[0][:, blocks], self.stage.threshold_offset))
+        if node == 0 and self.needs.gates and not self.stage.weighting.can_close:
+            gates = self._find_early_gates()
+            self.plan = None if gates is None else self._plan(gates)
+
+    def _find_early_gates(self) -> Tensor | None:
+        """Which gates are open, (B, blocks), on the CPU; None if they are not known before the blocks run."""
+        if self.gates is not None:
+            return (self.gates > 0.5).cpu()
+        own = self.stage.node_gates
+        if own is None or not own.is_early:
+            return None
+        return own.find_open_gates(self.votes[0][:, list(self.topology.blocks)], self.stage.threshold_offset)
 
     def _plan(self, is_open: Tensor) -> list[Tensor | None]:
         """For each node but the output node the samples for which it runs. `is_open`: gates, (B, blocks), on the CPU."""

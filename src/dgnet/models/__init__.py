@@ -1,6 +1,7 @@
 """Networks with dynamic connectivity, registered with timm on import."""
 
 from dgnet.models import cifar_resnet as cifar_resnet
+from dgnet.models import instanas as instanas
 from dgnet.models import layer_attention as layer_attention
 from dgnet.models import mobilenetv2 as mobilenetv2
 from dgnet.models import randwire as randwire
@@ -68,3 +69,7 @@ from dgnet.models._static_start import static_start_options as static_start_opti
 from dgnet.models._static_weights import classifier_prefixes as classifier_prefixes
 from dgnet.models._static_weights import is_static as is_static
 from dgnet.models._static_weights import load_static_weights as load_static_weights
+from dgnet.models.instanas import FALLBACK as FALLBACK
+from dgnet.models.instanas import MODULES as MODULES
+from dgnet.models.instanas import REFERENCE as REFERENCE
+from dgnet.models.instanas import InstaNAS as InstaNAS

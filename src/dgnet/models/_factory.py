@@ -255,7 +255,7 @@ def _check_options(name: str, network: Any, options: Mapping[str, Any], is_conve
     line = f"{name} has no option {option!r}{hint}; its options are those of {network.__module__}.{network.__qualname__}"
     if is_dynamic:
         line = f"{name} has no option {option!r}{hint}; connectivity options: {', '.join(connectivity)}"
-    elif option in connectivity:
+    elif option in connectivity and not getattr(network, "has_own_graphs", False):
         dynamic = f"dg_{name}" if timm.is_model(f"dg_{name}") else "a dg_ model"
         line = f"{name} is static and has no option {option!r}; use {dynamic}, see: dgnet models"
     raise UnknownOptionError(line, option)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -95,19 +95,38 @@ class StagedNetwork(LoadsWrapped, TimmNetwork):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        x, intermediates = self.run_layers(x, self.start_pass(x), indices, stop_early, not intermediates_only)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def start_pass(self, images: Tensor) -> Callable[[str, Tensor], Tensor]:
+        """What runs the stage of a name on a feature, in one forward pass of `images`."""
+
+        def run(name: str, x: Tensor) -> Tensor:
+            stage = getattr(self, name)
+            feature: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            return feature
+
+        return run
+
+    def run_layers(
+        self,
+        x: Tensor,
+        run: Callable[[str, Tensor], Tensor],
+        indices: int | Sequence[int] | None = (),
+        stop_early: bool = False,
+        with_neck: bool = True,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `forward_intermediates`. `run`: of `start_pass`."""
         take = take_indices(len(self.feature_info), indices)
         last = max(take, default=len(self.stage_names))
         for name in self.stem_names:
             x = getattr(self, name)(x)
         intermediates = [x] if 0 in take else []
         for index, name in enumerate(self.stage_names[: last if stop_early else None], start=1):
-            stage = getattr(self, name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            x = run(name, x)
             if index in take:
                 intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        if not stop_early or last == len(self.stage_names):
+        if with_neck and (not stop_early or last == len(self.stage_names)):
             for name in self.neck_names:
                 x = getattr(self, name)(x)
         return x, intermediates
@@ -130,8 +149,7 @@ class StagedNetwork(LoadsWrapped, TimmNetwork):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The feature before pooling: (B, num_features, H, W)."""
-        feature: Tensor = self.forward_intermediates(x, indices=[])[0]
-        return feature
+        return self.run_layers(x, self.start_pass(x))[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling and classifier: (B, num_classes), or the pooled features if `pre_logits`."""

@@ -103,6 +103,7 @@ class Checkpointing(CheckpointCallback):
         self.best = best
         self.steps, self.seconds = steps, seconds
         self.best_value = -1.0
+        self.best_phase: int | None = None  # see `RunModule.phase`
         self.saved_at = time.monotonic()
         self.is_postponed = False  # whether to write a checkpoint after the next step
         self.signum = 0
@@ -186,7 +187,9 @@ class Checkpointing(CheckpointCallback):
         if not module.evaluates_in(trainer.current_epoch):
             self.is_postponed = True  # the epoch's row of metrics is written after this call
             return
-        value = float(trainer.callback_metrics[self.best])
+        value, phase = float(trainer.callback_metrics[self.best]), module.phase(trainer.current_epoch)
+        if phase != self.best_phase:
+            self.best_value, self.best_phase = -1.0, phase
         is_best, self.best_value = value > self.best_value, max(value, self.best_value)
         if is_best:
             trainer.save_checkpoint(self.folder / "best.ckpt")
@@ -217,7 +220,7 @@ class Checkpointing(CheckpointCallback):
         return f"{line}; no checkpoint was written before that step"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value}
+        return {"best_value": self.best_value, **({} if self.best_phase is None else {"best_phase": self.best_phase})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_value = state_dict["best_value"]
+        self.best_value, self.best_phase = state_dict["best_value"], state_dict.get("best_phase")

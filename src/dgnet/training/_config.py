@@ -29,6 +29,7 @@ from dgnet.training._config_augmentation import AugmentationOptions
 from dgnet.training._config_finetuning import FineTuningOptions
 from dgnet.training._config_optimizer import LARGEST_RATE, OptimizerOptions
 from dgnet.training._config_schedule import ScheduleOptions
+from dgnet.training._config_search import SearchOptions
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ _TRAIN_BOUNDS: dict[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig(AugmentationOptions, FineTuningOptions, ScheduleOptions, RunConfig):
+class TrainConfig(SearchOptions, AugmentationOptions, FineTuningOptions, ScheduleOptions, RunConfig):
     """Options of a training run of a classifier. Raises UsageError for a value that is not allowed."""
 
     data: Location = option(

@@ -147,5 +147,6 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def best_metric(folder: Path, name: str) -> float:
-    """The highest value of a column of metrics.csv."""
-    return max(row[name] for row in read_history(folder) if name in row)
+    """The highest value of a column of metrics.csv; if training has phases, in the last one."""
+    rows = read_history(folder)
+    return max(row[name] for row in rows if name in row and row.get("phase") == rows[-1].get("phase"))

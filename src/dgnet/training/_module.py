@@ -64,6 +64,10 @@ class RunModule(L.LightningModule):
         """How far training is, for the progress bar."""
         return f"epoch {self.current_epoch + 1}/{self.config.schedule()[0]}"
 
+    def phase(self, epoch: int) -> int | None:
+        """The phase of an epoch, if training has phases whose figures cannot be compared; the best is sought in each anew."""
+        return None
+
     def describe_figures(self, values: Mapping[str, float], is_evaluated: bool) -> str:
         """The text that is printed after an epoch. `values`: the epoch's metrics."""
         raise NotImplementedError
@@ -171,6 +175,8 @@ class Classifier(RunModule):
     best_title = "epoch's top-1"
     network: TimmNetwork
     config: TrainConfig
+    own_figures: tuple[str, ...] = ()
+    """Figures of each image that a subclass adds."""
 
     def __init__(
         self,
@@ -181,7 +187,7 @@ class Classifier(RunModule):
         teacher: Teacher | None = None,
         freezing: Freezing | None = None,
     ) -> None:
-        executed = [] if budget is None else ["executed"]
+        executed = [*self.own_figures, *([] if budget is None else ["executed"])]
         super().__init__(network, config, carried, build_means("train_", [*ACCURACY, *executed]))
         self.budget, self.teacher, self.freezing = budget, teacher, freezing
         self.teacher_fingerprint = None if teacher is None else teacher.fingerprint()
@@ -216,7 +222,7 @@ class Classifier(RunModule):
         if self.mixing is not None:
             images, targets, labels = self.mixing(images, labels, self.current_epoch, self.step_seed)
         logits, figures = self.observe(images)
-        update_means(self.train_metrics, accuracy_figures(logits, labels) | figures, labels != IGNORED)
+        update_means(self.train_metrics, self.judge(logits, labels, figures), labels != IGNORED)
         losses = self.losses(logits, targets)  # L_t(T(x; W_n, W_r), y), Eq. (6)
         if self.teacher is not None:
             share = self.config.teacher_weight
@@ -243,7 +249,11 @@ class Classifier(RunModule):
         """The logged figures of each image, (B,), and which images count. `batch`: its outputs are those of `observe`."""
         logits, figures = batch.outputs
         edges = {} if batch.record is None else edge_figures(self.stages, batch.record.adjacency)
-        return accuracy_figures(logits, batch.targets) | figures | edges, batch.targets != IGNORED
+        return self.judge(logits, batch.targets, figures) | edges, batch.targets != IGNORED
+
+    def judge(self, logits: Tensor, labels: Tensor, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The logged figures of each image, (B,). `figures`: those of `observe`."""
+        return accuracy_figures(logits, labels) | figures
 
     def observe(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits; and, if there is a budget, `executed`: the share of the dense cost that each image executes, (B,)."""

@@ -12,12 +12,13 @@ _DECAY_RATES = {"poly": 0.5}
 _DECAY_RATE = 0.1
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler:
-    """timm's schedule `config.sched`, by step. `steps`: of the whole run, warm-up and cool-down included.
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int, epochs: int | None = None) -> Scheduler:
+    """timm's schedule `config.sched`, by step. `steps`: of the whole run, warm-up and cool-down included;
+    `epochs`: of the same, by default those of `config`.
 
     Cosine, poly and tanh begin after the warm-up. The falls of step and multistep are counted from the start of the run.
     """
-    per_epoch = steps / config.epochs
+    per_epoch = steps / (epochs or config.epochs)
     warmup = round(config.warmup_epochs * per_epoch)
     cooldown = round(config.cooldown_epochs * per_epoch)
     has_end = config.sched in ("cosine", "poly", "tanh")

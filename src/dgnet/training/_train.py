@@ -10,14 +10,16 @@ import torch
 from dgnet.checkpoint import create_pretrained, describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
-from dgnet.models import TimmNetwork, match_image_size, needed_packages, static_start_options, stored_options
+from dgnet.models import InstaNAS, TimmNetwork, match_image_size, needed_packages, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
 from dgnet.training._data_module import ImageDataModule
 from dgnet.training._freezing import Freezing
 from dgnet.training._head import load_start, settle_head
 from dgnet.training._module import Classifier
+from dgnet.training._prepare_search import prepare_search
 from dgnet.training._run import Run, RunResult, check_single_image, open_run, with_absolute_paths
+from dgnet.training._search_module import SearchClassifier
 from dgnet.training._teacher import absolute_teacher, build_teacher
 
 _DIGITS_SIZE = 16  # pixels: digits are 8×8, too small for a network with stride 4
@@ -54,6 +56,10 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
         start = config.start, preprocessing.image_size
         _, line = load_start(network, config.model, config.weights, train_set.class_names, *start)
         run.say(f"{config.weights}: {line}")
+    if isinstance(network, InstaNAS):
+        config, latency = prepare_search(network, config, preprocessing.image_size, run)
+    else:
+        config.check_without_controller(config.model)
     budget = None
     if config.budget is not None:
         how = (config.budget_per, config.budget_strength, config.budget_warmup, config.budget_rule)
@@ -78,7 +84,10 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     if config.channels_last:
         for one in networks:
             one.to(memory_format=torch.channels_last)
-    module = Classifier(network, config, carried, budget, teacher, freezing)
+    if isinstance(network, InstaNAS):
+        module: Classifier = SearchClassifier(network, config, carried, latency, teacher)
+    else:
+        module = Classifier(network, config, carried, budget, teacher, freezing)
     trainer = run.build_trainer(config, module.best)
     in_batch = config.batch_size // (trainer.world_size * config.accumulate)
     if config.mixes and in_batch % 2:
@@ -116,7 +125,8 @@ def _create_network(config: TrainConfig, class_names: list[str], run: Run) -> tu
         network = create_pretrained(config.model, "--pretrained true", "--weights FILE", **fixed, **config.network_kwargs)
     except UnknownOptionError as error:
         if config.budget is not None and error.option == "node_gate":
-            raise UsageError(f"--budget needs a network with dynamic stages; {config.model} has none") from None
+            needs = "a network with dynamic stages whose blocks can get gates"
+            raise UsageError(f"--budget needs {needs}; {config.model} has none") from None
         asked = config.find_option(error.option)
         if asked is not None:
             raise UsageError(f"{asked}: {config.model} has no option {error.option}; leave it out") from None
