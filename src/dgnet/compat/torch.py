@@ -108,3 +108,8 @@ def find_leaves(values: object) -> list[object]:
 def count_writes(tensor: Tensor) -> int:
     """How often a tensor was changed in place."""
     return tensor._version
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether a kernel of `operator` is registered for the dispatch key `key` itself, such as "CPU"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
