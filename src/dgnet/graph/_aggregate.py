@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.compat.torch import is_transformed
+from dgnet.compat.torch import is_batched, is_transformed
 from dgnet.graph._aggregate_form import prepare
 from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain, along, empty_sum, sum_dtype
 
@@ -130,8 +130,13 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The gradients of the weights, p_ij of Eqs. (8) to (10), and of the features, w_ij · ∂L/∂x̂_j (Eq. 7)."""
     weights, is_open, *features = ctx.saved_tensors
     needs_features, needs_weights, *_ = ctx.needs_input_grad
+    features = features or _stand_in(grad, ctx.dtypes)
+    if is_batched(grad):  # many gradients at once: `is_grads_batched`
+        _, pull_back = torch.func.vjp(lambda w, *x: aggregate_by_loop(x, w, is_open), weights, *features)
+        weights_grad, *features_grads = pull_back(grad)
+        return features_grads, weights_grad if needs_weights else None, None, None
     weights_grad, grads = torch.ops.dgnet.aggregate_backward(
-        grad, features or _stand_in(grad, ctx.dtypes), weights, is_open, needs_weights, list(needs_features)
+        grad, features, weights, is_open, needs_weights, list(needs_features)
     )
     return _at(grads, needs_features), weights_grad if needs_weights else None, None, None
 
