@@ -377,6 +377,7 @@ def test_the_operator_is_registered_as_torch_wants_it(layout, closing):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own use of it, in opcheck
 def test_the_operator_itself_is_compiled_and_exported_without_graph_breaks():
     features, weights, is_open = draw_case(1, (3, 4, 5, 6), 3, torch.float32, "channels_last", "some")
     inputs = ([feature.requires_grad_() for feature in features], weights.requires_grad_(), is_open, None)
@@ -464,7 +465,7 @@ def test_the_switch(afresh, monkeypatch, capsys):
     monkeypatch.setattr(forms, "EXTENSION", _Unbuilt())
     monkeypatch.setenv("DGNET_AGGREGATE", "plain")
     forms.prepare("cpu", True)
-    assert forms.find_aggregation("cpu") == forms.Form("plain", "DGNET_AGGREGATE=plain")
+    assert forms.find_aggregation("cpu") == forms.AggregationForm("plain", "DGNET_AGGREGATE=plain")
     assert capsys.readouterr().err == ""
     assert "have not been timed" in _choose("cuda", "auto", monkeypatch).reason
     assert "CPU and CUDA devices only" in _choose("mps", "auto", monkeypatch).reason
@@ -472,7 +473,7 @@ def test_the_switch(afresh, monkeypatch, capsys):
         _choose("cpu", "python", monkeypatch)
 
 
-def _choose(device: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> forms.Form:
+def _choose(device: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> forms.AggregationForm:
     monkeypatch.setenv("DGNET_AGGREGATE", choice)
     forms.find_aggregation.cache_clear()
     return forms.find_aggregation(device)
@@ -517,9 +518,9 @@ from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_pla
 from dgnet.graph._aggregate_triton import aggregate_backward_triton, aggregate_triton
 from tests.helpers.twins import TOLERANCES, draw_case
 
-for seed, (dtype, layout, closing) in enumerate(itertools.product(
-    TOLERANCES, ["contiguous", "channels_last", "strided"], ["none", "some", "all"]
-)):
+NEEDED = ((True, [True] * 4), (False, [True, False, True, True]), (True, [False] * 4))
+for seed, (dtype, closing) in enumerate(itertools.product(TOLERANCES, ["none", "some", "all"])):
+    layout = ["contiguous", "channels_last", "strided"][(seed + seed // 3) % 3]
     # Larger than a tile, and no multiple of it.
     features, weights, is_open = draw_case(seed, (3, 6, 23, 19), 4, dtype, layout, closing)
     upstream = torch.randn(features[0].shape).to(dtype)
@@ -531,13 +532,12 @@ for seed, (dtype, layout, closing) in enumerate(itertools.product(
     one, two = (form(features, weights, is_open, rows) for form in (aggregate_triton, aggregate_plain))
     assert one.stride() == two.stride()
     torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
-    for needed in ((True, [True] * 4), (False, [True, False, True, True]), (True, [False] * 4)):
-        forms = (aggregate_backward_triton, aggregate_backward_plain)
-        (w1, f1), (w2, f2) = (form(upstream, features, weights, is_open, *needed) for form in forms)
-        torch.testing.assert_close(w1, w2, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-3))
-        assert len(f1) == len(f2)
-        for one, two in zip(f1, f2):
-            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    forms = (aggregate_backward_triton, aggregate_backward_plain)
+    (w1, f1), (w2, f2) = (form(upstream, features, weights, is_open, *NEEDED[seed // 2 % 3]) for form in forms)
+    torch.testing.assert_close(w1, w2, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-3))
+    assert len(f1) == len(f2)
+    for one, two in zip(f1, f2):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 empty = aggregate_triton([torch.ones(0, 3, 4, 4)] * 2, torch.ones(0, 2))
 grads = aggregate_backward_triton(empty, [empty, empty], torch.ones(0, 2), None, True, [True, True])
 print("equal", tuple(empty.shape), tuple(grads[0].shape))

@@ -129,10 +129,10 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The gradients of the weights, p_ij of Eqs. (8) to (10), and of the features, w_ij · ∂L/∂x̂_j (Eq. 7)."""
     weights, is_open, *features = ctx.saved_tensors
-    needs_features, needs_weights, *_ = ctx.needs_input_grad
+    needs_features, needs_weights = ctx.needs_input_grad[:2]
     features = features or _stand_in(grad, ctx.dtypes)
     if is_batched(grad):  # many gradients at once: `is_grads_batched`
-        _, pull_back = torch.func.vjp(lambda w, *x: aggregate_by_loop(x, w, is_open), weights, *features)
+        pull_back = torch.func.vjp(lambda w, *x: aggregate_by_loop(x, w, is_open), weights, *features)[1]
         weights_grad, *features_grads = pull_back(grad)
         return features_grads, weights_grad if needs_weights else None, None, None
     weights_grad, grads = torch.ops.dgnet.aggregate_backward(

@@ -29,7 +29,7 @@ EXTENSION = Extension(
 
 
 @dataclass(frozen=True)
-class Form:
+class AggregationForm:
     """The kernels of `dgnet::aggregate` on a device: "native" (aggregate.cpp), "triton" or "plain", and why."""
 
     name: str
@@ -38,7 +38,7 @@ class Form:
 
 
 @cache
-def find_aggregation(device_type: str, builds: bool = True) -> Form:
+def find_aggregation(device_type: str, builds: bool = True) -> AggregationForm:
     """Load the kernels for a type of device, such as "cpu", and say which they are.
 
     `builds`: whether to build the C++ extension if this machine has not yet.
@@ -48,27 +48,31 @@ def find_aggregation(device_type: str, builds: bool = True) -> Form:
     choice = os.environ.get(SWITCH) or CHOICES[0]
     check_choice(SWITCH, choice, CHOICES)
     if choice == "plain":
-        return Form("plain", f"{SWITCH}=plain")
+        return AggregationForm("plain", f"{SWITCH}=plain")
     if device_type == "cuda":
         return _find_triton(choice)
     if device_type != "cpu":
-        return Form("plain", "the compiled kernels run on CPU and CUDA devices only")
+        return AggregationForm("plain", "the compiled kernels run on CPU and CUDA devices only")
     try:
         library = EXTENSION.load() if builds else EXTENSION.load_built()
     except UsageError as error:
-        return Form("plain", str(error), is_failure=True)
-    return Form("plain", "the extension is not built yet") if library is None else Form("native", str(library))
+        return AggregationForm("plain", str(error), is_failure=True)
+    return (
+        AggregationForm("plain", "the extension is not built yet")
+        if library is None
+        else AggregationForm("native", str(library))
+    )
 
 
-def _find_triton(choice: str) -> Form:
+def _find_triton(choice: str) -> AggregationForm:
     if choice != "triton":
-        return Form("plain", f"the Triton kernels have not been timed; {SWITCH}=triton chooses them")
+        return AggregationForm("plain", f"the Triton kernels have not been timed; {SWITCH}=triton chooses them")
     if find_spec("triton") is None:
-        return Form("plain", "the package triton is not installed", is_failure=True)
+        return AggregationForm("plain", "the package triton is not installed", is_failure=True)
     from dgnet.graph._aggregate_triton import register
 
     register()
-    return Form("triton", f"{SWITCH}=triton")
+    return AggregationForm("triton", f"{SWITCH}=triton")
 
 
 @cache
