@@ -1,8 +1,11 @@
 """Aggregation, forward and backward, as a share of the bandwidth of a copy of the same bytes in the same run.
 
     python benchmarks/aggregate.py                 # every stage shape of every network, maps beyond the cache
+    python benchmarks/aggregate.py --shapes 64x56x56x3 1024x14x14x7 --forms eager plain --output FILE    # a few of them
     python benchmarks/aggregate.py --table         # print the Markdown table of the measured shapes
 
+Forms: "eager" is what runs without torch.compile (`dgnet doctor` says which kernels: the C++ extension on a CPU, or what
+DGNET_AGGREGATE chooses), "plain" the kernels in PyTorch's operators, "compiled" torch.compile, and "loop" the slow twin.
 Measured is the output node of a stage, with an input edge from every other node. The bytes counted are the minimum: forward
 reads each map and writes the sum; backward reads the sum's gradient and each map, and writes each map's gradient. Shapes that
 are already in the output file are skipped, so an interrupted run can continue.
@@ -14,7 +17,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,32 @@ from tqdm import tqdm
 import dgnet
 from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
 from dgnet.bench import describe_hardware, versions
-from dgnet.graph import aggregate
-from dgnet.graph._aggregate import aggregate_by_loop
+from dgnet.graph import aggregate, aggregate_by_loop, find_aggregation
+from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
 from dgnet.inference import time_alternating
+
+FORMS = ("loop", "plain", "eager", "compiled")
+
+
+class _Plain(torch.autograd.Function):
+    """Aggregation with the plain kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *features: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *features)
+        return aggregate_plain(features, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weights, *features = ctx.saved_tensors
+        weights_grad, grads = aggregate_backward_plain(grad, features, weights, None, True, [True] * len(features))
+        return weights_grad, *grads
+
+
+def sum_plain(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`aggregate` with the plain kernels, also where others are at hand."""
+    total: Tensor = _Plain.apply(weights, *features)
+    return total
 
 
 def main() -> None:
@@ -35,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--shapes", nargs="+", metavar="CxHxWxE", help="some of the shapes: channels, height, width, edges")
     parser.add_argument("--map-mib", type=float, default=48, help="size of one map of a batch in MiB; should exceed the cache")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new shape after this many minutes")
@@ -56,9 +84,14 @@ def main() -> None:
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The distinct shapes of the stages' output nodes, in each dtype."""
+    """The distinct shapes of the stages' output nodes, or those of `--shapes`, in each dtype."""
     stages = (stage for name in MODELS for stage in stage_shapes(dgnet.create_model(f"dg_{name}"), 224))
     shapes = dict.fromkeys((channels, height, width, nodes - 1) for nodes, channels, height, width in stages)
+    if args.shapes:
+        chosen = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+        if unknown := [shape for shape in chosen if shape not in shapes]:
+            sys.exit(f"no stage has the shapes {unknown}; the shapes are: {', '.join('x'.join(map(str, s)) for s in shapes)}")
+        shapes = dict.fromkeys(chosen)
     names = ("channels", "height", "width", "edges")
     return [dict(zip(names, shape, strict=True)) | {"dtype": dtype} for dtype in args.dtypes for shape in shapes]
 
@@ -76,11 +109,13 @@ def measure(channels: int, height: int, width: int, edges: int, dtype: str, args
     features = [draw().requires_grad_() for _ in range(edges)]
     weights = torch.rand(batch, edges, device=args.device).requires_grad_()
     upstream = draw()
-    forms: dict[str, Callable[..., Tensor]] = {
+    every: dict[str, Callable[..., Tensor]] = {
         "loop": aggregate_by_loop,
+        "plain": sum_plain,
         "eager": aggregate,
         "compiled": torch.compile(aggregate),
     }
+    forms = {name: every[name] for name in args.forms}
     sources = [feature.detach() for feature in features]
     targets = [torch.empty_like(source) for source in sources]
 
@@ -108,6 +143,7 @@ def measure(channels: int, height: int, width: int, edges: int, dtype: str, args
         "batch_size": batch,
         "copy_bytes_per_second": copy_rate,
         "share_of_copy": shares,
+        "eager_kernels": find_aggregation(torch.device(args.device).type).name,
         "rounds": args.rounds,
         "hardware": describe_hardware(args.device),
         "versions": versions(args.device),
@@ -116,14 +152,18 @@ def measure(channels: int, height: int, width: int, edges: int, dtype: str, args
 
 def format_table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: each form's rate as a percentage of the copy's."""
-    names = list(results[0]["share_of_copy"])
+    names = list(dict.fromkeys(name for row in results for name in row["share_of_copy"]))
     lines = [f"| C × H × W | edges | dtype | batch | copy GB/s | {' | '.join(f'{name} %' for name in names)} |"]
     lines.append("|---|---|---|---|---|" + "---|" * len(names))
     for r in results:
         cells = [f"{r['channels']} × {r['height']} × {r['width']}", str(r["edges"]), r["dtype"], str(r["batch_size"])]
-        cells += [f"{r['copy_bytes_per_second'] / 1e9:.1f}", *(f"{100 * r['share_of_copy'][name]:.0f}" for name in names)]
+        cells += [f"{r['copy_bytes_per_second'] / 1e9:.1f}", *(_percent(r["share_of_copy"].get(name)) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f}"
 
 
 if __name__ == "__main__":

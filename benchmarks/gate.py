@@ -139,7 +139,7 @@ def measure_aggregation() -> dict[str, float]:
     """The output node of ResNet-18's second stage, with an edge from every other node, in float32."""
     import aggregate
 
-    options = Namespace(device="cpu", map_mib=48.0, rounds=ROUNDS)
+    options = Namespace(device="cpu", map_mib=48.0, rounds=ROUNDS, forms=("eager", "compiled"))
     found = aggregate.measure(channels=128, height=28, width=28, edges=3, dtype="float32", args=options)
     return {f"aggregate_{form}": found["share_of_copy"][f"{form} both"] for form in ("compiled", "eager")}
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from torch import nn
 from torch.utils.data import _utils
 
-from dgnet.graph import find_stages
+from dgnet.graph import find_aggregation, find_stages
 from dgnet.models.cifar_resnet import DynamicCifarResNet
 from tests.helpers.networks import spread_routers
 
@@ -23,6 +23,12 @@ _utils.MP_STATUS_CHECK_INTERVAL = _utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5
 settings.register_profile("fast", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=300, deadline=None)  # make test-slow
 settings.load_profile("fast")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _aggregation() -> None:
+    """Build the extension of aggregation before the first test, so that no test's output has the line about it."""
+    find_aggregation("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,7 @@ def test_the_wheel_holds_every_file_of_the_package(source, wheel):
     kinds = {
         "py.typed",
         "analysis/explorer.html",
+        "graph/aggregate.cpp",
         "inference/native.cpp",
         "inference/kernels.h",
         "inference/program.h",

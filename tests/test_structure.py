@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dgnet"
 LAYERS = (
     ("errors", "_extras", "compat", "memory", "_lazy", "_registration", "_version", "_streams"),
     ("_guard",),
-    ("files", "paths", "documents", "typed", "options", "presets", "devices", "code"),
+    ("files", "paths", "documents", "typed", "options", "presets", "devices", "code", "_extension"),
     ("graph",),
     ("models",),
     ("_work", "data"),

@@ -1,4 +1,4 @@
-"""`dgnet doctor`: versions, devices, extras, and which form of the sparse mode is used and why."""
+"""`dgnet doctor`: versions, devices, extras, and which forms of aggregation and of the sparse mode are used and why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dgnet
-from dgnet import _extras
+from dgnet import _doctor, _extras
 from dgnet.errors import UsageError
+from dgnet.graph import AggregationForm
 from dgnet.inference import _native, find_executor, set_sparse
 from tests.helpers.command import ask, refuse
 
@@ -18,6 +19,7 @@ from tests.helpers.command import ask, refuse
 @pytest.fixture
 def built(monkeypatch):
     monkeypatch.setattr(_native, "load_native", lambda: Path("/cache/dgnet-0.so"))
+    monkeypatch.setattr(_doctor, "find_aggregation", lambda device: AggregationForm("native", f"/cache/{device}-0.so"))
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def test_the_document(built, capsys):
     assert found["folder"] == str(Path(dgnet.__file__).parent)
     assert found["device"] == "cpu"
     assert "cpu" in found["devices"]
+    assert found["aggregation"] == {"name": "native", "reason": "/cache/cpu-0.so", "is_failure": False}
     assert found["sparse_mode"] == {"name": "native", "reason": "/cache/dgnet-0.so"}
     assert set(found["missing"]) == set(_extras.EXTRAS)
 
@@ -43,6 +46,7 @@ def test_the_document(built, capsys):
 def test_the_lines(built, capsys):
     lines = ask(capsys, "doctor", "--device", "cpu").splitlines()
     assert lines[0].startswith(f"dgnet {dgnet.__version__} (")
+    assert "aggregation outside torch.compile: compiled extension: /cache/cpu-0.so" in lines
     assert "sparse mode: compiled extension: /cache/dgnet-0.so" in lines
 
 

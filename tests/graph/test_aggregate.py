@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,12 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dgnet.graph import aggregate
-from dgnet.graph._aggregate import aggregate_by_loop
+from dgnet.errors import UsageError
+from dgnet.graph import _aggregate_form as forms
+from dgnet.graph import _aggregate_plain as plain_module
+from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows
+from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
-module = importlib.import_module("dgnet.graph._aggregate")
 nodes_module = importlib.import_module("dgnet.graph._nodes")
+operator = torch.ops.dgnet.aggregate.default
+backward = torch.ops.dgnet.aggregate_backward.default
 
 cases = {
     "seed": st.integers(0, 2**31),
@@ -29,14 +38,37 @@ cases = {
 }
 
 
+class _Plain(torch.autograd.Function):
+    """`dgnet::aggregate` with the plain kernels, which run where there is no C++ compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, is_open, *features)
+        return aggregate_plain(features, weights, is_open)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weights, is_open, *features = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        weights_grad, grads = aggregate_backward_plain(grad, features, weights, is_open, needed[0], [True] * len(features))
+        return weights_grad if needed[0] else None, None, *grads
+
+
+def sum_plain(features: list[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
+    return _Plain.apply(weights, is_open, *features)
+
+
+FORMS = (aggregate, sum_plain, aggregate_by_loop)
+
+
 @given(**cases)
 def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, closing, block):
     features, weights, is_open = draw_case(seed, shape, edges, dtype, layout, closing)
     expected = sum_by_sample(features, weights, is_open)
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    for form in (aggregate, aggregate_by_loop):
+    for form in FORMS:
         inputs = [weights.clone().requires_grad_(), *[feature.clone().requires_grad_() for feature in features]]
-        with mock.patch.object(module, "_BLOCK_ELEMENTS", block):
+        with mock.patch.object(plain_module, "_BLOCK_ELEMENTS", block):
             output = form(inputs[1:], inputs[0], is_open)
             with torch.no_grad():
                 assert torch.equal(output, form(inputs[1:], inputs[0], is_open))
@@ -81,7 +113,7 @@ def test_the_compiled_form_matches_the_twin(dtype, layout, closing):
 def test_half_precision_is_summed_in_float32():
     """1 + 256 · 2⁻⁸ in bfloat16 stays 1 when each sum is rounded."""
     features = [torch.ones(1, 1, 2, 2, dtype=torch.bfloat16)] + [torch.full((1, 1, 2, 2), 2.0**-8, dtype=torch.bfloat16)] * 256
-    for form in (aggregate, aggregate_by_loop):
+    for form in FORMS:
         assert (form(features, torch.ones(1, 257)) == 2).all()
 
 
@@ -106,6 +138,10 @@ def test_second_derivatives_and_repeated_backward():
     total = aggregate(features, weights).square().sum()
     first = torch.autograd.grad(total, weights, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(total, weights)[0])
+    is_open = torch.tensor([[True, False, True], [False, False, True]])
+    for needed in product([True, False], repeat=2):  # of the weights, and of one feature
+        inputs = (weights.detach().requires_grad_(needed[0]), features[0].detach().requires_grad_(needed[1]), *features[1:])
+        assert torch.autograd.gradgradcheck(lambda w, *f: aggregate(f, w, is_open), inputs)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own use of it, in jvp
@@ -141,9 +177,9 @@ def test_export():
 
 @pytest.mark.slow
 def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
-    """Eager, the loop, and compiled, in float64 from one seed."""
+    """The operator, the plain kernels, the loop, and compiled, in float64 from one seed."""
     losses = {}
-    for form in ("eager", "loop", "compiled"):
+    for form in ("eager", "plain", "loop", "compiled"):
         torch.manual_seed(0)
         torch._dynamo.reset()
         network = tiny(layers=(2, 2, 2)).double()
@@ -151,8 +187,8 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         run = torch.compile(network, fullgraph=True) if form == "compiled" else network
         with monkeypatch.context() as patch:
-            if form == "loop":
-                patch.setattr(nodes_module, "aggregate", aggregate_by_loop)
+            if form in ("loop", "plain"):
+                patch.setattr(nodes_module, "aggregate", {"loop": aggregate_by_loop, "plain": sum_plain}[form])
             losses[form] = []
             for _ in range(20):
                 loss = torch.nn.functional.cross_entropy(run(images), labels)
@@ -161,7 +197,7 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
                 optimizer.step()
                 losses[form].append(loss.item())
         losses[form] += [parameter.detach() for parameter in network.parameters()]
-    for form in ("loop", "compiled"):
+    for form in ("plain", "loop", "compiled"):
         for one, two in zip(losses["eager"], losses[form], strict=True):
             torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-8, atol=1e-8)
     assert losses["eager"][19] < 0.7 * losses["eager"][0]
@@ -175,8 +211,341 @@ def test_features_that_hold_some_samples_are_read_where_these_lie(seed, shape, e
     rows = torch.stack([torch.randint(0, len(feature), (4,), generator=generator) for feature in held])
     _, weights, is_open = draw_case(seed, (4, *shape[1:]), edges, dtype, layout, closing)
     taken = [feature[place].clone() for feature, place in zip(held, rows, strict=True)]
-    with mock.patch.object(module, "_BLOCK_ELEMENTS", block), mock.patch.object(module, "_ROW_ELEMENTS", row):
-        output = module.aggregate_rows(held, weights, is_open, rows)
+    with mock.patch.object(plain_module, "_BLOCK_ELEMENTS", block), mock.patch.object(plain_module, "_ROW_ELEMENTS", row):
+        outputs = [form(held, weights, is_open, rows) for form in (aggregate_rows, aggregate_plain)]
     expected = sum_by_sample(taken, weights, is_open)
-    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
-    assert output.dtype == dtype
+    for output in outputs:
+        torch.testing.assert_close(output.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+        assert output.dtype == dtype
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
+    edges=st.integers(1, 6),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    order=st.sampled_from([(0, 1, 2, 3, 4), (0, 3, 4, 1, 2), (0, 3, 1, 2, 4), (3, 0, 1, 2, 4)]),
+    closing=st.booleans(),
+)
+def test_groups_of_weights_in_every_layout(seed, shape, edges, dtype, order, closing):
+    """`order`: the axes (B, g, C/g, H, W) as they lie in memory: channels first, last, and others."""
+    generator = torch.Generator().manual_seed(seed)
+    back = [order.index(axis) for axis in range(5)]
+
+    def draw() -> Tensor:
+        return torch.randn([shape[axis] for axis in order], generator=generator).to(dtype).permute(back)
+
+    features, upstream = [draw() for _ in range(edges)], draw()
+    weights = torch.rand(shape[0], edges, shape[1], generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    is_open = torch.rand(shape[0], edges, generator=generator) < 0.6 if closing else None
+    results = []
+    for form in (aggregate, aggregate_by_loop):
+        inputs = [weights.clone().requires_grad_(), *[feature.clone().requires_grad_() for feature in features]]
+        output = form(inputs[1:], inputs[0], is_open)
+        results.append([output, *torch.autograd.grad(output, inputs, upstream)])
+    tolerance = TOLERANCES[dtype]
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [None, 3])
+def test_maps_of_many_chunks(dtype, layout, groups):
+    """Larger than what the kernel sums at once, and no multiple of a vector."""
+    features, weights, is_open = draw_case(5, (3, 9, 41, 37), 6, dtype, layout, "some")
+    upstream = torch.randn(3, 9, 41, 37).to(dtype)
+    if groups:
+        weights = torch.rand(3, 6, groups)
+        features, upstream = [f.unflatten(1, (groups, -1)) for f in features], upstream.unflatten(1, (groups, -1))
+    results = []
+    for form, precision in ((aggregate, dtype), (aggregate_by_loop, torch.float64)):
+        inputs = [weights.to(precision if precision == torch.float64 else torch.float32).requires_grad_()]
+        inputs += [feature.to(precision).requires_grad_() for feature in features]
+        output = form(inputs[1:], inputs[0], is_open)
+        grads = torch.autograd.grad(output, inputs, upstream.to(precision))
+        results.append([one.double() for one in (output, *grads)])
+    tolerance = TOLERANCES[dtype]
+    for index, (found, expected) in enumerate(zip(*results, strict=True)):
+        precision = 1e-4 if index == 1 else tolerance  # the weights' gradients are float32
+        torch.testing.assert_close(found, expected, rtol=precision, atol=precision * (10 if index == 1 else 1))
+
+
+@pytest.mark.parametrize("form", [aggregate, sum_plain])
+def test_features_of_several_precisions(form):
+    """As under autocast, where layer normalisation returns float32 and a convolution bfloat16."""
+    features = [torch.randn(2, 3, 5, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)]
+    weights = torch.rand(2, 4)
+    inputs = [weights.requires_grad_(), *[feature.requires_grad_() for feature in features]]
+    output = form(inputs[1:], weights)
+    grads = torch.autograd.grad(output, inputs, torch.ones_like(output))
+    assert output.dtype == torch.bfloat16
+    assert [grad.dtype for grad in grads[1:]] == [feature.dtype for feature in features]
+    expected = sum_by_sample([feature.detach() for feature in features], weights.detach(), None)
+    torch.testing.assert_close(output.double(), expected, rtol=8e-3, atol=8e-3)
+    torch.testing.assert_close(grads[0], torch.stack([f.detach().float().sum((1, 2, 3)) for f in features], 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_empty_batch(form):
+    features = [torch.randn(0, 3, 4, 4, requires_grad=True) for _ in range(2)]
+    weights = torch.rand(0, 2, requires_grad=True)
+    output = form(features, weights)
+    assert output.shape == (0, 3, 4, 4)
+    assert [grad.shape for grad in torch.autograd.grad(output.sum(), [weights, *features])] == [(0, 2)] + 2 * [(0, 3, 4, 4)]
+
+
+def test_views_are_read_where_they_lie():
+    """Parts of a batch, one map for all samples, and features in unequal memory formats."""
+    whole = torch.randn(6, 3, 4, 5)
+    features = [whole[2:4], whole[:1].expand(2, -1, -1, -1), whole[::3].to(memory_format=torch.channels_last)]
+    weights = torch.rand(2, 3)
+    torch.testing.assert_close(aggregate(features, weights), aggregate_by_loop(features, weights))
+    assert aggregate(features[::-1], weights).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_closed_edge_gets_no_gradient_and_gives_none():
+    """Even if its feature, its weight and the gradient of the sum are NaN."""
+    nan = float("nan")
+    features = [torch.full((1, 2, 3, 3), nan, requires_grad=True), torch.ones(1, 2, 3, 3, requires_grad=True)]
+    weights = torch.tensor([[nan, 2.0]], requires_grad=True)
+    is_open = torch.tensor([[False, True]])
+    output = aggregate(features, weights, is_open)
+    assert (output == 2).all()
+    grads = torch.autograd.grad(output, [weights, *features], torch.full_like(output, nan), retain_graph=True)
+    assert grads[0][0, 0] == 0
+    assert (grads[1] == 0).all()
+    assert torch.equal(torch.autograd.grad(output.sum(), weights)[0], torch.tensor([[0.0, 18.0]]))
+
+
+def test_two_runs_are_equal_bit_for_bit_on_any_number_of_threads():
+    features, weights, is_open = draw_case(2, (5, 16, 33, 31), 7, torch.float32, "channels_last", "some")
+    upstream = torch.randn(5, 16, 33, 31)
+    runs = []
+    try:
+        for threads in (1, 1, 3):
+            torch.set_num_threads(threads)
+            weights_grad, grads = backward(upstream, features, weights, is_open, True, [True] * 7)
+            runs.append([operator(features, weights, is_open, None), weights_grad, *grads])
+    finally:
+        torch.set_num_threads(1)
+    for one, two, three in zip(*runs, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_features_are_not_kept_if_the_weights_do_not_learn():
+    features = [torch.randn(2, 3, 4, 4).requires_grad_() for _ in range(3)]
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    weights = torch.rand(2, 3)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = aggregate(features, weights)
+    assert [tensor.data_ptr() for tensor in kept] == [weights.data_ptr()]
+    grads = torch.autograd.grad(output, features, torch.ones_like(output))
+    assert torch.equal(torch.stack(grads, 1), weights[:, :, None, None, None].expand(2, 3, 3, 4, 4))
+
+
+def test_many_gradients_at_once():
+    features = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
+    weights = torch.rand(2, 3, requires_grad=True)
+    output, upstream = aggregate(features, weights), torch.randn(4, 2, 3, 4, 5)
+    together = torch.autograd.grad(output, [weights, *features], upstream, retain_graph=True, is_grads_batched=True)
+    for number in range(4):
+        alone = torch.autograd.grad(output, [weights, *features], upstream[number], retain_graph=True)
+        for one, two in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[number], two)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("closing", ["none", "some"])
+def test_the_operator_is_registered_as_torch_wants_it(layout, closing):
+    features, weights, is_open = draw_case(1, (3, 4, 5, 6), 3, torch.float32, layout, closing)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    inputs = ([feature.requires_grad_() for feature in features], weights.requires_grad_(), is_open, None)
+    torch.library.opcheck(operator, inputs, test_utils=tests)
+    detached = [feature.detach() for feature in features]
+    rows = torch.tensor([[0, 0, 1], [2, 1, 0], [1, 1, 1]])
+    torch.library.opcheck(operator, (detached, weights.detach(), is_open, rows), test_utils=tests)
+    for needed in ((True, [True, True, True]), (True, [False, True, False]), (False, [True, False, True])):
+        arguments = (torch.randn(3, 4, 5, 6, requires_grad=True), inputs[0], weights, is_open, *needed)
+        torch.library.opcheck(backward, arguments, test_utils=tests)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own use of it, in opcheck
+def test_the_operator_itself_is_compiled_and_exported_without_graph_breaks():
+    features, weights, is_open = draw_case(1, (3, 4, 5, 6), 3, torch.float32, "channels_last", "some")
+    inputs = ([feature.requires_grad_() for feature in features], weights.requires_grad_(), is_open, None)
+    torch.library.opcheck(operator, inputs)  # all tests: also with symbolic shapes
+
+    class Sum(torch.nn.Module):
+        def forward(self, features: list[Tensor], weights: Tensor) -> Tensor:
+            return operator([feature.relu() for feature in features], weights, None, None)
+
+    arguments = ([torch.randn(3, 4, 5, 6, requires_grad=True) for _ in range(3)], weights)
+    exported = torch.export.export(Sum(), arguments)
+    assert "dgnet.aggregate" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(*arguments), Sum()(*arguments))
+    compiled = torch.compile(Sum(), fullgraph=True)
+    sources = [weights, *arguments[0]]
+    grads = [torch.autograd.grad(form(*arguments).square().sum(), sources) for form in (compiled, Sum())]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 5)]}, "must have one shape"),
+        ({"features": [torch.ones(3, 3, 4, 4), torch.ones(3, 3, 4, 4)]}, "must have one shape, with 2 samples"),
+        ({"weights": torch.ones(2, 3)}, "2 features need weights of 2 edges"),
+        ({"weights": torch.ones(2, 2, 2)}, r"of 2 groups need features \(B, 2"),
+        ({"weights": torch.ones(2)}, r"weights must be \(B, E\)"),
+        ({"is_open": torch.ones(2, 2)}, "is_open must be bool"),
+        ({"rows": torch.full((2, 2), 5)}, "a feature of 2 samples has no row 5"),
+        ({"features": [torch.ones(2, 3, 4, 4, dtype=torch.int32)] * 2}, "16, 32 or 64 bits"),
+    ],
+)
+def test_inputs_that_do_not_fit_together(change, message):
+    if forms.find_aggregation("cpu").name != "native":
+        pytest.skip("there is no C++ compiler here")
+    inputs = {"features": [torch.ones(2, 3, 4, 4)] * 2, "weights": torch.ones(2, 2), "is_open": None, "rows": None} | change
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        operator(*inputs.values())
+
+
+def test_gathered_rows_have_no_gradients():
+    features = [torch.randn(2, 3, requires_grad=True)]
+    rows = torch.tensor([[1, 0]])
+    with pytest.raises(NotImplementedError, match="no gradients if it gathers rows"):
+        operator(features, torch.ones(2, 1), None, rows)
+    assert torch.equal(aggregate_rows(features, torch.ones(2, 1), rows=rows), features[0][[1, 0]])
+
+
+@pytest.fixture
+def afresh():
+    """No memory of which kernels were chosen."""
+    for function in (forms.find_aggregation, forms.prepare):
+        function.cache_clear()
+    yield
+    for function in (forms.find_aggregation, forms.prepare):
+        function.cache_clear()
+
+
+class _Unbuilt:
+    """In place of the extension: it is not built yet, and cannot be."""
+
+    def load(self) -> None:
+        raise UsageError("the compiled aggregation needs a C++ compiler")
+
+    def load_built(self) -> None:
+        return None
+
+
+def test_without_a_compiler_one_line_says_so(afresh, monkeypatch, capsys):
+    monkeypatch.setattr(forms, "EXTENSION", _Unbuilt())
+    features, weights, _ = draw_case(0, (2, 3, 4, 4), 3, torch.float32, "contiguous", "none")
+    with torch.no_grad():
+        aggregate(features, weights)
+    assert capsys.readouterr().err == ""  # nothing is built for a pass without gradients
+    for _ in range(3):
+        aggregate(features, weights)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("the compiled aggregation needs a C++ compiler; sums outside torch.compile run in plain PyTorch")
+    assert forms.find_aggregation("cpu").name == "plain"
+
+
+def test_the_switch(afresh, monkeypatch, capsys):
+    monkeypatch.setattr(forms, "EXTENSION", _Unbuilt())
+    monkeypatch.setenv("DGNET_AGGREGATE", "plain")
+    forms.prepare("cpu", True)
+    assert forms.find_aggregation("cpu") == forms.AggregationForm("plain", "DGNET_AGGREGATE=plain")
+    assert capsys.readouterr().err == ""
+    assert "have not been timed" in _choose("cuda", "auto", monkeypatch).reason
+    assert "CPU and CUDA devices only" in _choose("mps", "auto", monkeypatch).reason
+    with pytest.raises(UsageError, match="unknown DGNET_AGGREGATE 'python'; allowed: auto, plain, triton"):
+        _choose("cpu", "python", monkeypatch)
+
+
+def _choose(device: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> forms.AggregationForm:
+    monkeypatch.setenv("DGNET_AGGREGATE", choice)
+    forms.find_aggregation.cache_clear()
+    return forms.find_aggregation(device)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, with this package and these tests."""
+    path = os.pathsep.join(str(folder) for folder in (Path(forms.__file__).parents[2], Path(__file__).parents[2]))
+    variables = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+TRAIN_PLAIN = """
+import torch
+from dgnet.compat.torch import has_kernel
+from dgnet.graph import aggregate
+features, weights = [torch.ones(2, 3, 4, 4, requires_grad=True) for _ in range(2)], torch.full((2, 2), 0.5, requires_grad=True)
+for _ in range(2):
+    total = aggregate(features, weights)
+    grads = torch.autograd.grad(total.sum(), [weights, *features])
+print(has_kernel("dgnet::aggregate", "CPU"), total.unique().item(), grads[0].unique().item(), grads[1].unique().item())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_a_compiler_trains(tmp_path):
+    environment = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = run_python(TRAIN_PLAIN, **environment)
+    assert done.stdout == "False 1.0 48.0 0.5\n"
+    notice, warning = done.stderr.splitlines()
+    assert notice.startswith("compiling the aggregation, once on this machine")
+    assert "cannot be built: No such file or directory (no-such-compiler)" in warning
+    assert "run in plain PyTorch" in warning
+
+
+COMPARE_TRITON = """
+import itertools
+import torch
+from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
+from dgnet.graph._aggregate_triton import aggregate_backward_triton, aggregate_triton
+from tests.helpers.twins import TOLERANCES, draw_case
+
+NEEDED = ((True, [True] * 4), (False, [True, False, True, True]), (True, [False] * 4))
+for seed, (dtype, closing) in enumerate(itertools.product(TOLERANCES, ["none", "some", "all"])):
+    layout = ["contiguous", "channels_last", "strided"][(seed + seed // 3) % 3]
+    # Larger than a tile, and no multiple of it.
+    features, weights, is_open = draw_case(seed, (3, 6, 23, 19), 4, dtype, layout, closing)
+    upstream = torch.randn(features[0].shape).to(dtype)
+    if seed % 2:
+        features, upstream = [feature.unflatten(1, (2, 3)) for feature in features], upstream.unflatten(1, (2, 3))
+        weights = torch.stack([weights, weights + 1], 2)
+    rows = torch.randint(3, (4, 3)) if closing == "none" else None
+    tolerance = TOLERANCES[dtype]
+    one, two = (form(features, weights, is_open, rows) for form in (aggregate_triton, aggregate_plain))
+    assert one.stride() == two.stride()
+    torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    forms = (aggregate_backward_triton, aggregate_backward_plain)
+    (w1, f1), (w2, f2) = (form(upstream, features, weights, is_open, *NEEDED[seed // 2 % 3]) for form in forms)
+    torch.testing.assert_close(w1, w2, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-3))
+    assert len(f1) == len(f2)
+    for one, two in zip(f1, f2):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+empty = aggregate_triton([torch.ones(0, 3, 4, 4)] * 2, torch.ones(0, 2))
+grads = aggregate_backward_triton(empty, [empty, empty], torch.ones(0, 2), None, True, [True, True])
+print("equal", tuple(empty.shape), tuple(grads[0].shape))
+"""
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_match_the_plain_ones():
+    """In Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton")
+    assert run_python(COMPARE_TRITON, TRITON_INTERPRET="1").stdout == "equal (0, 3, 4, 4) (0, 2)\n"

@@ -1,4 +1,4 @@
-"""`dgnet doctor`: what is installed here, and which form of the sparse mode is used."""
+"""`dgnet doctor`: what is installed here, and which forms of aggregation and of the sparse mode are used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dgnet.cli.command import Command, Parser, add_device, add_json, find_device
 
 def _doctor_parser() -> Parser:
     parser = Parser(
-        description="Print versions, devices, extras, and which form of the sparse mode is used and why. The compiled form is"
-        " built now if it was not built before."
+        description="Print versions, devices, extras, and which forms of aggregation and of the sparse mode are used and why."
+        " The compiled forms are built now if they were not built before."
     )
     add_device(parser)
     add_json(parser)

@@ -53,6 +53,11 @@ def is_transformed(x: Tensor) -> bool:
     )
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether `x` stands for many tensors, as under `vmap`, or as a gradient of `is_grads_batched`. There is no public test."""
+    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_compiled_for_all_sizes() -> bool:
     """Whether `torch.compile` is at work with `dynamic=True`. There is no public test."""
@@ -108,3 +113,8 @@ def find_leaves(values: object) -> list[object]:
 def count_writes(tensor: Tensor) -> int:
     """How often a tensor was changed in place."""
     return tensor._version
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether a kernel of `operator` is registered for the dispatch key `key` itself, such as "CPU"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)

@@ -4,6 +4,9 @@ The backward pass computes for each sample p_ij = ∂L/∂w_ij = ⟨∂L/∂x̂_
 (9) (router biases) and (10) (thresholds) share this factor; their other factors are the gradients of `psi` in _gating.py and
 of the router in _router.py. It also computes w_ij · ∂L/∂x̂_j, the gradient that reaches the nodes' own weights (Eq. 7).
 
+The sum is an operator, `dgnet::aggregate`. Its kernels: aggregate.cpp on a CPU, _aggregate_triton.py on a CUDA device if the
+user wants it, and _aggregate_plain.py elsewhere; _aggregate_form.py chooses.
+
 Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 """
 
@@ -13,15 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dgnet.compat.torch import is_transformed
-
-_BLOCK_ELEMENTS = 512 * 1024
-"""On the CPU: elements of a sum that are computed together, few enough to stay in its cache while the edges are added."""
-
-_ROW_ELEMENTS = 4 * 1024
-"""On the CPU: from this number of elements of a map on, a call for each sample is faster than gathering samples."""
+from dgnet.compat.torch import is_batched, is_transformed
+from dgnet.graph._aggregate_form import prepare
+from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain, along, empty_sum, sum_dtype
 
 
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
@@ -33,11 +32,10 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
 
     Sums in float32 if features are in half precision, otherwise in their own precision. Returns a tensor like a feature.
     """
-    first = features[0]
-    # The compiler fuses the loop into one pass. On a GPU the CPU would have to wait to read which edges are open.
-    if torch.compiler.is_compiling() or first.is_meta or (is_open is not None and not first.is_cpu) or is_transformed(first):
+    if not _runs_operator(features[0]):
         return aggregate_by_loop(features, weights, is_open)
-    total: Tensor = _Aggregate.apply(weights, is_open, *features)
+    prepare(features[0].device.type, torch.is_grad_enabled())
+    total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
     return total
 
 
@@ -46,19 +44,20 @@ def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tens
 
     It is also the twin of `aggregate` in the tests.
     """
-    dtype = _sum_dtype(features[0])
+    dtype = sum_dtype(features[0])
     total: Any = None
     for edge, feature in enumerate(features):
         if is_open is not None:
-            feature = torch.where(_along(is_open[:, edge], feature), feature, 0)
+            feature = torch.where(along(is_open[:, edge], feature), feature, 0)
         # The product promotes to the wider dtype. If the feature were cast, the compiler would keep the wider copy for the
         # backward pass.
-        term = feature * _along(weights[:, edge], feature).to(dtype)
+        term = feature * along(weights[:, edge], feature).to(dtype)
         total = term if total is None else total + term
     summed: Tensor = total.to(features[0].dtype)
     return summed
 
 
+@torch.no_grad()
 def aggregate_rows(
     features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
@@ -67,125 +66,126 @@ def aggregate_rows(
     `rows`: (E, B), the row of each sample in each feature, (B_e, C, H, W); any row of it if the edge is closed. None: the
     features hold all samples in order. On the CPU, large maps of closed edges are not read.
     """
-    first = features[0]
-    # In the memory format of the features.
-    out = torch.empty_like(first) if rows is None else torch.empty_like(first[:1].expand(len(weights), *first.shape[1:]))
-    if not first.is_cpu:
-        return _sum_blocks(out, features, weights, is_open, rows, size=max(len(out), 1))
-    elements = max(first.shape[1:].numel(), 1)
-    if is_open is not None and is_open.all():
-        is_open = None
-    is_partial = rows is not None or is_open is not None
-    if weights.ndim == 2 and (elements > _BLOCK_ELEMENTS // 2 or (is_partial and elements >= _ROW_ELEMENTS)):
-        return _sum_samples(out, features, weights, is_open, rows)
-    return _sum_blocks(out, features, weights, is_open, rows, size=max(_BLOCK_ELEMENTS // elements, 1))
+    prepare(features[0].device.type, False)
+    total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, rows)
+    return total
 
 
-def _sum_samples(
-    out: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None
-) -> Tensor:
-    """Sample by sample: reads the features of open edges only, without copying them first."""
-    dtype = _sum_dtype(out)
-    opens = None if is_open is None else is_open.tolist()
-    places = None if rows is None else rows.tolist()
-    seen = [feature.unbind() for feature in features]  # views made once: a slice costs as much as a small sum
-    for sample, (target, row) in enumerate(zip(out.unbind(), weights.tolist(), strict=True)):
-        total = target if out.dtype == dtype else torch.empty_like(target, dtype=dtype)
-        is_empty = True
-        for edge, weight in enumerate(row):
-            if opens is not None and not opens[sample][edge]:
-                continue
-            term = seen[edge][sample if places is None else places[edge][sample]]
-            if not is_empty:
-                total.add_(term, alpha=weight)
-            elif total is target:
-                torch.mul(term, weight, out=total)
-            else:
-                torch.mul(term.to(dtype), weight, out=total)
-            is_empty = False
-        if is_empty:
-            total.zero_()
-        if total is not target:
-            target.copy_(total)
-    return out
+def _runs_operator(feature: Tensor) -> bool:
+    """Whether the operator runs for `feature`, and not the loop."""
+    # The compiler fuses the loop into one pass. The operator has no rules for transforms, nor for tensors of other classes.
+    return not (
+        torch.compiler.is_compiling()
+        or feature.is_meta
+        or type(feature) not in (Tensor, nn.Parameter)
+        or not feature.is_floating_point()
+        or is_transformed(feature)
+    )
 
 
-def _sum_blocks(
-    out: Tensor,
-    features: Sequence[Tensor],
+# The operator: what it takes and returns, its shapes, and its derivatives of every order. `aggregate_backward` computes for
+# each edge ⟨grad, x_i⟩, summed over C, H and W (or over each group), and w_i · grad.
+
+_LIBRARY = torch.library.Library("dgnet", "FRAGMENT")  # kept: the operators go with it
+_LIBRARY.define("aggregate(Tensor[] features, Tensor weights, Tensor? is_open, Tensor? rows) -> Tensor")
+_LIBRARY.define(
+    "aggregate_backward(Tensor grad, Tensor[] features, Tensor weights, Tensor? is_open, bool needs_weights,"
+    " bool[] needs_features) -> (Tensor, Tensor[])"
+)
+# Kernels for all devices; those for one device come before them.
+_LIBRARY.impl("aggregate", aggregate_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("aggregate_backward", aggregate_backward_plain, "CompositeExplicitAutograd")
+
+
+def _fake(features: list[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
+    return empty_sum(features[0], weights.shape[0])
+
+
+def _fake_backward(
+    grad: Tensor,
+    features: list[Tensor],
     weights: Tensor,
     is_open: Tensor | None,
-    rows: Tensor | None,
-    size: int,
-) -> Tensor:
-    """`size` samples at a time. On the CPU an edge that is closed for all of them is skipped."""
-    dtype = _sum_dtype(out)
-    opens = None if is_open is None or not out.is_cpu else is_open.tolist()
-    for start in range(0, len(out), size):
-        block = slice(start, start + size)
-        target = out[block]
-        total = target.zero_() if out.dtype == dtype else torch.zeros_like(target, dtype=dtype)
-        for edge, feature in enumerate(features):
-            column = None if opens is None else [row[edge] for row in opens[block]]
-            if column is not None and not any(column):
-                continue
-            seen = feature[block] if rows is None else _take(feature, rows[edge, block])
-            if is_open is not None and (column is None or not all(column)):
-                seen = torch.where(_along(is_open[block, edge], seen), seen, 0)
-            total.addcmul_(seen, _along(weights[block, edge], seen).to(dtype))
-        if total is not target:
-            target.copy_(total)
-    return out
+    needs_weights: bool,
+    needs_features: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    grads = [
+        empty_sum(features[0], weights.shape[0], feature.dtype)
+        for feature, needed in zip(features, needs_features, strict=True)
+        if needed
+    ]
+    return weights.new_empty(weights.shape if needs_weights else 0), grads
 
 
-def _take(feature: Tensor, rows: Tensor) -> Tensor:
-    """Some samples of a feature, in its memory format, which `index_select` does not keep."""
-    if feature.ndim != 4 or not feature.is_contiguous(memory_format=torch.channels_last):
-        return feature.index_select(0, rows)
-    return feature.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weights, is_open, rows = inputs
+    if rows is not None:
+        raise NotImplementedError("dgnet::aggregate has no gradients if it gathers rows: call it under torch.no_grad()")
+    ctx.dtypes = [feature.dtype for feature in features]
+    ctx.keeps_features = weights.requires_grad  # only the gradients of the weights depend on them
+    ctx.save_for_backward(weights, is_open, *(features if ctx.keeps_features else ()))
 
 
-class _Aggregate(torch.autograd.Function):
-    """`aggregate` without the compiler: no term α_ij x_i is stored; the backward pass keeps the features and no other maps."""
-
-    @staticmethod
-    def forward(weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
-        return aggregate_rows(features, weights, is_open)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the weights, p_ij of Eqs. (8) to (10), and of the features, w_ij · ∂L/∂x̂_j (Eq. 7)."""
-        weights, is_open, *features = ctx.saved_tensors
-        dtype = _sum_dtype(grad)
-        grad_sum = grad.to(dtype)
-        columns: list[Tensor | None] = []
-        feature_grads: list[Tensor | None] = []
-        for edge, (feature, needed) in enumerate(zip(features, ctx.needs_input_grad[2:], strict=True)):
-            weight = _along(weights[:, edge], feature).to(dtype)
-            product = grad_sum * feature.to(dtype) if ctx.needs_input_grad[0] else None
-            if is_open is not None:
-                edge_is_open = _along(is_open[:, edge], feature)
-                weight = torch.where(edge_is_open, weight, 0)
-                product = None if product is None else torch.where(edge_is_open, product, 0)
-            columns.append(
-                None if product is None else product.sum(tuple(range(weights.ndim - 1, product.ndim))).to(weights.dtype)
-            )
-            feature_grads.append((grad_sum * weight).to(feature.dtype) if needed else None)
-        weight_grad = torch.stack(columns, 1) if ctx.needs_input_grad[0] else None  # type: ignore[arg-type]
-        return weight_grad, None, *feature_grads
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of the weights, p_ij of Eqs. (8) to (10), and of the features, w_ij · ∂L/∂x̂_j (Eq. 7)."""
+    weights, is_open, *features = ctx.saved_tensors
+    needs_features, needs_weights = ctx.needs_input_grad[:2]
+    features = features or _stand_in(grad, ctx.dtypes)
+    if is_batched(grad):  # many gradients at once: `is_grads_batched`
+        pull_back = torch.func.vjp(lambda w, *x: aggregate_by_loop(x, w, is_open), weights, *features)[1]
+        weights_grad, *features_grads = pull_back(grad)
+        return features_grads, weights_grad if needs_weights else None, None, None
+    weights_grad, grads = torch.ops.dgnet.aggregate_backward(
+        grad, features, weights, is_open, needs_weights, list(needs_features)
+    )
+    return _at(grads, needs_features), weights_grad if needs_weights else None, None, None
 
 
-def _along(values: Tensor, feature: Tensor) -> Tensor:
-    """One value for each sample, (B,), in the form that multiplies a feature: (B, 1, 1, 1) for (B, C, H, W).
+def _set_up_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, features, weights, is_open, ctx.needs_weights, ctx.needed = inputs
+    ctx.dtypes = [feature.dtype for feature in features]
+    ctx.save_for_backward(grad, weights, is_open, *(features if ctx.needs_weights else ()))
 
-    Also one for each sample and group, (B, g), for a feature of (B, g, …).
+
+def _differentiate_backward(ctx: Any, weights_up: Tensor, ups: list[Tensor]) -> tuple[Any, ...]:
+    """The derivatives of ⟨grad, x_i⟩ and w_i · grad: both are products, so they are sums and products of the same kind.
+
+    `weights_up`: the gradient of the first, (B, E); `ups`: of the second, for each feature that was `needed`.
     """
-    return values.reshape(*values.shape, *[1] * (feature.ndim - values.ndim))
+    grad, weights, is_open, *features = ctx.saved_tensors
+    chosen = [edge for edge, needed in enumerate(ctx.needed) if needed]
+    opened = None if is_open is None else is_open[:, chosen]
+    grad_up: Any = None
+    features_up: list[Tensor | None] = [None] * len(ctx.needed)
+    weights_again: Tensor | None = None
+    if chosen:
+        grad_up = torch.ops.dgnet.aggregate(ups, weights[:, chosen], opened, None).to(grad.dtype)
+        none = [False] * len(chosen)
+        columns, _ = torch.ops.dgnet.aggregate_backward(grad, ups, weights[:, chosen], opened, True, none)
+        weights_again = torch.zeros_like(weights).index_add(1, torch.tensor(chosen, device=weights.device), columns)
+    if ctx.needs_weights:
+        by_weights = torch.ops.dgnet.aggregate(features, weights_up, is_open, None).to(grad.dtype)
+        grad_up = by_weights if grad_up is None else grad_up + by_weights
+        every = [True] * len(features)
+        _, found = torch.ops.dgnet.aggregate_backward(grad, _stand_in(grad, ctx.dtypes), weights_up, is_open, False, every)
+        features_up = list(found)
+    return grad_up, features_up, weights_again, None, None, None
 
 
-def _sum_dtype(feature: Tensor) -> torch.dtype:
-    return torch.promote_types(feature.dtype, torch.float32)
+def _stand_in(grad: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Tensors in the place of features whose values are not read, only their shape and dtype."""
+    return [grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype) for dtype in dtypes]
+
+
+def _at(values: list[Tensor], places: Sequence[bool]) -> list[Tensor | None]:
+    """`values` at the true places, None at the others."""
+    left = iter(values)
+    return [next(left) if place else None for place in places]
+
+
+torch.library.register_fake("dgnet::aggregate", _fake, lib=_LIBRARY)
+torch.library.register_fake("dgnet::aggregate_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("dgnet::aggregate", _differentiate, setup_context=_set_up, lib=_LIBRARY)
+torch.library.register_autograd(
+    "dgnet::aggregate_backward", _differentiate_backward, setup_context=_set_up_backward, lib=_LIBRARY
+)

@@ -1,18 +1,19 @@
-"""The compiled extension's file: whole or built again, and one line if it cannot be built, stored or loaded."""
+"""The file of a compiled extension: whole or built again, and one line if it cannot be built, stored or loaded."""
 
 from __future__ import annotations
 
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from dgnet import _extension
+from dgnet._extension import Extension, build, find_folder, is_whole
 from dgnet.errors import UsageError
-from dgnet.inference import _build
-from dgnet.inference._build import build, find_folder, is_whole, load_native
 
 
 def compiler(tmp_path, body):
@@ -26,7 +27,7 @@ def compiler(tmp_path, body):
 @pytest.fixture
 def library(tmp_path):
     path = tmp_path / "cache" / "dgnet-0.so"
-    build(compiler(tmp_path, 'printf "a library" > "$OUT"'), path)
+    build(compiler(tmp_path, 'printf "a library" > "$OUT"'), path, "sparse mode")
     return path
 
 
@@ -68,16 +69,16 @@ def test_other_damage_is_noticed_too(library, tmp_path):
 )
 def test_a_compiler_that_fails(body, line, tmp_path):
     with pytest.raises(UsageError) as error:
-        build(compiler(tmp_path, body), tmp_path / "cache" / "a.so")
+        build(compiler(tmp_path, body), tmp_path / "cache" / "a.so", "sparse mode")
     assert line in str(error.value)
     assert len(str(error.value)) < 500
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_compiler_that_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(_build, "_SECONDS", 0.1)
+    monkeypatch.setattr(_extension, "_SECONDS", 0.1)
     with pytest.raises(UsageError, match=r"compiler has not ended after 0\.1 seconds; name another compiler in CXX"):
-        build(compiler(tmp_path, "sleep 60 & sleep 60"), tmp_path / "cache" / "a.so")
+        build(compiler(tmp_path, "sleep 60 & sleep 60"), tmp_path / "cache" / "a.so", "sparse mode")
 
 
 @pytest.mark.parametrize("command", ["missing", "folder", "text"])
@@ -85,7 +86,7 @@ def test_a_compiler_that_cannot_be_run(command, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("no program")
     with pytest.raises(UsageError, match=f"cannot be built: .*{command}.*; name another folder in TORCH_EXTENSIONS_DIR"):
-        build([str(tmp_path / command)], tmp_path / "cache" / "a.so")
+        build([str(tmp_path / command)], tmp_path / "cache" / "a.so", "sparse mode")
 
 
 def test_places_where_nothing_can_be_stored(tmp_path):
@@ -96,16 +97,16 @@ def test_places_where_nothing_can_be_stored(tmp_path):
         with pytest.raises(
             UsageError, match=r"cannot be built: .*; name another folder in TORCH_EXTENSIONS_DIR|File name too long"
         ):
-            build(work, path)
+            build(work, path, "sparse mode")
     with pytest.raises(UsageError, match=r"a\.so is a folder; remove it"):
-        build(work, tmp_path / "a.so")
+        build(work, tmp_path / "a.so", "sparse mode")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(UsageError, match="cannot be built: Permission denied"):
-        build(["true"], tmp_path / "a.so")
+        build(["true"], tmp_path / "a.so", "sparse mode")
 
 
 def test_the_folder(tmp_path, monkeypatch):
@@ -113,60 +114,64 @@ def test_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value, folder in (("", ".cache/torch_extensions"), ("~/own", "own"), ("relative", "relative"), ("./a", "a")):
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", value)
-        assert find_folder() == tmp_path / folder
+        assert find_folder("sparse mode") == tmp_path / folder
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "~nobody-of-this-name/own")
     with pytest.raises(UsageError, match=r"has no folder: .*; name one in TORCH_EXTENSIONS_DIR"):
-        find_folder()
+        find_folder("sparse mode")
 
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """A cache folder of this test, and no memory of what was loaded before."""
+    """A cache folder of this test."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    load_native.cache_clear()
-    yield tmp_path / "cache"
-    load_native.cache_clear()
+    return tmp_path / "cache"
 
 
-def test_a_cut_library_is_built_again_before_it_is_loaded(own_cache, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def extension(tmp_path):
+    """An extension of two files, which counts as defined."""
+    sources = (tmp_path / "part.cpp", tmp_path / "part.h")
+    for source in sources:
+        source.write_text("int answer();", encoding="utf-8")
+    return Extension("part", "sparse mode", "a minute", sources, lambda: True)
+
+
+def test_a_cut_library_is_built_again_before_it_is_loaded(own_cache, extension, tmp_path, monkeypatch, capsys):
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path.read_bytes()))
-    monkeypatch.setattr(_build, "is_defined", lambda: True)
     monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
-    load_native()
+    extension.load()
     (library,) = own_cache.iterdir()
     whole = library.read_bytes()
     library.write_bytes(whole[: len(whole) // 2])
-    load_native.cache_clear()
-    _build._try_to_build.cache_clear()
-    load_native()
-    load_native.cache_clear()
-    load_native()
+    _extension._try_to_build.cache_clear()
+    extension.load()
+    extension.load()
     assert loaded == [whole] * 3
-    assert capsys.readouterr().err.count("compiling the sparse mode") == 2
+    assert capsys.readouterr().err.count("compiling the sparse mode, once on this machine: about a minute") == 2
 
 
-def test_a_failure_is_remembered(own_cache, tmp_path, monkeypatch):
+def test_a_failure_is_remembered(own_cache, extension, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, f"echo once >> {tmp_path}/runs; exit 1")[0])
     for _ in range(3):
         with pytest.raises(UsageError, match="cannot be built"):
-            load_native()
+            extension.load()
     assert (tmp_path / "runs").read_text() == "once\n"
 
 
 @pytest.mark.parametrize("content", ["no library", ""])
-def test_a_file_that_is_no_library(content, own_cache, tmp_path, monkeypatch):
+def test_a_file_that_is_no_library(content, own_cache, extension, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, f'printf "{content}" > "$OUT"')[0])
     with pytest.raises(UsageError, match=r"\.so cannot be loaded: .*; remove the file, and it will be built again"):
-        load_native()
+        extension.load()
 
 
-def test_a_library_without_the_extension(own_cache, tmp_path, monkeypatch):
+def test_a_library_without_the_extension(own_cache, extension, tmp_path, monkeypatch):
+    extension = replace(extension, is_defined=lambda: False)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.setattr(_build, "is_defined", lambda: False)
     monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
     with pytest.raises(UsageError, match="cannot be loaded: it does not define the extension"):
-        load_native()
+        extension.load()
 
 
 def test_two_processes_may_build_at_once(tmp_path):
@@ -176,34 +181,30 @@ def test_two_processes_may_build_at_once(tmp_path):
     (tmp_path / "running").mkdir()
     command = compiler(tmp_path, meet % (tmp_path / "running", tmp_path / "running"))
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(build, command, path) for _ in range(2)]:
+        for done in [pool.submit(build, command, path, "sparse mode") for _ in range(2)]:
             done.result(timeout=60)
     assert is_whole(path)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_library_that_was_built_before_needs_no_compiler(own_cache, tmp_path, monkeypatch):
+def test_a_library_that_was_built_before_needs_no_compiler(own_cache, extension, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.setattr(_build, "is_defined", lambda: True)
     monkeypatch.setenv("CXX", compiler(tmp_path, 'printf "a library" > "$OUT"')[0])
-    library = load_native()
+    library = extension.load()
     assert own_cache in library.parents
-    load_native.cache_clear()
     monkeypatch.setenv("CXX", "")
     monkeypatch.setenv("PATH", "")
-    assert load_native() == library
+    assert extension.load() == library
     library.unlink()
-    load_native.cache_clear()
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler: install g\+\+, or name one in CXX"):
-        load_native()
+        extension.load()
 
 
-def test_the_package_is_not_written_to(own_cache, tmp_path, monkeypatch):
+def test_the_package_is_not_written_to(own_cache, extension, tmp_path, monkeypatch):
     """The compiler is given the package's source, and a file in the cache to write."""
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.setattr(_build, "is_defined", lambda: True)
     monkeypatch.setenv("CXX", compiler(tmp_path, f'echo "$@" > {tmp_path}/words; printf "a library" > "$OUT"')[0])
-    load_native()
+    extension.load()
     words = (tmp_path / "words").read_text(encoding="utf-8").split()
-    assert str(_build.SOURCE) in words
+    assert str(extension.sources[0]) in words
     assert own_cache in Path(words[words.index("-o") + 1]).parents
