@@ -262,11 +262,12 @@ CONVERT_PAIRS = {
 }
 
 
-def convert_table() -> str:
-    """The finished runs of experiments/convert.yaml."""
+def convert_table(grid: str) -> str:
+    """The finished runs of a grid of converted networks, such as experiments/convert.yaml."""
     executed = [("executed of dense %", executed_share), ("blocks skipped %", share("skippable_nodes", 1))]
-    columns = [SEEDS, *COST, ("test top-1 %", mean("top1", 2)), TRAINED, *executed, *CONTROLS]
-    return arms_table("convert", {arm: arm for arm in read_arms("convert")}, columns)
+    dense = ("dense multiply-adds M", mean("dense_multiply_adds", 2, 1e-6))  # also of products, as transformers have
+    columns = [SEEDS, COST[0], dense, ("test top-1 %", mean("top1", 2)), TRAINED, *executed, *CONTROLS]
+    return arms_table(grid, {arm: arm for arm in read_arms(grid)}, columns)
 
 
 def executed_share(rows: Rows) -> str:
@@ -361,8 +362,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "choices": choices_table,
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),
-    "convert": convert_table,
+    "convert": partial(convert_table, "convert"),
     "convert-differences": partial(differences_table, "convert", CONVERT_PAIRS),
+    "convert-vit": partial(convert_table, "convert_vit"),
+    "convert-vit-differences": partial(differences_table, "convert_vit", CONVERT_PAIRS),
     "convert-speed": partial(speed_table, "convert_cpu"),
     "train-bfloat16-compiled": partial(networks_table, "train, batch 32, bfloat16, compiled"),
     "train-bfloat16-compiled-system": partial(networks_table, "train, batch 32, bfloat16, compiled, allocator system"),

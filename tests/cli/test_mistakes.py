@@ -183,6 +183,7 @@ PATHS = {
     "images",
     "val-images",
     "weights",
+    "latency-table",
     "output",
     "write",
     "curves",

@@ -88,6 +88,7 @@ def test_every_parameter_of_the_policy_has_a_gradient_also_with_checkpointing(ga
             assert parameter.grad.any(), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_it_is_the_same(gated):
     network, images = gated().eval(), torch.randn(4, 3, 16, 16)

@@ -191,6 +191,7 @@ def test_each_epoch_changes_what_its_phase_trains(data, whole, tmp_path, monkeyp
 STEPS = [3, 8, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_every_phase_continues_exactly(data, whole, tmp_path, monkeypatch):
     monkeypatch.setattr("dgnet.training._prepare_search.measure_latencies", lambda *given: pytest.fail("measured again"))
     take_step, stops = SearchClassifier.training_step, iter(STEPS)

@@ -120,7 +120,7 @@ def compare(
     if images is not None and sides[0].task != "detect":
         raise UsageError("--images is for detectors; classifiers are compared on --data")
     root = images if sides[0].task == "detect" else data_root
-    datasets = [side.open(source, root) for side in sides]
+    datasets = [side.open_data(source, root) for side in sides]
     if max(batch_sizes) > len(datasets[0]):
         raise UsageError(f"--batch-sizes {max(batch_sizes)} is more than the {len(datasets[0]):,} images; use smaller batches")
     announce(datasets[0])

@@ -68,7 +68,7 @@ class Side(Protocol):
     def default_data(self) -> str:
         """The images that its run was evaluated on."""
 
-    def open(self, source: str, root: str | None) -> Any:
+    def open_data(self, source: str, root: str | None) -> Any:
         """The images of `source`. `root`: the folder that holds them, for sources that need one."""
 
     def evaluate(self, dataset: Any, batch_size: int, workers: int, device: str) -> Figures:
@@ -117,7 +117,7 @@ class ClassifierSide:
         run = self.checkpoint.data
         return str(run.val_data or run.data)
 
-    def open(self, source: str, root: str | None) -> ImageDataset:
+    def open_data(self, source: str, root: str | None) -> ImageDataset:
         return open_evaluation_data(self.checkpoint, source, root)
 
     def evaluate(self, dataset: ImageDataset, batch_size: int, workers: int, device: str) -> Figures:
@@ -167,7 +167,7 @@ class DetectorSide:
     def default_data(self) -> str:
         return str(self.checkpoint.data.val_data)
 
-    def open(self, source: str, root: str | None) -> CocoDetection:
+    def open_data(self, source: str, root: str | None) -> CocoDetection:
         return CocoDetection(source, root or self.checkpoint.data.evaluation_images, class_names=self.checkpoint.class_names)
 
     @cached_property
