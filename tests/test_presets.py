@@ -131,8 +131,9 @@ def test_presets_that_do_not_fit_are_refused():
         dgnet.create_model("dg_resnet20", preset="skipnet", weighting="routed")
     with pytest.raises(UsageError, match=r"preset='maskconnect' closes edges from the start, .* resnet20; use a dg_ network"):
         dgnet.create_model("resnet20", preset="maskconnect")
-    with pytest.raises(UsageError, match="preset='skipnet' sets node_gate='hard', and node_gate='gumbel' is given"):
-        dgnet.convert(dgnet.create_model("resnet20"), node_gate="gumbel", preset="skipnet")
+    for given in ({"node_gate": "gumbel"}, {"weighting": "routed"}):  # also a value that is the default
+        with pytest.raises(UsageError, match=r"preset='skipnet' sets .* is given"):
+            dgnet.convert(dgnet.create_model("resnet20"), **given, preset="skipnet")
     for value in (-1, True, 1.5):
         with pytest.raises(UsageError, match="keep_edges must be a whole number"):
             dgnet.create_model("dg_resnet20", weighting="learned", keep_edges=value)

@@ -107,6 +107,11 @@ def test_auto_takes_the_mode_that_is_faster_on_the_images(tiny, monkeypatch, cap
     assert built == [("dense", 4), ("sparse", 4)] * 2
     monkeypatch.delattr(_compile, "time_alternating")  # nothing to choose from: nothing is timed
     assert compile_network(tiny(weighting="fixed"), "auto", images)(images) == "dense"
+    assert "mode dense: the network has no block that can be skipped" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="unknown mode 'fast'; allowed: dense, sparse, auto"):
+        compile_network(network, "fast")
+    with pytest.raises(UsageError, match="images are for mode 'auto'"):
+        compile_network(network, "dense", images)
     for missing in (None, images[0], images[:0]):
         with pytest.raises(UsageError, match="mode 'auto' times the network: give a batch of images"):
             compile_network(network, "auto", missing)

@@ -171,6 +171,18 @@ def test_routing_has_an_optimiser_of_its_own_whatever_the_others_have(decay):
         torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_learned_weights_have_the_optimiser_of_routing_and_no_decay():
+    network = dgnet.create_model("dg_resnet20", channels=(4, 4, 4), weighting="learned", weight_groups=2)
+    config = TrainConfig(optimizer="sgd", router_optimizer="adamw", weight_decay=0.1)
+    first, second = build_optimizer(build_parameter_groups(network, config), config).parts
+    alphas = {id(p) for name, p in network.named_parameters() if name.endswith("alpha")}
+    assert {id(p) for group in second.param_groups for p in group["params"]} == alphas
+    assert all(group["weight_decay"] == 0 for group in second.param_groups)
+    assert isinstance(first, torch.optim.SGD)
+    with pytest.raises(UsageError, match="--router-optimizer adamw has no effect: no weight or gate of this network learns"):
+        build_parameter_groups(dgnet.create_model("resnet20"), config)
+
+
 def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """What timm's schedules do: the share of a group times the schedule's rate."""
     for group in optimizer.param_groups:

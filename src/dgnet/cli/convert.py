@@ -49,15 +49,23 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output", type=Location | None, default=None, metavar="RUN", help="folder to write the converted network to"
     )
-    parser.add_argument("--topology", type=str, default="complete", help="which edges exist; only complete keeps the function")
     parser.add_argument(
-        "--weighting",
-        type=str,
-        default="routed",
-        help="how edges are weighted: routed, signed, linear, softmax, learned, fixed",
+        "--topology",
+        type=str | None,
+        default=None,
+        help="which edges exist; only complete, the default, keeps the function",
     )
     parser.add_argument(
-        "--node-gate", type=str, default="none", help="gates on blocks: none (training to a budget adds them), hard, gumbel"
+        "--weighting",
+        type=str | None,
+        default=None,
+        help="how edges are weighted: routed (the default), signed, linear, softmax, learned, fixed",
+    )
+    parser.add_argument(
+        "--node-gate",
+        type=str | None,
+        default=None,
+        help="gates on blocks: none (the default; training to a budget adds them), hard, gumbel",
     )
     parser.add_argument(
         "--preset",

@@ -134,13 +134,14 @@ class ClassifierSide:
     def calls(
         self, dataset: ImageDataset, form: str, batch_size: int, compile: bool, device: str
     ) -> tuple[Callable[[Any], object], list[Any]]:
-        images = self._images(dataset).to(device)
+        images = self._images(dataset, batch_size).to(device)
         batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
         call = deploy(self.network.to(device), self.size, form, batch_size, compile)
         return call, [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
 
-    def _images(self, dataset: ImageDataset) -> Tensor:
-        return torch.stack([dataset[index][0] for index in range(min(IMAGES[self.task], len(dataset)))])
+    def _images(self, dataset: ImageDataset, batch_size: int) -> Tensor:
+        count = min(max(IMAGES[self.task], batch_size), len(dataset))
+        return torch.stack([dataset[index][0] for index in range(count)])
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ class DetectorSide:
     def calls(
         self, dataset: CocoDetection, form: str, batch_size: int, compile: bool, device: str
     ) -> tuple[Callable[[Any], object], list[Any]]:
-        images = [dataset[index][0].to(device) for index in range(min(IMAGES[self.task], len(dataset)))]
+        count = min(max(IMAGES[self.task], batch_size), len(dataset))
+        images = [dataset[index][0].to(device) for index in range(count)]
         batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
         network = deepcopy(self.network).to(device).eval()
         return without_gradients(set_sparse(network) if form == "sparse" else set_mode(network, "dense")), batches

@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dgnet.compat.timm import EfficientSqueezeExcite
 from dgnet.errors import UsageError
-from dgnet.graph import ValidArea, current_area, find_stages, use_area
+from dgnet.graph import NetworkGates, ValidArea, current_area, find_stages, use_area
 
 STRIDES = (4, 8, 16, 32)
 """Strides of the feature maps from which the pyramid is built (§6.3)."""
@@ -58,6 +58,12 @@ class Backbone(nn.Module):
                 " allow others with --model-kwargs '{strict_img_size: false}'"
             )
         for stage in find_stages(network):
+            policy = stage.node_gates.policy if isinstance(stage.node_gates, NetworkGates) else None
+            if policy is not None and len(policy.trunk):
+                raise UsageError(
+                    "gate_policy='convolutional' is not possible in a detector: its normalisation would read the padding;"
+                    " leave it out"
+                )
             if stage.layout == "NLC":
                 raise UsageError(
                     f"{type(network).__name__} has dynamic stages of tokens, which detection cannot use: routers would read the"

@@ -66,7 +66,7 @@ def find_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> list[T
 
 def _norms(stage: DynamicGraph) -> Tensor | None:
     topology, weighting = stage.topology, stage.weighting
-    squares = torch.zeros(topology.num_nodes, topology.num_nodes, dtype=torch.float64)
+    squares = torch.zeros(topology.num_nodes, topology.num_nodes, dtype=torch.float64, device="cpu")
     is_known = False
     routers: Any = getattr(weighting, "routers", {})
     parameter: Any

@@ -34,7 +34,8 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
     """
     if not _runs_operator(features[0]):
         return aggregate_by_loop(features, weights, is_open)
-    prepare(features[0].device.type, torch.is_grad_enabled())
+    learns = torch.is_grad_enabled() and (weights.requires_grad or any(feature.requires_grad for feature in features))
+    prepare(features[0].device.type, learns)
     total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
     return total
 

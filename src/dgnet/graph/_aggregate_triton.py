@@ -11,6 +11,7 @@ element k belongs to group (k // inner) % g.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -23,6 +24,7 @@ _TILE = 2048
 """Elements of a map that one program computes."""
 
 
+@cache
 def register() -> None:
     """Make these kernels those of CUDA devices."""
     torch.library.impl("dgnet::aggregate", "cuda", aggregate_triton)

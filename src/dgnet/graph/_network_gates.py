@@ -52,16 +52,16 @@ class GatePolicy(nn.Module):
         nn.init.normal_(self.head.weight, std=self.std)
 
     def forward(self, feature: Tensor) -> Tensor:
-        feature = self.trunk(feature)
+        # Float32 under autocast too, as in all routing.
         with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
-            votes: Tensor = self.head(pool_feature(feature))
+            votes: Tensor = self.head(pool_feature(self.trunk(feature.to(self.head.weight.dtype))))
             return votes
 
 
 class PassedDecisions:
-    """What the first stage has decided for the others, on its way to them: of one forward pass, in each thread its own.
+    """What the first stage has decided for the other stages in a forward pass. Each thread has its own.
 
-    The stages of a network share one such object. A stage takes what is its own once. A copy starts empty.
+    The stages of a network share one such object. Each stage takes its decisions once. A copy starts empty.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class PassedDecisions:
 
     def take(self, kind: str, stage: int) -> Tensor | None:
         """The decisions for a stage, counted from 0; None if the first stage has not run before it."""
-        return self._held.pop((_thread(), kind, stage), None)
+        return self._held.pop((_thread(), kind, stage), self._held.pop((0, kind, stage), None))
 
     def see(self, kind: str, stage: int) -> Tensor:
         """What `take` would return, which must be there."""
@@ -92,7 +92,7 @@ class PassedDecisions:
 
 
 def _thread() -> int:
-    """Which thread this is. Compiled code, which cannot ask, is one of its own."""
+    """A number of this thread; 0 in compiled code, which cannot ask."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -139,7 +139,7 @@ class NetworkGates(NodeGates):
         # The first stage asks for all stages, so that the CPU waits once for the whole network.
         if self.policy is not None:
             others = [self.passed.see("votes", own.stage) for own in self.linked[1:]]
-            logits = torch.cat([votes, *others], dim=1) + torch.cat([own.bias[1:-1] for own in self.linked]).to(votes.dtype)
+            logits = torch.cat([votes, *others], dim=1) + torch.cat([own.bias[1:-1] for own in self.linked]).to(votes)
             self.passed.put("open", self._split((logits >= least_logit(offset)).cpu()))
         opened = self.passed.take("open", self.stage)
         return super().find_open_gates(votes, offset) if opened is None else opened

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dgnet.compat.torch import allow_many_graphs
-from dgnet.errors import UsageError
+from dgnet.errors import UsageError, check_choice
 from dgnet.graph import find_stages
 from dgnet.inference._native import lower_static_blocks, use_native
-from dgnet.inference._sparse import can_skip, set_mode
+from dgnet.inference._sparse import MODES, can_skip, set_mode
 from dgnet.inference._timing import time_alternating
 
 _OPTIONS: dict[str, dict[str, bool]] = {
@@ -40,8 +41,11 @@ def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | No
 
     Raises UsageError if the extension cannot be built, or `mode` is not possible.
     """
+    check_choice("mode", mode, (*MODES, "auto"))
     if mode == "auto":
         return _find_fastest(network, images)
+    if images is not None:
+        raise UsageError(f"images are for mode 'auto', which times the network on them; leave them out for mode {mode!r}")
     network = deepcopy(network).eval()
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(lower_static_blocks(use_native(network)))
@@ -63,6 +67,7 @@ def _find_fastest(network: nn.Module, images: Tensor | None) -> Callable[[Tensor
         raise UsageError("mode 'auto' times the network: give a batch of images, (B, C, H, W), as compile_network(…, images=…)")
     dense = compile_for(network, "dense", len(images))
     if not find_stages(network) or not can_skip(network):
+        print("mode dense: the network has no block that can be skipped", file=sys.stderr)
         return dense
     forms = {"dense": dense, "sparse": compile_for(network, "sparse", len(images))}
     seconds = time_alternating({name: partial(form, images) for name, form in forms.items()}, device=images.device)
@@ -102,18 +107,22 @@ class CudaGraphs:
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self.run = run
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        if images.shape not in self.graphs:
-            self.graphs[images.shape] = self._capture(images)
-        graph, inputs, outputs = self.graphs[images.shape]
-        inputs.copy_(images)
-        graph.replay()
-        return outputs.clone()  # the next replay overwrites them
+        key = (images.shape, images.dtype, images.device)
+        # A graph is captured and replayed on the current device. Its buffers are used in and outside of inference mode.
+        with torch.cuda.device(images.device), torch.inference_mode(False):
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(images)
+            graph, inputs, outputs = self.graphs[key]
+            inputs.copy_(images)
+            graph.replay()
+            return outputs.clone()  # the next replay overwrites them
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        inputs = images.clone()
+        inputs = torch.empty_like(images).copy_(images)
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):  # as torch asks before a capture: compiles, and chooses kernels
@@ -121,7 +130,7 @@ class CudaGraphs:
                 self.run(inputs)
         torch.cuda.current_stream(images.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             outputs = self.run(inputs)
         return graph, inputs, outputs
 

@@ -66,8 +66,10 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
     Raises UsageError if the model has no edge or block that can close.
     """
     check_range("threshold offset", offset)
-    if not can_skip(model):
-        raise UsageError(f"{type(model).__name__} has no edge or block that can close: its weights do not depend on the image")
+    if not any(stage.has_gates or stage.weighting.threshold is not None for stage in require_stages(model)):
+        raise UsageError(
+            f"{type(model).__name__} has no edge or block that can close below a threshold, so an offset changes nothing"
+        )
     for stage in find_stages(model):
         stage.threshold_offset = float(offset)
     return model
@@ -122,7 +124,7 @@ class SparseWalk(DenseWalk):
 
     def _plan(self, is_open: Tensor) -> list[Tensor | None]:
         """For each node but the output node the samples for which it runs. `is_open`: gates, (B, blocks), on the CPU."""
-        alive = torch.ones(len(is_open), self.topology.num_nodes, dtype=torch.bool)
+        alive = torch.ones(len(is_open), self.topology.num_nodes, dtype=torch.bool, device=is_open.device)
         for node in self.topology.blocks:
             alive[:, node] = is_open[:, node - 1] & alive[:, list(self.topology.senders(node))].any(1)
         found = [alive[:, node].nonzero().flatten() for node in (0, *self.topology.blocks)]

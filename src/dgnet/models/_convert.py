@@ -44,8 +44,8 @@ _GATED_START = {"node_gate_std": 0.0, "router_norm": "layer"}
 def convert(
     network: nn.Module,
     *,
-    topology: TopologyLike = "complete",
-    weighting: WeightingLike = "routed",
+    topology: TopologyLike | None = None,
+    weighting: WeightingLike | None = None,
     node_gate: str | None = None,
     preset: str | None = None,
     stages: str | Sequence[str] = "auto",
@@ -59,11 +59,11 @@ def convert(
     stages; with gates also single blocks. All blocks of a run get the same further arguments, or none. The rest stays static.
     The copy's class is a subclass of the network's own.
 
-    `weighting`: "routed", "learned" or "fixed". `node_gate`: "hard" or "gumbel" for a gate on each block. `preset`: a name of
-    `dgnet.presets` in place of these three, for connectivity in the form of another network. `stages`: "auto", or the names of
-    modules whose blocks become stages, also blocks without a residual shortcut. `image_size`: pixels, side or height and width;
-    by default the network's own. `check`: images, (B, C, H, W), on which both networks must agree. `options`: further ones of
-    `dgnet.Connectivity`.
+    `topology`: by default "complete". `weighting`: "routed" (the default), "learned" or "fixed". `node_gate`: "hard" or
+    "gumbel" for a gate on each block. `preset`: a name of `dgnet.presets` in place of these three, for connectivity in the form
+    of another network. `stages`: "auto", or the names of modules whose blocks become stages, also blocks without a residual
+    shortcut. `image_size`: pixels, side or height and width; by default the network's own. `check`: images, (B, C, H, W), on
+    which both networks must agree. `options`: further ones of `dgnet.Connectivity`.
 
     The network and the copy run once on two random images, to see that they compute the same; not on the meta device. In
     training mode the network must call the blocks in the same way.
@@ -79,12 +79,12 @@ def convert(
         raise UsageError(f"check is a batch of images, (B, C, H, W), got {shorten(repr(check))}")
     if preset is not None:
         axes = {"topology": topology, "weighting": weighting, "node_gate": node_gate}
-        defaults = ("complete", "routed", "none", None)
-        given = {name: value for name, value in axes.items() if isinstance(value, Tensor) or value not in defaults}
+        given = {name: value for name, value in axes.items() if value is not None}
         options = expand_preset(type(network).__name__, preset, {**given, **options, "dynamic": True})
         del options["dynamic"]
         topology, weighting = options.pop("topology"), options.pop("weighting")
         node_gate = options.pop("node_gate", None)
+    topology, weighting = "complete" if topology is None else topology, weighting or "routed"
     connectivity = _read_connectivity(topology, weighting, node_gate, options)
     with plain_context(network):
         result, size = _convert(network, connectivity, _read_stages(stages), image_size)

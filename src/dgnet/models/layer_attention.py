@@ -51,7 +51,7 @@ class LayerAttention(nn.Module):
 
 
 class LayerAttentionBlock(BasicBlock):
-    """A residual block, y, then y + BN(o) with o of `LayerAttention`."""
+    """A residual block, y, then y + BN(o) with o of `LayerAttention`. As in the authors' code, drop path drops only BN(o)."""
 
     def __init__(self, *args: Any, drop_path: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,8 +60,9 @@ class LayerAttentionBlock(BasicBlock):
         self.attention_drop = drop_path or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
         before = x if self.downsample is None else self.downsample(x)
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.act2(self.bn2(self.conv2(y)) + before)
         out: Tensor = y + self.attention_drop(self.attention_norm(self.attention(y, before)))
         return out
 

@@ -34,8 +34,9 @@ class OptimizerOptions:
     router_lr: float = option(1.0, "learning rate of routers, gates and static weights, as a share of --lr")
     router_optimizer: str = option(
         "same",
-        "optimiser of routers, gates, thresholds and static weights: same (as --optimizer), adamw, sgd; Muon's steps are"
-        " equally long for every matrix, so that a router that starts at 0 moves far at once",
+        "optimiser of routers, gates, thresholds and static weights: same (as --optimizer), adamw, sgd; its rate is --lr times"
+        " --router-lr, and --opt-betas and --opt-eps do not change it. Muon's steps are equally long for every matrix, so that"
+        " a router that starts at 0 moves far at once",
         ("same", "adamw", "sgd"),
     )
     threshold_lr: float = option(1.0, "learning rate of the thresholds τ, as a share of --lr")

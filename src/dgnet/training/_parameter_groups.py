@@ -7,6 +7,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from dgnet.errors import UsageError
 from dgnet.graph import find_stages
 from dgnet.training._config_optimizer import OptimizerOptions
 from dgnet.training._optimizer import IS_ROUTING
@@ -29,11 +30,16 @@ def build_parameter_groups(
     stages = find_stages(network)
     weightings = [stage.weighting for stage in stages]
     gates = [stage.node_gates for stage in stages if stage.node_gates is not None]
-    deciders = [weighting for weighting in weightings if weighting.reads_features]
+    has_own = config.router_optimizer != "same"
+    deciders = [weighting for weighting in weightings if weighting.reads_features or has_own]
     routing = [parameter for module in (*deciders, *gates) for parameter in module.parameters() if parameter.requires_grad]
     ids = {id(weighting.threshold) for weighting in weightings}
     thresholds = [parameter for parameter in routing if id(parameter) in ids]
     routers = [parameter for parameter in routing if id(parameter) not in ids]
+    if has_own and not routing:
+        raise UsageError(
+            f"--router-optimizer {config.router_optimizer} has no effect: no weight or gate of this network learns"
+        )
     decay = config.weight_decay if config.routing_decay == "all" else 0.0
     apart: list[dict[str, Any]] = []
     if config.norm_decay:
@@ -51,7 +57,10 @@ def build_parameter_groups(
     if config.routing_decay != "weights":
         apart.append({"params": routers, "weight_decay": decay, **rate})
     elif rate:
-        matrices, biases = ([p for p in routers if (p.ndim > 1) is is_matrix] for is_matrix in (True, False))
+        undecayed = {id(p) for name, p in network.named_parameters() if name in exempt}
+        matrices, biases = (
+            [p for p in routers if (p.ndim > 1 and id(p) not in undecayed) is is_matrix] for is_matrix in (True, False)
+        )
         apart.append({"params": matrices, "weight_decay": config.weight_decay, **rate})
         apart.append({"params": biases, "weight_decay": 0.0, **rate})
     if config.routing_decay == "all" or config.threshold_lr != 1 or layer_decay is not None or IS_ROUTING in rate:

@@ -14,6 +14,7 @@ from dgnet.options import flag
 from dgnet.paths import absolute, is_file
 from dgnet.training._config import TrainConfig
 from dgnet.training._latency import LatencyTable, measure_latencies, read_latencies
+from dgnet.training._processes import is_main_process
 from dgnet.training._run import Run
 from dgnet.training._search import LatencyRange, resolve_phases
 
@@ -46,6 +47,8 @@ def prepare_search(
         path = table.path if config.latency_table is None else Path(absolute(config.latency_table))
         network.latency.copy_(read_latencies(path, len(network.cells)))
         how = f"from {path}"
+    elif not is_main_process(config.nodes):  # DDP gives all processes the latencies of the first one
+        return config, table
     else:
         device = "cpu" if config.latency_device == "cpu" else _find_device(config)
         network.latency.copy_(measure_latencies(network, image_size, device))

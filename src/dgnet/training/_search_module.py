@@ -164,6 +164,13 @@ class SearchClassifier(Classifier):
             self.controller_optimizer.load_state_dict(self.stored_optimizer)
         return super().configure_optimizers()
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.trains_controller and self.config.clip_mode == "norm" and gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.network.controller.parameters(), gradient_clip_val)
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)
         if self.trainer.world_size > 1:
