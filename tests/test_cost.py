@@ -57,17 +57,17 @@ def test_the_record_is_what_is_counted(name):
 
 
 def count_by_module(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """The slow twin for networks of `nn.Conv2d` and `nn.Linear` that keep the batch: from the shapes of modules and outputs."""
+    """The slow twin for networks of convolutions and `nn.Linear` that keep the batch: from shapes of modules and outputs."""
     counts = {"multiply_adds": 0, "linear_multiply_adds": 0, "router_multiply_adds": 0}
     deciders = [module for stage in find_stages(model) for module in (stage.weighting, stage.node_gates) if module is not None]
     routing = {layer for decider in deciders for layer in decider.modules()}
 
     def count(layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        kind = "multiply_adds" if isinstance(layer, nn.Conv2d) else "linear_multiply_adds"
+        kind = "multiply_adds" if isinstance(layer, nn.Conv1d | nn.Conv2d) else "linear_multiply_adds"
         counts["router_multiply_adds" if layer in routing else kind] += output.numel() * layer.weight[0].numel()
 
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
     with torch.no_grad():
         model.eval()(torch.empty(1, 3, *size, device="meta"))

@@ -35,6 +35,7 @@ class Worker:
         self.folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         ours, theirs = os.pipe()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": "0"}
+        environment["DGNET_AGGREGATE"] = "plain"  # each box is a home of its own, where the kernels would be built again
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.zygote", str(theirs)],
             stdin=subprocess.PIPE,
