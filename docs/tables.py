@@ -365,7 +365,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert": partial(convert_table, "convert"),
     "convert-differences": partial(differences_table, "convert", CONVERT_PAIRS),
     "convert-vit": partial(convert_table, "convert_vit"),
-    "convert-vit-differences": partial(differences_table, "convert_vit", CONVERT_PAIRS),
     "convert-speed": partial(speed_table, "convert_cpu"),
     "train-bfloat16-compiled": partial(networks_table, "train, batch 32, bfloat16, compiled"),
     "train-bfloat16-compiled-system": partial(networks_table, "train, batch 32, bfloat16, compiled, allocator system"),
