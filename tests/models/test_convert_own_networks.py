@@ -234,9 +234,9 @@ class Router(nn.Module):
         ({"router": Router}, "the feature after stage blocks.0 differs; leave out the options"),
         ({"node_gate": "hard", "node_gate_bias": 0.1, "threshold_offset": 0.1}, "a gate is closed; leave out"),
         ({"node_gate": False}, "unknown node_gate False; allowed: none, hard, gumbel"),
-        ({"weighting": None}, "weighting is routed, signed, linear, softmax, learned, fixed or a callable .* got None"),
+        ({"weighting": 3}, "weighting is routed, signed, linear, softmax, learned, fixed or a callable .* got 3"),
         ({"weighting": [1]}, r"weighting is routed, signed, linear, softmax, learned, fixed or a callable .* got \[1\]"),
-        ({"topology": None}, "topology is a name, a mask, a callable .* got None"),
+        ({"topology": 3}, "topology is a name, a mask, a callable .* got 3"),
         ({"stages": np.array(["blocks", "head"])}, "stages is 'auto' or a list of names"),
     ],
 )
