@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import dgnet
-from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
+from common import MODELS, measure_missing, read_rows, stage_shapes
 from dgnet.bench import describe_hardware, versions
 from dgnet.graph import aggregate, aggregate_by_loop, find_aggregation
 from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
@@ -69,18 +68,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "aggregate_cpu.json")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the file, measure nothing")
     args = parser.parse_args()
-    results = read_rows(args.output)
     if args.table:
-        print(format_table(results))
+        print(format_table(read_rows(args.output)))
         return
     dgnet.keep_freed_memory()
-    begun = time.monotonic()
-    for row in tqdm(missing_rows(list_rows(args), results), file=sys.stderr):
-        if time.monotonic() - begun > 60 * args.minutes:
-            break
-        results.append(row | measure(**row, args=args))
-        write_rows(args.output, results)
-    print(format_table(results))
+    print(format_table(measure_missing(list_rows(args), args.output, args.minutes, partial(measure, args=args))))
 
 
 def list_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

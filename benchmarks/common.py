@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dgnet._cost_tables import TABLES
 from dgnet.graph import DynamicGraph, find_stages
@@ -48,6 +52,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def missing_rows(wanted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The wanted rows that are not in `rows`. A row is found by the fields given in `wanted`."""
     return [row for row in wanted if not any(all(r[key] == value for key, value in row.items()) for r in rows)]
+
+
+def measure_missing(
+    wanted: list[dict[str, Any]], output: Path, minutes: float, measure: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Measure the wanted rows that the file `output` lacks, and write each to it at once; returns all rows of the file.
+
+    `measure`: called with the fields of a row, returns further ones. After `minutes` no new row is started.
+    """
+    results, begun = read_rows(output), time.monotonic()
+    for row in tqdm(missing_rows(wanted, results), file=sys.stderr):
+        if time.monotonic() - begun > 60 * minutes:
+            break
+        results.append(row | measure(**row))
+        write_rows(output, results)
+    return results
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import dgnet
-from common import missing_rows, ratios, read_rows, write_rows
+from common import measure_missing, ratios, read_rows
 from dgnet._cost import cost_model
 from dgnet.bench import describe_hardware, versions
 from dgnet.graph import NodeGates, find_stages, record_connectivity
@@ -57,12 +54,7 @@ def main() -> None:
             for model in args.models
             for share in args.shares
         ]
-        begun = time.monotonic()
-        for row in tqdm(missing_rows(wanted, results), file=sys.stderr):
-            if time.monotonic() - begun > 60 * args.minutes:
-                break
-            results.append(row | measure(**row, rounds=args.rounds))
-            write_rows(args.output, results)
+        results = measure_missing(wanted, args.output, args.minutes, partial(measure, rounds=args.rounds))
     print(format_table(results))
 
 

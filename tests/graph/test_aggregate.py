@@ -452,9 +452,10 @@ def test_without_a_compiler_one_line_says_so(afresh, monkeypatch, capsys):
     features, weights, _ = draw_case(0, (2, 3, 4, 4), 3, torch.float32, "contiguous", "none")
     with torch.no_grad():
         aggregate(features, weights)
+    aggregate(features, weights)
     assert capsys.readouterr().err == ""  # nothing is built for a pass without gradients
     for _ in range(3):
-        aggregate(features, weights)
+        aggregate(features, weights.requires_grad_())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("the compiled aggregation needs a C++ compiler; sums outside torch.compile run in plain PyTorch")

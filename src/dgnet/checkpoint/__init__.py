@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dgnet.checkpoint._checkpoint import Described as Described
     from dgnet.checkpoint._checkpoint import RunData as RunData
     from dgnet.checkpoint._checkpoint import describe_network as describe_network
-    from dgnet.checkpoint._checkpoint import find_task as find_task
     from dgnet.checkpoint._checkpoint import load_checkpoint as load_checkpoint
     from dgnet.checkpoint._checkpoint import read_run_data as read_run_data
     from dgnet.checkpoint._files import DESCRIPTION as DESCRIPTION

@@ -215,15 +215,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint.read(path)
 
 
-def find_task(path: str | Path) -> str:
-    """What a checkpoint was trained for, `CLASSIFY` or `DETECT`; `CLASSIFY` for one that does not say.
-
-    Raises UsageError for a file that is missing, truncated or damaged.
-    """
-    carried = read_tensors(find_checkpoint(path))[1]
-    return str((carried or {}).get("task", CLASSIFY))
-
-
 def _check_task(path: Path, carried: dict[str, Any] | None, task: str) -> dict[str, Any]:
     """The description `carried` by a file, which must be for `task`. Raises UsageError if it is not, or if there is none."""
     if carried is None:

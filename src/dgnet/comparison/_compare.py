@@ -198,20 +198,24 @@ def _time(
 ) -> dict[str, list[Timing]]:
     """For each side its timings, one for each batch size."""
     found: dict[str, list[Timing]] = {side.name: [] for side in sides}
+    count = IMAGES[sides[0].task]
+    images = [
+        side.read_images(dataset, max(count, *batch_sizes), device) for side, dataset in zip(sides, datasets, strict=True)
+    ]
     for batch_size in tqdm(batch_sizes, desc="batch sizes", file=sys.stderr):
         steps: dict[str, Callable[[], object]] = {}
         keys: dict[str, dict[str, str]] = {side.name: {} for side in sides}  # name -> form -> key of its step
-        for side, dataset in zip(sides, datasets, strict=True):
+        for side, own in zip(sides, images, strict=True):
+            batches = side.split(own, batch_size)
             for form in find_forms(side):
-                call, batches = side.calls(dataset, form, batch_size, compile, device)
-                turn = itertools.cycle(batches)
+                call, turn = side.deploy(form, batch_size, compile, device), itertools.cycle(batches)
                 key = keys[side.name][form] = f"{side.name}, {form}"
                 steps[key] = lambda call=call, turn=turn: call(next(turn))  # type: ignore[misc]
         seconds = time_alternating(steps, rounds, device)
         medians = {key: statistics.median(times) for key, times in seconds.items()}
         fastest = {name: min(forms, key=lambda form, forms=forms: medians[forms[form]]) for name, forms in keys.items()}  # type: ignore[misc]
         calls: dict[str, list[float]] = {side.name: [] for side in sides}
-        for _ in range(max(IMAGES[sides[0].task] // batch_size, 1)):
+        for _ in range(max(count // batch_size, 1)):
             for name, form in fastest.items():
                 calls[name].append(1000 * time_step(steps[keys[name][form]], device))
         first = seconds[keys[sides[0].name][fastest[sides[0].name]]]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dgnet._cost import CostModel, cost_model
-from dgnet.checkpoint import DETECT, Checkpoint, Described, find_task, load_checkpoint
+from dgnet.checkpoint import DETECT, Checkpoint, Described, find_checkpoint, read_tensors
 from dgnet.data import ImageDataset
-from dgnet.detection import CocoDetection, Detector, DetectorCheckpoint, evaluate_detector, load_detector
+from dgnet.detection import CocoDetection, Detector, DetectorCheckpoint, evaluate_detector
 from dgnet.errors import UsageError
 from dgnet.evaluation import evaluate, open_evaluation_data
 from dgnet.graph import find_stages
@@ -74,10 +74,14 @@ class Side(Protocol):
     def evaluate(self, dataset: Any, batch_size: int, workers: int, device: str) -> Figures:
         """Accuracy and cost, in one pass."""
 
-    def calls(
-        self, dataset: Any, form: str, batch_size: int, compile: bool, device: str
-    ) -> tuple[Callable[[Any], object], list[Any]]:
-        """The network as it is deployed in a form, and the batches that it is timed on."""
+    def read_images(self, dataset: Any, count: int, device: str) -> Any:
+        """The first `count` images, to time calls on; fewer if there are fewer."""
+
+    def split(self, images: Any, batch_size: int) -> list[Any]:
+        """What `read_images` returned, as whole batches."""
+
+    def deploy(self, form: str, batch_size: int, compile: bool, device: str) -> Callable[[Any], object]:
+        """The network as it is deployed in a form. It takes a batch of `split`."""
 
 
 def find_forms(side: Side) -> tuple[str, ...]:
@@ -90,10 +94,12 @@ def load_side(name: str, place: str | Path) -> Side:
 
     Raises UsageError if it cannot be loaded.
     """
-    if find_task(place) == DETECT:
-        detector = load_detector(place)
+    path = find_checkpoint(place)
+    state_dict, carried = read_tensors(path)
+    if carried is not None and carried.get("task") == DETECT:
+        detector = DetectorCheckpoint.of(path, state_dict, carried)
         return DetectorSide(name, detector, detector.build())
-    checkpoint = load_checkpoint(place)
+    checkpoint = Checkpoint.of(path, state_dict, carried)
     return ClassifierSide(name, checkpoint, checkpoint.build_network())
 
 
@@ -131,17 +137,15 @@ class ClassifierSide:
             top5=found.top5,
         )
 
-    def calls(
-        self, dataset: ImageDataset, form: str, batch_size: int, compile: bool, device: str
-    ) -> tuple[Callable[[Any], object], list[Any]]:
-        images = self._images(dataset, batch_size).to(device)
-        batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
-        call = deploy(self.network.to(device), self.size, form, batch_size, compile)
-        return call, [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+    def read_images(self, dataset: ImageDataset, count: int, device: str) -> Tensor:
+        return torch.stack([dataset[index][0] for index in range(min(count, len(dataset)))]).to(device)
 
-    def _images(self, dataset: ImageDataset, batch_size: int) -> Tensor:
-        count = min(max(IMAGES[self.task], batch_size), len(dataset))
-        return torch.stack([dataset[index][0] for index in range(count)])
+    def split(self, images: Tensor, batch_size: int) -> list[Tensor]:
+        whole = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
+        return [batch.contiguous(memory_format=torch.channels_last) for batch in whole]
+
+    def deploy(self, form: str, batch_size: int, compile: bool, device: str) -> Callable[[Any], object]:
+        return deploy(self.network.to(device), self.size, form, batch_size, compile)
 
 
 @dataclass(frozen=True)
@@ -182,11 +186,12 @@ class DetectorSide:
             raise UsageError(f"{dataset.annotations.path} has no objects to find; compare detectors on images that have some")
         return Figures(len(dataset), ap=found.precision.ap, ap50=found.precision.ap50, **executed)
 
-    def calls(
-        self, dataset: CocoDetection, form: str, batch_size: int, compile: bool, device: str
-    ) -> tuple[Callable[[Any], object], list[Any]]:
-        count = min(max(IMAGES[self.task], batch_size), len(dataset))
-        images = [dataset[index][0].to(device) for index in range(count)]
-        batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
+    def read_images(self, dataset: CocoDetection, count: int, device: str) -> list[Tensor]:
+        return [dataset[index][0].to(device) for index in range(min(count, len(dataset)))]
+
+    def split(self, images: list[Tensor], batch_size: int) -> list[list[Tensor]]:
+        return [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
+
+    def deploy(self, form: str, batch_size: int, compile: bool, device: str) -> Callable[[Any], object]:
         network = deepcopy(self.network).to(device).eval()
-        return without_gradients(set_sparse(network) if form == "sparse" else set_mode(network, "dense")), batches
+        return without_gradients(set_sparse(network) if form == "sparse" else set_mode(network, "dense"))

@@ -33,6 +33,9 @@ class Weighting(nn.Module):
     reads_features = True
     """Whether α depends on the features. If False and nothing else reads node 0, no projection is built."""
 
+    reads_offset = True
+    """Whether `find_open` follows `offset`, if edges can close at all."""
+
     couples_edges = False
     """Whether the weight of an in-edge depends on α of the node's other in-edges. α of a dead sender is then 0 in `weigh`."""
 
@@ -122,7 +125,6 @@ class LearnedOptions(StaticOptions):
         ("identity", "sigmoid"),
         {"weighting": ("learned",)},
     )
-
     keep_edges: int = option(
         0,
         "in-edges of a node that stay open: this many, those with the largest |α|; 0: all. In training the others weigh 0 and"
@@ -147,6 +149,7 @@ class LearnedWeighting(Weighting):
     """One learned weight for each edge, the same for all samples: α of Table 6."""
 
     reads_features = False
+    reads_offset = False  # `keep_edges` counts edges
 
     def __init__(self, topology: Topology, channels: int, options: LearnedOptions | None = None, stage: int = 1) -> None:
         super().__init__(topology, channels)
@@ -169,11 +172,11 @@ class LearnedWeighting(Weighting):
         return alpha.sigmoid() if self.options.learned_activation == "sigmoid" else alpha
 
     def weigh(self, node: int, alpha: Tensor) -> Tensor:
-        kept = self._find_kept(alpha)
+        kept = self._find_kept(alpha) if self.training else None  # in evaluation `find_open` closes the others
         if kept is None:
             return alpha
         kept = of_whole_edges(kept, alpha).to(alpha.dtype)
-        return alpha * kept + (alpha - alpha.detach()) * (1 - kept) if self.training else alpha * kept
+        return alpha * kept + (alpha - alpha.detach()) * (1 - kept)
 
     def find_open(self, node: int, alpha: Tensor, offset: float) -> Tensor | None:
         return None if self.training else self._find_kept(alpha)

@@ -60,13 +60,17 @@ def _can_close(stage: StageNodes) -> bool:
     return stage.has_gates or stage.weighting.can_close
 
 
+def _follows_offset(stage: StageNodes) -> bool:
+    return stage.has_gates or (stage.weighting.can_close and stage.weighting.reads_offset)
+
+
 def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
     """In evaluation, close edges below τ + `offset` and block gates below ½ + `offset`. In place; returns the model.
 
     Raises UsageError if the model has no edge or block that can close.
     """
     check_range("threshold offset", offset)
-    if not any(stage.has_gates or stage.weighting.threshold is not None for stage in require_stages(model)):
+    if not any(_follows_offset(stage) for stage in require_stages(model)):
         raise UsageError(
             f"{type(model).__name__} has no edge or block that can close below a threshold, so an offset changes nothing"
         )
@@ -77,7 +81,7 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
 
 def find_threshold_offset(model: nn.Module) -> float:
     """The offset that `set_threshold_offset` or the model's options have set; 0 if nothing can close."""
-    return next((stage.threshold_offset for stage in find_stages(model) if _can_close(stage)), 0.0)
+    return next((stage.threshold_offset for stage in find_stages(model) if _follows_offset(stage)), 0.0)
 
 
 class SparseWalk(DenseWalk):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,8 +10,10 @@ from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from dgnet.errors import check_range
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._state import LoadsWrapped
+from dgnet.typed import read_value
 
 
 def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -25,6 +27,22 @@ def take_indices(num_features: int, indices: int | Sequence[int] | None) -> list
     if indices == 0 or not all(-num_features <= index < num_features for index in wanted):
         raise ValueError(f"there are {num_features} features, got indices {indices}")
     return [index % num_features for index in wanted]
+
+
+_LARGEST_SIZE = 10_000
+"""Of layers and channels; no machine holds such a network."""
+
+
+def read_sizes(name: str, sizes: Any, kind: Any) -> list[int]:
+    """One whole number for each stage, as a list. `kind`: the type that the option `name` has, such as list[int].
+
+    Raises UsageError for other values.
+    """
+    is_listed = isinstance(sizes, Iterable) and not isinstance(sizes, str)
+    read = list(read_value(kind, list(sizes) if is_listed else sizes, name))
+    for size in read:
+        check_range(name, size, 1, _LARGEST_SIZE)
+    return read
 
 
 class StagedNetwork(LoadsWrapped, TimmNetwork):

@@ -6,7 +6,7 @@ pre-activation form (He et al., 2016b): no activation after an addition, as on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,27 +15,13 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
-from dgnet.errors import check_range
 from dgnet.models._connectivity import Connectivity
 from dgnet.models._dynamic import DynamicFamily
 from dgnet.models._factory import build_model
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models._published import packaged_cfgs
-from dgnet.models._staged import StagedNetwork
+from dgnet.models._staged import StagedNetwork, read_sizes
 from dgnet.models.resnet import split_block
-from dgnet.typed import read_value
-
-_LARGEST_SIZE = 10_000
-"""Of layers and channels; no machine holds such a network."""
-
-
-def _read_sizes(name: str, sizes: Any) -> list[int]:
-    """One whole number for each stage, as a list. Raises UsageError for other values."""
-    is_listed = isinstance(sizes, Iterable) and not isinstance(sizes, str)
-    read: list[int] = list(read_value(tuple[int, int, int], list(sizes) if is_listed else sizes, name))
-    for size in read:
-        check_range(name, size, 1, _LARGEST_SIZE)
-    return read
 
 
 class CifarResNet(StagedNetwork):
@@ -62,7 +48,7 @@ class CifarResNet(StagedNetwork):
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
-        depths, widths = _read_sizes("layers", layers), _read_sizes("channels", channels)
+        depths, widths = (read_sizes(*each, tuple[int, int, int]) for each in (("layers", layers), ("channels", channels)))
         self.in_chans = in_chans
         width = widths[0]
         self.build_stem(in_chans, width)

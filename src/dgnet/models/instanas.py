@@ -13,7 +13,7 @@ Letters: B batch, M modules of a cell, L cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +28,7 @@ from dgnet.graph import DynamicGraph, FixedWeighting, least_logit, parallel
 from dgnet.models._dynamic import Transform
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
-from dgnet.models._staged import StagedNetwork
-from dgnet.typed import read_value
+from dgnet.models._staged import StagedNetwork, read_sizes
 
 
 def build_plain_module(in_channels: int, channels: int, stride: int) -> Transform:
@@ -132,12 +131,9 @@ class Controller(nn.Module):
 
 def _read_sizes(name: str, sizes: Any, stages: int | None = None) -> list[int]:
     """One whole number for each stage."""
-    is_listed = isinstance(sizes, Iterable) and not isinstance(sizes, str)
-    read: list[int] = read_value(list[int], list(sizes) if is_listed else sizes, name)
+    read = read_sizes(name, sizes, list[int])
     if not read or len(read) != (stages or len(read)):
         raise UsageError(f"{name} lists a number for each of {stages or 'the'} stages, got {read}")
-    for size in read:
-        check_range(name, size, 1, 10_000)
     return read
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from dgnet.documents import read_json
 from dgnet.errors import UsageError
-from dgnet.files import replace_file, writing
+from dgnet.files import replace_file, to_json, writing
 from dgnet.inference import fold_batch_norms, time_alternating
 from dgnet.models import MODULES, InstaNAS, find_channels
 from dgnet.paths import is_file
@@ -73,7 +72,7 @@ class LatencyTable:
         cells = [{name: round(value, 6) for name, value in zip(MODULES, row, strict=True)} for row in latency.tolist()]
         document = {**self.about, "unit": "milliseconds", "cells": cells}
         with writing(f"the run folder {self.folder}"), replace_file(self.path) as written:
-            written.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written.write_text(to_json(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read_latencies(path: Path, cells: int) -> Tensor:
