@@ -10,9 +10,9 @@ import pytest
 from dgnet.bench import BenchConfig
 from dgnet.detection import DetectConfig
 from dgnet.errors import UsageError
-from dgnet.options import flag, hints_of
+from dgnet.options import flag
 from dgnet.training import TrainConfig
-from dgnet.typed import Location, describe, read_fields, read_plain, read_value, read_word
+from dgnet.typed import Location, describe, hints_of, read_fields, read_plain, read_value, read_word
 
 HUGE = 10**400
 

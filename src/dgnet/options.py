@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from dgnet.errors import check_choice, check_range
-from dgnet.typed import read_value
+from dgnet.typed import hints_of, read_value
 
 MOST_THREADS = 4096
 MOST_WORKERS = 1024
@@ -47,11 +47,6 @@ def check_groups(config: Any) -> None:
     for group in reversed(type(config).__mro__):
         if "check" in vars(group):
             vars(group)["check"](config)
-
-
-def hints_of(config: type[Any]) -> dict[str, Any]:
-    """Field -> its type, for `dgnet.typed`."""
-    return get_type_hints(config, include_extras=True)
 
 
 def read_options(config: Any) -> None:

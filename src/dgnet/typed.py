@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
+from functools import cache, partial
 from typing import Annotated, Any, TypeVar, Union
 
 from dgnet.documents import parse_yaml
@@ -64,6 +65,14 @@ def read_word(hint: Any, word: str, what: str) -> Any:
     return read_value(hint, value, what)
 
 
+_hints_of = cache(partial(typing.get_type_hints, include_extras=True))  # takes milliseconds for a configuration
+
+
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """Field of the dataclass `kind` -> its type."""
+    return _hints_of(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
 def read_fields(kind: type[T], values: Any, where: str, spell: Callable[[str], str] = str) -> T:
     """An instance of the dataclass `kind` from the mapping `values`, as a file stores it. Fields with a default may be missing.
 
@@ -79,7 +88,7 @@ def read_fields(kind: type[T], values: Any, where: str, spell: Callable[[str], s
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise UsageError(f"{where} lacks {spell(name)}")
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)
     read = {name: read_value(hints[name], value, f"{where}: {spell(name)}") for name, value in values.items()}
     try:
         return kind(**read)

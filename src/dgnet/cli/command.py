@@ -19,9 +19,9 @@ from dgnet.devices import find_device as find_device
 from dgnet.documents import parse_yaml, read_yaml
 from dgnet.errors import UsageError, did_you_mean
 from dgnet.files import to_json, without_nan
-from dgnet.options import MOST_WORKERS, check_bounds, flag, hints_of
+from dgnet.options import MOST_WORKERS, check_bounds, flag
 from dgnet.paths import is_file
-from dgnet.typed import Location, describe, read_value, read_word
+from dgnet.typed import Location, describe, hints_of, read_value, read_word
 
 if TYPE_CHECKING:
     from dgnet.training import RunConfig, RunResult

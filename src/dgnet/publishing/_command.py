@@ -9,8 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from dgnet.models import Connectivity
-from dgnet.options import as_word, flag, hints_of
-from dgnet.typed import is_location
+from dgnet.options import as_word, flag
+from dgnet.typed import hints_of, is_location
 
 # They do not change the result, or are of the machine that trained.
 _LEFT_OUT = {

@@ -22,7 +22,7 @@ from dgnet.errors import MachineError, UsageError, WriteError, describe_failure_
 from dgnet.evaluation import DATA
 from dgnet.graph import accept_cuts
 from dgnet.models import TimmNetwork, create_model, find_channels
-from dgnet.options import flag, hints_of
+from dgnet.options import flag
 from dgnet.paths import absolute, find_kind, is_file
 from dgnet.training._checkpointing import LAST, Checkpointing, Interrupted
 from dgnet.training._config import RESUME_OPTIONS, RunConfig
@@ -44,7 +44,7 @@ from dgnet.training._module import RunModule
 from dgnet.training._processes import end_other_processes, is_main_process
 from dgnet.training._progress import Progress as ProgressBar
 from dgnet.training._trainer import build_trainer, quiet_lightning
-from dgnet.typed import is_location, read_fields
+from dgnet.typed import hints_of, is_location, read_fields
 
 C = TypeVar("C", bound=RunConfig)
 
