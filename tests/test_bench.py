@@ -27,6 +27,7 @@ def test_a_measurement(capsys, task):
     assert result["hardware"]
 
 
+@pytest.mark.slow
 def test_any_two_networks_and_the_table(capsys):
     options = ["--against", "dg_resnet20", "--task", "infer", "--model-kwargs", "{weighting: fixed}"]
     text = ask(capsys, "bench", "dg_resnet20", *options, *QUICK)

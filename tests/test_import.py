@@ -70,6 +70,7 @@ def test_importing_dgnet_imports_nothing_that_is_slow() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import dgnet, importlib.util; importlib.util.find_spec('timm'); import timm", "import timm, dgnet"],

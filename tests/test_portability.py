@@ -210,6 +210,7 @@ def run_in(folder, arguments, log):
     run_without([], arguments, log)
 
 
+@pytest.mark.slow
 def test_a_current_folder_that_was_removed(tmp_path):
     (tmp_path / "gone").mkdir()
     process = FORK.Process(target=run_in, args=(tmp_path / "gone", ["models"], tmp_path / "log"))

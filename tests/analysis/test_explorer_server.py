@@ -33,7 +33,7 @@ from tests.helpers.browser import open_browser, watch
 from tests.helpers.command import refuse
 from tests.helpers.data import CLASSES, jpeg
 from tests.helpers.networks import close_some, spread_routers
-from tests.helpers.processes import free_port
+from tests.helpers.processes import free_port, hear_signals
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="needs gradio: pip install 'dgnet[explore]'"
@@ -236,7 +236,7 @@ def run_server(checkpoint, tmp_path, *options):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "http_proxy": "http://127.0.0.1:9"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )
     try:
         assert server.stdout.readline() == f"dg_resnet20 at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n"
@@ -318,7 +318,7 @@ def test_the_page_in_a_browser(checkpoint, photo, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background ignores it
+        preexec_fn=hear_signals,
     )
     try:
         with open_browser() as browser:

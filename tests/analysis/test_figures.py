@@ -14,6 +14,7 @@ from dgnet.analysis._adjacency import GraphRow, draw_graphs
 from dgnet.analysis._figures import save_figure
 
 
+@pytest.mark.slow
 def test_importing_dgnet_does_not_import_matplotlib_nor_drawing_what_trains():
     code = "import dgnet, sys; assert 'matplotlib' not in sys.modules; dgnet.plot_graph; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -283,10 +283,12 @@ def test_a_fine_tuned_network_is_explored(varied, images, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
-@pytest.mark.parametrize(("format", "extension"), [("onnx", "onnx"), ("torch", "pt2")])
-def test_a_fine_tuned_network_is_exported(varied, mode, format, extension, tmp_path, capsys):
-    path = tmp_path / f"net.{extension}"
+@pytest.mark.parametrize(
+    ("tuned", "format", "mode"), [("test_convnext", "onnx", "sparse"), ("test_mambaout", "torch", "dense")], indirect=["tuned"]
+)
+def test_a_fine_tuned_network_is_exported(varied, format, mode, tmp_path, capsys):
+    """Networks of each layout are exported in tests/inference/test_converted.py."""
+    path = tmp_path / f"net.{'onnx' if format == 'onnx' else 'pt2'}"
     found = json.loads(ask(capsys, "export", varied, "--format", format, "--mode", mode, "--output", path, "--json"))
     assert found["difference"] < 1e-4
 

@@ -24,6 +24,7 @@ from tests.helpers.boxes import box_entry, image_entry, write_set
 from tests.helpers.command import QUICK, ask, refuse
 from tests.helpers.data import jpeg
 from tests.helpers.pairs import third
+from tests.helpers.processes import hear_signals
 from tests.helpers.terminals import KINDS, Kind, run_command
 
 ODD = os.fsdecode(b"caf\xc3\xa9 \xe2\x82\xac \xff")  # letters outside ASCII and latin-1, and a byte that is no UTF-8
@@ -292,7 +293,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(module, signum, tmp_pat
         command,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )
     assert process.stderr is not None
     lines = []

@@ -34,6 +34,7 @@ def test_version_and_help(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_traceback():
     process = subprocess.Popen([sys.executable, "-m", "dgnet", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

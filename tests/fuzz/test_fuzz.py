@@ -15,8 +15,6 @@ from tests.fuzz.worker import Outcome
 
 EACH = 3
 """Random inputs of each kind."""
-LONG = ("run_files", "fuzz", "text_and_numbers", "silent_choices")
-"""The kept inputs that take longest."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +28,7 @@ def find_all(fuzzer: Fuzzer, inputs: list[Input]) -> list[str]:
     return [f"{fault.name}: {fault.detail}\n  {given}" for given in inputs for fault in fuzzer.find_faults(given)]
 
 
+@pytest.mark.slow
 def test_random_inputs_are_answered_in_one_line(fuzzer, request, monkeypatch):
     start = request.config.getoption("--hypothesis-seed") or 0
     monkeypatch.setattr(hypothesis.core, "global_force_seed", None)  # `start` decides, and each input differs
@@ -38,7 +37,8 @@ def test_random_inputs_are_answered_in_one_line(fuzzer, request, monkeypatch):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in read_kept()])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", read_kept())
 def test_kept_inputs_are_answered_in_one_line(fuzzer, name):
     faults = find_all(fuzzer, read_kept()[name])
     assert not faults, "\n".join(faults)

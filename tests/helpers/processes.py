@@ -23,6 +23,12 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.helpers.processes"])
 
 
+def hear_signals() -> None:
+    """As a command that is typed: a job in the background ignores Ctrl+C, and one under nohup ignores SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def run_training(options: dict[str, Any], resume: bool, environment: dict[str, str], file_bytes: int | None) -> None:
     """One process of a run in options["output"]. Exits with the same status as `dgnet train`."""
     folder = Path(options["output"])
@@ -32,7 +38,7 @@ def run_training(options: dict[str, Any], resume: bool, environment: dict[str, s
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    hear_signals()
     if file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

@@ -8,6 +8,7 @@ dgnet.training.
 from dgnet.graph._aggregate import aggregate as aggregate
 from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
+from dgnet.graph._aggregate import partial_sums as partial_sums
 from dgnet.graph._aggregate_form import AggregationForm as AggregationForm
 from dgnet.graph._aggregate_form import find_aggregation as find_aggregation
 from dgnet.graph._context import ContextStack as ContextStack
@@ -16,7 +17,9 @@ from dgnet.graph._edge_weights import sum_in_groups as sum_in_groups
 from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import accept_cuts as accept_cuts
+from dgnet.graph._gating import close_edges as close_edges
 from dgnet.graph._gating import least_logit as least_logit
+from dgnet.graph._gating import stack_alive as stack_alive
 from dgnet.graph._layout import LAYOUTS as LAYOUTS
 from dgnet.graph._layout import from_map as from_map
 from dgnet.graph._layout import to_map as to_map

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from dgnet.compat.torch import is_batched, is_transformed
 from dgnet.graph._aggregate_form import prepare
-from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain, along, empty_sum, sum_dtype
+from dgnet.graph._aggregate_plain import (
+    aggregate_backward_plain,
+    aggregate_plain,
+    along,
+    empty_sum,
+    partial_sums_plain,
+    sum_dtype,
+)
 
 
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
@@ -72,12 +79,22 @@ def aggregate_rows(
     return total
 
 
+@torch.no_grad()
+def partial_sums(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> list[Tensor]:
+    """Several sums of the same features, without gradients, in the memory of the features: the first R of them are lost.
+
+    `features`: E tensors of one shape and dtype, (B, C, H, W) or of another layout with B first, none a view of another;
+    `weights`: (B, R, E) with R ≤ E; `is_open`: (B, R, E), None for all open. Returns the R sums, each like a feature.
+    """
+    torch.ops.dgnet.partial_sums(list(features), weights, is_open)
+    return list(features[: weights.shape[1]])
+
+
 def _runs_operator(feature: Tensor) -> bool:
     """Whether the operator runs for `feature`, and not the loop."""
     # The compiler fuses the loop into one pass. The operator has no rules for transforms, nor for tensors of other classes.
     return not (
         torch.compiler.is_compiling()
-        or feature.is_meta
         or type(feature) not in (Tensor, nn.Parameter)
         or not feature.is_floating_point()
         or is_transformed(feature)
@@ -93,9 +110,11 @@ _LIBRARY.define(
     "aggregate_backward(Tensor grad, Tensor[] features, Tensor weights, Tensor? is_open, bool needs_weights,"
     " bool[] needs_features) -> (Tensor, Tensor[])"
 )
+_LIBRARY.define("partial_sums(Tensor(a!)[] features, Tensor weights, Tensor? is_open) -> ()")
 # Kernels for all devices; those for one device come before them.
 _LIBRARY.impl("aggregate", aggregate_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("aggregate_backward", aggregate_backward_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("partial_sums", partial_sums_plain, "CompositeExplicitAutograd")
 
 
 def _fake(features: list[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -185,6 +204,7 @@ def _at(values: list[Tensor], places: Sequence[bool]) -> list[Tensor | None]:
 
 
 torch.library.register_fake("dgnet::aggregate", _fake, lib=_LIBRARY)
+torch.library.register_fake("dgnet::partial_sums", lambda features, weights, is_open: None, lib=_LIBRARY)
 torch.library.register_fake("dgnet::aggregate_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd("dgnet::aggregate", _differentiate, setup_context=_set_up, lib=_LIBRARY)
 torch.library.register_autograd(

@@ -56,6 +56,19 @@ def aggregate_plain(
     return _sum_blocks(out, features, weights, is_open, rows, size=max(_BLOCK_ELEMENTS // elements, 1))
 
 
+def partial_sums_plain(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> None:
+    """The kernel of `partial_sums`, sample by sample, so that few sums lie beside the features."""
+    for sample in range(len(weights)):
+        own = slice(sample, sample + 1)
+        seen = [feature[own] for feature in features]
+        sums = [
+            aggregate_plain(seen, weights[own, row], None if is_open is None else is_open[own, row])
+            for row in range(weights.shape[1])
+        ]
+        for feature, total in zip(seen, sums, strict=False):
+            feature.copy_(total)
+
+
 def aggregate_backward_plain(
     grad: Tensor,
     features: Sequence[Tensor],

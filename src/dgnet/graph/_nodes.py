@@ -119,9 +119,9 @@ class StageNodes(nn.Module):
         """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
 
         `weights`: (B, E), or (B, E, k) with several weights for each edge; `is_open`: (B, E), None: all open. `sources`: the
-        features of the in-edges; for an entry node the raw stage input and x_0.
+        features of the in-edges; for an entry node the raw stage input and x_0. A source may also be a sum of several of them.
         """
-        sum_senders = partial(self._sum, sources[-len(self.topology.senders(node)) :], is_open=is_open)
+        sum_senders = partial(self._sum, sources[len(sources) - weights.shape[1] :], is_open=is_open)
         sum_raw = partial(self._sum, sources[:1], is_open=is_open)
         block = self.nodes[node - 1] if node in self.topology.entry else None
         if self.training and getattr(block, "takes_scale", False):

@@ -32,6 +32,7 @@ using at::ScalarType;
 using at::Tensor;
 
 constexpr int64_t kChunk = 4096;   // elements of a sum that are computed together
+constexpr int64_t kPartial = 512;  // elements of each feature that become partial sums together
 constexpr int64_t kWork = 32768;   // fewest elements of maps for which another thread pays off
 constexpr int kEdges = 4;          // edges that are added in one pass over a chunk
 
@@ -446,6 +447,56 @@ Tensor aggregate_as(at::TensorList features, const Tensor& weights, const std::o
   return out;
 }
 
+// Σ_i w_ri · map_i for each r, written over the maps 0 to R - 1. `weights`: (B, R, E); `is_open`: the same, or null.
+template <class S>
+void partial_sums_as(at::TensorList features, const Tensor& weights, const std::optional<Tensor>& is_open) {
+  const int64_t edges = static_cast<int64_t>(features.size());
+  TORCH_CHECK(weights.dim() == 3 && weights.size(1) <= edges && weights.size(2) == edges, "dgnet::partial_sums: ", edges,
+              " features need weights (B, R, ", edges, ") with R of at most ", edges, ", got ", weights.sizes());
+  TORCH_CHECK(!is_open || is_open->sizes() == weights.sizes(), "dgnet::partial_sums: is_open must be ", weights.sizes(), ", got ",
+              is_open->sizes());
+  const int64_t sums = weights.size(1);
+  const std::optional<Tensor> opened = is_open ? std::optional<Tensor>(is_open->flatten(1).contiguous()) : std::nullopt;
+  if (opened) TORCH_CHECK(opened->scalar_type() == at::kBool, "dgnet::partial_sums: is_open must be bool, got ", opened->toString());
+  const Inputs<S> inputs = check_inputs<S>(features, weights.select(1, 0), std::nullopt, std::nullopt, features[0]);
+  constexpr ScalarType type = std::is_same_v<S, double> ? at::kDouble : at::kFloat;
+  const Tensor all = to_sums(weights, type);
+  const S* const weight = all.template const_data_ptr<S>();
+  const bool* const passes = opened ? opened->const_data_ptr<bool>() : nullptr;
+  const Layout& layout = inputs.layout;
+  const int64_t parts = (layout.size + kPartial - 1) / kPartial;
+  const int64_t grain = std::max<int64_t>(kWork / std::max<int64_t>(std::min(kPartial, layout.size) * edges, 1), 1);
+  at::parallel_for(0, layout.samples * parts, grain, [&](int64_t first, int64_t last) {
+    std::vector<S> chunks(edges * kPartial + kLanes<S>), sum(kPartial + kLanes<S>);
+    std::vector<Term<S>> terms;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t sample = task / parts, begin = task % parts * kPartial, size = std::min(kPartial, layout.size - begin);
+      for (int64_t edge = 0; edge < edges; ++edge) {  // all are read before the first is written over
+        with_type<S>(inputs.maps[edge].scalar_type(), [&](auto element) {
+          const char* const data = inputs.data[edge] + sample * inputs.bytes[edge];
+          const auto* const from = reinterpret_cast<const decltype(element)*>(data) + begin;
+          S* const to = chunks.data() + edge * kPartial;
+          for (int64_t k = 0; k < size; k += kLanes<S>) store_some<S>(to + k, load_some<S>(from + k, size - k), size - k);
+        });
+      }
+      for (int64_t row = 0; row < sums; ++row) {
+        terms.clear();
+        for (int64_t edge = 0; edge < edges; ++edge) {
+          const int64_t at = (sample * sums + row) * edges + edge;
+          const char* const values = reinterpret_cast<const char*>(chunks.data() + edge * kPartial);
+          if (!passes || passes[at]) terms.push_back({values, type, weight[at], nullptr});
+        }
+        const Tensor& map = inputs.maps[row];
+        char* const to = const_cast<char*>(inputs.data[row]) + sample * inputs.bytes[row] + begin * map.element_size();
+        sum_chunk<S, false>(sum.data(), terms, to, map.scalar_type(), 0, size);
+      }
+    }
+  });
+  for (int64_t row = 0; row < sums; ++row) {  // one that lay otherwise was copied
+    if (!inputs.maps[row].is_same(features[row])) features[row].copy_(inputs.maps[row]);
+  }
+}
+
 // One call of pass_back.
 template <class S>
 struct Back {
@@ -566,9 +617,17 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward(const Tensor& grad, a
                    : aggregate_backward_as<float>(grad, features, weights, is_open, needs_weights, needs_features);
 }
 
+void partial_sums(at::TensorList features, const Tensor& weights, const std::optional<Tensor>& is_open) {
+  TORCH_CHECK(!features.empty(), "dgnet::partial_sums: there are no features");
+  if (weights.size(1) == 0) return;
+  features[0].scalar_type() == at::kDouble ? partial_sums_as<double>(features, weights, is_open)
+                                           : partial_sums_as<float>(features, weights, is_open);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dgnet, CPU, m) {
   m.impl("aggregate", &aggregate);
   m.impl("aggregate_backward", &aggregate_backward);
+  m.impl("partial_sums", &partial_sums);
 }

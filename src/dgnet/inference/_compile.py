@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dgnet.compat.torch import allow_many_graphs
 from dgnet.errors import UsageError, check_choice
-from dgnet.graph import find_stages
+from dgnet.graph import find_aggregation, find_stages
 from dgnet.inference._native import lower_static_blocks, use_native
+from dgnet.inference._partial_sums import use_partial_sums
 from dgnet.inference._sparse import MODES, can_skip, set_mode
 from dgnet.inference._timing import time_alternating
 
@@ -50,6 +51,9 @@ def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | No
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(lower_static_blocks(use_native(network)))
     set_mode(network, mode)
+    if mode == "dense" and next(network.parameters()).is_cpu:
+        find_aggregation("cpu")
+        use_partial_sums(network)
     return compile_graph(network, mode)
 
 
