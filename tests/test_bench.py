@@ -11,6 +11,7 @@ from tests.helpers.command import ask, refuse
 QUICK = ["--batch-size", 4, "--image-size", 16, "--rounds", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["train", "infer"])
 def test_a_measurement(capsys, task):
     result = json.loads(ask(capsys, "bench", "dg_resnet20", "--task", task, *QUICK, "--json"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dgnet._cost_tables import TABLES, cost_rows, format_cost_table
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages
 from tests.helpers.networks import build_meta
+from tests.helpers.pairs import slow_unless
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +34,8 @@ def test_every_model_has_a_record():
 
 
 NAMES = sorted({*dgnet.list_models(), *BASELINES})
+SLOW = re.compile("randwire|instanas|110|101")
+"""Networks that take a second or more to count."""
 # One a family.
 FAMILIES = {
     "dg_resnet18",
@@ -44,7 +48,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_unless(lambda name: not SLOW.search(name), NAMES))
 def test_the_record_is_what_is_counted(name):
     model = build_meta(name)
     size = model.pretrained_cfg["input_size"][1:]

@@ -88,6 +88,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_result(run, data, tmp_
     assert (tmp_path / "b" / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_evaluation_repeats_that_of_training(run, data, tmp_path, capsys):
     (*_, last) = csv.DictReader((run / "metrics.csv").read_text().splitlines())
     written = {}

@@ -219,6 +219,7 @@ def test_a_converted_backbone_runs_in_the_sparse_mode():
         torch.testing.assert_close(feature, expected[level], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_networks_without_maps_of_any_size_are_refused():
     with pytest.raises(UsageError, match=r"takes images of one size only.*strict_img_size: false"):
         Backbone(dgnet.create_model("swin_tiny_patch4_window7_224", dynamic=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -35,6 +35,11 @@ def pairwise(is_rest_slow: bool = True, **axes: Sequence[Any]) -> pytest.MarkDec
             name = "-".join(getattr(value, "__name__", None) or str(value) for value in values)
             cases.append(pytest.param(*values, id=name, marks=() if row in fast else pytest.mark.slow))
     return pytest.mark.parametrize(list(axes), cases)
+
+
+def slow_unless(is_fast: Callable[[str], bool], names: Iterable[str]) -> list[Any]:
+    """Cases of one name each; those that are not fast are in the slow set only."""
+    return [pytest.param(name, marks=() if is_fast(name) else pytest.mark.slow) for name in names]
 
 
 def third(**axes: Iterable[Any]) -> pytest.MarkDecorator:

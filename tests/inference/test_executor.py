@@ -15,6 +15,7 @@ from dgnet.inference import EXECUTORS, compile_network, fold_batch_norms, set_mo
 from dgnet.inference import _native as native
 from tests.helpers.data import Images
 from tests.helpers.networks import close_some, close_some_gates, shake_norms, spread_routers
+from tests.helpers.pairs import slow_unless
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def assert_close(output, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_unless(("mobilenetv3_small_050", "resnet18", "convnext_atto").__contains__, FAMILIES))
 def test_converted_stages_run_inside_the_extension(name):
     network = convert(name)
     images = torch.randn(7, 3, 48, 40)

@@ -106,6 +106,7 @@ def test_a_file_that_gives_no_numbers_is_refused(tiny, tmp_path, monkeypatch):
         check_export(tmp_path / "network.onnx", "onnx", dgnet.create_model("resnet20"), (32, 32))
 
 
+@pytest.mark.slow
 def test_forms_that_cannot_be(tiny, tmp_path):
     with pytest.raises(UsageError, match="has no dynamic stages"):
         export_network(dgnet.create_model("resnet20"), 32, "sparse")

@@ -62,6 +62,7 @@ def half_of_the_gradients(rank: int, port: int, kind: str, is_training: bool, pa
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dg_resnet20", "converted"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_give_the_mean_of_the_half_batches_gradients(mode, kind, tmp_path):

@@ -115,7 +115,7 @@ def write_static_weights(folder: Path) -> str:
 
 
 # Of 24 steps: in the second epoch with frozen stages, and in the third without.
-@pytest.mark.parametrize(("step", "is_cached"), [(7, False), (15, True)])
+@pytest.mark.parametrize(("step", "is_cached"), [pytest.param(7, False, marks=pytest.mark.slow), (15, True)])
 def test_a_fine_tuned_run_that_is_interrupted_continues_exactly(step, is_cached, data, tmp_path, monkeypatch):
     more = {**TUNED, "weights": write_static_weights(tmp_path), "checkpoint_every": "15 minutes"}
     if is_cached:
@@ -144,7 +144,7 @@ def saved_step(checkpoint: Path) -> int:
 @pytest.mark.parametrize(
     ("signum", "workers"),
     [
-        (signal.SIGINT, 0),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
     ],
@@ -201,6 +201,7 @@ def test_one_process_of_two_is_told_to_stop_and_both_do(data, tmp_path):
     assert run.wait() == [143, 143], run.log()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(data, whole, tmp_path):
     run = Run(options(data, tmp_path / "run", checkpoint_every="9 steps", epochs=4)).start()
     last = run.folder / "checkpoints" / "last.ckpt"
