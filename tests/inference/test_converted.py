@@ -82,7 +82,7 @@ def test_the_executor_of_this_machine_gives_what_the_dense_form_gives(name):
 
 
 QUICK = [("resnet", False)]
-SLOW = [("eva", False), ("eva", True), *((name, is_training) for name in (*FOUR, "swin") for is_training in (False, True))]
+SLOW = [case for case in product((*FOUR, "swin", "eva"), (False, True)) if case not in QUICK]
 
 
 @pytest.mark.parametrize(("name", "is_training"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])

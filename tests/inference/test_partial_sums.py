@@ -95,6 +95,12 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture
+def even_small(monkeypatch):
+    """Partial sums of small features too."""
+    monkeypatch.setattr(module, "LEAST_BYTES", 0)
+
+
 def build_pair(tiny, options, images):
     """A network with closed edges or gates, and the same with partial sums; how many of its stages have them."""
     network = tiny(layers=(6, 5, 5), **options).eval()
@@ -110,7 +116,7 @@ def build_pair(tiny, options, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "routed")
-def test_partial_sums_change_nothing(tiny, options):
+def test_partial_sums_change_nothing(even_small, tiny, options):
     images = torch.randn(16, 3, 16, 16)
     network, summed, number = build_pair(tiny, options, images)
     assert number >= 1
@@ -118,7 +124,7 @@ def test_partial_sums_change_nothing(tiny, options):
 
 
 @torch.no_grad()
-def test_fewer_features_are_held(tiny):
+def test_fewer_features_are_held(even_small, tiny):
     """While a node runs, a dense walk holds the features of all before it, this one half of them and what the node has read."""
     images = torch.randn(2, 3, 16, 16)
     network, summed, _ = build_pair(tiny, {"weighting": "fixed"}, images)
@@ -135,6 +141,16 @@ def test_fewer_features_are_held(tiny):
     assert most == [6, 4 + 1]
 
 
+@torch.no_grad()
+def test_small_features_are_kept(tiny, monkeypatch):
+    images = torch.randn(2, 3, 16, 16)
+    _, summed, _ = build_pair(tiny, {}, images)
+    calls = []
+    monkeypatch.setattr(module, "partial_sums", lambda features, *_: calls.append(features))
+    summed(images)
+    assert calls == []
+
+
 def test_weightings_that_need_all_in_edges_keep_the_features(tiny):
     for options in ({"weighting": "softmax"}, {"weight_groups": 2}):
         network = module.use_partial_sums(tiny(**options).eval())
@@ -143,7 +159,7 @@ def test_weightings_that_need_all_in_edges_keep_the_features(tiny):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_compiled_network_writes_its_features_over(tiny):
+def test_a_compiled_network_writes_its_features_over(even_small, tiny):
     from torch._inductor.utils import run_and_get_code
 
     images = torch.randn(16, 3, 16, 16)

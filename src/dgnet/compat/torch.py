@@ -69,6 +69,16 @@ def allow_many_graphs() -> Any:
     return torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
 
 
+def freeze_weights() -> Any:
+    """A context in which `torch.compile` takes weights for constants: it packs them, and folds normalisations into them.
+
+    The tracer reads the setting too, so it has no effect among the `options` of `torch.compile`.
+    """
+    from torch._inductor import config  # here: it takes long to import
+
+    return config.patch(freezing=True)
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether `module` or a part of it has forward hooks. The public interface can register hooks, but not list them."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

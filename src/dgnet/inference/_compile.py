@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.compat.torch import allow_many_graphs
+from dgnet.compat.torch import allow_many_graphs, freeze_weights
 from dgnet.errors import UsageError, check_choice
 from dgnet.graph import find_aggregation, find_stages
 from dgnet.inference._native import lower_static_blocks, use_native
@@ -22,9 +22,9 @@ from dgnet.inference._sparse import MODES, can_skip, set_mode
 from dgnet.inference._timing import time_alternating
 
 _OPTIONS: dict[str, dict[str, bool]] = {
-    "dense": {"freezing": True},
+    "dense": {},
     # Both branches of a node must write in the same memory format.
-    "sparse": {"freezing": True, "layout_optimization": False},
+    "sparse": {"layout_optimization": False},
 }
 
 
@@ -96,7 +96,11 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
         is_new = images.shape not in sizes
         sizes.add(images.shape)
         # under inference_mode the compiler would not treat weights as constants
-        with torch.no_grad(), allow_many_graphs() if is_new else nullcontext():
+        with ExitStack() as contexts:
+            contexts.enter_context(torch.no_grad())
+            if is_new:
+                contexts.enter_context(allow_many_graphs())
+                contexts.enter_context(freeze_weights())
             logits: Tensor = compiled(images)
             return logits
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from dgnet.graph import DenseWalk, StageNodes, Topology, close_edges, find_stages, partial_sums, stack_alive
 
+LEAST_BYTES = 16 * 2**20
+"""Of the features that give way. Fewer save no memory that matters, and cost a call."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,7 +87,7 @@ class PartialSumWalk(DenseWalk):
 
     def put(self, node: int, feature: Any) -> None:
         super().put(node, feature)
-        if node == self.plan.after:
+        if node == self.plan.after and len(self.plan.features) * feature.numel() * feature.element_size() >= LEAST_BYTES:
             self.sum_features()
 
     def sum_features(self) -> None:
