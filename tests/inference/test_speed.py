@@ -94,6 +94,21 @@ def test_any_number_of_networks_of_one_class_can_be_compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_networks_have_constant_weights():
+    """The compiler folds normalisations into the convolutions before them, which it can do with constants only."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    images = torch.randn(2, 3, 8, 8)
+    output, (code,) = run_and_get_code(compile_network(network), images)
+    torch.testing.assert_close(output, network(images))
+    assert "batch_norm" not in code
+    torch._dynamo.reset()
+
+
 def test_auto_takes_the_mode_that_is_faster_on_the_images(tiny, monkeypatch, capsys):
     network, images = tiny(node_gate="hard"), torch.randn(4, 3, 12, 12)
     built = []
