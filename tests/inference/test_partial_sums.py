@@ -9,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.resnet import BasicBlock
+from torch import nn
 
-from dgnet.graph import Topology, build_topology, find_stages, partial_sums
+import dgnet
+from dgnet.graph import RoutedWeighting, Topology, build_topology, find_stages, partial_sums
 from dgnet.graph._aggregate_plain import partial_sums_plain
 from dgnet.inference import _partial_sums as module
 from dgnet.inference import compile_network
 from tests.helpers.networks import close_some, close_some_gates, draw_and_close
+from tests.helpers.static import build_static, draw_images, use_gates
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
 
@@ -110,7 +114,8 @@ def build_pair(tiny, options, images):
         close_some(network, images)
     elif options["weighting"] in ("linear", "signed"):
         draw_and_close(network)
-    summed = module.use_partial_sums(copy.deepcopy(network))
+    summed = copy.deepcopy(network)
+    module.use_partial_sums(summed)
     return network, summed, sum(stage.inference_walk is not type(stage).inference_walk for stage in find_stages(summed))
 
 
@@ -151,10 +156,62 @@ def test_small_features_are_kept(tiny, monkeypatch):
     assert calls == []
 
 
-def test_weightings_that_need_all_in_edges_keep_the_features(tiny):
-    for options in ({"weighting": "softmax"}, {"weight_groups": 2}):
-        network = module.use_partial_sums(tiny(**options).eval())
+class Rank(RoutedWeighting):
+    """Compares in-edges with each other."""
+
+    def find_open(self, node: int, alpha: torch.Tensor, offset: float) -> torch.Tensor:
+        return alpha >= alpha.mean(1, keepdim=True)
+
+
+def test_stages_that_cannot_keep_partial_sums_keep_their_features(tiny):
+    for options in ({"weighting": "softmax"}, {"weight_groups": 2}, {"weighting": Rank}, {"topology": "chain"}):
+        network = tiny(**options).eval()
+        assert not module.use_partial_sums(network)
         assert all(stage.inference_walk is type(stage).inference_walk for stage in find_stages(network))
+    network = tiny().eval()
+    for stage in find_stages(network)[:2]:
+        stage.nodes[0].register_forward_hook(lambda *_: None)  # it may read the feature
+    assert module.use_partial_sums(network)
+    kept = [stage.inference_walk is type(stage).inference_walk for stage in find_stages(network)]
+    assert kept == [True, True, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet", "convnext", "swin", "vit"])
+def test_converted_networks_of_each_layout(even_small, name):
+    converted = dgnet.convert(build_static(name), node_gate="hard").eval()
+    use_gates(converted)
+    summed = copy.deepcopy(converted)
+    assert module.use_partial_sums(summed)
+    images = draw_images(name, 4)
+    torch.testing.assert_close(summed(images), converted(images), rtol=1e-4, atol=1e-5)
+
+
+class Skipping(nn.Module):
+    """What the stage reads is read again behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Sequential(*(BasicBlock(8, 8) for _ in range(5)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        return (x + self.body(x)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_the_input_of_a_stage_is_not_written_over(even_small):
+    network = dgnet.convert(Skipping().eval(), image_size=10).eval()
+    summed = copy.deepcopy(network)
+    assert module.use_partial_sums(summed)
+    images = torch.randn(2, 3, 10, 10)
+    torch.testing.assert_close(summed(images), network(images))
+
+
+def test_samples_that_share_memory_are_not_written_over():
+    features = [torch.ones(1, 3, 4, 4).expand(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
+    with pytest.raises(RuntimeError, match="must not share memory"):
+        partial_sums(features, torch.ones(2, 1, 2))
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ The backward pass computes for each sample p_ij = ∂L/∂w_ij = ⟨∂L/∂x̂_
 (9) (router biases) and (10) (thresholds) share this factor; their other factors are the gradients of `psi` in _gating.py and
 of the router in _router.py. It also computes w_ij · ∂L/∂x̂_j, the gradient that reaches the nodes' own weights (Eq. 7).
 
-The sum is an operator, `dgnet::aggregate`. Its kernels: aggregate.cpp on a CPU, _aggregate_triton.py on a CUDA device if the
-user wants it, and _aggregate_plain.py elsewhere; _aggregate_form.py chooses.
+The sum is an operator, `dgnet::aggregate`; `dgnet::partial_sums` makes several at once. Their kernels: aggregate.cpp on a CPU,
+_aggregate_triton.py on a CUDA device if the user wants it, and _aggregate_plain.py elsewhere; _aggregate_form.py chooses.
 
 Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 """
@@ -118,6 +118,9 @@ _LIBRARY.impl("partial_sums", partial_sums_plain, "CompositeExplicitAutograd")
 
 
 def _fake(features: list[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None) -> Tensor:
+    if any(feature.shape[1:] != features[0].shape[1:] for feature in features):
+        shapes = [tuple(feature.shape) for feature in features]
+        raise RuntimeError(f"dgnet::aggregate: the features of one sum must have one shape, got {shapes}")
     return empty_sum(features[0], weights.shape[0])
 
 

@@ -58,6 +58,8 @@ def aggregate_plain(
 
 def partial_sums_plain(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> None:
     """The kernel of `partial_sums`, sample by sample, so that few sums lie beside the features."""
+    if weights.shape[1] > len(features):
+        raise RuntimeError(f"dgnet::partial_sums: {len(features)} features have no memory for {weights.shape[1]} sums")
     for sample in range(len(weights)):
         own = slice(sample, sample + 1)
         seen = [feature[own] for feature in features]

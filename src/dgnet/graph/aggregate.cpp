@@ -1,4 +1,5 @@
-// A node's input x̂_j = Σ_i α_ij x_i (Eq. 3) and its gradients on the CPU: the kernels of `dgnet::aggregate`.
+// A node's input x̂_j = Σ_i α_ij x_i (Eq. 3) and its gradients on the CPU: the kernels of `dgnet::aggregate`, and of
+// `dgnet::partial_sums`, several sums at once.
 //
 // dgnet.graph._aggregate defines the operators and what they return; the tests compare with its plain loop.
 // A sum is computed in chunks that stay in the level 1 cache, so each map is read once and each result is written once.
@@ -458,7 +459,15 @@ void partial_sums_as(at::TensorList features, const Tensor& weights, const std::
   const int64_t sums = weights.size(1);
   const std::optional<Tensor> opened = is_open ? std::optional<Tensor>(is_open->flatten(1).contiguous()) : std::nullopt;
   if (opened) TORCH_CHECK(opened->scalar_type() == at::kBool, "dgnet::partial_sums: is_open must be bool, got ", opened->toString());
-  const Inputs<S> inputs = check_inputs<S>(features, weights.select(1, 0), std::nullopt, std::nullopt, features[0]);
+  Inputs<S> inputs = check_inputs<S>(features, weights.select(1, 0), std::nullopt, std::nullopt, features[0]);
+  std::vector<char*> targets;
+  for (int64_t row = 0; row < sums; ++row) {
+    const Tensor& map = inputs.maps[row];
+    TORCH_CHECK(map.size(0) < 2 || map.stride(0) >= inputs.layout.size,
+                "dgnet::partial_sums: the samples of a feature that is written over must not share memory");
+    targets.push_back(static_cast<char*>(map.mutable_data_ptr()));
+    inputs.data[row] = targets.back();
+  }
   constexpr ScalarType type = std::is_same_v<S, double> ? at::kDouble : at::kFloat;
   const Tensor all = to_sums(weights, type);
   const S* const weight = all.template const_data_ptr<S>();
@@ -487,7 +496,7 @@ void partial_sums_as(at::TensorList features, const Tensor& weights, const std::
           if (!passes || passes[at]) terms.push_back({values, type, weight[at], nullptr});
         }
         const Tensor& map = inputs.maps[row];
-        char* const to = const_cast<char*>(inputs.data[row]) + sample * inputs.bytes[row] + begin * map.element_size();
+        char* const to = targets[row] + sample * inputs.bytes[row] + begin * map.element_size();
         sum_chunk<S, false>(sum.data(), terms, to, map.scalar_type(), 0, size);
       }
     }

@@ -51,9 +51,9 @@ def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | No
     if mode == "sparse" and next(network.parameters()).is_cpu:
         return without_gradients(lower_static_blocks(use_native(network)))
     set_mode(network, mode)
-    if mode == "dense" and next(network.parameters()).is_cpu:
-        find_aggregation("cpu")
-        use_partial_sums(network)
+    first = next(network.parameters(), None)
+    if mode == "dense" and first is not None and first.is_cpu and use_partial_sums(network):
+        find_aggregation("cpu")  # loads its kernels
     return compile_graph(network, mode)
 
 
@@ -90,11 +90,12 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
-    sizes: set[torch.Size] = set()
+    seen: set[Any] = set()  # for which a graph is compiled
 
     def run(images: Tensor) -> Tensor:
-        is_new = images.shape not in sizes
-        sizes.add(images.shape)
+        is_mixed = torch.is_autocast_enabled(images.device.type)
+        key = (images.shape, images.stride(), images.dtype, images.device, is_mixed, torch.get_num_threads())
+        is_new = key not in seen
         # under inference_mode the compiler would not treat weights as constants
         with ExitStack() as contexts:
             contexts.enter_context(torch.no_grad())
@@ -102,7 +103,8 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
                 contexts.enter_context(allow_many_graphs())
                 contexts.enter_context(freeze_weights())
             logits: Tensor = compiled(images)
-            return logits
+        seen.add(key)
+        return logits
 
     return run
 

@@ -2,7 +2,7 @@
 
 In a complete graph each feature is read until the end of the stage, so a dense walk holds all N of them. After node t this
 walk sums what each later node reads of them, and writes these partial sums over the features. From then on a node reads its
-partial sum and the features computed since. With t ≈ N / 2 at most half of the features are held, and half of the reads go.
+partial sum and the features computed since. With t ≈ N / 2 about half of the features are held, and half of the reads go.
 
 Letters: B batch, N nodes of a stage, E in-edges of a node, F features that are summed, R later nodes.
 """
@@ -16,7 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgnet.graph import DenseWalk, StageNodes, Topology, close_edges, find_stages, partial_sums, stack_alive
+from dgnet.compat.torch import has_forward_hooks
+from dgnet.graph import (
+    DenseWalk,
+    FixedWeighting,
+    LearnedWeighting,
+    LinearWeighting,
+    RoutedWeighting,
+    SignedWeighting,
+    StageNodes,
+    Topology,
+    close_edges,
+    find_stages,
+    partial_sums,
+    stack_alive,
+)
 
 LEAST_BYTES = 16 * 2**20
 """Of the features that give way. Fewer save no memory that matters, and cost a call."""
@@ -31,22 +45,24 @@ class Plan:
     receivers: tuple[int, ...]  # R nodes, those that read them
 
 
-def use_partial_sums(network: nn.Module) -> nn.Module:
-    """Let the stages of `network` keep partial sums in dense evaluation, where that saves memory. In place; returns it.
+_WEIGHTINGS = (FixedWeighting, LearnedWeighting, RoutedWeighting, SignedWeighting, LinearWeighting)
+"""Weightings that know the weight of an edge, and whether it is open, as soon as its sender has run."""
 
-    For compiled graphs only: what else reads a feature, such as a hook, would find it written over.
+
+def use_partial_sums(network: nn.Module) -> bool:
+    """Let the stages of `network` keep partial sums in dense evaluation, where that saves memory. In place.
+
+    A stage with hooks keeps its features, as a hook may read them. Returns whether any stage keeps partial sums.
     """
+    found = False
     for stage in find_stages(network):
-        plan = find_plan(stage.topology) if _knows_weights_early(stage) else None
+        # Exact types: a class of the user's own may compare in-edges with each other.
+        is_possible = type(stage.weighting) in _WEIGHTINGS and stage.weighting.edge_weights == 1
+        plan = find_plan(stage.topology) if is_possible and not has_forward_hooks(stage) else None
         if plan is not None:
             stage.inference_walk = PartialSumWalk.along(plan)
-    return network
-
-
-def _knows_weights_early(stage: StageNodes) -> bool:
-    """Whether the weight of an edge is known as soon as its sender has run, and is one number."""
-    weighting = stage.weighting
-    return weighting.edge_weights == 1 and not (weighting.couples_edges and weighting.reads_features)
+            found = True
+    return found
 
 
 def find_plan(topology: Topology) -> Plan | None:
@@ -87,25 +103,29 @@ class PartialSumWalk(DenseWalk):
 
     def put(self, node: int, feature: Any) -> None:
         super().put(node, feature)
-        if node == self.plan.after and len(self.plan.features) * feature.numel() * feature.element_size() >= LEAST_BYTES:
-            self.sum_features()
+        if node == self.plan.after:
+            features = [self.features[i] for i in self.plan.features]
+            size = sum(feature.numel() * feature.element_size() for feature in features)
+            if size >= LEAST_BYTES and len({feature.dtype for feature in features}) == 1:  # autocast may mix dtypes
+                self.sum_features(features)
 
-    def sum_features(self) -> None:
+    def sum_features(self, features: list[Tensor]) -> None:
         """Replace the features by the partial sums of the later nodes."""
+        if self.plan.features[0] == 0 and next(self.stage.input.parameters(), None) is None:
+            features[0] = features[0].clone()  # it may be the raw stage input, which others may read later
         place = {sender: column for column, sender in enumerate(self.plan.features)}
         rows, opens = [], []
         for receiver in self.plan.receivers:
             senders = self.known_senders(receiver)
             _, weights, is_open = self.weigh(receiver, None)
             is_alive = stack_alive([self.alive[i] for i in senders])
-            known = None if is_open is None else is_open[:, : len(senders)]
-            weights, known, _ = close_edges(weights[:, : len(senders)], known, is_alive)
+            opened = None if is_open is None else is_open[:, : len(senders)]
+            weights, opened, _ = close_edges(weights[:, : len(senders)], opened, is_alive)
             columns = [place[sender] for sender in senders]
             rows.append(_spread(weights, columns, len(place)))
-            if known is None:
-                known = torch.ones_like(weights, dtype=torch.bool)
-            opens.append(_spread(known, columns, len(place)))
-        features = [self.features[i] for i in self.plan.features]
+            if opened is None:
+                opened = torch.ones_like(weights, dtype=torch.bool)
+            opens.append(_spread(opened, columns, len(place)))
         sums = partial_sums(features, torch.stack(rows, 1), torch.stack(opens, 1))
         self.sums = dict(zip(self.plan.receivers, sums, strict=True))
         self.features[: self.plan.after + 1] = [None] * (self.plan.after + 1)
@@ -115,9 +135,9 @@ class PartialSumWalk(DenseWalk):
         return tuple(i for i in self.topology.senders(node) if i <= self.plan.after)
 
     def row(self, predictions: Any, node: int, senders: tuple[int, ...]) -> Tensor:
-        known = next(column for (_, receiver), column in predictions.items() if receiver == node)
+        like = next(column for (_, receiver), column in predictions.items() if receiver == node)
         # What is predicted later is 0 for now; the weights of these edges are not used yet.
-        return torch.stack([predictions.get((i, node), torch.zeros_like(known)) for i in senders], dim=1)
+        return torch.stack([predictions.get((i, node), torch.zeros_like(like)) for i in senders], dim=1)
 
     def run(self, node: int, weights: Tensor, is_open: Tensor | None, runs: Tensor | None) -> Any:
         if node in self.sums:
@@ -137,5 +157,5 @@ class PartialSumWalk(DenseWalk):
 def _spread(values: Tensor, columns: Sequence[int], width: int) -> Tensor:
     """(B, E) -> (B, `width`): at the columns that have none, 0 or False."""
     empty = torch.zeros_like(values[:, 0])
-    place = {column: number for number, column in enumerate(columns)}
-    return torch.stack([values[:, place[column]] if column in place else empty for column in range(width)], 1)
+    source = {column: number for number, column in enumerate(columns)}
+    return torch.stack([values[:, source[column]] if column in source else empty for column in range(width)], 1)
