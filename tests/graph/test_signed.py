@@ -223,7 +223,7 @@ def test_dense_sparse_and_native_agree(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["signed", "linear, identity, soft", "softmax, gates"])
+@pytest.mark.parametrize("name", ["linear, identity, soft", "softmax, gates"])
 @torch.no_grad()
 def test_exported_and_compiled_forms_agree(name):
     network = draw_and_close(DynamicCifarResNet(layers=(3, 3, 3), channels=(4, 6, 8), **NETWORKS[name]))

@@ -220,9 +220,9 @@ def test_a_compiled_network_writes_its_features_over(even_small, tiny):
     from torch._inductor.utils import run_and_get_code
 
     images = torch.randn(16, 3, 16, 16)
-    for options in OPTIONS[:1] + OPTIONS[-2:-1]:
-        network, *_ = build_pair(tiny, options, images)
-        logits, code = run_and_get_code(compile_network(network), images)
-        torch.testing.assert_close(logits, network(images), rtol=1e-4, atol=1e-4)
-        assert code[0].count("torch.ops.dgnet.partial_sums.default(") == 3
-        assert "clone" not in code[0]
+    network = tiny(layers=(4, 1, 1), node_gate="hard").eval()
+    close_some_gates(network, images)
+    logits, (code,) = run_and_get_code(compile_network(network), images)
+    torch.testing.assert_close(logits, network(images), rtol=1e-4, atol=1e-4)
+    assert code.count("torch.ops.dgnet.partial_sums.default(") == 1
+    assert "clone" not in code
