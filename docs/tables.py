@@ -373,6 +373,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-float32-eager": partial(networks_table, "train, batch 32, float32, eager"),
     "train-float32-compiled": partial(networks_table, "train, batch 32, float32, compiled"),
     "aggregate-cpu": partial(benchmark_table, aggregate.format_table, "aggregate_cpu"),
+    "aggregate-eager-cpu": partial(benchmark_table, aggregate.format_table, "aggregate_eager_cpu"),
     "aggregate-cuda": partial(benchmark_table, aggregate.format_table, "aggregate_cuda"),
     "sparse-cpu": partial(benchmark_table, sparse_mode.format_table, "sparse_cpu"),
     "sparse-cuda": lambda: without_last_column(benchmark_table(sparse_mode.format_table, "sparse_cuda")),
