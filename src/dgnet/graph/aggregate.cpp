@@ -226,6 +226,15 @@ void sum_chunk(S* sum, const std::vector<Term<S>>& terms, char* out, ScalarType 
   });
 }
 
+// The elements `begin` to `begin + size` of a map as numbers of type S, in whole vectors: `to` has space for the last one.
+template <class S>
+void read_chunk(S* to, const char* map, ScalarType type, int64_t begin, int64_t size) {
+  with_type<S>(type, [&](auto element) {
+    const auto* const from = reinterpret_cast<const decltype(element)*>(map) + begin;
+    for (int64_t k = 0; k < size; k += kLanes<S>) store(to + k, load_some<S>(from + k, size - k));
+  });
+}
+
 // The gradients of one edge from a chunk of the sum's gradient: `to` = weight · grad, and the return value Σ grad · values.
 // With a weight for each element, grad · values is added to `products` instead. Null: not needed.
 template <class S, class T, bool kDot, bool kWrite, bool kEach>
@@ -481,12 +490,8 @@ void partial_sums_as(at::TensorList features, const Tensor& weights, const std::
     for (int64_t task = first; task < last; ++task) {
       const int64_t sample = task / parts, begin = task % parts * kPartial, size = std::min(kPartial, layout.size - begin);
       for (int64_t edge = 0; edge < edges; ++edge) {  // all are read before the first is written over
-        with_type<S>(inputs.maps[edge].scalar_type(), [&](auto element) {
-          const char* const data = inputs.data[edge] + sample * inputs.bytes[edge];
-          const auto* const from = reinterpret_cast<const decltype(element)*>(data) + begin;
-          S* const to = chunks.data() + edge * kPartial;
-          for (int64_t k = 0; k < size; k += kLanes<S>) store_some<S>(to + k, load_some<S>(from + k, size - k), size - k);
-        });
+        const char* const map = inputs.data[edge] + sample * inputs.bytes[edge];
+        read_chunk<S>(chunks.data() + edge * kPartial, map, inputs.maps[edge].scalar_type(), begin, size);
       }
       for (int64_t row = 0; row < sums; ++row) {
         terms.clear();
@@ -553,12 +558,6 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward_as(const Tensor& grad
   std::vector<double> partial(needs_weights ? layout.samples * tasks.parts * inputs.edges * groups : 0, 0.0);
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t first, int64_t last) {
     std::vector<S> chunk(std::max(kChunk, is_each ? width : 0) + kLanes<S>), products(is_each ? inputs.edges * width : 0);
-    const auto read = [&](const char* from, int64_t begin, int64_t size) {
-      with_type<S>(upstream.scalar_type(), [&](auto element) {
-        const auto* const values = reinterpret_cast<const decltype(element)*>(from) + begin;
-        for (int64_t k = 0; k < size; k += kLanes<S>) store(chunk.data() + k, load_some<S>(values + k, size - k));
-      });
-    };
     for (int64_t task = first; task < last; ++task) {
       const int64_t part = task % tasks.parts, row = task / tasks.parts % tasks.rows, sample = task / tasks.parts / tasks.rows;
       const int64_t offset = is_each ? 0 : row * width;
@@ -568,7 +567,8 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward_as(const Tensor& grad
       for (int64_t position = begin; position < end; ++position) {
         const int64_t from = is_each ? position * width : part * tasks.size;
         const int64_t size = is_each ? width : std::min(tasks.size, width - from);
-        read(source + sample * source_bytes + offset * upstream.element_size(), from, size);
+        const char* const own = source + sample * source_bytes + offset * upstream.element_size();
+        read_chunk<S>(chunk.data(), own, upstream.scalar_type(), from, size);
         for (int64_t edge = 0; edge < inputs.edges; ++edge) {
           const int64_t item = inputs.maps[edge].element_size();
           char* const to = targets[edge] ? targets[edge] + (sample * layout.size + offset) * item : nullptr;

@@ -21,11 +21,8 @@ from dgnet.inference._partial_sums import use_partial_sums
 from dgnet.inference._sparse import MODES, can_skip, set_mode
 from dgnet.inference._timing import time_alternating
 
-_OPTIONS: dict[str, dict[str, bool]] = {
-    "dense": {},
-    # Both branches of a node must write in the same memory format.
-    "sparse": {"layout_optimization": False},
-}
+_SPARSE_OPTIONS: dict[str, Any] = {"layout_optimization": False}
+"""Of the compiler: both branches of a node must write in the same memory format."""
 
 
 def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -48,11 +45,11 @@ def compile_network(network: nn.Module, mode: str = "dense", images: Tensor | No
     if images is not None:
         raise UsageError(f"images are for mode 'auto', which times the network on them; leave them out for mode {mode!r}")
     network = deepcopy(network).eval()
-    if mode == "sparse" and next(network.parameters()).is_cpu:
+    is_on_cpu = any(parameter.is_cpu for parameter in network.parameters())
+    if mode == "sparse" and is_on_cpu:
         return without_gradients(lower_static_blocks(use_native(network)))
     set_mode(network, mode)
-    first = next(network.parameters(), None)
-    if mode == "dense" and first is not None and first.is_cpu and use_partial_sums(network):
+    if mode == "dense" and is_on_cpu and use_partial_sums(network):
         find_aggregation("cpu")  # loads its kernels
     return compile_graph(network, mode)
 
@@ -89,7 +86,7 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
     """`network` as one compiled graph; its parameters no longer require gradients. `mode`: the mode that it is set to."""
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    compiled = torch.compile(network, fullgraph=True, dynamic=False, options=dict(_OPTIONS[mode]))
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, options=_SPARSE_OPTIONS if mode == "sparse" else {})
     seen: set[Any] = set()  # for which a graph is compiled
 
     def run(images: Tensor) -> Tensor:

@@ -113,7 +113,6 @@ class PartialSumWalk(DenseWalk):
         """Replace the features by the partial sums of the later nodes."""
         if self.plan.features[0] == 0 and next(self.stage.input.parameters(), None) is None:
             features[0] = features[0].clone()  # it may be the raw stage input, which others may read later
-        place = {sender: column for column, sender in enumerate(self.plan.features)}
         rows, opens = [], []
         for receiver in self.plan.receivers:
             senders = self.known_senders(receiver)
@@ -121,11 +120,10 @@ class PartialSumWalk(DenseWalk):
             is_alive = stack_alive([self.alive[i] for i in senders])
             opened = None if is_open is None else is_open[:, : len(senders)]
             weights, opened, _ = close_edges(weights[:, : len(senders)], opened, is_alive)
-            columns = [place[sender] for sender in senders]
-            rows.append(_spread(weights, columns, len(place)))
             if opened is None:
                 opened = torch.ones_like(weights, dtype=torch.bool)
-            opens.append(_spread(opened, columns, len(place)))
+            rows.append(_spread(weights, senders, self.plan.features))
+            opens.append(_spread(opened, senders, self.plan.features))
         sums = partial_sums(features, torch.stack(rows, 1), torch.stack(opens, 1))
         self.sums = dict(zip(self.plan.receivers, sums, strict=True))
         self.features[: self.plan.after + 1] = [None] * (self.plan.after + 1)
@@ -154,8 +152,8 @@ class PartialSumWalk(DenseWalk):
         return (self.sums.pop(node), *(self.features[i] for i in since))
 
 
-def _spread(values: Tensor, columns: Sequence[int], width: int) -> Tensor:
-    """(B, E) -> (B, `width`): at the columns that have none, 0 or False."""
+def _spread(values: Tensor, senders: Sequence[int], nodes: Sequence[int]) -> Tensor:
+    """Values of the edges from `senders`, (B, E), for all `nodes`, (B, F): 0 or False for those that are no senders."""
+    column = dict(zip(senders, values.unbind(1), strict=True))
     empty = torch.zeros_like(values[:, 0])
-    source = {column: number for number, column in enumerate(columns)}
-    return torch.stack([values[:, source[column]] if column in source else empty for column in range(width)], 1)
+    return torch.stack([column.get(node, empty) for node in nodes], 1)

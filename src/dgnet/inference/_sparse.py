@@ -80,7 +80,7 @@ def set_threshold_offset(model: nn.Module, offset: float) -> nn.Module:
 
 
 def find_threshold_offset(model: nn.Module) -> float:
-    """The offset that `set_threshold_offset` or the model's options have set; 0 if nothing can close."""
+    """The offset that `set_threshold_offset` or the model's options have set; 0 if nothing follows it."""
     return next((stage.threshold_offset for stage in find_stages(model) if _follows_offset(stage)), 0.0)
 
 

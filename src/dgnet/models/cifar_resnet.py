@@ -48,7 +48,8 @@ class CifarResNet(StagedNetwork):
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
-        depths, widths = (read_sizes(*each, tuple[int, int, int]) for each in (("layers", layers), ("channels", channels)))
+        three = tuple[int, int, int]
+        depths, widths = read_sizes("layers", layers, three), read_sizes("channels", channels, three)
         self.in_chans = in_chans
         width = widths[0]
         self.build_stem(in_chans, width)
