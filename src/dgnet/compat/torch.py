@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule, source
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,9 +34,69 @@ UNCOUNTED: dict[Any, Callable[..., int]] = {
 the shapes of its operands. Some have private names."""
 
 
+def current_backward() -> int:
+    """The number of the backward pass that this thread is in, -1 if it is in none. There is no public function."""
+    return torch._C._current_graph_task_id()
+
+
 def is_in_backward() -> bool:
-    """Whether this thread is in a backward pass, which may compute a checkpointed node again. There is no public test."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this thread is in a backward pass, which may compute a checkpointed node again."""
+    return current_backward() != -1
+
+
+def can_pack_saved_tensors() -> bool:
+    """Whether `saved_tensors_hooks` may be set here: nobody else has set or forbidden them. There is no public test."""
+    hooks: Any = torch._C._autograd
+    return bool(hooks._saved_tensors_hooks_is_enabled()) and hooks._top_saved_tensors_default_hooks(False) is None
+
+
+_NORMS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
+"""Batch normalisations in autograd's graph, and the name under which each keeps ε."""
+
+
+class KeptByNorm(NamedTuple):
+    """What autograd keeps of a batch normalisation. `input`: (B, C, H, W); the other tensors: (C,)."""
+
+    input: Tensor
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+
+    def compute_output(self) -> Tensor:
+        """The output of the normalisation, (B, C, H, W)."""
+        return F.batch_norm(self.input, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.epsilon)
+
+
+def find_norm(x: Tensor) -> KeptByNorm | None:
+    """What autograd keeps of the batch normalisation whose output is `x`; None if `x` is no such output.
+
+    Also None if a parameter of the normalisation is frozen, because the graph does not lead to it then, and if somebody else's
+    hooks keep the input in another form, as those of gradient checkpointing do.
+    """
+    norm: Any = x.grad_fn
+    if norm is None or norm.name() not in _NORMS or not x.numel():
+        return None
+    weight, bias = (getattr(edge, "variable", None) for edge, _ in norm.next_functions[1:3])
+    if norm._saved_weight is not None and (weight is None or bias is None):
+        return None
+    shared: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shared.append(tensor)
+        return tensor
+
+    try:
+        norm._raw_saved_input.register_hooks(pack, lambda tensor: tensor)
+    except RuntimeError:  # it has hooks already
+        return None
+    epsilon: float = getattr(norm, _NORMS[norm.name()])
+    if norm._saved_training:  # it keeps the mean and 1/sqrt(variance + ε)
+        mean, variance = norm._saved_result1, norm._saved_result2.pow(-2) - epsilon
+    else:
+        mean, variance = norm._saved_running_mean, norm._saved_running_var
+    return KeptByNorm(shared[0], mean, variance, weight, bias, epsilon)
 
 
 def is_transformed(x: Tensor) -> bool:

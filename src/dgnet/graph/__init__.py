@@ -6,11 +6,11 @@ dgnet.training.
 """
 
 from dgnet.graph._aggregate import aggregate as aggregate
-from dgnet.graph._aggregate import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._aggregate import aggregate_rows as aggregate_rows
 from dgnet.graph._aggregate import partial_sums as partial_sums
 from dgnet.graph._aggregate_form import AggregationForm as AggregationForm
 from dgnet.graph._aggregate_form import find_aggregation as find_aggregation
+from dgnet.graph._aggregate_plain import aggregate_by_loop as aggregate_by_loop
 from dgnet.graph._context import ContextStack as ContextStack
 from dgnet.graph._edge_weights import split_ways as split_ways
 from dgnet.graph._edge_weights import sum_in_groups as sum_in_groups

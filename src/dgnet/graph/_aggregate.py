@@ -13,6 +13,7 @@ Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from dgnet.compat.torch import is_batched, is_transformed
 from dgnet.graph._aggregate_form import prepare
 from dgnet.graph._aggregate_plain import (
     aggregate_backward_plain,
+    aggregate_by_loop,
     aggregate_plain,
-    along,
     empty_sum,
     partial_sums_plain,
-    sum_dtype,
 )
+from dgnet.graph._collect import can_collect, sum_and_collect
+from dgnet.graph._renormalize import keep_inputs_of_norms
 
 
 def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
@@ -43,26 +45,13 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
         return aggregate_by_loop(features, weights, is_open)
     learns = torch.is_grad_enabled() and (weights.requires_grad or any(feature.requires_grad for feature in features))
     prepare(features[0].device.type, learns)
-    total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
+    total: Tensor
+    with keep_inputs_of_norms(features) if learns and weights.requires_grad else nullcontext():
+        if learns and can_collect(features, weights):
+            total = sum_and_collect(features, weights, is_open)
+        else:
+            total = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
     return total
-
-
-def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
-    """`aggregate` edge by edge in plain operations, which never read values: for compilers, exporters and transforms.
-
-    It is also the twin of `aggregate` in the tests.
-    """
-    dtype = sum_dtype(features[0])
-    total: Any = None
-    for edge, feature in enumerate(features):
-        if is_open is not None:
-            feature = torch.where(along(is_open[:, edge], feature), feature, 0)
-        # The product promotes to the wider dtype. If the feature were cast, the compiler would keep the wider copy for the
-        # backward pass.
-        term = feature * along(weights[:, edge], feature).to(dtype)
-        total = term if total is None else total + term
-    summed: Tensor = total.to(features[0].dtype)
-    return summed
 
 
 @torch.no_grad()

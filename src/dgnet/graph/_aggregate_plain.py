@@ -6,6 +6,7 @@ Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ def empty_sum(like: Tensor, samples: int, dtype: torch.dtype | None = None) -> T
     return torch.empty_strided(
         (samples, *sample.shape), (sample.numel(), *sample.stride()), dtype=dtype or like.dtype, device=like.device
     )
+
+
+def aggregate_by_loop(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
+    """`aggregate` edge by edge in plain operations, which never read values: for compilers, exporters and transforms.
+
+    It is also the twin of `aggregate` in the tests.
+    """
+    dtype = sum_dtype(features[0])
+    total: Any = None
+    for edge, feature in enumerate(features):
+        if is_open is not None:
+            feature = torch.where(along(is_open[:, edge], feature), feature, 0)
+        # The product promotes to the wider dtype. If the feature were cast, the compiler would keep the wider copy for the
+        # backward pass.
+        term = feature * along(weights[:, edge], feature).to(dtype)
+        total = term if total is None else total + term
+    summed: Tensor = total.to(features[0].dtype)
+    return summed
 
 
 def aggregate_plain(
