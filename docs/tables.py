@@ -260,6 +260,12 @@ CONVERT_PAIRS = {
     "routed, budget 0.65 − static with fewer blocks": ("static with fewer blocks", "routed, budget 0.65"),
     "routed − SkipNet form, both at 0.65": ("SkipNet form, budget 0.65", "routed, budget 0.65"),
 }
+FURTHER_CONVERT_PAIRS = {
+    "routed, without a budget − static": ("static", "routed"),
+    "routed, budget 0.8 − static": ("static", "routed, budget 0.8"),
+    "distilled − not, routed at 0.65": ("routed, budget 0.65", "routed, budget 0.65, distilled"),
+    "distilled − not, static with fewer blocks": ("static with fewer blocks", "static with fewer blocks, distilled"),
+}
 
 
 def convert_table(grid: str) -> str:
@@ -363,8 +369,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),
     "convert": partial(convert_table, "convert"),
-    "convert-differences": partial(differences_table, "convert", CONVERT_PAIRS),
+    "convert-differences": partial(differences_table, "convert", CONVERT_PAIRS | FURTHER_CONVERT_PAIRS),
     "convert-vit": partial(convert_table, "convert_vit"),
+    "convert-vit-differences": partial(differences_table, "convert_vit", CONVERT_PAIRS),
     "convert-speed": partial(speed_table, "convert_cpu"),
     "train-bfloat16-compiled": partial(networks_table, "train, batch 32, bfloat16, compiled"),
     "train-bfloat16-compiled-system": partial(networks_table, "train, batch 32, bfloat16, compiled, allocator system"),

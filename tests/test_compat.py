@@ -32,12 +32,15 @@ from dgnet.compat.torch import (
     DYNAMO_READS_CONTEXT_VARS,
     UNCOUNTED,
     count_writes,
+    current_backward,
+    find_batch_norm,
     find_leaves,
     find_tensors,
     has_forward_hooks,
     is_compiled_for_all_sizes,
     is_in_backward,
     is_transformed,
+    will_run,
 )
 from dgnet.errors import BadImageError, UsageError
 
@@ -75,6 +78,33 @@ def test_a_backward_pass_is_noticed():
     y.backward()
     assert seen == [False, True], moved("torch", "_C._current_graph_task_id")
     assert not is_in_backward()
+
+
+def test_the_batch_normalisation_of_an_output_is_found():
+    norm = nn.BatchNorm2d(3)
+    read = torch.randn(4, 3, 2, 2, requires_grad=True) * 2
+    for mode in (True, False):
+        output = norm.train(mode)(read)
+        found = find_batch_norm(output)
+        assert found is not None, moved("torch", "names of batch normalisations in autograd's graph, or what they keep")
+        again = nn.functional.batch_norm(*found.tensors, eps=found.epsilon)
+        torch.testing.assert_close(again, output, rtol=1e-5, atol=1e-6), moved("torch", "what batch normalisations keep")
+    assert find_batch_norm(output.relu()) is None
+    assert find_batch_norm(output.detach()) is None
+
+
+def test_what_a_backward_pass_will_run_is_known():
+    x, y = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    first, second = x * 2, y * 3
+    seen = []
+    total = first * second
+    total.register_hook(lambda grad: seen.append([current_backward(), *map(will_run, (first.grad_fn, second.grad_fn))]))
+    torch.autograd.grad(total, x, retain_graph=True)
+    total.backward()
+    assert [row[1:] for row in seen] == [[True, False], [True, True]], moved("torch", "_C._will_engine_execute_node")
+    assert -1 not in {seen[0][0], seen[1][0]}
+    assert seen[0][0] != seen[1][0], moved("torch", "_C._current_graph_task_id")
+    assert current_backward() == -1
 
 
 def test_transforms_are_noticed():

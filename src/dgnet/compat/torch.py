@@ -7,7 +7,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule, source
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,59 +43,62 @@ def is_in_backward() -> bool:
     return current_backward() != -1
 
 
-def can_pack_saved_tensors() -> bool:
-    """Whether `saved_tensors_hooks` may be set here: nobody else has set or forbidden them. There is no public test."""
-    hooks: Any = torch._C._autograd
-    return bool(hooks._saved_tensors_hooks_is_enabled()) and hooks._top_saved_tensors_default_hooks(False) is None
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that this thread is in will run a node of autograd's graph."""
+    return bool(torch._C._will_engine_execute_node(node))
 
 
-_NORMS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
+_BATCH_NORMS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackward0": "_saved_epsilon"}
 """Batch normalisations in autograd's graph, and the name under which each keeps ε."""
 
 
-class KeptByNorm(NamedTuple):
-    """What autograd keeps of a batch normalisation. `input`: (B, C, H, W); the other tensors: (C,)."""
+class BatchNorm(NamedTuple):
+    """What a batch normalisation computes from. `input`: (B, C, H, W), that which autograd keeps; the other tensors: (C,)."""
 
     input: Tensor
     mean: Tensor
     variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
     epsilon: float
 
-    def compute_output(self) -> Tensor:
-        """The output of the normalisation, (B, C, H, W)."""
-        return F.batch_norm(self.input, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.epsilon)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The first arguments of `torch.nn.functional.batch_norm`."""
+        return self[:-1]
 
 
-def find_norm(x: Tensor) -> KeptByNorm | None:
-    """What autograd keeps of the batch normalisation whose output is `x`; None if `x` is no such output.
+def find_batch_norm(x: Tensor) -> BatchNorm | None:
+    """The batch normalisation whose output is `x`, without gradients; None if `x` is no such output.
 
-    Also None if a parameter of the normalisation is frozen, because the graph does not lead to it then, and if somebody else's
-    hooks keep the input in another form, as those of gradient checkpointing do.
+    Also None where autograd does not keep what is needed in its usual form: with frozen or sharded parameters, statistics in
+    half precision, and saved tensors that somebody's hooks keep, as those of gradient checkpointing do.
     """
-    norm: Any = x.grad_fn
-    if norm is None or norm.name() not in _NORMS or not x.numel():
+    node: Any = x.grad_fn
+    if node is None or node.name() not in _BATCH_NORMS or x._version or x.is_meta or not x.numel():
         return None
-    weight, bias = (getattr(edge, "variable", None) for edge, _ in norm.next_functions[1:3])
-    if norm._saved_weight is not None and (weight is None or bias is None):
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
-    shared: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        shared.append(tensor)
-        return tensor
-
+    parameters = [getattr(edge, "variable", None) for edge, _ in node.next_functions[1:3]]
+    if any(one is None or one.untyped_storage().size() < one.nbytes for one in parameters):
+        return None
     try:
-        norm._raw_saved_input.register_hooks(pack, lambda tensor: tensor)
-    except RuntimeError:  # it has hooks already
+        if node._raw_saved_input.unpack_hook is not None:  # asked first: reading such a tensor could run the network again
+            return None
+        read = node._saved_input.detach()  # shares the counter of changes in place
+        if node._saved_training:  # it keeps the mean and 1/sqrt(variance + ε)
+            mean, deviation = node._saved_result1, node._saved_result2
+            epsilon: float = getattr(node, _BATCH_NORMS[node.name()])
+            variance = deviation.pow(-2) - epsilon
+        else:
+            mean, variance = node._saved_running_mean, node._saved_running_var
+            epsilon = getattr(node, _BATCH_NORMS[node.name()])
+    except RuntimeError:  # the graph was used already
         return None
-    epsilon: float = getattr(norm, _NORMS[norm.name()])
-    if norm._saved_training:  # it keeps the mean and 1/sqrt(variance + ε)
-        mean, variance = norm._saved_result1, norm._saved_result2.pow(-2) - epsilon
-    else:
-        mean, variance = norm._saved_running_mean, norm._saved_running_var
-    return KeptByNorm(shared[0], mean, variance, weight, bias, epsilon)
+    if mean.dtype.itemsize < 4:
+        return None
+    weight, bias = (one.detach().clone() for one in parameters if one is not None)
+    return BatchNorm(read, mean.clone(), variance.clone(), weight, bias, epsilon)
 
 
 def is_transformed(x: Tensor) -> bool:

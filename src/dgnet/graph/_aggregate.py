@@ -13,7 +13,6 @@ Letters: B batch, E in-edges of a node, C channels, H and W height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,16 +27,17 @@ from dgnet.graph._aggregate_plain import (
     empty_sum,
     partial_sums_plain,
 )
-from dgnet.graph._collect import can_collect, sum_and_collect
-from dgnet.graph._renormalize import keep_inputs_of_norms
+from dgnet.graph._sharing import Sharing
 
 
-def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
+def aggregate(
+    features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None = None, sharing: Sharing | None = None
+) -> Tensor:
     """Sum a node's incoming features, each sample with its own edge weights (Eq. 3).
 
     `features`: one tensor for each in-edge, E of them, (B, C, H, W) or of another layout with B first; `weights`: (B, E), or
     (B, E, g) for features of (B, g, …); `is_open`: (B, E), None for all open. The feature of a closed edge never enters the
-    sum, even if it is infinite or NaN.
+    sum, even if it is infinite or NaN. `sharing`: that of the forward pass, if other sums read the same features.
 
     Sums in float32 if features are in half precision, otherwise in their own precision. Returns a tensor like a feature.
     """
@@ -45,12 +45,9 @@ def aggregate(features: Sequence[Tensor], weights: Tensor, is_open: Tensor | Non
         return aggregate_by_loop(features, weights, is_open)
     learns = torch.is_grad_enabled() and (weights.requires_grad or any(feature.requires_grad for feature in features))
     prepare(features[0].device.type, learns)
-    total: Tensor
-    with keep_inputs_of_norms(features) if learns and weights.requires_grad else nullcontext():
-        if learns and can_collect(features, weights):
-            total = sum_and_collect(features, weights, is_open)
-        else:
-            total = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
+    if learns and sharing is not None and weights.ndim == 2:
+        return sharing.sum(features, weights, is_open)
+    total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
     return total
 
 

@@ -18,6 +18,7 @@ from dgnet.graph._aggregate import aggregate
 from dgnet.graph._edge_weights import mean_of_edge, split_ways, sum_in_groups
 from dgnet.graph._gating import NodeGates
 from dgnet.graph._layout import LAYOUTS
+from dgnet.graph._sharing import Sharing
 from dgnet.graph._topology import Topology
 from dgnet.graph._weighting import Weighting
 from dgnet.options import Options, option
@@ -114,15 +115,22 @@ class StageNodes(nn.Module):
         return self.takes_gates or self.node_gates is not None
 
     def compute(
-        self, node: int, weights: Tensor, is_open: Tensor | None, *sources: Tensor, further: Further = NOTHING
+        self,
+        node: int,
+        weights: Tensor,
+        is_open: Tensor | None,
+        *sources: Tensor,
+        further: Further = NOTHING,
+        sharing: Sharing | None = None,
     ) -> Tensor:
         """Aggregate and transform, x_j = f_j(Σ_i α_ij x_i) (Eq. 3): (B, C, H, W). For the output node, the stage's output.
 
         `weights`: (B, E), or (B, E, k) with several weights for each edge; `is_open`: (B, E), None: all open. `sources`: the
         features of the in-edges; for an entry node the raw stage input and x_0. A source may also be a sum of several of them.
+        `sharing`: that of the forward pass, in training.
         """
-        sum_senders = partial(self._sum, sources[len(sources) - weights.shape[1] :], is_open=is_open)
-        sum_raw = partial(self._sum, sources[:1], is_open=is_open)
+        sum_senders = partial(self._sum, sources[len(sources) - weights.shape[1] :], is_open=is_open, sharing=sharing)
+        sum_raw = partial(self._sum, sources[:1], is_open=is_open, sharing=sharing)
         block = self.nodes[node - 1] if node in self.topology.entry else None
         if self.training and getattr(block, "takes_scale", False):
             # A fast path: the block computes f_j(α · x) without storing α · x.
@@ -131,8 +139,8 @@ class StageNodes(nn.Module):
             return self.finish_entry(block(sources[0], scale=own[:, 0]), lambda: sum_senders(passed))
         return self.compute_from_sums(node, weights, sum_raw, sum_senders, further)
 
-    def _sum(self, sources: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-        return sum_in_groups(partial(aggregate, is_open=is_open), sources, weights, self.layout)
+    def _sum(self, sources: Sequence[Tensor], weights: Tensor, is_open: Tensor | None, sharing: Sharing | None) -> Tensor:
+        return sum_in_groups(partial(aggregate, is_open=is_open, sharing=sharing), sources, weights, self.layout)
 
     def compute_from_sums(
         self,

@@ -19,6 +19,7 @@ from dgnet.graph._layout import to_map
 from dgnet.graph._nodes import NOTHING, StageNodes
 from dgnet.graph._pooling import current_area, use_area
 from dgnet.graph._recompute import compute_checkpointed
+from dgnet.graph._sharing import Sharing
 from dgnet.graph._wiring import Wiring, imposed_on, observers_of
 
 
@@ -114,6 +115,7 @@ class DenseWalk(Walk):
         self.area = current_area()
         self.needs = Needs.of(stage, self.imposed)
         self.features: list[Any] = []  # x_i of each node
+        self.sharing = Sharing()
         self.alive: list[Tensor | None] = [None]  # of each node, (B,): bool, or 0 and 1 while gates train; None: all samples
         self.ran: list[Tensor | None] = [None]  # as `alive`
         self.alpha = self.new_predictions(stage.weighting.edge_weights)  # α of each edge
@@ -220,7 +222,7 @@ class DenseWalk(Walk):
         sources = self.sources(node)
         if self.stage.grad_checkpointing and self.stage.training and torch.is_grad_enabled():
             return compute_checkpointed(self.stage, node, weights, is_open, *sources, further=self.further)
-        return self.stage.compute(node, weights, is_open, *sources, further=self.further)
+        return self.stage.compute(node, weights, is_open, *sources, further=self.further, sharing=self.sharing)
 
     def sources(self, node: int) -> tuple[Any, ...]:
         """What a node reads: the features of its senders; for an entry node, the raw stage input before them."""

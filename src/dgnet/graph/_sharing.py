@@ -1,0 +1,205 @@
+"""Features that several sums read, in the backward pass: one gradient map for each node, and no copy of normalised features.
+
+**Gradients.** By itself autograd would compute w_ij · ∂L/∂x̂_j for each edge, and add these maps one after the other. Here each
+sum that reads a feature stores ∂L/∂x̂_j as it is. When all of them have done so, ∂L/∂x_i = Σ_j w_ij · ∂L/∂x̂_j is one aggregation
+of those gradients (Eq. 3): one map is read for each edge, and one written for each node.
+
+**Features.** The gradients of the weights need x_i. If x_i is the output of a batch normalisation, γ(z − μ)/σ + β, it is not
+kept: the normalisation keeps z anyway, and x_i is computed again when the backward pass first reads it.
+
+Letters: B batch, E in-edges of a node, R sums that read a feature, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgnet.compat.torch import current_backward, find_batch_norm, is_batched, will_run
+from dgnet.graph._aggregate_plain import aggregate_by_loop
+
+
+class Sharing:
+    """The features of one forward pass of a stage. It belongs to the walk, and goes with it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Shared] = {}
+
+    def sum(self, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
+        """Σ_i w_i · x_i, (B, C, H, W), of E features, with gradients. `weights` and `is_open`: (B, E); None: all open."""
+        shared = [self._share(feature) if feature.requires_grad else None for feature in features]
+        kept = [
+            None if one is not None and one.is_computed_again else feature
+            for feature, one in zip(features, shared, strict=True)
+        ]
+        tokens = [None if one is None else one.token for one in shared]
+        total: Tensor = _Sum.apply(tuple(features), tuple(kept), is_open, weights, *tokens)
+        return total
+
+    def _share(self, feature: Tensor) -> _Shared:
+        shared = self._known.get(id(feature))
+        if shared is None or shared.is_stale:
+            norm = find_batch_norm(feature)
+            token = _Token.apply(feature, None if norm is None else norm.epsilon, *([] if norm is None else norm.tensors))
+            shared = self._known[id(feature)] = _Shared(feature, feature.grad_fn, feature._version, token, norm is not None)
+        return shared
+
+
+class _Shared(NamedTuple):
+    """A feature and its token. The feature is held so that its identity stays its own."""
+
+    feature: Tensor
+    grad_fn: Any
+    version: int
+    token: Tensor
+    is_computed_again: bool
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether an operation has changed the feature in place since."""
+        return self.feature.grad_fn is not self.grad_fn or self.feature._version != self.version
+
+
+class _Pass:
+    """What one backward pass has stored for a feature."""
+
+    def __init__(self) -> None:
+        self.edges: list[_EdgeGradient] = []
+        self.feature: Tensor | None = None  # computed again
+
+
+class _EdgeGradient(NamedTuple):
+    """What a sum stores for a feature: ∂L/∂x̂_j, (B, C, H, W), and weight and openness of the edge, (B,)."""
+
+    grad: Tensor
+    weight: Tensor
+    is_open: Tensor | None
+
+
+class _Token(torch.autograd.Function):
+    """An empty tensor that stands for a feature among the inputs of sums.
+
+    Autograd runs its backward pass when those of all sums that read the feature have run. Its node in autograd's graph holds
+    what the sums store, for each backward pass, and what the feature is computed again from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, epsilon: float | None, *norm: Tensor) -> Tensor:
+        ctx.epsilon, ctx.dtype = epsilon, feature.dtype
+        ctx.passes = {}  # number of the backward pass -> _Pass
+        ctx.save_for_backward(*norm)
+        return feature.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.passes.pop(current_backward(), None)
+        nothing = [None] * (1 + len(ctx.needs_input_grad[2:]))
+        if stored is None or not stored.edges:
+            return None, *nothing
+        grads, weights, opened = zip(*reversed(stored.edges), strict=True)
+        # In the precision of the feature, which a sum of features of several precisions need not have.
+        return sum_of_edges([grad.to(ctx.dtype) for grad in grads], weights, opened), *nothing
+
+
+def _store(token: Any, edge: _EdgeGradient) -> None:
+    """Store an edge's gradient for a feature. `token`: the token's node in autograd's graph."""
+    if will_run(token):  # otherwise nobody would take it out again
+        token.passes.setdefault(current_backward(), _Pass()).edges.append(edge)
+
+
+def _compute_again(token: Any) -> Tensor:
+    """The feature of a token whose feature is not kept, (B, C, H, W); without gradients."""
+    stored = token.passes.setdefault(current_backward(), _Pass()) if will_run(token) else _Pass()
+    if stored.feature is None:
+        with torch.no_grad():
+            read, mean, variance, weight, bias = token.saved_tensors
+            stored.feature = F.batch_norm(read, mean, variance, weight, bias, eps=token.epsilon)
+    feature: Tensor = stored.feature
+    return feature
+
+
+class _Again(torch.autograd.Function):
+    """A feature that is computed again, from its token, with gradients: for gradients of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, node: Any) -> Tensor:
+        return _compute_again(node).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _store(ctx.next_functions[0][0], _EdgeGradient(grad, grad.new_ones(len(grad)), None))
+        return grad.new_zeros(0), None
+
+
+class _Sum(torch.autograd.Function):
+    """`dgnet::aggregate` of features that have tokens.
+
+    `features` and `kept` are tuples, so that autograd does not take them for inputs: the tokens are inputs in their place.
+    `kept`: None for features that are computed again; `tokens`: None for features without gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: tuple[Tensor, ...],
+        kept: tuple[Tensor | None, ...],
+        is_open: Tensor | None,
+        weights: Tensor,
+        *tokens: Tensor | None,
+    ) -> Tensor:
+        # Only the gradients of the weights depend on the features.
+        kept = kept if weights.requires_grad else (None,) * len(kept)
+        ctx.save_for_backward(weights, is_open, *kept, *tokens)
+        total: Tensor = torch.ops.dgnet.aggregate(list(features), weights, is_open, None)
+        ctx.stride = total.stride()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, is_open, *saved = ctx.saved_tensors
+        kept, tokens = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        inputs = iter(ctx.next_functions[len(ctx.next_functions) - sum(token is not None for token in tokens) :])
+        nodes = [None if token is None else next(inputs)[0] for token in tokens]
+        if not is_batched(grad) and grad.stride() != ctx.stride:  # such as an expanded one: the sums would have its layout
+            grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+        by_weights = None
+        if ctx.needs_input_grad[3]:
+            features = [
+                one if one is not None else _Again.apply(token, node) if torch.is_grad_enabled() else _compute_again(node)
+                for one, token, node in zip(kept, tokens, nodes, strict=True)
+            ]
+            by_weights = weights_gradient(grad, features, weights, is_open)
+        edges = is_open.unbind(1) if is_open is not None else [None] * len(tokens)
+        for node, weight, opened in zip(nodes, weights.unbind(1), edges, strict=True):
+            if node is not None:
+                _store(node, _EdgeGradient(grad, weight, opened))
+        empty = [None if token is None else grad.new_zeros(0) for token in tokens]
+        return None, None, None, by_weights, *empty
+
+
+def sum_of_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Sequence[Tensor | None]) -> Tensor:
+    """Σ_j w_j · g_j, (B, C, H, W), of R gradients. `weights` and `opened`: (B,) for each; None: open for all samples."""
+    rows = torch.stack(list(weights), 1)
+    is_open = None
+    if any(column is not None for column in opened):
+        is_open = torch.stack(
+            [rows.new_ones(len(rows), dtype=torch.bool) if column is None else column for column in opened], 1
+        )
+    if any(is_batched(grad) for grad in grads):  # many gradients at once: `is_grads_batched`
+        return aggregate_by_loop(grads, rows, is_open)
+    total: Tensor = torch.ops.dgnet.aggregate(list(grads), rows, is_open, None)
+    return total
+
+
+def weights_gradient(grad: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
+    """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed."""
+    if is_batched(grad):
+        batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(features, w, is_open), weights)[1](grad)
+        return batched[0]
+    none = [False] * len(features)
+    by_weights: Tensor = torch.ops.dgnet.aggregate_backward(grad, list(features), weights, is_open, True, none)[0]
+    return by_weights
