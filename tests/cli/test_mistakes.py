@@ -83,7 +83,7 @@ def test_a_message_names_options_as_they_are_typed():
         ),
         (
             "train --cache true --image-size 96",
-            "--cache true needs --augment pad-crop or none; images of (96, 96) use rrc",
+            "--cache true needs --augment pad-crop, reflect-crop or none; images of (96, 96) use rrc",
         ),
         ("train --data a-{0..4.tar", "cannot be expanded"),
         ("train --data ${NOT_SET}/a-{0..4}.tar", "cannot be expanded"),

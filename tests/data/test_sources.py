@@ -154,7 +154,7 @@ def test_hugging_face_data_sets_by_timms_name(tmp_path):
         list(DataLoader(broken))
 
 
-@pytest.mark.parametrize("augment", ["rrc", "pad-crop", "none"])
+@pytest.mark.parametrize("augment", ["rrc", "pad-crop", "reflect-crop", "none"])
 def test_transforms_give_the_networks_size(augment):
     preprocessing = Preprocessing((24, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     image = Image.new("RGB", (40, 50))
@@ -170,6 +170,12 @@ def test_a_small_photo_is_padded_and_cropped_without_being_squashed():
     crops = [augmented(photo) for _ in range(60)]
     assert any(torch.equal(crop, plain) for crop in crops)  # the shift by nothing
     assert any(torch.equal(crop[:, :-1], plain[:, 1:]) for crop in crops)  # by a pixel
+
+
+def test_mirrored_borders_hold_no_black():
+    white = Image.new("RGB", (8, 8), "white")
+    assert min(PREPROCESSING.training_transform("pad-crop", 0.0)(white).min() for _ in range(20)) < 0
+    assert all((PREPROCESSING.training_transform("reflect-crop", 0.0)(white) > 0).all() for _ in range(20))
 
 
 def test_flips_follow_their_probability():

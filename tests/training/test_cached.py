@@ -51,10 +51,11 @@ def test_training_batches_are_full_and_in_a_new_order_each_epoch():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_every_crop_is_one_of_the_padded_image_and_all_places_come():
+@pytest.mark.parametrize(("augment", "padding"), [("pad-crop", "constant"), ("reflect-crop", "reflect")])
+def test_every_crop_is_one_of_the_padded_image_and_all_places_come(augment, padding):
     dataset = Noise()
     order = TrainingOrder(11, batch_size=11, seed=0)
-    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, order=order, augment="pad-crop", hflip=0.5)
+    loader = CachedLoader(dataset, PREPROCESSING, batch_size=11, order=order, augment=augment, hflip=0.5)
     mean, std = (torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std))
     seen = set()
     for order.epoch in range(200):
@@ -62,7 +63,7 @@ def test_every_crop_is_one_of_the_padded_image_and_all_places_come():
             pixels = ((images * std + mean) * 255).round().to(torch.uint8)
             for image, label in zip(pixels, labels.tolist(), strict=True):
                 source = (dataset[label][0] * std + mean).mul(255).round().to(torch.uint8)
-                padded = torch.nn.functional.pad(source, (3, 3, 2, 2))
+                padded = torch.nn.functional.pad(source.float(), (3, 3, 2, 2), padding).to(torch.uint8)
                 places = [
                     (top, left, flip)
                     for top in range(5)

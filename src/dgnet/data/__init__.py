@@ -28,6 +28,7 @@ from dgnet.data._loading import EvaluationLoader as EvaluationLoader
 from dgnet.data._loading import EvaluationOrder as EvaluationOrder
 from dgnet.data._loading import build_loader as build_loader
 from dgnet.data._loading import worker_options as worker_options
+from dgnet.data._preprocessing import PAD_CROPS as PAD_CROPS
 from dgnet.data._preprocessing import Augmentation as Augmentation
 from dgnet.data._preprocessing import Preprocessing as Preprocessing
 from dgnet.data._shards import ShardStream as ShardStream

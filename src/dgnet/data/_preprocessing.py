@@ -16,6 +16,8 @@ INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
 """timm's names, without its "random", with which an evaluation is not the same twice."""
 CROP_MODES = ("center", "squash", "border")
 """Center: resize the short side, crop. Squash: resize to the size. Border: resize the long side, pad."""
+PAD_CROPS = {"pad-crop": "constant", "reflect-crop": "reflect"}
+"""Augmentations that pad an image and crop it at random, and torchvision's name of what they pad it with."""
 _CHANNELS = (1, 3)  # of what Pillow reads: grey, RGB
 _LARGEST_VALUE = 1_000_000
 """Of mean and std: images are in [0, 1], or in [0, 255] for some. Normalised with a larger one, all images are the same."""
@@ -134,8 +136,8 @@ class Preprocessing:
         """Random augmentation, then normalise.
 
         `augment`: "rrc" (random resized crop, as for ImageNet), "pad-crop" (the crop of evaluation, padded with zeros by an
-        eighth, 4 pixels for CIFAR's 32, and cropped at random), or "none", which draws nothing. `hflip`: probability of a
-        horizontal flip.
+        eighth, 4 pixels for CIFAR's 32, and cropped at random), "reflect-crop" (the same, padded with what lies at the border,
+        mirrored), or "none", which draws nothing. `hflip`: probability of a horizontal flip.
         """
         if augment == "none":
             return self.evaluation_transform()
@@ -146,7 +148,7 @@ class Preprocessing:
         return transforms.Compose(
             [
                 self.cropping(),
-                transforms.RandomCrop(self.image_size, padding=(width // 8, height // 8)),
+                transforms.RandomCrop(self.image_size, (width // 8, height // 8), padding_mode=PAD_CROPS[augment]),
                 transforms.RandomHorizontalFlip(hflip),
                 *(change.transforms if augmentation.auto_augment or augmentation.color_jitter else ()),
                 *finish.transforms,

@@ -11,14 +11,14 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from dgnet.data import ImageDataset, Preprocessing, mix_seed
+from dgnet.data import PAD_CROPS, ImageDataset, Preprocessing, mix_seed
 from dgnet.training._loading import TrainingOrder
 
 
 class CachedLoader:
     """Batches of a data set whose decoded images are kept in memory: images (B, C, H, W), normalised, and labels (B,).
 
-    The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" each image is padded with zeros by an
+    The pixels are those of `Preprocessing`'s transforms. With `augment` "pad-crop" or "reflect-crop" each image is padded by an
     eighth, cropped at random and flipped with probability `hflip`, like in `Preprocessing.training_transform`. What is drawn
     for an image is a function of (seed, epoch, index), and of the number of the copy if the order repeats images.
 
@@ -40,8 +40,9 @@ class CachedLoader:
         self.images, self.labels = _decode_all(dataset, preprocessing, torch.device(device))
         self.batch_size = batch_size
         self.order = order
-        self.padding = [side // 8 if augment == "pad-crop" else 0 for side in preprocessing.image_size]
-        self.hflip = hflip if augment == "pad-crop" else 0.0
+        self.padding = [side // 8 if augment in PAD_CROPS else 0 for side in preprocessing.image_size]
+        self.pads_with_mirror = PAD_CROPS.get(augment) == "reflect"
+        self.hflip = hflip if augment in PAD_CROPS else 0.0
         self.mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
         self.std = torch.tensor(preprocessing.std, device=device)[:, None, None]
 
@@ -82,10 +83,19 @@ class CachedLoader:
         rows = top + torch.arange(height, device=device)
         columns = torch.arange(width, device=device)
         columns = left + torch.where(flipped, width - 1 - columns, columns)
-        padded = F.pad(images, (across, across, down, down))
+        if self.pads_with_mirror:
+            padded, rows, columns = images, _mirror(rows - down, height), _mirror(columns - across, width)
+        else:
+            padded = F.pad(images, (across, across, down, down))
         sample = torch.arange(batch, device=device)[:, None, None, None]
         channel = torch.arange(channels, device=device)[None, :, None, None]
         return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _mirror(index: Tensor, side: int) -> Tensor:
+    """The places of pixels beyond a border, mirrored at the pixel on the border; those within stay as they are."""
+    last = side - 1
+    return last - (last - index.abs()).abs()
 
 
 def _decode_all(dataset: ImageDataset, preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,9 @@ class AugmentationOptions:
 
     augment: str = option(
         "auto",
-        "rrc: random resized crop; pad-crop: pad with zeros, crop at random; none; auto: pad-crop up to 64 pixels, else rrc",
-        ("auto", "rrc", "pad-crop", "none"),
+        "rrc: random resized crop; pad-crop: pad with zeros, crop at random; reflect-crop: the same with mirrored borders;"
+        " none; auto: pad-crop up to 64 pixels, else rrc",
+        ("auto", "rrc", "pad-crop", "reflect-crop", "none"),
     )
     scale: list[float] | None = option(None, "rrc: share of the image's area, from and to; by default [0.08, 1]")
     ratio: list[float] | None = option(None, "rrc: width over height, from and to; by default [0.75, 1.3333]")

@@ -149,7 +149,9 @@ def prepare_data(
     if augment == "auto":
         augment = "pad-crop" if max(preprocessing.image_size) <= 64 else "rrc"
     if config.cache and augment == "rrc":
-        raise UsageError(f"--cache true needs --augment pad-crop or none; images of {preprocessing.image_size} use rrc")
+        raise UsageError(
+            f"--cache true needs --augment pad-crop, reflect-crop or none; images of {preprocessing.image_size} use rrc"
+        )
     config.check_use(augment, config.cache)
     train.transform = preprocessing.training_transform(augment, config.hflip if train.flips else 0.0, config.augmentation)
     val.transform = preprocessing.evaluation_transform()
