@@ -183,7 +183,8 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
         run = torch.compile(network, fullgraph=True) if form == "compiled" else network
         with monkeypatch.context() as patch:
             if form in ("loop", "plain"):
-                patch.setattr(nodes_module, "aggregate", {"loop": aggregate_by_loop, "plain": sum_plain}[form])
+                replaced = {"loop": aggregate_by_loop, "plain": sum_plain}[form]
+                patch.setattr(nodes_module, "aggregate", lambda *sums, is_open, sharing, run=replaced: run(*sums, is_open))
             losses[form] = []
             for _ in range(20):
                 loss = torch.nn.functional.cross_entropy(run(images), labels)
