@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import aggregate  # noqa: E402
+import early_gates  # noqa: E402
 import networks  # noqa: E402
 import sparse_mode  # noqa: E402
 from common import read_rows  # noqa: E402
@@ -382,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "aggregate-cpu": partial(benchmark_table, aggregate.format_table, "aggregate_cpu"),
     "aggregate-eager-cpu": partial(benchmark_table, aggregate.format_table, "aggregate_eager_cpu"),
     "aggregate-cuda": partial(benchmark_table, aggregate.format_table, "aggregate_cuda"),
+    "early-gates-cpu": partial(benchmark_table, early_gates.format_table, "early_gates_cpu"),
     "sparse-cpu": partial(benchmark_table, sparse_mode.format_table, "sparse_cpu"),
     "sparse-cuda": lambda: without_last_column(benchmark_table(sparse_mode.format_table, "sparse_cuda")),
     "costs": costs_table,
