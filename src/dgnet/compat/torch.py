@@ -86,13 +86,11 @@ def find_batch_norm(x: Tensor) -> BatchNorm | None:
         if node._raw_saved_input.unpack_hook is not None:  # asked first: reading such a tensor could run the network again
             return None
         read = node._saved_input.detach()  # shares the counter of changes in place
+        epsilon: float = getattr(node, _BATCH_NORMS[node.name()])
         if node._saved_training:  # it keeps the mean and 1/sqrt(variance + ε)
-            mean, deviation = node._saved_result1, node._saved_result2
-            epsilon: float = getattr(node, _BATCH_NORMS[node.name()])
-            variance = deviation.pow(-2) - epsilon
+            mean, variance = node._saved_result1, node._saved_result2.pow(-2) - epsilon
         else:
             mean, variance = node._saved_running_mean, node._saved_running_var
-            epsilon = getattr(node, _BATCH_NORMS[node.name()])
     except RuntimeError:  # the graph was used already
         return None
     if mean.dtype.itemsize < 4:

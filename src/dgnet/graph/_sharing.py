@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dgnet.compat.torch import current_backward, find_batch_norm, is_batched, will_run
 from dgnet.graph._aggregate_plain import aggregate_by_loop
+from dgnet.graph._gating import stack_alive
 
 
 class Sharing:
@@ -96,43 +97,46 @@ class _Token(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.passes.pop(current_backward(), None)
-        nothing = [None] * (1 + len(ctx.needs_input_grad[2:]))
-        if stored is None or not stored.edges:
-            return None, *nothing
+        stored = ctx.passes.pop(current_backward(), _Pass())
+        others = [None] * (len(ctx.needs_input_grad) - 1)
+        if not stored.edges:
+            return None, *others
         grads, weights, opened = zip(*reversed(stored.edges), strict=True)
         # In the precision of the feature, which a sum of features of several precisions need not have.
-        return sum_of_edges([grad.to(ctx.dtype) for grad in grads], weights, opened), *nothing
+        return _sum_edges([grad.to(ctx.dtype) for grad in grads], weights, opened), *others
 
 
-def _store(token: Any, edge: _EdgeGradient) -> None:
-    """Store an edge's gradient for a feature. `token`: the token's node in autograd's graph."""
-    if will_run(token):  # otherwise nobody would take it out again
-        token.passes.setdefault(current_backward(), _Pass()).edges.append(edge)
+def _pass_of(token: Tensor) -> _Pass:
+    """What the backward pass that runs has stored for the feature of a token; it may be added to."""
+    node: Any = token.grad_fn
+    # A pass that does not run the token would never take out what it has stored.
+    return node.passes.setdefault(current_backward(), _Pass()) if will_run(node) else _Pass()
 
 
-def _compute_again(token: Any) -> Tensor:
+def _compute_again(token: Tensor) -> Tensor:
     """The feature of a token whose feature is not kept, (B, C, H, W); without gradients."""
-    stored = token.passes.setdefault(current_backward(), _Pass()) if will_run(token) else _Pass()
+    node: Any = token.grad_fn
+    stored = _pass_of(token)
     if stored.feature is None:
         with torch.no_grad():
-            read, mean, variance, weight, bias = token.saved_tensors
-            stored.feature = F.batch_norm(read, mean, variance, weight, bias, eps=token.epsilon)
-    feature: Tensor = stored.feature
-    return feature
+            read, mean, variance, weight, bias = node.saved_tensors
+            stored.feature = F.batch_norm(read, mean, variance, weight, bias, eps=node.epsilon)
+    return stored.feature
 
 
 class _Again(torch.autograd.Function):
     """A feature that is computed again, from its token, with gradients: for gradients of gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, node: Any) -> Tensor:
-        return _compute_again(node).clone()
+    def forward(ctx: Any, token: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _compute_again(token).clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _store(ctx.next_functions[0][0], _EdgeGradient(grad, grad.new_ones(len(grad)), None))
-        return grad.new_zeros(0), None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (token,) = ctx.saved_tensors
+        _pass_of(token).edges.append(_EdgeGradient(grad, grad.new_ones(len(grad)), None))
+        return grad.new_zeros(0)
 
 
 class _Sum(torch.autograd.Function):
@@ -162,40 +166,33 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, is_open, *saved = ctx.saved_tensors
         kept, tokens = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        inputs = iter(ctx.next_functions[len(ctx.next_functions) - sum(token is not None for token in tokens) :])
-        nodes = [None if token is None else next(inputs)[0] for token in tokens]
         if not is_batched(grad) and grad.stride() != ctx.stride:  # such as an expanded one: the sums would have its layout
             grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
         by_weights = None
         if ctx.needs_input_grad[3]:
             features = [
-                one if one is not None else _Again.apply(token, node) if torch.is_grad_enabled() else _compute_again(node)
-                for one, token, node in zip(kept, tokens, nodes, strict=True)
+                one if one is not None else _Again.apply(token) if torch.is_grad_enabled() else _compute_again(token)
+                for one, token in zip(kept, tokens, strict=True)
             ]
-            by_weights = weights_gradient(grad, features, weights, is_open)
+            by_weights = _weights_gradient(grad, features, weights, is_open)
         edges = is_open.unbind(1) if is_open is not None else [None] * len(tokens)
-        for node, weight, opened in zip(nodes, weights.unbind(1), edges, strict=True):
-            if node is not None:
-                _store(node, _EdgeGradient(grad, weight, opened))
+        for token, weight, opened in zip(tokens, weights.unbind(1), edges, strict=True):
+            if token is not None:
+                _pass_of(token).edges.append(_EdgeGradient(grad, weight, opened))
         empty = [None if token is None else grad.new_zeros(0) for token in tokens]
         return None, None, None, by_weights, *empty
 
 
-def sum_of_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Sequence[Tensor | None]) -> Tensor:
+def _sum_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Sequence[Tensor | None]) -> Tensor:
     """Σ_j w_j · g_j, (B, C, H, W), of R gradients. `weights` and `opened`: (B,) for each; None: open for all samples."""
-    rows = torch.stack(list(weights), 1)
-    is_open = None
-    if any(column is not None for column in opened):
-        is_open = torch.stack(
-            [rows.new_ones(len(rows), dtype=torch.bool) if column is None else column for column in opened], 1
-        )
+    rows, is_open = torch.stack(list(weights), 1), stack_alive(opened)
     if any(is_batched(grad) for grad in grads):  # many gradients at once: `is_grads_batched`
         return aggregate_by_loop(grads, rows, is_open)
     total: Tensor = torch.ops.dgnet.aggregate(list(grads), rows, is_open, None)
     return total
 
 
-def weights_gradient(grad: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
+def _weights_gradient(grad: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
     """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed."""
     if is_batched(grad):
         batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(features, w, is_open), weights)[1](grad)
