@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dgnet.bench._memory import measure_tensors
 from dgnet.cli import main
 from tests.helpers.command import ask, refuse
 
@@ -38,15 +39,29 @@ def test_any_two_networks_and_the_table(capsys):
 
 @pytest.mark.slow
 def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys):
-    peaks = []
+    sides = []
     for batch_size in (8, 40):
         text = ask(capsys, "bench", "resnet20", "--against", "resnet20", "--batch-size", batch_size, "--rounds", 1, "--json")
-        peaks.append(json.loads(text)["model_side"]["peak_memory"])
-    if None in peaks:
-        pytest.skip("this system does not tell the peak memory of a process")
+        sides.append(json.loads(text)["model_side"])
     # resnet20 at 32×32: each convolution's output, and each normalisation's, whose ReLU works in place.
     per_image = 2 * 4 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2)
-    assert 0.8 < (peaks[1] - peaks[0]) / (32 * per_image) < 1.6
+    assert 0.9 < (sides[1]["peak_tensors"] - sides[0]["peak_tensors"]) / (32 * per_image) < 1.3
+    if None in (sides[0]["peak_memory"], sides[1]["peak_memory"]):
+        pytest.skip("this system does not tell the peak memory of a process")
+    assert 0.8 < (sides[1]["peak_memory"] - sides[0]["peak_memory"]) / (32 * per_image) < 1.6
+
+
+def test_the_peak_of_tensors_is_the_most_that_live_at_once():
+    kept = torch.empty(2**20)
+
+    def step():
+        one = torch.empty(2**20)
+        two = torch.empty(2**19)
+        del one
+        return torch.empty(2**18), two
+
+    assert measure_tensors(step, torch.device("cpu"), [kept], None) == 4 * (2**20 + 2**20 + 2**19)
+    assert measure_tensors(step, torch.device("meta"), [], 5) == 5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import dgnet
 from dgnet.bench._config import SHORT_SIDE, BenchConfig
 from dgnet.bench._machine import describe_hardware, versions
-from dgnet.bench._memory import allocated_bytes, measure_peak
+from dgnet.bench._memory import allocated_bytes, measure_peak, measure_tensors
 from dgnet.bench._result import BenchResult, Measured
 from dgnet.bench._steps import prepare_step
 from dgnet.errors import UsageError, reason
@@ -46,7 +46,6 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         seconds = time_alternating(steps, config.rounds, config.device, _ROUND_SECONDS, after_round=bar.update)
     ratios = [one / other for one, other in zip(seconds["model"], seconds["against"], strict=True)]
     model_side, against_side = (side.measured(times) for side, times in zip(sides, seconds.values(), strict=True))
-    known = model_side.peak_memory is not None and against_side.peak_memory is not None
     return BenchResult(
         task=config.task,
         model=config.model,
@@ -55,7 +54,8 @@ def bench(config: BenchConfig, show_progress: bool = True) -> BenchResult:
         ratio_quartiles=quartiles(ratios),
         model_seconds=model_side.seconds,
         against_seconds=against_side.seconds,
-        peak_memory_ratio=model_side.peak_memory / against_side.peak_memory if known else None,  # type: ignore[operator]
+        peak_memory_ratio=_divide(model_side.peak_memory, against_side.peak_memory),
+        peak_tensors_ratio=_divide(model_side.peak_tensors, against_side.peak_tensors),
         batch_size=config.batch_size,
         image_size=image_size,
         device=config.device,
@@ -90,6 +90,7 @@ class _Side:
             raise UsageError(f"{name} cannot run {config.task} here: {reason(error)}") from error
         time_step(self.step, device, repeats=_WARM_UP)
         self.peak_memory = measure_peak(self.step, device, persistent, allocated)
+        self.peak_tensors = measure_tensors(self.step, device, persistent, self.peak_memory)
 
     def measured(self, seconds: list[float]) -> Measured:
         """The network's figures. `seconds`: of one step, for each round."""
@@ -99,5 +100,10 @@ class _Side:
             quartiles=quartiles(seconds),
             images_per_second=self.batch_size / median,
             peak_memory=self.peak_memory,
+            peak_tensors=self.peak_tensors,
             first_call_seconds=self.first_call_seconds,
         )
+
+
+def _divide(one: int | None, other: int | None) -> float | None:
+    return None if one is None or other is None else one / other

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dgnet.compat.torch import list_allocations
 from dgnet.inference import Step, synchronize
 
 
@@ -29,6 +31,16 @@ def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor],
     before = _resident("VmRSS")
     step()
     return _resident("VmHWM") - before + sum(tensor.nbytes for tensor in persistent)
+
+
+def measure_tensors(step: Step, device: torch.device, persistent: Sequence[Tensor], peak: int | None) -> int | None:
+    """The most bytes that tensors occupy at once in a step: its peak without what an allocator holds between them.
+
+    `peak`: that of `measure_peak`, which on a GPU is this figure. None on other devices than GPUs and CPUs.
+    """
+    if device.type != "cpu":
+        return peak
+    return max(accumulate(list_allocations(step)), default=0) + sum(tensor.nbytes for tensor in persistent)
 
 
 def _reset_peak() -> bool:

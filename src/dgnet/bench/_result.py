@@ -16,6 +16,7 @@ class Measured:
     quartiles: tuple[float, float]
     images_per_second: float
     peak_memory: int | None  # bytes, with parameters and optimiser state; None if the system does not report it
+    peak_tensors: int | None  # the part of it that tensors occupy; None if the device does not report it
     first_call_seconds: float  # compilation included
 
 
@@ -31,6 +32,7 @@ class BenchResult:
     model_seconds: float
     against_seconds: float
     peak_memory_ratio: float | None
+    peak_tensors_ratio: float | None
     batch_size: int
     image_size: int
     device: str
@@ -58,17 +60,18 @@ def format_bench(result: BenchResult) -> str:
     lines = [
         f"{result.task}, batch {result.batch_size}, {size} pixels, {result.dtype}, {form},"
         f" {layout}, {result.rounds} alternating rounds",
-        f"{'':{width}}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'first call s':>14}",
+        f"{'':{width}}{'ms':>10}{'quartiles':>20}{'images/s':>12}{'peak MiB':>12}{'tensors MiB':>13}{'first call s':>14}",
     ]
     for name, side in ((model, result.model_side), (result.against, result.against_side)):
         low, high = (1000 * value for value in side.quartiles)
-        peak = "–" if side.peak_memory is None else f"{side.peak_memory / 2**20:,.0f}"
+        peak, tensors = ("–" if value is None else f"{value / 2**20:,.0f}" for value in (side.peak_memory, side.peak_tensors))
         lines.append(
             f"{name:{width}}{1000 * side.seconds:10.2f}{f'{low:.2f} … {high:.2f}':>20}{side.images_per_second:12.1f}{peak:>12}"
-            f"{side.first_call_seconds:14.1f}"
+            f"{tensors:>13}{side.first_call_seconds:14.1f}"
         )
     low, high = result.ratio_quartiles
     memory = "" if result.peak_memory_ratio is None else f"; peak memory {result.peak_memory_ratio:.3f}"
+    memory += "" if result.peak_tensors_ratio is None else f", of tensors {result.peak_tensors_ratio:.3f}"
     lines.append(f"{model} / {result.against}: time {result.ratio:.3f} (quartiles {low:.3f} … {high:.3f}){memory}")
     packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     lines.append(f"{result.hardware}; {packages}")

@@ -118,26 +118,26 @@ def run_report(args: Namespace) -> None:
 
 def _similarity_parser() -> Parser:
     parser = Parser(
-        description="Print how similar the inputs of a stage's nodes are, which edges are open and what gradients they have, at"
-        " the start and after training."
+        description="Print how similar the inputs of a stage's nodes are, which edges are open, what their weights depend"
+        " on, and gradients, at the start and after training."
     )
     parser.add_argument(
         "runs", type=Location, nargs="+", metavar="RUN", help="run folders or checkpoints of networks with dynamic stages"
     )
     parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
-    parser.add_argument("--images", type=int, default=64, help="number of images: the first ones of the data")
+    parser.add_argument(
+        "--images", type=int, default=64, help="number of images: the first ones of the data; more for gradients"
+    )
     add_trust(parser)
     return parser
 
 
 def run_similarity(args: Namespace) -> None:
     """`dgnet experiment similarity`."""
-    from dgnet.experiments import compare_with_start, format_edges, format_similarity
+    from dgnet.experiments import compare_with_start, format_comparisons
 
     check_range("--images", args.images, 2)
-    inputs, edges = zip(*(compare_with_start(Path(run), args.data, args.images) for run in args.runs), strict=True)
-    print(format_similarity([row for rows in inputs for row in rows]))
-    print(f"\n{format_edges([row for rows in edges for row in rows])}")
+    print(format_comparisons([compare_with_start(Path(run), args.data, args.images) for run in args.runs]))
 
 
 EXPERIMENT = Group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop_count
 
@@ -184,6 +186,20 @@ def find_leaves(values: object) -> list[object]:
 def count_writes(tensor: Tensor) -> int:
     """How often a tensor was changed in place."""
     return tensor._version
+
+
+def list_allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes that a call of `step` takes from torch's CPU allocator, in order; negative: given back.
+
+    The public lists of the profiler's events lack most of them.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read once; otherwise the profiler writes to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def has_kernel(operator: str, key: str) -> bool:

@@ -6,7 +6,6 @@ from dgnet._lazy import lazy_names
 
 if TYPE_CHECKING:
     from dgnet.experiments._check import check_runs as check_runs
-    from dgnet.experiments._edges import format_edges as format_edges
     from dgnet.experiments._figures import save_figures as save_figures
     from dgnet.experiments._grid import Grid as Grid
     from dgnet.experiments._grid import GridRun as GridRun
@@ -22,6 +21,6 @@ if TYPE_CHECKING:
     from dgnet.experiments._report import format_table as format_table
     from dgnet.experiments._runner import run_grid as run_grid
     from dgnet.experiments._similarity import compare_with_start as compare_with_start
-    from dgnet.experiments._similarity import format_similarity as format_similarity
+    from dgnet.experiments._similarity import format_comparisons as format_comparisons
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

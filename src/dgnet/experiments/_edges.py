@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,17 +52,25 @@ def find_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> list[T
     These are its row of W and b in the sender's router, and its static weight. None: the stage has no such parameters, or
     routers of the user's own. Normalisations keep the statistics of evaluation.
     """
-    weightings = [stage.weighting for stage in find_stages(network)]
-    for weighting in weightings:
-        weighting.train()
     network.zero_grad()
-    with torch.enable_grad():
+    with weigh_as_in_training(network), torch.enable_grad():
         F.cross_entropy(network(images), labels).backward()
-    for weighting in weightings:
-        weighting.eval()
     found = [_norms(stage) for stage in find_stages(network)]
     network.zero_grad()
     return found
+
+
+@contextmanager
+def weigh_as_in_training(network: nn.Module) -> Iterator[None]:
+    """A context in which the weightings of a network in evaluation mode are in training mode."""
+    weightings = [stage.weighting for stage in find_stages(network)]
+    for weighting in weightings:
+        weighting.train()
+    try:
+        yield
+    finally:
+        for weighting in weightings:
+            weighting.eval()
 
 
 def _norms(stage: DynamicGraph) -> Tensor | None:

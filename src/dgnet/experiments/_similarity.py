@@ -1,4 +1,5 @@
-"""What training changes in a stage: how similar the inputs of its nodes are, and its edges (`_edges.py`).
+"""What training changes in a stage: how similar the inputs of its nodes are, its edges (`_edges.py`), and what their weights
+depend on (`_signal.py`).
 
 If all nodes read nearly the same sum, the stage acts like one wide layer; if their inputs differ, it has depth.
 """
@@ -10,7 +11,7 @@ from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from dgnet.checkpoint import load_checkpoint
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import open_evaluation_data
-from dgnet.experiments._edges import compare_edges
+from dgnet.experiments._edges import compare_edges, format_edges
 from dgnet.experiments._report import format_table
+from dgnet.experiments._signal import compare_signal, format_signal
 from dgnet.graph import find_stages
 
 
@@ -30,8 +32,23 @@ def format_similarity(rows: Sequence[Sequence[str]]) -> str:
     return format_table(heads, [list(row) for row in rows])
 
 
-def compare_with_start(run: Path, source: str | None, images: int) -> tuple[list[list[str]], list[list[str]]]:
-    """The rows of `compare_inputs` and of `compare_edges` for a run's network, before training and after it.
+class Comparison(NamedTuple):
+    """Rows about a network before and after training: those of `compare_inputs`, `compare_edges` and `compare_signal`."""
+
+    inputs: list[list[str]]
+    edges: list[list[str]]
+    signal: list[list[str]]
+
+
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Three Markdown tables of several networks."""
+    formats = (format_similarity, format_edges, format_signal)
+    tables = zip(formats, zip(*comparisons, strict=True), strict=True)
+    return "\n\n".join(format_rows([row for rows in parts for row in rows]) for format_rows, parts in tables)
+
+
+def compare_with_start(run: Path, source: str | None, images: int) -> Comparison:
+    """Compare a run's network before training with that after it.
 
     `source`: by default the images that the run was evaluated on. `images`: how many, the first ones. The start is drawn anew.
     Raises UsageError for a static network, and for fewer than two images.
@@ -49,7 +66,11 @@ def compare_with_start(run: Path, source: str | None, images: int) -> tuple[list
     start.init_weights()
     set_statistics(start, batch)
     network.eval()
-    return compare_inputs(run.name, start, network, batch), compare_edges(run.name, start, network, batch, labels)
+    return Comparison(
+        compare_inputs(run.name, start, network, batch),
+        compare_edges(run.name, start, network, batch, labels),
+        compare_signal(run.name, start, network, batch, labels),
+    )
 
 
 def compare_inputs(name: str, start: nn.Module, trained: nn.Module, images: Tensor) -> list[list[str]]:
