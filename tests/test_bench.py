@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import dgnet
 from dgnet.bench._memory import measure_tensors
 from dgnet.cli import main
 from tests.helpers.command import ask, refuse
@@ -49,6 +50,32 @@ def test_peak_memory_grows_with_the_batch_by_what_the_backward_pass_needs(capsys
     if None in (sides[0]["peak_memory"], sides[1]["peak_memory"]):
         pytest.skip("this system does not tell the peak memory of a process")
     assert 0.8 < (sides[1]["peak_memory"] - sides[0]["peak_memory"]) / (32 * per_image) < 1.6
+
+
+@pytest.mark.slow
+def test_compiled_training_needs_less_memory_with_our_options():
+    torch.manual_seed(0)
+    network = dgnet.create_model("dg_resnet32", channels=[8, 8, 8]).train()
+    stage = network.stages[0]
+    x = torch.randn(8, 8, 16, 16)
+    peaks = []
+    for options in ({}, dgnet.compile_options(network)):
+        torch._dynamo.reset()
+        run = torch.compile(stage, fullgraph=True, options=options)
+
+        def step(run=run):
+            run(x).square().mean().backward()
+            stage.zero_grad()
+
+        step()
+        peaks.append(measure_tensors(step, torch.device("cpu"), [], None))
+    assert peaks[1] <= peaks[0] - x.nbytes  # at least one feature
+
+
+def test_our_options_are_for_dynamic_networks_on_a_cpu():
+    network = dgnet.create_model("dg_resnet20")
+    assert dgnet.compile_options(network) == {"realize_reads_threshold": 8}
+    assert dgnet.compile_options(network, "cuda") == dgnet.compile_options(dgnet.create_model("resnet20")) == {}
 
 
 def test_the_peak_of_tensors_is_the_most_that_live_at_once():

@@ -35,7 +35,7 @@ USERS_NEED = (
         "plot_adjacency",
         "plot_graph",
     ),
-    *("publish", "Publication", "keep_freed_memory", "UsageError", "__version__"),
+    *("publish", "Publication", "keep_freed_memory", "compile_options", "UsageError", "__version__"),
 )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dgnet.graph import DynamicGraph as DynamicGraph
     from dgnet.graph import Topology as Topology
     from dgnet.graph import Weighting as Weighting
+    from dgnet.graph import compile_options as compile_options
     from dgnet.graph import record_connectivity as record_connectivity
     from dgnet.graph import use_connectivity as use_connectivity
     from dgnet.inference import compile_network as compile_network

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import _aggregate_plain as plain_module
-from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows
+from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows, compile_options
 from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
@@ -179,7 +179,8 @@ def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
         network = tiny(layers=(2, 2, 2)).double()
         images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(5, (6,))
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-        run = torch.compile(network, fullgraph=True) if form == "compiled" else network
+        options = compile_options(network)
+        run = torch.compile(network, fullgraph=True, options=options) if form == "compiled" else network
         with monkeypatch.context() as patch:
             if form in ("loop", "plain"):
                 replaced = {"loop": aggregate_by_loop, "plain": sum_plain}[form]

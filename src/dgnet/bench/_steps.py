@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgnet.bench._config import BenchConfig, image_width
+from dgnet.graph import compile_options
 from dgnet.inference import Step, fold_batch_norms
 from dgnet.models import find_channels
 
@@ -62,8 +63,11 @@ def _build_classifier(network: nn.Module, config: BenchConfig, image_size: int) 
     images = torch.randn(config.batch_size, find_channels(network), image_size, image_size, device=device, dtype=dtype)
     images = images.to(memory_format=_memory_format(config))
     labels = torch.randint(int(network.num_classes), (config.batch_size,), device=device)  # type: ignore[arg-type]
-    mode = "reduce-overhead" if config.cuda_graphs else None
-    run: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, mode=mode) if config.compile else network
+    run: Callable[[Tensor], Tensor] = network
+    if config.compile:
+        options = compile_options(network, device.type) if config.is_training else {}
+        options |= {"triton.cudagraphs": True} if config.cuda_graphs else {}
+        run = torch.compile(network, fullgraph=True, options=options)
     return _Task(network, [images], lambda: run(images), lambda: F.cross_entropy(run(images).float(), labels))
 
 

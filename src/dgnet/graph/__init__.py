@@ -44,6 +44,7 @@ from dgnet.graph._signed import SignedOptions as SignedOptions
 from dgnet.graph._signed import SignedWeighting as SignedWeighting
 from dgnet.graph._signed import SoftmaxWeighting as SoftmaxWeighting
 from dgnet.graph._stage import DynamicGraph as DynamicGraph
+from dgnet.graph._stage import compile_options as compile_options
 from dgnet.graph._stage import find_stages as find_stages
 from dgnet.graph._stage import require_stages as require_stages
 from dgnet.graph._static import STATIC_STARTS as STATIC_STARTS

@@ -10,6 +10,7 @@ import torch
 from dgnet.checkpoint import create_pretrained, describe_network
 from dgnet.data import ImageDataset, Preprocessing, ShardStream, imagenet_classes, open_train_and_evaluation, set_max_pixels
 from dgnet.errors import UnknownOptionError, UsageError
+from dgnet.graph import compile_options
 from dgnet.models import InstaNAS, TimmNetwork, match_image_size, needed_packages, static_start_options, stored_options
 from dgnet.training._budget import Budget
 from dgnet.training._config import TrainConfig
@@ -100,7 +101,8 @@ def _train(config: TrainConfig, run: Run) -> RunResult:
     check_single_image(network, preprocessing.image_size, config, trainer.world_size)
     if config.compile:
         for one in networks:
-            one.compile(fullgraph=True)  # in place: the state dict keeps its keys
+            options = compile_options(one, trainer.strategy.root_device.type)
+            one.compile(fullgraph=True, options=options)  # in place: the state dict keeps its keys
     about = (
         f"{config.model}, {parameters:,} parameters, on {len(train_set):,} images of {classes} classes"
         f" at {'×'.join(map(str, preprocessing.image_size))} pixels, {config.epochs} epoch{'s' * (config.epochs != 1)}"
