@@ -122,6 +122,18 @@ def differences_table(grid: str, pairs: dict[str, tuple[str, str]]) -> str:
     return format_table(["difference of the same seed", "seeds", "mean, points", "95 % interval"], lines)
 
 
+def weightings_table(grid: str) -> str:
+    """The finished runs of a grid of weightings, such as experiments/weightings.yaml."""
+    columns = [SEEDS, COST[0], ("test top-1 %", mean("top1", 2)), TRAINED, ("spread of a weight", spread_of_weights), *CONTROLS]
+    return arms_table(grid, {arm: arm for arm in read_arms(grid)}, columns)
+
+
+def comparisons_table(grid: str) -> str:
+    """The differences that a grid itself asks for, of which at least one seed is there."""
+    pairs = read_grid(ROOT / "experiments" / f"{grid}.yaml").compare
+    return differences_table(grid, {f"{second} − {first}": (first, second) for first, second in pairs})
+
+
 GRID = {
     "resnet20": "resnet20, bf16",
     "dg_resnet20": "dg_resnet20, bf16",
@@ -367,6 +379,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "randwire": randwire_table,
     "randwire-differences": partial(differences_table, "cifar10", RANDWIRE_PAIRS),
     "choices": choices_table,
+    "weightings": partial(weightings_table, "weightings"),
+    "weightings-differences": partial(comparisons_table, "weightings"),
+    "weightings-objects": partial(weightings_table, "weightings_objects"),
+    "weightings-objects-differences": partial(comparisons_table, "weightings_objects"),
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),
     "convert": partial(convert_table, "convert"),
