@@ -16,7 +16,7 @@ import torch
 
 import dgnet
 from dgnet.bench._machine import describe_hardware
-from dgnet.bench._memory import measure_peak
+from dgnet.bench._memory import measure_peak, measure_tensors
 from dgnet.cli import main
 from dgnet.files import lock, replace_file
 from dgnet.memory import keep_freed_memory
@@ -186,6 +186,11 @@ def test_without_glibc_there_is_no_setting_of_memory_and_no_peak(error, monkeypa
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert keep_freed_memory() is False
     assert measure_peak(lambda: None, torch.device("cpu"), [], 0) is None
+
+
+def test_without_a_profiler_the_memory_of_tensors_is_not_known(monkeypatch):
+    monkeypatch.setattr("dgnet.compat.torch.kineto_available", lambda: False)
+    assert measure_tensors(lambda: None, torch.device("cpu"), [], 5) is None
 
 
 def test_without_proc_there_is_no_peak_and_less_is_known_of_the_processor(monkeypatch):

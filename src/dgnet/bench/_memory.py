@@ -36,11 +36,12 @@ def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor],
 def measure_tensors(step: Step, device: torch.device, persistent: Sequence[Tensor], peak: int | None) -> int | None:
     """The most bytes that tensors occupy at once in a step: its peak without what an allocator holds between them.
 
-    `peak`: that of `measure_peak`, which on a GPU is this figure. None on other devices than GPUs and CPUs.
+    `peak`: that of `measure_peak`, which on a GPU is this figure. None on other devices than GPUs and CPUs, and if torch cannot tell.
     """
     if device.type != "cpu":
         return peak
-    return max(accumulate(list_allocations(step)), default=0) + sum(tensor.nbytes for tensor in persistent)
+    allocations = list_allocations(step)
+    return None if allocations is None else max(accumulate(allocations), default=0) + sum(one.nbytes for one in persistent)
 
 
 def _reset_peak() -> bool:

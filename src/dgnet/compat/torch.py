@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not listed
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, kineto_available, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop_count
 
@@ -188,11 +188,13 @@ def count_writes(tensor: Tensor) -> int:
     return tensor._version
 
 
-def list_allocations(step: Callable[[], object]) -> list[int]:
+def list_allocations(step: Callable[[], object]) -> list[int] | None:
     """Bytes that a call of `step` takes from torch's CPU allocator, in order; negative: given back.
 
-    The public lists of the profiler's events lack most of them.
+    None if this build of torch has no profiler. The public lists of the profiler's events lack most of them.
     """
+    if not kineto_available():
+        return None
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read once; otherwise the profiler writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
