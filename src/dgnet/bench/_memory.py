@@ -36,7 +36,8 @@ def measure_peak(step: Step, device: torch.device, persistent: Sequence[Tensor],
 def measure_tensors(step: Step, device: torch.device, persistent: Sequence[Tensor], peak: int | None) -> int | None:
     """The most bytes that tensors occupy at once in a step: its peak without what an allocator holds between them.
 
-    `peak`: that of `measure_peak`, which on a GPU is this figure. None on other devices than GPUs and CPUs, and if torch cannot tell.
+    `peak`: that of `measure_peak`, which on a GPU is this figure. None on other devices than GPUs and CPUs, and if torch
+    cannot tell.
     """
     if device.type != "cpu":
         return peak
