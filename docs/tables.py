@@ -90,6 +90,7 @@ CONTROLS = [
     ("top-1, mean adjacency", mean("top1_mean_adjacency", 2)),
     ("top-1, another image's", mean("top1_other_adjacency", 2)),
 ]
+MEASURED = [("test top-1 %", mean("top1", 2)), TRAINED, ("spread of a weight", spread_of_weights), *CONTROLS]
 
 
 def signed(value: float, half: float = float("nan")) -> tuple[str, str]:
@@ -104,9 +105,10 @@ def read_arms(grid: str) -> Arms:
     return collect(read_grid(ROOT / "experiments" / f"{grid}.yaml"))
 
 
-def arms_table(grid: str, arms: dict[str, str], columns: Sequence[tuple[str, Callable[[Rows], str]]]) -> str:
-    """A row for each arm of the grid; `arms`: its name in the grid -> its name in the table."""
+def arms_table(grid: str, arms: dict[str, str] | None, columns: Sequence[tuple[str, Callable[[Rows], str]]]) -> str:
+    """A row for each arm of the grid; `arms`: its name in the grid -> its name in the table, None: all with their own names."""
     rows = read_arms(grid)
+    arms = {arm: arm for arm in rows} if arms is None else arms
     heads = ["network", *(head for head, _ in columns)]
     return format_table(heads, [[name, *(cell(rows[arm]) for _, cell in columns)] for arm, name in arms.items() if arm in rows])
 
@@ -120,12 +122,6 @@ def differences_table(grid: str, pairs: dict[str, tuple[str, str]]) -> str:
         if seeds:
             lines.append([name, str(seeds), *signed(value, half)])
     return format_table(["difference of the same seed", "seeds", "mean, points", "95 % interval"], lines)
-
-
-def weightings_table(grid: str) -> str:
-    """The finished runs of a grid of weightings, such as experiments/weightings.yaml."""
-    columns = [SEEDS, COST[0], ("test top-1 %", mean("top1", 2)), TRAINED, ("spread of a weight", spread_of_weights), *CONTROLS]
-    return arms_table(grid, {arm: arm for arm in read_arms(grid)}, columns)
 
 
 def comparisons_table(grid: str) -> str:
@@ -286,7 +282,7 @@ def convert_table(grid: str) -> str:
     executed = [("executed of dense %", executed_share), ("blocks skipped %", share("skippable_nodes", 1))]
     dense = ("dense multiply-adds M", mean("dense_multiply_adds", 2, 1e-6))  # also of products, as transformers have
     columns = [SEEDS, COST[0], dense, ("test top-1 %", mean("top1", 2)), TRAINED, *executed, *CONTROLS]
-    return arms_table(grid, {arm: arm for arm in read_arms(grid)}, columns)
+    return arms_table(grid, None, columns)
 
 
 def executed_share(rows: Rows) -> str:
@@ -369,19 +365,14 @@ def pretrained_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained_table,
-    "cifar10": partial(
-        arms_table,
-        "cifar10",
-        GRID,
-        [SEEDS, *COST, ("test top-1 %", mean("top1", 2)), TRAINED, ("spread of a weight", spread_of_weights), *CONTROLS],
-    ),
+    "cifar10": partial(arms_table, "cifar10", GRID, [SEEDS, *COST, *MEASURED]),
     "cifar10-differences": partial(differences_table, "cifar10", GRID_PAIRS),
     "randwire": randwire_table,
     "randwire-differences": partial(differences_table, "cifar10", RANDWIRE_PAIRS),
     "choices": choices_table,
-    "weightings": partial(weightings_table, "weightings"),
+    "weightings": partial(arms_table, "weightings", None, [SEEDS, COST[0], *MEASURED]),
     "weightings-differences": partial(comparisons_table, "weightings"),
-    "weightings-objects": partial(weightings_table, "weightings_objects"),
+    "weightings-objects": partial(arms_table, "weightings_objects", None, [SEEDS, COST[0], *MEASURED]),
     "weightings-objects-differences": partial(comparisons_table, "weightings_objects"),
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),

@@ -119,14 +119,14 @@ def run_report(args: Namespace) -> None:
 def _similarity_parser() -> Parser:
     parser = Parser(
         description="Print how similar the inputs of a stage's nodes are, which edges are open, what their weights depend"
-        " on, and gradients, at the start and after training."
+        " on, and how clear the gradients are, at the start and after training."
     )
     parser.add_argument(
         "runs", type=Location, nargs="+", metavar="RUN", help="run folders or checkpoints of networks with dynamic stages"
     )
     parser.add_argument("--data", type=Location | None, default=None, help="images; by default those the run was evaluated on")
     parser.add_argument(
-        "--images", type=int, default=64, help="number of images: the first ones of the data; more for gradients"
+        "--images", type=int, default=64, help="number of images, the first ones of the data; with more, figures are more exact"
     )
     add_trust(parser)
     return parser

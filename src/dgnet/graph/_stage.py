@@ -90,7 +90,7 @@ def compile_options(network: nn.Module, device_type: str = "cpu") -> dict[str, A
     """Options of `torch.compile` with which a network with dynamic stages trains in less memory; none for other networks.
 
     Several sums read each feature. By default the backward pass writes the feature, normalised again, for all of them, and
-    holds those of a whole stage. With these options each sum normalises what it reads, which the backward pass keeps anyway.
+    holds many of them at once. With these options each sum normalises what it reads, which the backward pass keeps anyway.
     None for a GPU either, where they were not timed.
     """
     # A normalised feature has five operands: its input, mean, variance, γ and β. By default more than four are written.
