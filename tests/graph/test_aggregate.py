@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import _aggregate_plain as plain_module
 from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows, compile_options
-from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain
+from dgnet.graph._aggregate_form import find_aggregation
+from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain, weight_gradients_plain
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
 nodes_module = importlib.import_module("dgnet.graph._nodes")
@@ -53,6 +54,45 @@ def sum_plain(features: list[Tensor], weights: Tensor, is_open: Tensor | None = 
 
 
 FORMS = (aggregate, sum_plain, aggregate_by_loop)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 9), st.integers(1, 12)),
+    dtype=cases["dtype"],
+    layout=cases["layout"],
+    closing=cases["closing"],
+    normalised=st.lists(st.booleans(), min_size=1, max_size=5),
+)
+def test_gradients_of_weights_without_the_features_they_need(seed, shape, dtype, layout, closing, normalised):
+    """Features scale · z + shift that are not in memory; the twin computes them."""
+    sources, weights, is_open = draw_case(seed, shape, len(normalised), dtype, layout, closing)
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    numbers = [torch.randn(2, shape[1], dtype=torch.float64, generator=generator).to(exact) for _ in sources]
+    scales, shifts = ([one[row] if some else None for one, some in zip(numbers, normalised, strict=True)] for row in (0, 1))
+    expected = torch.zeros(len(weights), len(sources), dtype=torch.float64)
+    for edge, (source, some) in enumerate(zip(sources, normalised, strict=True)):
+        scale, shift = numbers[edge].double().view(2, -1, 1, 1) if some else (1, 0)
+        expected[:, edge] = (grad.double() * (scale * source.double() + shift)).sum((1, 2, 3))
+    if is_open is not None:
+        expected[~is_open] = 0
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    for form in (torch.ops.dgnet.weight_gradients, weight_gradients_plain):
+        found = form(grad, sources, scales, shifts, weights, is_open)
+        assert found.dtype == weights.dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_scales_and_shifts_must_be():
+    if find_aggregation("cpu").name != "native":
+        pytest.skip("there is no C++ compiler here")
+    ones, weights = [torch.ones(2, 3, 4, 4)] * 2, torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="features of 3 channels need as many scales and shifts"):
+        torch.ops.dgnet.weight_gradients(ones[0], ones, [torch.ones(4), None], [torch.ones(4), None], weights, None)
+    with pytest.raises(RuntimeError, match="scales and shifts for 2 features"):
+        torch.ops.dgnet.weight_gradients(ones[0], ones, [None], [None], weights, None)
 
 
 @given(**cases)

@@ -55,19 +55,14 @@ _BATCH_NORMS = {"NativeBatchNormBackward0": "_saved_eps", "CudnnBatchNormBackwar
 
 
 class BatchNorm(NamedTuple):
-    """What a batch normalisation computes from. `input`: (B, C, H, W), that which autograd keeps; the other tensors: (C,)."""
+    """A batch normalisation as it was computed: scale · input + shift, with one scale and one shift for each channel.
+
+    `input`: (B, C, H, W), that which autograd keeps; `scale` and `shift`: (C,), in float32 or float64.
+    """
 
     input: Tensor
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The first arguments of `torch.nn.functional.batch_norm`."""
-        return self[:-1]
+    scale: Tensor
+    shift: Tensor
 
 
 def find_batch_norm(x: Tensor) -> BatchNorm | None:
@@ -88,17 +83,18 @@ def find_batch_norm(x: Tensor) -> BatchNorm | None:
         if node._raw_saved_input.unpack_hook is not None:  # asked first: reading such a tensor could run the network again
             return None
         read = node._saved_input.detach()  # shares the counter of changes in place
-        epsilon: float = getattr(node, _BATCH_NORMS[node.name()])
-        if node._saved_training:  # it keeps the mean and 1/sqrt(variance + ε)
-            mean, variance = node._saved_result1, node._saved_result2.pow(-2) - epsilon
+        if node._saved_training:
+            mean, inverse = node._saved_result1, node._saved_result2  # the second: 1 / sqrt(variance + ε)
         else:
             mean, variance = node._saved_running_mean, node._saved_running_var
+            inverse = (variance + getattr(node, _BATCH_NORMS[node.name()])).rsqrt()
     except RuntimeError:  # the graph was used already
         return None
     if mean.dtype.itemsize < 4:
         return None
-    weight, bias = (one.detach().clone() for one in parameters if one is not None)
-    return BatchNorm(read, mean.clone(), variance.clone(), weight, bias, epsilon)
+    weight, bias = (one.detach() for one in parameters if one is not None)
+    scale = inverse * weight
+    return BatchNorm(read, scale, bias - mean * scale)
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -26,6 +26,7 @@ from dgnet.graph._aggregate_plain import (
     aggregate_plain,
     empty_sum,
     partial_sums_plain,
+    weight_gradients_plain,
 )
 from dgnet.graph._sharing import Sharing
 
@@ -88,7 +89,8 @@ def _runs_operator(feature: Tensor) -> bool:
 
 
 # The operator: what it takes and returns, its shapes, and its derivatives of every order. `aggregate_backward` computes for
-# each edge ⟨grad, x_i⟩, summed over C, H and W (or over each group), and w_i · grad.
+# each edge ⟨grad, x_i⟩, summed over C, H and W (or over each group), and w_i · grad. `weight_gradients` computes the former
+# alone, of features that may be given as scale · feature + shift, with a number for each channel; it has no derivatives.
 
 _LIBRARY = torch.library.Library("dgnet", "FRAGMENT")  # kept: the operators go with it
 _LIBRARY.define("aggregate(Tensor[] features, Tensor weights, Tensor? is_open, Tensor? rows) -> Tensor")
@@ -96,10 +98,15 @@ _LIBRARY.define(
     "aggregate_backward(Tensor grad, Tensor[] features, Tensor weights, Tensor? is_open, bool needs_weights,"
     " bool[] needs_features) -> (Tensor, Tensor[])"
 )
+_LIBRARY.define(
+    "weight_gradients(Tensor grad, Tensor[] features, Tensor?[] scales, Tensor?[] shifts, Tensor weights, Tensor? is_open)"
+    " -> Tensor"
+)
 _LIBRARY.define("partial_sums(Tensor(a!)[] features, Tensor weights, Tensor? is_open) -> ()")
 # Kernels for all devices; those for one device come before them.
 _LIBRARY.impl("aggregate", aggregate_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("aggregate_backward", aggregate_backward_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("weight_gradients", weight_gradients_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("partial_sums", partial_sums_plain, "CompositeExplicitAutograd")
 
 
@@ -193,6 +200,11 @@ def _at(values: list[Tensor], places: Sequence[bool]) -> list[Tensor | None]:
 
 
 torch.library.register_fake("dgnet::aggregate", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "dgnet::weight_gradients",
+    lambda grad, features, scales, shifts, weights, is_open: weights.new_empty(weights.shape),
+    lib=_LIBRARY,
+)
 torch.library.register_fake("dgnet::partial_sums", lambda features, weights, is_open: None, lib=_LIBRARY)
 torch.library.register_fake("dgnet::aggregate_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd("dgnet::aggregate", _differentiate, setup_context=_set_up, lib=_LIBRARY)

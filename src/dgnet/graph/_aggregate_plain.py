@@ -117,6 +117,31 @@ def aggregate_backward_plain(
     return torch.stack(columns, 1) if needs_weights else weights.new_empty(0), feature_grads
 
 
+def weight_gradients_plain(
+    grad: Tensor,
+    features: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    weights: Tensor,
+    is_open: Tensor | None,
+) -> Tensor:
+    """The kernel of `weight_gradients`: ⟨grad, scale · feature + shift⟩ from the sums over each channel, without the map."""
+    columns = []
+    by_channel = _sum_channels(grad.to(sum_dtype(grad)))
+    for edge, (feature, scale, shift) in enumerate(zip(features, scales, shifts, strict=True)):
+        product = _sum_channels(grad * feature.to(sum_dtype(feature)))
+        if scale is not None and shift is not None:
+            product = product * scale + by_channel * shift
+        column = product.sum(1)
+        columns.append(column if is_open is None else torch.where(is_open[:, edge], column, 0))
+    return torch.stack(columns, 1).to(weights.dtype)
+
+
+def _sum_channels(feature: Tensor) -> Tensor:
+    """The sum over all positions, (B, C)."""
+    return feature.sum(tuple(range(2, feature.ndim))) if feature.ndim > 2 else feature
+
+
 def _sum_samples(
     out: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None, rows: Tensor | None
 ) -> Tensor:

@@ -5,7 +5,7 @@ sum that reads a feature stores ∂L/∂x̂_j as it is. When all of them have do
 of those gradients (Eq. 3): one map is read for each edge, and one written for each node.
 
 **Features.** The gradients of the weights need x_i. If x_i is the output of a batch normalisation, γ(z − μ)/σ + β, it is not
-kept: the normalisation keeps z anyway, and x_i is computed again when the backward pass first reads it.
+kept: the normalisation keeps z anyway, and the kernel computes x_i from it, element by element.
 
 Letters: B batch, E in-edges of a node, R sums that read a feature, C channels, H and W height and width.
 """
@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dgnet.compat.torch import current_backward, find_batch_norm, is_batched, will_run
+from dgnet.compat.torch import BatchNorm, current_backward, find_batch_norm, is_batched, will_run
 from dgnet.graph._aggregate_plain import aggregate_by_loop
 from dgnet.graph._gating import stack_alive
 
@@ -34,8 +33,7 @@ class Sharing:
         """Σ_i w_i · x_i, (B, C, H, W), of E features, with gradients. `weights` and `is_open`: (B, E); None: all open."""
         shared = [self._share(feature) if feature.requires_grad else None for feature in features]
         kept = [
-            None if one is not None and one.is_computed_again else feature
-            for feature, one in zip(features, shared, strict=True)
+            None if one is not None and one.is_normalised else feature for feature, one in zip(features, shared, strict=True)
         ]
         tokens = [None if one is None else one.token for one in shared]
         total: Tensor = _Sum.apply(tuple(features), tuple(kept), is_open, weights, *tokens)
@@ -45,7 +43,7 @@ class Sharing:
         shared = self._known.get(id(feature))
         if shared is None or shared.is_stale:
             norm = find_batch_norm(feature)
-            token = _Token.apply(feature, None if norm is None else norm.epsilon, *([] if norm is None else norm.tensors))
+            token = _Token.apply(feature, *(norm or ()))
             shared = self._known[id(feature)] = _Shared(feature, feature.grad_fn, feature._version, token, norm is not None)
         return shared
 
@@ -57,20 +55,12 @@ class _Shared(NamedTuple):
     grad_fn: Any
     version: int
     token: Tensor
-    is_computed_again: bool
+    is_normalised: bool
 
     @property
     def is_stale(self) -> bool:
         """Whether an operation has changed the feature in place since."""
         return self.feature.grad_fn is not self.grad_fn or self.feature._version != self.version
-
-
-class _Pass:
-    """What one backward pass has stored for a feature."""
-
-    def __init__(self) -> None:
-        self.edges: list[_EdgeGradient] = []
-        self.feature: Tensor | None = None  # computed again
 
 
 class _EdgeGradient(NamedTuple):
@@ -85,57 +75,54 @@ class _Token(torch.autograd.Function):
     """An empty tensor that stands for a feature among the inputs of sums.
 
     Autograd runs its backward pass when those of all sums that read the feature have run. Its node in autograd's graph holds
-    what the sums store, for each backward pass, and what the feature is computed again from.
+    what the sums store, for each backward pass, and what a normalised feature is computed from (`BatchNorm`).
     """
 
     @staticmethod
-    def forward(ctx: Any, feature: Tensor, epsilon: float | None, *norm: Tensor) -> Tensor:
-        ctx.epsilon, ctx.dtype = epsilon, feature.dtype
-        ctx.passes = {}  # number of the backward pass -> _Pass
+    def forward(ctx: Any, feature: Tensor, *norm: Tensor) -> Tensor:
+        ctx.dtype = feature.dtype
+        ctx.passes = {}  # number of the backward pass -> list of _EdgeGradient
         ctx.save_for_backward(*norm)
         return feature.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        stored = ctx.passes.pop(current_backward(), _Pass())
+        stored = ctx.passes.pop(current_backward(), [])
         others = [None] * (len(ctx.needs_input_grad) - 1)
-        if not stored.edges:
+        if not stored:
             return None, *others
-        grads, weights, opened = zip(*reversed(stored.edges), strict=True)
+        grads, weights, opened = zip(*reversed(stored), strict=True)
         # In the precision of the feature, which a sum of features of several precisions need not have.
         return _sum_edges([grad.to(ctx.dtype) for grad in grads], weights, opened), *others
 
 
-def _pass_of(token: Tensor) -> _Pass:
-    """What the backward pass that runs has stored for the feature of a token; it may be added to."""
+def _store(token: Tensor, gradient: _EdgeGradient) -> None:
+    """Store a gradient in the backward pass that runs, for the feature of a token."""
     node: Any = token.grad_fn
-    # A pass that does not run the token would never take out what it has stored.
-    return node.passes.setdefault(current_backward(), _Pass()) if will_run(node) else _Pass()
+    if will_run(node):  # a pass that does not run the token would never take out what it has stored
+        node.passes.setdefault(current_backward(), []).append(gradient)
 
 
-def _compute_again(token: Tensor) -> Tensor:
-    """The feature of a token whose feature is not kept, (B, C, H, W); without gradients."""
+def _normalisation(token: Tensor) -> BatchNorm:
+    """What the feature of a token is computed from, if it is not kept."""
     node: Any = token.grad_fn
-    stored = _pass_of(token)
-    if stored.feature is None:
-        with torch.no_grad():
-            read, mean, variance, weight, bias = node.saved_tensors
-            stored.feature = F.batch_norm(read, mean, variance, weight, bias, eps=node.epsilon)
-    return stored.feature
+    return BatchNorm(*node.saved_tensors)
 
 
-class _Again(torch.autograd.Function):
-    """A feature that is computed again, from its token, with gradients: for gradients of gradients."""
+class _Normalise(torch.autograd.Function):
+    """A feature that is not kept, (B, C, H, W), from its token, with gradients: for gradients of gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _compute_again(token).clone()
+        norm, dtype = _normalisation(token), token.dtype
+        scale, shift = (values.view(-1, *[1] * (norm.input.ndim - 2)) for values in (norm.scale, norm.shift))
+        return torch.addcmul(shift, norm.input, scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (token,) = ctx.saved_tensors
-        _pass_of(token).edges.append(_EdgeGradient(grad, grad.new_ones(len(grad)), None))
+        _store(token, _EdgeGradient(grad, grad.new_ones(len(grad)), None))
         return grad.new_zeros(0)
 
 
@@ -143,7 +130,7 @@ class _Sum(torch.autograd.Function):
     """`dgnet::aggregate` of features that have tokens.
 
     `features` and `kept` are tuples, so that autograd does not take them for inputs: the tokens are inputs in their place.
-    `kept`: None for features that are computed again; `tokens`: None for features without gradients.
+    `kept`: None for normalised features; `tokens`: None for features without gradients.
     """
 
     @staticmethod
@@ -168,17 +155,11 @@ class _Sum(torch.autograd.Function):
         kept, tokens = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if not is_batched(grad) and grad.stride() != ctx.stride:  # such as an expanded one: the sums would have its layout
             grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-        by_weights = None
-        if ctx.needs_input_grad[3]:
-            features = [
-                one if one is not None else _Again.apply(token) if torch.is_grad_enabled() else _compute_again(token)
-                for one, token in zip(kept, tokens, strict=True)
-            ]
-            by_weights = _weights_gradient(grad, features, weights, is_open)
+        by_weights = _weights_gradient(grad, kept, tokens, weights, is_open) if ctx.needs_input_grad[3] else None
         edges = is_open.unbind(1) if is_open is not None else [None] * len(tokens)
         for token, weight, opened in zip(tokens, weights.unbind(1), edges, strict=True):
             if token is not None:
-                _pass_of(token).edges.append(_EdgeGradient(grad, weight, opened))
+                _store(token, _EdgeGradient(grad, weight, opened))
         empty = [None if token is None else grad.new_zeros(0) for token in tokens]
         return None, None, None, by_weights, *empty
 
@@ -192,11 +173,24 @@ def _sum_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Seque
     return total
 
 
-def _weights_gradient(grad: Tensor, features: Sequence[Tensor], weights: Tensor, is_open: Tensor | None) -> Tensor:
-    """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed."""
-    if is_batched(grad):
-        batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(features, w, is_open), weights)[1](grad)
-        return batched[0]
-    none = [False] * len(features)
-    by_weights: Tensor = torch.ops.dgnet.aggregate_backward(grad, list(features), weights, is_open, True, none)[0]
-    return by_weights
+def _weights_gradient(
+    grad: Tensor, kept: Sequence[Tensor | None], tokens: Sequence[Any], weights: Tensor, is_open: Tensor | None
+) -> Tensor:
+    """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed.
+
+    `kept`, `tokens`: as in `_Sum`; a feature that is not kept has a token.
+    """
+    if is_batched(grad) or torch.is_grad_enabled():
+        features = [one if one is not None else _Normalise.apply(token) for one, token in zip(kept, tokens, strict=True)]
+        if is_batched(grad):
+            batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(features, w, is_open), weights)[1](grad)
+            return batched[0]
+        none = [False] * len(features)
+        by_weights: Tensor = torch.ops.dgnet.aggregate_backward(grad, features, weights, is_open, True, none)[0]
+        return by_weights
+    norms: list[tuple[Tensor, Tensor | None, Tensor | None]] = [
+        (one, None, None) if one is not None else _normalisation(token) for one, token in zip(kept, tokens, strict=True)
+    ]
+    read, scales, shifts = zip(*norms, strict=True)
+    found: Tensor = torch.ops.dgnet.weight_gradients(grad, list(read), list(scales), list(shifts), weights, is_open)
+    return found
