@@ -7,9 +7,24 @@ import scipy.stats
 import torch
 
 import dgnet
-from dgnet.experiments._signal import _share_between, _signal_to_noise, compare_signal, measure_signal, measure_spread
+from dgnet.experiments._signal import _Gradients, _share_between, compare_signal, measure_signal, measure_spread
 
 TINY = {"channels": [4, 4, 4]}
+
+
+def signal_to_noise(gradients: torch.Tensor) -> float | None:
+    """The ratio that sums give, of gradients (K, n)."""
+    sums = _Gradients()
+    for gradient in gradients:
+        sums.add(gradient)
+    return sums.signal_to_noise()
+
+
+def twin(gradients: torch.Tensor) -> float:
+    """The same from all gradients at once."""
+    noise = gradients.var(0).sum()
+    signal = gradients.mean(0).square().sum() - noise / len(gradients)
+    return float((signal.clamp(min=0) / (noise * 8 / 64)).sqrt())
 
 
 def test_the_share_between_classes_is_that_of_an_analysis_of_variance():
@@ -35,11 +50,12 @@ def test_signal_and_noise_are_those_of_the_distribution():
     mean, deviation = torch.tensor([3.0, 4.0, 0.0]), 2.0
     gradients = mean + deviation * torch.randn(20_000, 3)
     noise_of_64 = (3 * deviation**2 * 8 / 64) ** 0.5
-    assert _signal_to_noise(gradients) == pytest.approx(5 / noise_of_64, rel=0.02)
-    few = torch.stack([torch.tensor(_signal_to_noise(gradients[start : start + 4]) ** 2) for start in range(0, 20_000, 4)])
+    assert signal_to_noise(gradients) == pytest.approx(5 / noise_of_64, rel=0.02)
+    assert signal_to_noise(gradients[:7].double()) == pytest.approx(twin(gradients[:7].double()))
+    few = torch.stack([torch.tensor(signal_to_noise(gradients[start : start + 4]) ** 2) for start in range(0, 20_000, 4)])
     assert few.mean().sqrt() > 0.9 * 5 / noise_of_64  # four mini-batches are not taken for four times the signal
-    assert _signal_to_noise(torch.randn(20_000, 3)) < 0.1
-    assert _signal_to_noise(torch.zeros(4, 0)) is None
+    assert signal_to_noise(torch.randn(20_000, 3)) < 0.1
+    assert signal_to_noise(torch.zeros(4, 0)) is None
 
 
 def test_the_gradients_are_those_of_routing_and_of_convolutions():
@@ -54,7 +70,7 @@ def test_the_gradients_are_those_of_routing_and_of_convolutions():
         stage.weighting.train()
         torch.nn.functional.cross_entropy(network(images[part]), labels[part]).backward()
         gradients.append(torch.cat([one.grad.flatten() for one in stage.weighting.parameters()]))
-    assert found[1][0] == pytest.approx(_signal_to_noise(torch.stack(gradients)), rel=1e-4)
+    assert found[1][0] == pytest.approx(twin(torch.stack(gradients)), rel=1e-4)
     assert all(convolutions is not None for _, convolutions in found)
     assert measure_signal(network, images[:15], labels[:15]) == [(None, None)] * 3
     fixed = dgnet.create_model("dg_resnet20", weighting="fixed", **TINY).eval()

@@ -89,16 +89,16 @@ def measure_signal(network: nn.Module, images: Tensor, labels: Tensor) -> list[t
     parts = [part for stage in stages for part in (_routing(stage), _convolutions(stage))]
     batches = list(zip(images.split(_SAMPLE), labels.split(_SAMPLE), strict=True))
     batches = [batch for batch in batches if len(batch[1]) == _SAMPLE]
-    gradients: list[list[Tensor]] = []  # for each mini-batch one of each part
+    sums = [_Gradients() for _ in parts]
     with weigh_as_in_training(network):
         for batch, classes in batches:
             network.zero_grad()
             with torch.enable_grad():
                 F.cross_entropy(network(batch), classes).backward()
-            gradients.append([_gather(part) for part in parts])
+            for part, gradients in zip(parts, sums, strict=True):
+                gradients.add(_gather(part))
     network.zero_grad()
-    ratios = [_signal_to_noise(torch.stack(found)) if len(found) > 1 else None for found in zip(*gradients, strict=True)]
-    ratios = ratios or [None] * len(parts)
+    ratios = [gradients.signal_to_noise() for gradients in sums]
     return list(zip(ratios[::2], ratios[1::2], strict=True))
 
 
@@ -118,10 +118,24 @@ def _gather(parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
 
 
-def _signal_to_noise(gradients: Tensor) -> float | None:
-    """The ratio for a mini-batch of `_BATCH` images; None without noise. `gradients`: (K, n), each of `_SAMPLE` images."""
-    if not gradients.numel():
-        return None
-    noise = float(gradients.var(0).sum())  # its square
-    signal = float(gradients.mean(0).square().sum()) - noise / len(gradients)  # a mean of K is nearer to it, but not on it
-    return (max(signal, 0.0) / (noise * _SAMPLE / _BATCH)) ** 0.5 if noise > 0 else None
+class _Gradients:
+    """The gradients of some parameters in K mini-batches, of which only sums are kept."""
+
+    def __init__(self) -> None:
+        self.count, self.squares = 0, 0.0
+        self.total = torch.zeros(())
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient of a mini-batch of `_SAMPLE` images, (n,)."""
+        self.count += 1
+        self.squares += float(gradient.double().square().sum())
+        self.total = self.total + gradient
+
+    def signal_to_noise(self) -> float | None:
+        """The ratio for a mini-batch of `_BATCH` images; None without noise, or fewer than two mini-batches."""
+        if self.count < 2:
+            return None
+        mean = float(self.total.double().square().sum()) / self.count**2  # the square of its norm
+        noise = (self.squares - self.count * mean) / (self.count - 1)
+        signal = mean - noise / self.count  # a mean of K is nearer to it, but not on it
+        return (max(signal, 0.0) / (noise * _SAMPLE / _BATCH)) ** 0.5 if noise > 0 else None
