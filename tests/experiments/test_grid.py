@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dgnet.errors import UsageError
-from dgnet.experiments import Places, missing_runs, read_grid
+from dgnet.experiments import Places, collect, missing_runs, read_grid
+from dgnet.experiments._figures import read_curves
 from dgnet.files import write_table
 from dgnet.training import TrainConfig
 from tests.helpers.command import ask, refuse
@@ -67,6 +68,27 @@ def test_a_grid_like_another_has_its_groups_and_its_own_images(folder):
     assert options == {"epochs": 4, "evaluate_every": 2, "batch_size": 4}  # its own, the other grid's, the recipe's
 
 
+def test_finished_runs_of_another_grid_count(folder):
+    """Runs of the same options and images, under whatever name; the grid's own rows come first."""
+    other = read_grid(write_grid(folder, "other.yaml", **one_group({"my baseline": {"model": "resnet20"}}, (3, 4))))
+    rows = [{"arm": run.arm, "seed": run.seed, "digest": run.digest, "top1": 10 * run.seed} for run in other.runs]
+    write_table(other.table, rows)
+    write_table(other.curves, [{**row, "epoch": epoch, "train_loss": epoch} for row in rows for epoch in (1, 2)])
+    (folder / "more").mkdir()
+    for name in ("absent.yaml", "other.yaml"):
+        path = write_grid(folder / "more", recipe="../recipe.yaml", reuse=[f"../{name}"])
+        if name == "absent.yaml":
+            with pytest.raises(UsageError, match=r"reuse names .*absent.yaml, which is no file"):
+                read_grid(path)
+    grid = read_grid(path)
+    assert [(run.arm, run.seed) for run in missing_runs(grid)] == [("dynamic", 3), ("dynamic", 4)]
+    assert {seed: row["top1"] for seed, row in collect(grid)["static"].items()} == {3: "30", 4: "40"}
+    assert read_curves(grid, collect(grid)) == {"static": {1: [1.0, 1.0], 2: [2.0, 2.0]}}
+    write_table(grid.table, [{**rows[0], "arm": "static", "top1": 50}])
+    assert {seed: row["top1"] for seed, row in collect(grid)["static"].items()} == {3: "50", 4: "40"}
+    assert len(missing_runs(read_grid(write_grid(folder / "more", recipe="../recipe.yaml")))) == 3
+
+
 @pytest.mark.parametrize(
     ("data", "test", "expected"),
     [
@@ -104,7 +126,7 @@ ARM = {"model": "resnet20"}
         ({"group": {}}, "unknown key 'group'; did you mean 'groups'? keys: like, recipe, data"),
         ({"groups": {"a": {"seeds": [1]}}}, "group 'a' lacks arms"),
         ({"groups": {"a": {"seeds": [1], "arms": {}, "seed": 3}}}, "group 'a': unknown key 'seed'; did you mean 'seeds'?"),
-        ({"image_size": 8}, "unknown key 'image_size'; keys: like, recipe, data, test, options, groups, compare"),
+        ({"image_size": 8}, "unknown key 'image_size'; keys: like, recipe, data, test, options, groups, compare, reuse"),
         ({"test": ...}, "arm 'static' needs either `test` in the grid or `holdout` among its options, not both"),
         ({"options": {"holdout": 4}}, "arm 'static' needs either `test` in the grid or `holdout`"),
         ({"options": {"epoch": 4}}, "options: unknown option 'epoch'; did you mean 'epochs'?"),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dgnet.analysis import COLOURS, FORMATS, save_figure
 from dgnet.experiments._grid import Grid
 from dgnet.experiments._report import Arms, column, format_mean
-from dgnet.files import read_table, writing
+from dgnet.files import writing
 
 MOST_BELOW = 15.0
 """An arm more than this many points of top-1 below the median arm is not drawn; its value is printed at the edge."""
@@ -64,9 +64,10 @@ def read_curves(grid: Grid, arms: Arms) -> Curves:
     evaluated = {run.arm for run in grid.runs if run.evaluation}
     digests = {(arm, row["digest"]) for arm, rows in arms.items() if arm not in evaluated for row in rows.values()}
     curves: Curves = {}
-    for row in read_table(grid.curves):
-        if (row["arm"], row["digest"]) in digests:
-            curves.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
+    for (arm, digest), rows in grid.read_curves().items():
+        for row in rows:
+            if (arm, digest) in digests:
+                curves.setdefault(arm, {}).setdefault(int(row["epoch"]), []).append(float(row["train_loss"]))
     return curves
 
 

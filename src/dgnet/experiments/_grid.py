@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from dgnet.data import is_shards
 from dgnet.documents import read_yaml
 from dgnet.errors import UsageError, check_range, did_you_mean
 from dgnet.files import read_table
+from dgnet.paths import is_file
 from dgnet.training import TrainConfig
 from dgnet.typed import Location, read_entry, read_value
 
-KEYS = ("like", "recipe", "data", "test", "options", "groups", "compare")
+KEYS = ("like", "recipe", "data", "test", "options", "groups", "compare", "reuse")
 _GROUP_KEYS = ("seeds", "arms")
 
 RUN_OF = "$run:"
@@ -75,6 +76,7 @@ class Grid:
     compare: list[tuple[str, str]]
     data: str
     test: str | None  # None: runs are evaluated on held-out training images, or on those that `data` has for it
+    reuse: tuple[Path, ...] = ()  # other grids, whose finished runs count here too
 
     @property
     def groups(self) -> list[str]:
@@ -98,12 +100,49 @@ class Grid:
     @property
     def table(self) -> Path:
         """The CSV file with one row for each finished run."""
-        return self.path.parent / "results" / f"{self.path.stem}.csv"
+        return _table_of(self.path)
 
     @property
     def curves(self) -> Path:
         """The CSV file with one row for each epoch of each finished run."""
-        return self.path.parent / "results" / f"{self.path.stem}_curves.csv"
+        return _curves_of(self.path)
+
+    def read_finished(self) -> dict[tuple[str, str], dict[str, str]]:
+        """The row of each finished run of the grid, by arm and digest."""
+        return {run: rows[-1] for run, rows in self._read(_table_of).items()}
+
+    def read_curves(self) -> _Rows:
+        """The rows of `curves` of each finished run of the grid."""
+        return self._read(_curves_of)
+
+    def _read(self, file_of: Callable[[Path], Path]) -> _Rows:
+        """The rows of each of the grid's runs, from its own table or from that of the first grid in `reuse` that has them."""
+        own = _read_rows(file_of(self.path))
+        others: dict[str, list[dict[str, str]]] = {}  # by digest: an arm may have another name there
+        for path in self.reuse:
+            for (_, digest), rows in _read_rows(file_of(path)).items():
+                others.setdefault(digest, rows)
+        runs = [(run.arm, run.digest) for run in self.runs]
+        return {run: own.get(run) or others[run[1]] for run in runs if run in own or run[1] in others}
+
+
+_Rows = dict[tuple[str, str], list[dict[str, str]]]
+"""Rows of a table by arm and digest."""
+
+
+def _table_of(grid: Path) -> Path:
+    return grid.parent / "results" / f"{grid.stem}.csv"
+
+
+def _curves_of(grid: Path) -> Path:
+    return grid.parent / "results" / f"{grid.stem}_curves.csv"
+
+
+def _read_rows(path: Path) -> _Rows:
+    found: _Rows = {}
+    for row in read_table(path, ("arm", "digest")):
+        found.setdefault((row["arm"], row["digest"]), []).append(row)
+    return found
 
 
 def read_grid(path: Path) -> Grid:
@@ -125,7 +164,11 @@ def read_grid(path: Path) -> Grid:
     if not runs:
         raise UsageError(f"{where}: groups holds no arm")
     compare = _read_pairs(values.get("compare") or [], {run.arm for run in runs}, where)
-    grid = Grid(path, runs, compare, data, test)
+    reuse = tuple(Path(name) for name in read_value(list[str], values.get("reuse") or [], f"{where}: reuse"))
+    for other in reuse:
+        if not is_file(other):
+            raise UsageError(f"{where}: reuse names {other}, which is no file")
+    grid = Grid(path, runs, compare, data, test, reuse)
     _check_runs(grid, where)
     for run in runs:
         for needed in run.needs:
@@ -142,6 +185,8 @@ def _read_values(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     _check_names(found, KEYS, f"{where}: unknown key", "keys")
     if "recipe" in found:
         found["recipe"] = str(path.parent / read_entry(found, "recipe", Location, where))
+    if "reuse" in found:
+        found["reuse"] = [str(path.parent / name) for name in read_entry(found, "reuse", list[str], where)]
     like = read_value(Location | None, found.pop("like", None), f"{where}: like")
     if like is None:
         return found
@@ -253,5 +298,5 @@ def _check_runs(grid: Grid, where: str) -> None:
 
 def missing_runs(grid: Grid) -> list[GridRun]:
     """The runs that are not yet in the table, in the grid's order."""
-    done = {(row["digest"], row["arm"]) for row in read_table(grid.table, ("digest", "arm"))}
-    return [run for run in grid.runs if (run.digest, run.arm) not in done]
+    done = grid.read_finished()
+    return [run for run in grid.runs if (run.arm, run.digest) not in done]

@@ -8,7 +8,6 @@ import statistics
 from dgnet._extras import import_extra
 from dgnet.errors import UsageError
 from dgnet.experiments._grid import Grid
-from dgnet.files import read_table
 
 MEASURES = {  # column: heading, digits
     "top1": ("{evaluated} top-1 %", 2),
@@ -30,8 +29,8 @@ Arms = dict[str, dict[int, dict[str, str]]]
 
 
 def collect(grid: Grid) -> Arms:
-    """The table's rows of the grid's runs. Rows whose options have changed since are left out."""
-    rows = {(row["arm"], row["digest"]): row for row in read_table(grid.table)}
+    """The rows of the grid's finished runs. Rows whose options have changed since are left out."""
+    rows = grid.read_finished()
     arms: Arms = {}
     for run in grid.runs:
         if (run.arm, run.digest) in rows:
