@@ -55,18 +55,23 @@ def missing_rows(wanted: list[dict[str, Any]], rows: list[dict[str, Any]]) -> li
 
 
 def measure_missing(
-    wanted: list[dict[str, Any]], output: Path, minutes: float, measure: Callable[..., dict[str, Any]]
+    wanted: list[dict[str, Any]], output: Path, minutes: float, measure: Callable[..., dict[str, Any] | None]
 ) -> list[dict[str, Any]]:
     """Measure the wanted rows that the file `output` lacks, and write each to it at once; returns all rows of the file.
 
-    `measure`: called with the fields of a row, returns further ones. After `minutes` no new row is started.
+    `measure`: called with the fields of a row, returns further ones, or None if it failed. After `minutes` no new row is
+    started.
     """
     results, begun = read_rows(output), time.monotonic()
-    for row in tqdm(missing_rows(wanted, results), file=sys.stderr):
+    missing = missing_rows(wanted, results)
+    for number, row in enumerate(tqdm(missing, file=sys.stderr)):
         if time.monotonic() - begun > 60 * minutes:
+            tqdm.write(f"{len(missing) - number} rows are left; run again to continue", sys.stderr)
             break
-        results.append(row | measure(**row))
-        write_rows(output, results)
+        measured = measure(**row)
+        if measured is not None:
+            results.append(row | measured)
+            write_rows(output, results)
     return results
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import dgnet
-from common import MODELS, missing_rows, read_rows, stage_shapes, write_rows
+from common import MODELS, measure_missing, missing_rows, read_rows, stage_shapes
 from dgnet.inference import time_alternating
 from dgnet.options import flag
 
@@ -63,32 +64,27 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print Markdown tables of the file, measure nothing")
     args = parser.parse_args()
-    results = read_rows(args.output)
     if args.table:
-        print(format_tables(results))
+        print(format_tables(read_rows(args.output)))
         return
-    begun = time.monotonic()
-    wanted = missing_rows(list_rows(args), results)
+    begun, wanted = time.monotonic(), list_rows(args)
     if args.compile_ahead:
         with ThreadPoolExecutor(args.compile_ahead) as pool:
-            for row in wanted:
+            for row in missing_rows(wanted, read_rows(args.output)):
                 pool.submit(run_bench, row, 1, args.device, errors=subprocess.DEVNULL)  # a failure shows again below
         print(f"compiled ahead in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    for number, row in enumerate(wanted, start=1):
-        if time.monotonic() - begun > 60 * args.minutes:
-            print(f"{len(wanted) - number + 1} rows are left; run again to continue", file=sys.stderr)
-            break
-        print(f"[{number}/{len(wanted)}]", *(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
-        started = time.monotonic()
+
+    def measure(**row: Any) -> dict[str, Any] | None:
+        what = " ".join(f"{name}={value}" for name, value in row.items())
         done = run_bench(row, args.rounds, args.device)
         if done.returncode:
-            print(f"  failed with status {done.returncode}", file=sys.stderr)
-            continue
-        result = json.loads(done.stdout)
-        result["floor_seconds"] = floor_seconds(result, args.device)
-        results.append(result)
-        write_rows(args.output, results)
-        print(f"  ratio {result['ratio']:.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            tqdm.write(f"{what}: failed with status {done.returncode}", sys.stderr)
+            return None
+        result: dict[str, Any] = json.loads(done.stdout)
+        tqdm.write(f"{what}: ratio {result['ratio']:.3f}", sys.stderr)
+        return result | {"floor_seconds": floor_seconds(result, args.device)}
+
+    measure_missing(wanted, args.output, args.minutes - (time.monotonic() - begun) / 60, measure)
 
 
 def run_bench(row: dict[str, Any], rounds: int, device: str, errors: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -172,14 +168,16 @@ def format_tables(results: list[dict[str, Any]]) -> str:
         lines += [f"### {title}", ""]
         lines += [
             "| network | static ms | DG ms | ratio | quartiles | target | (DG − static) / floor | ratio less structure"
-            " | peak memory | less structure | static MiB |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            " | memory of tensors | of the process | less structure | static MiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in sorted(rows, key=lambda row: MODELS.index(row["against"])):
             target = TARGETS[r["against"]] if r["task"] == "train" else 1.10
             floor = r["floor_seconds"]["memory"] + r["floor_seconds"]["arithmetic"]
             low, high = r["ratio_quartiles"]
-            memory = "–" if r["peak_memory_ratio"] is None else f"{r['peak_memory_ratio']:.3f}"
+            tensors, memory = (
+                "–" if r.get(key) is None else f"{r[key]:.3f}" for key in ("peak_tensors_ratio", "peak_memory_ratio")
+            )
             static = "–" if r["against_side"]["peak_memory"] is None else f"{r['against_side']['peak_memory'] / 2**20:,.0f}"
             over_floor = (r["ratio"] - 1) * r["against_seconds"] / floor
             cells = [
@@ -194,7 +192,7 @@ def format_tables(results: list[dict[str, Any]]) -> str:
             bare = "–" if r["peak_memory_ratio"] is None else f"{r['peak_memory_ratio'] - kept:.3f}"
             known = stem or "resne" not in r["against"]
             cells += [f"{low:.3f} … {high:.3f}", f"{target:.2f}", f"{over_floor:.1f}"]
-            cells += [f"{r['ratio'] - structure:.3f}" if known else "–", memory, bare if known else "–", static]
+            cells += [f"{r['ratio'] - structure:.3f}" if known else "–", tensors, memory, bare if known else "–", static]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
