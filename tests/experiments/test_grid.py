@@ -68,25 +68,52 @@ def test_a_grid_like_another_has_its_groups_and_its_own_images(folder):
     assert options == {"epochs": 4, "evaluate_every": 2, "batch_size": 4}  # its own, the other grid's, the recipe's
 
 
-def test_finished_runs_of_another_grid_count(folder):
+def test_finished_runs_of_another_grid_count(folder, capsys):
     """Runs of the same options and images, under whatever name; the grid's own rows come first."""
-    other = read_grid(write_grid(folder, "other.yaml", **one_group({"my baseline": {"model": "resnet20"}}, (3, 4))))
-    rows = [{"arm": run.arm, "seed": run.seed, "digest": run.digest, "top1": 10 * run.seed} for run in other.runs]
+    arms = {"my baseline": {"model": "resnet20"}}
+    other = read_grid(write_grid(folder, "other.yaml", **one_group(arms, (3, 4))))
+    rows = [{"arm": run.arm, "seed": run.seed, "digest": run.digest, "epochs": 2, "top1": 10 * run.seed} for run in other.runs]
     write_table(other.table, rows)
     write_table(other.curves, [{**row, "epoch": epoch, "train_loss": epoch} for row in rows for epoch in (1, 2)])
     (folder / "more").mkdir()
-    for name in ("absent.yaml", "other.yaml"):
-        path = write_grid(folder / "more", recipe="../recipe.yaml", reuse=[f"../{name}"])
-        if name == "absent.yaml":
-            with pytest.raises(UsageError, match=r"reuse names .*absent.yaml, which is no file"):
-                read_grid(path)
+    path = write_grid(folder / "more", recipe="../recipe.yaml", reuse=["../other.yaml"])
     grid = read_grid(path)
     assert [(run.arm, run.seed) for run in missing_runs(grid)] == [("dynamic", 3), ("dynamic", 4)]
     assert {seed: row["top1"] for seed, row in collect(grid)["static"].items()} == {3: "30", 4: "40"}
     assert read_curves(grid, collect(grid)) == {"static": {1: [1.0, 1.0], 2: [2.0, 2.0]}}
+    assert "static" in ask(capsys, "experiment", "report", str(path))
     write_table(grid.table, [{**rows[0], "arm": "static", "top1": 50}])
     assert {seed: row["top1"] for seed, row in collect(grid)["static"].items()} == {3: "50", 4: "40"}
     assert len(missing_runs(read_grid(write_grid(folder / "more", recipe="../recipe.yaml")))) == 3
+
+
+def test_runs_that_begin_with_a_result_need_its_folder(folder):
+    """A finished run is run again if its folder is not there; one that begins with another result is not reused."""
+    arms = {"static": {"model": "resnet20"}, "student": {"model": "dg_resnet20", "teacher": "$run:static"}}
+    grid = read_grid(write_grid(folder, **one_group(arms)))
+    write_table(grid.table, [{"arm": run.arm, "seed": run.seed, "digest": run.digest} for run in grid.runs[:1]])
+    assert [run.arm for run in missing_runs(grid)] == ["student"]
+    assert [run.arm for run in missing_runs(grid, is_there=lambda run: False)] == ["static", "student"]
+    write_table(grid.table, [{"arm": run.arm, "seed": run.seed, "digest": run.digest} for run in grid.runs])
+    assert missing_runs(grid, is_there=lambda run: False) == []
+    changed = one_group({**arms, "static": {"model": "resnet20", "epochs": 1}})
+    again = read_grid(write_grid(folder, "again.yaml", **changed, reuse=["grid.yaml"]))
+    assert again.runs[1].digest == grid.runs[1].digest
+    assert [run.arm for run in missing_runs(again)] == ["static", "student"]
+
+
+@pytest.mark.parametrize(
+    ("reuse", "line"),
+    [
+        (["absent.yaml"], "absent.yaml cannot be read"),
+        (["recipe.yaml"], "recipe.yaml: unknown key 'batch_size'"),
+        (["grid.yaml"], "reuse names the grid itself"),
+        ("other.yaml", "reuse must be"),
+    ],
+)
+def test_mistakes_in_what_is_reused(folder, reuse, line):
+    with pytest.raises(UsageError, match=line):
+        read_grid(write_grid(folder, reuse=reuse))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dgnet.cli.classify import EVALUATE
 from dgnet.cli.command import Command, Group, Parser, add_trust
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.options import as_word, flag
+from dgnet.paths import is_folder
 from dgnet.typed import Location
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def run_experiment(args: Namespace) -> int:
     for group in args.groups:
         if group not in grid.groups:
             raise UsageError(f"unknown group {group!r}; groups of {args.grid}: {', '.join(grid.groups)}")
-    missing = [run for run in missing_runs(grid) if not args.groups or run.group in args.groups]
-    _check_evaluations(grid, missing)
     data, weights = (None if folder is None else Path(folder) for folder in (args.data, args.weights))
     places = Places(Path(args.output), data, weights)
+    missing = missing_runs(grid, args.groups, lambda run: is_folder(places.folder(run)))
+    _check_evaluations(grid, missing)
     if args.dry_run:
         check_runs(grid, missing, replace(places, data=data or Path()))  # nothing is read: any folder does
         for run in missing:

@@ -26,6 +26,7 @@ def save_figures(grid: Grid, arms: Arms, formats: Sequence[str] = FORMATS[:2]) -
     """
     folder, name = grid.table.parent, grid.path.stem
     with writing(folder, "only the tables above were made"):
+        folder.mkdir(parents=True, exist_ok=True)  # if all runs are those of other grids
         paths = save_figure(draw_accuracy(grid, arms), folder, f"{name}_accuracy", formats)
         curves = read_curves(grid, arms)
         if curves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from dgnet.data import is_shards
 from dgnet.documents import read_yaml
 from dgnet.errors import UsageError, check_range, did_you_mean
 from dgnet.files import read_table
-from dgnet.paths import is_file
 from dgnet.training import TrainConfig
 from dgnet.typed import Location, read_entry, read_value
 
@@ -107,23 +106,29 @@ class Grid:
         """The CSV file with one row for each epoch of each finished run."""
         return _curves_of(self.path)
 
-    def read_finished(self) -> dict[tuple[str, str], dict[str, str]]:
-        """The row of each finished run of the grid, by arm and digest."""
-        return {run: rows[-1] for run, rows in self._read(_table_of).items()}
+    def read_finished(self, columns: Sequence[str] = ()) -> dict[tuple[str, str], dict[str, str]]:
+        """The row of each finished run of the grid, by arm and digest; `columns`: what the rows must have."""
+        return {run: rows[-1] for run, rows in self._read(_table_of, columns).items()}
 
     def read_curves(self) -> _Rows:
         """The rows of `curves` of each finished run of the grid."""
-        return self._read(_curves_of)
+        return self._read(_curves_of, ("epoch", "train_loss"))
 
-    def _read(self, file_of: Callable[[Path], Path]) -> _Rows:
+    def _read(self, file_of: Callable[[Path], Path], columns: Sequence[str]) -> _Rows:
         """The rows of each of the grid's runs, from its own table or from that of the first grid in `reuse` that has them."""
-        own = _read_rows(file_of(self.path))
+        own = _read_rows(file_of(self.path), columns)
         others: dict[str, list[dict[str, str]]] = {}  # by digest: an arm may have another name there
         for path in self.reuse:
-            for (_, digest), rows in _read_rows(file_of(path)).items():
+            for (_, digest), rows in _read_rows(file_of(path), columns).items():
                 others.setdefault(digest, rows)
-        runs = [(run.arm, run.digest) for run in self.runs]
-        return {run: own.get(run) or others[run[1]] for run in runs if run in own or run[1] in others}
+        found: _Rows = {}
+        for run in self.runs:
+            key = run.arm, run.digest
+            if key in own:
+                found[key] = own[key]
+            elif run.digest in others and not run.needs:  # in another grid, an arm that it begins with may be something else
+                found[key] = others[run.digest]
+        return found
 
 
 _Rows = dict[tuple[str, str], list[dict[str, str]]]
@@ -138,9 +143,9 @@ def _curves_of(grid: Path) -> Path:
     return grid.parent / "results" / f"{grid.stem}_curves.csv"
 
 
-def _read_rows(path: Path) -> _Rows:
+def _read_rows(path: Path, columns: Sequence[str]) -> _Rows:
     found: _Rows = {}
-    for row in read_table(path, ("arm", "digest")):
+    for row in read_table(path, ("arm", "digest", *columns)):
         found.setdefault((row["arm"], row["digest"]), []).append(row)
     return found
 
@@ -164,10 +169,11 @@ def read_grid(path: Path) -> Grid:
     if not runs:
         raise UsageError(f"{where}: groups holds no arm")
     compare = _read_pairs(values.get("compare") or [], {run.arm for run in runs}, where)
-    reuse = tuple(Path(name) for name in read_value(list[str], values.get("reuse") or [], f"{where}: reuse"))
+    reuse = tuple(Path(name) for name in values.get("reuse") or [])
     for other in reuse:
-        if not is_file(other):
-            raise UsageError(f"{where}: reuse names {other}, which is no file")
+        _read_values(other, ())  # that it is a grid
+        if other.resolve() == path.resolve():
+            raise UsageError(f"{where}: reuse names the grid itself")
     grid = Grid(path, runs, compare, data, test, reuse)
     _check_runs(grid, where)
     for run in runs:
@@ -185,8 +191,9 @@ def _read_values(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     _check_names(found, KEYS, f"{where}: unknown key", "keys")
     if "recipe" in found:
         found["recipe"] = str(path.parent / read_entry(found, "recipe", Location, where))
-    if "reuse" in found:
-        found["reuse"] = [str(path.parent / name) for name in read_entry(found, "reuse", list[str], where)]
+    if found.get("reuse") is not None:
+        names = read_value(list[Location], found["reuse"], f"{where}: reuse")
+        found["reuse"] = [str(path.parent / name) for name in names]
     like = read_value(Location | None, found.pop("like", None), f"{where}: like")
     if like is None:
         return found
@@ -296,7 +303,19 @@ def _check_runs(grid: Grid, where: str) -> None:
             raise UsageError(f"{where}: arm {run.arm!r} with seed {run.seed} is in two groups: {group}, {run.group}")
 
 
-def missing_runs(grid: Grid) -> list[GridRun]:
-    """The runs that are not yet in the table, in the grid's order."""
+def missing_runs(
+    grid: Grid, groups: Sequence[str] = (), is_there: Callable[[GridRun], bool] = lambda run: True
+) -> list[GridRun]:
+    """The runs to run, in the grid's order: those of `groups` (none: all) that are not finished, and those that they need.
+
+    `is_there`: whether the run folder of a finished run is there. Runs that begin with its result need it.
+    """
     done = grid.read_finished()
-    return [run for run in grid.runs if (run.arm, run.digest) not in done]
+    wanted = [run for run in grid.runs if (run.arm, run.digest) not in done and (not groups or run.group in groups)]
+    names = {run.name for run in wanted}
+    for run in wanted:  # those that are appended are visited too
+        needed = [grid.find(arm, run.seed) for arm in run.needs]
+        absent = [one for one in needed if one.name not in names and not is_there(one)]
+        wanted += absent
+        names |= {one.name for one in absent}
+    return [run for run in grid.runs if run in wanted]

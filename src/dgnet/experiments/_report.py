@@ -30,7 +30,7 @@ Arms = dict[str, dict[int, dict[str, str]]]
 
 def collect(grid: Grid) -> Arms:
     """The rows of the grid's finished runs. Rows whose options have changed since are left out."""
-    rows = grid.read_finished()
+    rows = grid.read_finished(("epochs", "top1"))
     arms: Arms = {}
     for run in grid.runs:
         if (run.arm, run.digest) in rows:

@@ -184,7 +184,8 @@ class _Workers:
         labels = {"arm": run.arm, "seed": run.seed, "digest": run.digest}
         with self.lock:
             for path, rows in ((self.grid.curves, [labels | curve for curve in curves]), (self.grid.table, [row])):
-                write_table(path, [*read_table(path), *rows])
+                others = [old for old in read_table(path) if (old["arm"], old["digest"]) != (run.arm, run.digest)]
+                write_table(path, [*others, *rows])
         return row
 
     def _call(self, words: Sequence[str], log: Path, slot: Mapping[str, str]) -> str | None:

@@ -123,19 +123,19 @@ class _Gradients:
 
     def __init__(self) -> None:
         self.count, self.squares = 0, 0.0
-        self.total = torch.zeros(())
+        self.total = torch.zeros((), dtype=torch.float64)
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient of a mini-batch of `_SAMPLE` images, (n,)."""
         self.count += 1
         self.squares += float(gradient.double().square().sum())
-        self.total = self.total + gradient
+        self.total = self.total + gradient.double()
 
     def signal_to_noise(self) -> float | None:
         """The ratio for a mini-batch of `_BATCH` images; None without noise, or fewer than two mini-batches."""
         if self.count < 2:
             return None
-        mean = float(self.total.double().square().sum()) / self.count**2  # the square of its norm
+        mean = float(self.total.square().sum()) / self.count**2  # the square of its norm
         noise = (self.squares - self.count * mean) / (self.count - 1)
         signal = mean - noise / self.count  # a mean of K is nearer to it, but not on it
         return (max(signal, 0.0) / (noise * _SAMPLE / _BATCH)) ** 0.5 if noise > 0 else None

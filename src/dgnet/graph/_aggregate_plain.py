@@ -125,14 +125,18 @@ def weight_gradients_plain(
     weights: Tensor,
     is_open: Tensor | None,
 ) -> Tensor:
-    """The kernel of `weight_gradients`: ⟨grad, scale · feature + shift⟩ from the sums over each channel, without the map."""
+    """The kernel of `weight_gradients`: ⟨grad, scale · feature + shift⟩ from the sums over each channel, without the map.
+
+    Where a channel's mean is far above its deviation, this is less exact than the map would be.
+    """
     columns = []
-    by_channel = _sum_channels(grad.to(sum_dtype(grad)))
+    dtype = sum_dtype(grad)
+    grads = _sum_channels(grad.to(dtype)) if any(scale is not None for scale in scales) else None
     for edge, (feature, scale, shift) in enumerate(zip(features, scales, shifts, strict=True)):
-        product = _sum_channels(grad * feature.to(sum_dtype(feature)))
-        if scale is not None and shift is not None:
-            product = product * scale + by_channel * shift
-        column = product.sum(1)
+        products = _sum_channels(grad.to(dtype) * feature.to(sum_dtype(feature)))
+        if scale is not None and shift is not None and grads is not None:
+            products = products * scale + grads * shift
+        column = products.sum(1)
         columns.append(column if is_open is None else torch.where(is_open[:, edge], column, 0))
     return torch.stack(columns, 1).to(weights.dtype)
 

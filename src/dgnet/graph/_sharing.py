@@ -5,7 +5,7 @@ sum that reads a feature stores ∂L/∂x̂_j as it is. When all of them have do
 of those gradients (Eq. 3): one map is read for each edge, and one written for each node.
 
 **Features.** The gradients of the weights need x_i. If x_i is the output of a batch normalisation, γ(z − μ)/σ + β, it is not
-kept: the normalisation keeps z anyway, and the kernel computes x_i from it, element by element.
+kept: the normalisation keeps z anyway, and the gradients of the weights are computed from it (`dgnet::weight_gradients`).
 
 Letters: B batch, E in-edges of a node, R sums that read a feature, C channels, H and W height and width.
 """
@@ -174,23 +174,24 @@ def _sum_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Seque
 
 
 def _weights_gradient(
-    grad: Tensor, kept: Sequence[Tensor | None], tokens: Sequence[Any], weights: Tensor, is_open: Tensor | None
+    grad: Tensor, kept: Sequence[Any], tokens: Sequence[Any], weights: Tensor, is_open: Tensor | None
 ) -> Tensor:
     """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed.
 
     `kept`, `tokens`: as in `_Sum`; a feature that is not kept has a token.
     """
     if is_batched(grad) or torch.is_grad_enabled():
-        features = [one if one is not None else _Normalise.apply(token) for one, token in zip(kept, tokens, strict=True)]
-        if is_batched(grad):
-            batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(features, w, is_open), weights)[1](grad)
-            return batched[0]
-        none = [False] * len(features)
-        by_weights: Tensor = torch.ops.dgnet.aggregate_backward(grad, features, weights, is_open, True, none)[0]
+        kept = [one if one is not None else _Normalise.apply(token) for one, token in zip(kept, tokens, strict=True)]
+    if is_batched(grad):
+        batched: tuple[Tensor] = torch.func.vjp(lambda w: aggregate_by_loop(kept, w, is_open), weights)[1](grad)
+        return batched[0]
+    if all(one is not None for one in kept):
+        none = [False] * len(kept)
+        by_weights: Tensor = torch.ops.dgnet.aggregate_backward(grad, kept, weights, is_open, True, none)[0]
         return by_weights
     norms: list[tuple[Tensor, Tensor | None, Tensor | None]] = [
         (one, None, None) if one is not None else _normalisation(token) for one, token in zip(kept, tokens, strict=True)
     ]
     read, scales, shifts = zip(*norms, strict=True)
-    found: Tensor = torch.ops.dgnet.weight_gradients(grad, list(read), list(scales), list(shifts), weights, is_open)
-    return found
+    normalised: Tensor = torch.ops.dgnet.weight_gradients(grad, list(read), list(scales), list(shifts), weights, is_open)
+    return normalised

@@ -281,7 +281,8 @@ struct Channels {
   bool is_set() const { return count > 0; }
 };
 
-// Σ grad · (scale · values + shift) over `size` elements, from element `begin` of a sample on, a multiple of kLanes.
+// Σ grad · (scale · values + shift) over `size` elements, from element `begin` of a sample on, a multiple of kLanes. `grad` has
+// whole vectors.
 template <class S, class T>
 double dot_channels(const S* grad, const T* values, const Channels<S>& channels, int64_t begin, int64_t size) {
   Vector<S> total{};
@@ -295,12 +296,18 @@ double dot_channels(const S* grad, const T* values, const Channels<S>& channels,
     }
     return add_lanes<S>(total);
   }
+  Vector<S> lane;
+  for (int64_t k = 0; k < kLanes<S>; ++k) lane[k] = static_cast<S>(k);
   for (int64_t k = 0; k < size;) {  // one channel at a time
     const int64_t channel = (begin + k) / channels.inner % channels.count;
     const int64_t end = std::min(size, k + channels.inner - (begin + k) % channels.inner);
     const S scale = channels.scale[channel], shift = channels.shift[channel];
-    for (; k < end; k += std::min(kLanes<S>, end - k)) {
-      total += load_some<S>(grad + k, end - k) * (scale * load_some<S>(values + k, end - k) + shift);
+    while (k < end) {
+      const int64_t count = std::min(kLanes<S>, end - k);
+      fetch_ahead(values + k);
+      const Vector<S> upstream = load(grad + k), own = lane < static_cast<S>(count) ? upstream : Vector<S>{};
+      total += own * (scale * load_some<S>(values + k, size - k) + shift);
+      k += count;
     }
   }
   return add_lanes<S>(total);
@@ -385,6 +392,14 @@ struct Inputs {
   // Where a map's row begins, in elements of a sample.
   int64_t offset(int64_t row) const { return row * layout.row_size(); }
 };
+
+// The gradient of a sum, as maps of type S lie in memory.
+template <class S>
+Tensor arrange_gradient(const Tensor& grad, const Layout& layout) {
+  TORCH_CHECK(grad.is_cpu(), "dgnet::aggregate: the CPU kernel needs a gradient on the CPU, got ", grad.toString());
+  const bool is_read = is_supported(grad.scalar_type()) && std::is_same_v<S, double> == (grad.scalar_type() == at::kDouble);
+  return layout.arrange(is_read ? grad : grad.to(std::is_same_v<S, double> ? at::kDouble : at::kFloat));
+}
 
 Tensor to_sums(const Tensor& values, ScalarType type) { return values.to(type).contiguous(); }
 
@@ -602,7 +617,7 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward_as(const Tensor& grad
   TORCH_CHECK(static_cast<int64_t>(needs_features.size()) == inputs.edges && grad.sizes() == like.sizes(),
               "dgnet::aggregate_backward: one gradient for ", inputs.edges, " features ", like.sizes(), " is needed, got ",
               grad.sizes(), " and ", needs_features.size(), " flags");
-  const Tensor upstream = layout.arrange(grad);
+  const Tensor upstream = arrange_gradient<S>(grad, layout);
   const char* const source = static_cast<const char*>(upstream.const_data_ptr());
   const int64_t source_bytes = (layout.samples > 1 ? upstream.stride(0) : 0) * upstream.element_size();
   std::vector<Tensor> grads, written;
@@ -694,7 +709,7 @@ Tensor weight_gradients_as(const Tensor& grad, at::TensorList features, const c1
   for (int64_t edge = 0; edge < edges; ++edge) {
     channels.push_back(read_channels<S>(scales.get(edge), shifts.get(edge), layout, like.dim() > 1 ? like.size(1) : 1));
   }
-  const Tensor upstream = layout.arrange(grad);
+  const Tensor upstream = arrange_gradient<S>(grad, layout);
   const char* const source = static_cast<const char*>(upstream.const_data_ptr());
   const int64_t source_bytes = (layout.samples > 1 ? upstream.stride(0) : 0) * upstream.element_size();
   const Tasks tasks(layout, edges);
