@@ -374,6 +374,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "weightings-differences": partial(comparisons_table, "weightings"),
     "weightings-objects": partial(arms_table, "weightings_objects", None, [SEEDS, COST[0], *MEASURED]),
     "weightings-objects-differences": partial(comparisons_table, "weightings_objects"),
+    "weightings-randwire": partial(arms_table, "weightings_randwire", None, [SEEDS, COST[0], *MEASURED]),
+    "weightings-randwire-differences": partial(comparisons_table, "weightings_randwire"),
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),
     "convert": partial(convert_table, "convert"),
