@@ -1,8 +1,7 @@
+"""Sums and their gradients, of every layout and precision, against slow twins."""
+
 from __future__ import annotations
 
-import importlib
-from itertools import product
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,114 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dgnet.graph import _aggregate_plain as plain_module
-from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows, compile_options
-from dgnet.graph._aggregate_form import find_aggregation
-from dgnet.graph._aggregate_plain import aggregate_backward_plain, aggregate_plain, weight_gradients_plain
+from dgnet.graph import aggregate, aggregate_by_loop, aggregate_rows
+from dgnet.graph._aggregate_plain import aggregate_plain
+from tests.helpers.aggregates import CASES, sum_plain
 from tests.helpers.twins import TOLERANCES, draw_case, sum_by_sample
 
-nodes_module = importlib.import_module("dgnet.graph._nodes")
 operator = torch.ops.dgnet.aggregate.default
 backward = torch.ops.dgnet.aggregate_backward.default
-
-cases = {
-    "seed": st.integers(0, 2**31),
-    "shape": st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)),
-    "edges": st.integers(1, 9),
-    "dtype": st.sampled_from(list(TOLERANCES)),
-    "layout": st.sampled_from(["contiguous", "channels_last", "strided"]),
-    "closing": st.sampled_from(["none", "some", "all", "no edge"]),
-    "block": st.sampled_from([1, 64, 2**20]),  # one sample at a time, a few, all
-}
-
-
-class _Plain(torch.autograd.Function):
-    """`dgnet::aggregate` with the plain kernels, which run where there is no C++ compiler."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, is_open: Tensor | None, *features: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, is_open, *features)
-        return aggregate_plain(features, weights, is_open)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        weights, is_open, *features = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        weights_grad, grads = aggregate_backward_plain(grad, features, weights, is_open, needed[0], [True] * len(features))
-        return weights_grad if needed[0] else None, None, *grads
-
-
-def sum_plain(features: list[Tensor], weights: Tensor, is_open: Tensor | None = None) -> Tensor:
-    return _Plain.apply(weights, is_open, *features)
-
 
 FORMS = (aggregate, sum_plain, aggregate_by_loop)
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    shape=st.one_of(
-        st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 9), st.integers(1, 12)),
-        st.sampled_from([(2, 24, 15, 13), (1, 1025, 2, 3), (2, 3, 41, 40), (1, 600, 7, 7)]),  # of several chunks
-    ),
-    dtype=cases["dtype"],
-    others=st.sampled_from([None, torch.bfloat16, torch.float32]),
-    layout=cases["layout"],
-    closing=cases["closing"],
-    normalised=st.lists(st.booleans(), min_size=1, max_size=5),
-)
-def test_gradients_of_weights_without_the_features_they_need(seed, shape, dtype, others, layout, closing, normalised):
-    """Features scale · z + shift that are not in memory; the twin computes them. `others`: precision of all but the first."""
-    find_aggregation("cpu")
-    sources, weights, is_open = draw_case(seed, shape, len(normalised), dtype, layout, closing)
-    if others is not None and dtype != torch.float64:
-        sources[1:] = [source.to(others) for source in sources[1:]]
-    generator = torch.Generator().manual_seed(seed)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    grad = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-    if seed % 3 == 0:
-        grad = grad[:1, :, :1].expand(shape) if shape[0] and shape[2] else grad
-    numbers = [torch.randn(2, shape[1], dtype=torch.float64, generator=generator).to(exact) for _ in sources]
-    scales, shifts = ([one[row] if some else None for one, some in zip(numbers, normalised, strict=True)] for row in (0, 1))
-    expected = torch.zeros(len(weights), len(sources), dtype=torch.float64)
-    for edge, (source, some) in enumerate(zip(sources, normalised, strict=True)):
-        scale, shift = numbers[edge].double().view(2, -1, 1, 1) if some else (1, 0)
-        expected[:, edge] = (grad.double() * (scale * source.double() + shift)).sum((1, 2, 3))
-    if is_open is not None:
-        expected[~is_open] = 0
-    tolerance = 1e-10 if dtype == torch.float64 else 2e-3
-    for form in (torch.ops.dgnet.weight_gradients, weight_gradients_plain):
-        found = form(grad, sources, scales, shifts, weights, is_open)
-        assert found.dtype == weights.dtype
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.float16, torch.int64])
-def test_a_gradient_of_another_precision(dtype, other):
-    find_aggregation("cpu")
-    features, weights, grad = [torch.ones(1, 3, 4, 4, dtype=dtype)] * 2, torch.ones(1, 2), torch.ones(1, 3, 4, 4, dtype=other)
-    ones = [torch.ones(3), None]
-    for found in (
-        torch.ops.dgnet.weight_gradients(grad, features, ones, ones, weights, None),
-        backward(grad, features, weights, None, True, [False, False])[0] + torch.tensor([[48, 0]]),
-    ):
-        assert found.tolist() == [[96, 48]]
-
-
-def test_what_scales_and_shifts_must_be():
-    if find_aggregation("cpu").name != "native":
-        pytest.skip("there is no C++ compiler here")
-    ones, weights = [torch.ones(2, 3, 4, 4)] * 2, torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match="features of 3 channels need as many scales and shifts"):
-        torch.ops.dgnet.weight_gradients(ones[0], ones, [torch.ones(4), None], [torch.ones(4), None], weights, None)
-    with pytest.raises(RuntimeError, match="scales and shifts for 2 features"):
-        torch.ops.dgnet.weight_gradients(ones[0], ones, [None], [None], weights, None)
-
-
-@given(**cases)
+@given(**CASES)
 def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, closing, block):
     features, weights, is_open = draw_case(seed, shape, edges, dtype, layout, closing)
     expected = sum_by_sample(features, weights, is_open)
@@ -143,29 +48,6 @@ def test_values_and_gradients_match_the_twin(seed, shape, edges, dtype, layout, 
                 torch.testing.assert_close(inputs[0].grad[b, e].double(), by_weight, rtol=precision, atol=precision)
 
 
-ON_CPUS = list(product(["contiguous", "channels_last"], [torch.float32, torch.bfloat16], ["none", "some"]))
-
-
-@pytest.mark.parametrize(
-    ("layout", "dtype", "closing"),
-    [pytest.param(*case, marks=() if case == ON_CPUS[-1] else pytest.mark.slow) for case in ON_CPUS],
-)
-def test_the_compiled_form_matches_the_twin(dtype, layout, closing):
-    torch._dynamo.reset()
-    compiled = torch.compile(aggregate, fullgraph=True)
-    features, weights, is_open = draw_case(3, (4, 16, 5, 7), 5, dtype, layout, closing)
-    inputs = [weights.requires_grad_(), *[feature.requires_grad_() for feature in features]]
-    output = compiled(inputs[1:], inputs[0], is_open)
-    tolerance = TOLERANCES[dtype]
-    expected = sum_by_sample([f.detach() for f in features], weights.detach(), is_open)
-    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
-    upstream = torch.randn_like(output)
-    grads = torch.autograd.grad(output, inputs, upstream)
-    expected_grads = torch.autograd.grad(aggregate_by_loop(inputs[1:], inputs[0], is_open), inputs, upstream)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected_grad, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-4))
-
-
 def test_half_precision_is_summed_in_float32():
     """1 + 256 · 2⁻⁸ in bfloat16 stays 1 when each sum is rounded."""
     features = [torch.ones(1, 1, 2, 2, dtype=torch.bfloat16)] + [torch.full((1, 1, 2, 2), 2.0**-8, dtype=torch.bfloat16)] * 256
@@ -173,95 +55,7 @@ def test_half_precision_is_summed_in_float32():
         assert (form(features, torch.ones(1, 257)) == 2).all()
 
 
-def test_only_the_features_and_weights_are_kept_for_the_backward_pass():
-    features = [torch.randn(2, 3, 4, 4, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-    weights = torch.rand(2, 3).requires_grad_()
-    kept: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        aggregate(features, weights).sum().backward()
-    assert sorted(kept) == sorted(tensor.untyped_storage().data_ptr() for tensor in (weights, *features))
-
-
-def test_second_derivatives_and_repeated_backward():
-    features = [torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda w, *f: aggregate(f, w), (weights, *features))
-    total = aggregate(features, weights).square().sum()
-    first = torch.autograd.grad(total, weights, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(total, weights)[0])
-    is_open = torch.tensor([[True, False, True], [False, False, True]])
-    for needed in product([True, False], repeat=2):  # of the weights, and of one feature
-        inputs = (weights.detach().requires_grad_(needed[0]), features[0].detach().requires_grad_(needed[1]), *features[1:])
-        assert torch.autograd.gradgradcheck(lambda w, *f: aggregate(f, w, is_open), inputs)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own use of it, in jvp
-def test_checkpoint_and_torch_func():
-    features = [torch.randn(2, 2, 3, 3, requires_grad=True) for _ in range(3)]
-    weights = torch.rand(2, 3, requires_grad=True)
-
-    def loss(w: Tensor, *f: Tensor) -> Tensor:
-        return aggregate(f, w).square().sum()
-
-    expected = torch.autograd.grad(loss(weights, *features), (weights, *features))
-    again = torch.autograd.grad(checkpoint(loss, weights, *features, use_reentrant=False), (weights, *features))
-    functional = torch.func.grad(loss, argnums=(0, 1, 2, 3))(weights, *features)
-    for one, two, three in zip(expected, again, functional, strict=True):
-        assert torch.equal(one, two)
-        torch.testing.assert_close(one, three)
-    each = torch.func.vmap(lambda w, *f: aggregate([one[None] for one in f], w[None])[0])(weights, *features)
-    torch.testing.assert_close(each, aggregate(features, weights))
-    tangents = [torch.randn_like(one) for one in (weights, *features)]
-    _, tangent = torch.func.jvp(lambda w, *f: aggregate(f, w), (weights, *features), tuple(tangents))
-    torch.testing.assert_close(tangent, aggregate(features, tangents[0]) + aggregate(tangents[1:], weights))
-
-
-def test_export():
-    class Sum(torch.nn.Module):
-        def forward(self, features: list[Tensor], weights: Tensor) -> Tensor:
-            return aggregate(features, weights)
-
-    features, weights, _ = draw_case(0, (3, 2, 4, 4), 3, torch.float32, "contiguous", "none")
-    exported = torch.export.export(Sum(), (features, weights)).module()
-    torch.testing.assert_close(exported(features, weights), aggregate(features, weights))
-
-
-@pytest.mark.slow
-def test_twenty_steps_agree_in_every_form(tiny, monkeypatch):
-    """The operator, the plain kernels, the loop, and compiled, in float64 from one seed."""
-    losses = {}
-    for form in ("eager", "plain", "loop", "compiled"):
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        network = tiny(layers=(2, 2, 2)).double()
-        images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(5, (6,))
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-        options = compile_options(network)
-        run = torch.compile(network, fullgraph=True, options=options) if form == "compiled" else network
-        with monkeypatch.context() as patch:
-            if form in ("loop", "plain"):
-                replaced = {"loop": aggregate_by_loop, "plain": sum_plain}[form]
-                patch.setattr(nodes_module, "aggregate", lambda *sums, is_open, sharing, run=replaced: run(*sums, is_open))
-            losses[form] = []
-            for _ in range(20):
-                loss = torch.nn.functional.cross_entropy(run(images), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[form].append(loss.item())
-        losses[form] += [parameter.detach() for parameter in network.parameters()]
-    for form in ("plain", "loop", "compiled"):
-        for one, two in zip(losses["eager"], losses[form], strict=True):
-            torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-8, atol=1e-8)
-    assert losses["eager"][19] < 0.7 * losses["eager"][0]
-
-
-@given(**cases, row=st.sampled_from([1, 2**20]))
+@given(**CASES, row=st.sampled_from([1, 2**20]))
 def test_features_that_hold_some_samples_are_read_where_these_lie(seed, shape, edges, dtype, layout, closing, block, row):
     features, _, _ = draw_case(seed, shape, edges, dtype, layout, "none")
     generator = torch.Generator().manual_seed(seed)
@@ -390,30 +184,3 @@ def test_two_runs_are_equal_bit_for_bit_on_any_number_of_threads():
     for one, two, three in zip(*runs, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
-
-
-def test_features_are_not_kept_if_the_weights_do_not_learn():
-    features = [torch.randn(2, 3, 4, 4).requires_grad_() for _ in range(3)]
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    weights = torch.rand(2, 3)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = aggregate(features, weights)
-    assert [tensor.data_ptr() for tensor in kept] == [weights.data_ptr()]
-    grads = torch.autograd.grad(output, features, torch.ones_like(output))
-    assert torch.equal(torch.stack(grads, 1), weights[:, :, None, None, None].expand(2, 3, 3, 4, 4))
-
-
-def test_many_gradients_at_once():
-    features = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
-    weights = torch.rand(2, 3, requires_grad=True)
-    output, upstream = aggregate(features, weights), torch.randn(4, 2, 3, 4, 5)
-    together = torch.autograd.grad(output, [weights, *features], upstream, retain_graph=True, is_grads_batched=True)
-    for number in range(4):
-        alone = torch.autograd.grad(output, [weights, *features], upstream[number], retain_graph=True)
-        for one, two in zip(together, alone, strict=True):
-            torch.testing.assert_close(one[number], two)

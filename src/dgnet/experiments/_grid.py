@@ -66,6 +66,10 @@ def _digest(options: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
+_Rows = dict[tuple[str, str], list[dict[str, str]]]
+"""Rows of a table by arm and digest."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The contents of a grid's YAML file."""
@@ -129,10 +133,6 @@ class Grid:
             elif run.digest in others and not run.needs:  # in another grid, an arm that it begins with may be something else
                 found[key] = others[run.digest]
         return found
-
-
-_Rows = dict[tuple[str, str], list[dict[str, str]]]
-"""Rows of a table by arm and digest."""
 
 
 def _table_of(grid: Path) -> Path:

@@ -130,12 +130,12 @@ def weight_gradients_plain(
     Where a channel's mean is far above its deviation, this is less exact than the map would be.
     """
     columns = []
-    dtype = sum_dtype(grad)
-    grads = _sum_channels(grad.to(dtype)) if any(scale is not None for scale in scales) else None
+    grad = grad.to(sum_dtype(grad))
+    by_channel = _sum_channels(grad)
     for edge, (feature, scale, shift) in enumerate(zip(features, scales, shifts, strict=True)):
-        products = _sum_channels(grad.to(dtype) * feature.to(sum_dtype(feature)))
-        if scale is not None and shift is not None and grads is not None:
-            products = products * scale + grads * shift
+        products = _sum_channels(grad * feature.to(sum_dtype(feature)))
+        if scale is not None and shift is not None:
+            products = products * scale + by_channel * shift
         column = products.sum(1)
         columns.append(column if is_open is None else torch.where(is_open[:, edge], column, 0))
     return torch.stack(columns, 1).to(weights.dtype)

@@ -155,7 +155,7 @@ class _Sum(torch.autograd.Function):
         kept, tokens = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if not is_batched(grad) and grad.stride() != ctx.stride:  # such as an expanded one: the sums would have its layout
             grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-        by_weights = _weights_gradient(grad, kept, tokens, weights, is_open) if ctx.needs_input_grad[3] else None
+        by_weights = _weight_gradients(grad, kept, tokens, weights, is_open) if ctx.needs_input_grad[3] else None
         edges = is_open.unbind(1) if is_open is not None else [None] * len(tokens)
         for token, weight, opened in zip(tokens, weights.unbind(1), edges, strict=True):
             if token is not None:
@@ -173,7 +173,7 @@ def _sum_edges(grads: Sequence[Tensor], weights: Sequence[Tensor], opened: Seque
     return total
 
 
-def _weights_gradient(
+def _weight_gradients(
     grad: Tensor, kept: Sequence[Any], tokens: Sequence[Any], weights: Tensor, is_open: Tensor | None
 ) -> Tensor:
     """p_ij of Eqs. (8) to (10) for each in-edge, (B, E): ⟨∂L/∂x̂_j, x_i⟩, 0 where an edge is closed.

@@ -49,6 +49,8 @@ template <class S>
 using Vector = std::conditional_t<std::is_same_v<S, double>, Doubles, Floats>;
 template <class S>
 constexpr int64_t kLanes = 64 / sizeof(S);
+template <class S>
+constexpr ScalarType kSums = std::is_same_v<S, double> ? at::kDouble : at::kFloat;
 
 inline Floats load(const float* from) {
   Floats value;
@@ -135,7 +137,8 @@ inline void store(Half* to, Floats value) {
 }
 
 // Ask for what will be read soon. A pass over several maps goes from one to the next every few pages, and the processor's own
-// prefetching begins anew each time: without this, three maps in main memory were read at 22 instead of 26 to 36 GB/s.
+// prefetching begins anew each time: without this, five maps of 51 MB were read at 22 instead of 26 GB/s, six of 26 MB at 25
+// instead of 36.
 inline void fetch_ahead(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kAhead, 0, 2); }
 
 // The first `count` elements, then zeros.
@@ -393,20 +396,37 @@ struct Inputs {
   int64_t offset(int64_t row) const { return row * layout.row_size(); }
 };
 
-// The gradient of a sum, as maps of type S lie in memory.
+// `map` as kernels of type S read it: arranged, and in float64 if and only if S is.
 template <class S>
-Tensor arrange_gradient(const Tensor& grad, const Layout& layout) {
-  TORCH_CHECK(grad.is_cpu(), "dgnet::aggregate: the CPU kernel needs a gradient on the CPU, got ", grad.toString());
-  const bool is_read = is_supported(grad.scalar_type()) && std::is_same_v<S, double> == (grad.scalar_type() == at::kDouble);
-  return layout.arrange(is_read ? grad : grad.to(std::is_same_v<S, double> ? at::kDouble : at::kFloat));
+Tensor arrange_as(const Tensor& map, const Layout& layout) {
+  TORCH_CHECK(map.is_cpu(), "dgnet::aggregate: the CPU kernel needs maps on the CPU, got ", map.toString());
+  const bool is_read = is_supported(map.scalar_type()) && (map.scalar_type() == at::kDouble) == (kSums<S> == at::kDouble);
+  return layout.arrange(is_read ? map : map.to(kSums<S>));
 }
+
+// The gradient of a sum.
+template <class S>
+struct Upstream {
+  Tensor map;
+  const char* data;
+  int64_t bytes;  // from one sample to the next
+
+  Upstream(const Tensor& grad, const Layout& layout)
+      : map(arrange_as<S>(grad, layout)),
+        data(static_cast<const char*>(map.const_data_ptr())),
+        bytes((layout.samples > 1 ? map.stride(0) : 0) * map.element_size()) {}
+
+  // Elements `begin` to `begin + size` of a sample, as read_chunk gives them.
+  void read(S* to, int64_t sample, int64_t begin, int64_t size) const {
+    read_chunk<S>(to, data + sample * bytes, map.scalar_type(), begin, size);
+  }
+};
 
 Tensor to_sums(const Tensor& values, ScalarType type) { return values.to(type).contiguous(); }
 
 template <class S>
 Inputs<S> check_inputs(at::TensorList features, const Tensor& weights, const std::optional<Tensor>& is_open,
                        const std::optional<Tensor>& rows, const Tensor& like) {
-  constexpr ScalarType type = std::is_same_v<S, double> ? at::kDouble : at::kFloat;
   const int64_t edges = static_cast<int64_t>(features.size());
   TORCH_CHECK(weights.dim() == 2 || weights.dim() == 3, "dgnet::aggregate: weights must be (B, E) or (B, E, g), got ",
               weights.sizes());
@@ -425,13 +445,12 @@ Inputs<S> check_inputs(at::TensorList features, const Tensor& weights, const std
                     (rows || feature.size(0) == samples),
                 "dgnet::aggregate: the features of one sum must have one shape, with ", samples, " samples; got ",
                 like.sizes(), " and ", feature.sizes());
-    const bool is_read = std::is_same_v<S, double> == (feature.scalar_type() == at::kDouble);
-    inputs.maps.push_back(inputs.layout.arrange(is_read ? feature : feature.to(type)));
+    inputs.maps.push_back(arrange_as<S>(feature, inputs.layout));
     const Tensor& map = inputs.maps.back();
     inputs.data.push_back(static_cast<const char*>(map.const_data_ptr()));
     inputs.bytes.push_back((map.size(0) > 1 ? map.stride(0) : 0) * map.element_size());
   }
-  inputs.weights = to_sums(weights, type);
+  inputs.weights = to_sums(weights, kSums<S>);
   if (is_open) {
     TORCH_CHECK(is_open->scalar_type() == at::kBool && is_open->dim() == 2 && is_open->size(0) == samples &&
                     is_open->size(1) == edges,
@@ -537,8 +556,7 @@ void partial_sums_as(at::TensorList features, const Tensor& weights, const std::
     targets.push_back(static_cast<char*>(map.mutable_data_ptr()));
     inputs.data[row] = targets.back();
   }
-  constexpr ScalarType type = std::is_same_v<S, double> ? at::kDouble : at::kFloat;
-  const Tensor all = to_sums(weights, type);
+  const Tensor all = to_sums(weights, kSums<S>);
   const S* const weight = all.template const_data_ptr<S>();
   const bool* const passes = opened ? opened->const_data_ptr<bool>() : nullptr;
   const Layout& layout = inputs.layout;
@@ -558,7 +576,7 @@ void partial_sums_as(at::TensorList features, const Tensor& weights, const std::
         for (int64_t edge = 0; edge < edges; ++edge) {
           const int64_t at = (sample * sums + row) * edges + edge;
           const char* const values = reinterpret_cast<const char*>(chunks.data() + edge * kPartial);
-          if (!passes || passes[at]) terms.push_back({values, type, weight[at], nullptr});
+          if (!passes || passes[at]) terms.push_back({values, kSums<S>, weight[at], nullptr});
         }
         const Tensor& map = inputs.maps[row];
         char* const to = targets[row] + sample * inputs.bytes[row] + begin * map.element_size();
@@ -617,9 +635,7 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward_as(const Tensor& grad
   TORCH_CHECK(static_cast<int64_t>(needs_features.size()) == inputs.edges && grad.sizes() == like.sizes(),
               "dgnet::aggregate_backward: one gradient for ", inputs.edges, " features ", like.sizes(), " is needed, got ",
               grad.sizes(), " and ", needs_features.size(), " flags");
-  const Tensor upstream = arrange_gradient<S>(grad, layout);
-  const char* const source = static_cast<const char*>(upstream.const_data_ptr());
-  const int64_t source_bytes = (layout.samples > 1 ? upstream.stride(0) : 0) * upstream.element_size();
+  const Upstream<S> upstream(grad, layout);
   std::vector<Tensor> grads, written;
   std::vector<char*> targets(inputs.edges, nullptr);
   for (int64_t edge = 0; edge < inputs.edges; ++edge) {
@@ -643,8 +659,7 @@ std::tuple<Tensor, std::vector<Tensor>> aggregate_backward_as(const Tensor& grad
       for (int64_t position = begin; position < end; ++position) {
         const int64_t from = is_each ? position * width : part * tasks.size;
         const int64_t size = is_each ? width : std::min(tasks.size, width - from);
-        const char* const own = source + sample * source_bytes + offset * upstream.element_size();
-        read_chunk<S>(chunk.data(), own, upstream.scalar_type(), from, size);
+        upstream.read(chunk.data(), sample, offset + from, size);
         for (int64_t edge = 0; edge < inputs.edges; ++edge) {
           const int64_t item = inputs.maps[edge].element_size();
           char* const to = targets[edge] ? targets[edge] + (sample * layout.size + offset) * item : nullptr;
@@ -686,7 +701,7 @@ Channels<S> read_channels(const std::optional<Tensor>& scale, const std::optiona
   channels.inner = count > 1 ? layout.strides[0] : layout.size;
   const int64_t repeats = channels.inner == 1 ? kLanes<S> / std::gcd(count, kLanes<S>) : 1;
   for (const auto& [from, to] : {std::pair(&*scale, &channels.scale), std::pair(&*shift, &channels.shift)}) {
-    const Tensor values = to_sums(*from, std::is_same_v<S, double> ? at::kDouble : at::kFloat);
+    const Tensor values = to_sums(*from, kSums<S>);
     const S* const data = values.template const_data_ptr<S>();
     for (int64_t k = 0; k < repeats; ++k) to->insert(to->end(), data, data + count);
   }
@@ -709,9 +724,7 @@ Tensor weight_gradients_as(const Tensor& grad, at::TensorList features, const c1
   for (int64_t edge = 0; edge < edges; ++edge) {
     channels.push_back(read_channels<S>(scales.get(edge), shifts.get(edge), layout, like.dim() > 1 ? like.size(1) : 1));
   }
-  const Tensor upstream = arrange_gradient<S>(grad, layout);
-  const char* const source = static_cast<const char*>(upstream.const_data_ptr());
-  const int64_t source_bytes = (layout.samples > 1 ? upstream.stride(0) : 0) * upstream.element_size();
+  const Upstream<S> upstream(grad, layout);
   const Tasks tasks(layout, edges);
   std::vector<double> partial(layout.samples * tasks.parts * edges, 0.0);  // (B, parts, E)
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t first, int64_t last) {
@@ -719,7 +732,7 @@ Tensor weight_gradients_as(const Tensor& grad, at::TensorList features, const c1
     for (int64_t task = first; task < last; ++task) {
       const int64_t sample = task / tasks.parts, from = task % tasks.parts * tasks.size;
       const int64_t size = std::min(tasks.size, layout.size - from);
-      read_chunk<S>(chunk.data(), source + sample * source_bytes, upstream.scalar_type(), from, size);
+      upstream.read(chunk.data(), sample, from, size);
       for (int64_t edge = 0; edge < edges; ++edge) {
         if (!inputs.opens(sample, edge)) continue;
         with_type<S>(inputs.maps[edge].scalar_type(), [&](auto element) {
