@@ -262,7 +262,7 @@ def test_two_processes_write_one_run(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", range(4))
+@pytest.mark.parametrize("broken", range(2))  # an image of each process
 def test_whichever_process_meets_an_image_that_does_not_decode_it_is_one_line(broken, tmp_path):
     write_folder(tmp_path / "data", {"a": 2, "b": 2})
     path = sorted((tmp_path / "data").rglob("*.jpg"))[broken]

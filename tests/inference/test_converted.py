@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from itertools import product
 
 import pytest
 import torch
@@ -82,7 +81,7 @@ def test_the_executor_of_this_machine_gives_what_the_dense_form_gives(name):
 
 
 QUICK = [("resnet", False)]
-SLOW = [case for case in product((*FOUR, "swin", "eva"), (False, True)) if case not in QUICK]
+SLOW = [("eva", False), *((name, True) for name in (*FOUR, "swin", "eva"))]
 
 
 @pytest.mark.parametrize(("name", "is_training"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
@@ -100,7 +99,7 @@ def test_the_compiler_traces_it_as_one_graph(name, is_training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet", "vit", "swin", "eva"])
+@pytest.mark.parametrize("name", ["resnet", "swin"])
 @torch.no_grad()
 def test_the_compiled_sparse_form_branches(name):
     converted, images = convert_gated(name), draw_images(name, 4)
@@ -114,10 +113,7 @@ def test_the_compiled_sparse_form_branches(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("resnet", "dense"), ("swin", "dense"), ("swin", "sparse"), ("efficientnet", "sparse")],
-)
+@pytest.mark.parametrize(("name", "mode"), [("resnet", "dense"), ("swin", "sparse")])
 @torch.no_grad()
 def test_compiled_networks_give_what_the_network_gives(name, mode):
     converted, images = convert_gated(name), draw_images(name, 4)
@@ -134,9 +130,7 @@ def test_blocks_that_torch_cannot_export_for_no_samples_are_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mode"), [("resnet", "sparse"), ("vit", "sparse"), ("convnext", "dense"), ("swin", "dense"), ("eva", "dense")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("resnet", "sparse"), ("vit", "sparse"), ("swin", "dense")])
 @torch.no_grad()
 def test_onnx_files_give_what_the_network_gives(name, mode, tmp_path):
     converted = convert_gated(name)

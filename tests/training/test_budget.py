@@ -66,7 +66,8 @@ def test_training_ends_at_the_budget(tiny, per):
     budget = Budget(network, (12, 8), 0.6, per=per, warmup=0.5, strength=30.0)
     images, labels = torch.randn(32, 3, 12, 8), torch.arange(32) % 5
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=120)  # without it, the last step decides what is seen
+    # Without a decay, the last step decides what is seen.
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=120)
     for step in range(120):
         with budget.watch():
             logits = network(images)

@@ -102,7 +102,7 @@ def torchrun(nodes: int, ranks: int, node: int, port: int, arguments: list[str],
 
 @pytest.mark.slow
 def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):
-    given = options(data, tmp_path / "run", epochs=60, checkpoint_every="50 steps")
+    given = options(data, tmp_path / "run", epochs=30, checkpoint_every="1000 steps")
     log = tmp_path / "log"
 
     def start(arguments: list[str]) -> list[subprocess.Popen[bytes]]:
@@ -115,18 +115,18 @@ def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):
     statuses = [node.wait(120) for node in nodes]
     assert all(statuses), log.read_text()
     rows = read_table(tmp_path / "run" / "metrics.csv")
-    assert 2 <= len(rows) < 60
+    assert 2 <= len(rows) < 30
     nodes = start([f"--resume={tmp_path / 'run'}"])
     assert [node.wait(240) for node in nodes] == [0, 0], log.read_text()
-    resumed = re.findall(r"60 epochs from step ([\d,]+) on", log.read_text())
+    resumed = re.findall(r"30 epochs from step ([\d,]+) on", log.read_text())
     assert len(resumed) == 1
-    assert int(resumed[0].replace(",", "")) % 50  # saved because of the signal
-    assert [int(row["epoch"]) for row in read_table(tmp_path / "run" / "metrics.csv")] == list(range(60))
+    assert int(resumed[0].replace(",", "")) > 0  # saved because of the signal
+    assert [int(row["epoch"]) for row in read_table(tmp_path / "run" / "metrics.csv")] == list(range(30))
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_it_goes_on(data, tmp_path):
-    more = {"epochs": 30, "checkpoint_every": "7 steps"}
+    more = {"epochs": 16, "checkpoint_every": "7 steps"}
     log = tmp_path / "log"
     whole = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "whole", **more)), log)
     assert whole.wait(240) == 0, log.read_text()
