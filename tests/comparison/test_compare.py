@@ -187,3 +187,14 @@ def test_two_detectors(tmp_path, capsys):
     assert message in refuse(
         capsys, "compare", classifier, "--data", "digits", "--images", folder, "--output", tmp_path / "out"
     )
+
+
+def test_paths_and_labels_may_have_equal_signs(pair, tmp_path):
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    for source, name in zip(pair, ("a=b.safetensors", "c.safetensors"), strict=True):
+        (folder / name).write_bytes(source.read_bytes())
+    runs = [folder / "a=b.safetensors", f"budget=0.6={folder / 'c.safetensors'}"]
+    found = compare(runs, "digits", [2], rounds=1, compile=False)
+    assert not found.failed
+    assert [row.name for row in found.rows] == ["resnet20", "budget=0.6"]

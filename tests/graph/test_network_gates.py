@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dgnet
 from dgnet.errors import UsageError
 from dgnet.graph import find_stages, record_connectivity, use_connectivity
+from dgnet.graph._network_gates import PassedDecisions
 from dgnet.inference import set_mode, set_sparse
 from dgnet.inference._sparse import SparseWalk
 from tests.helpers.networks import shake_norms
@@ -197,3 +198,22 @@ def plan_by_hand(walk: SparseWalk, opened: torch.Tensor) -> list[torch.Tensor]:
     """The rows of each node of a complete graph: every block reads the input node, so it runs where its gate is open."""
     rows = [torch.tensor([row for row, gate in enumerate(column) if gate], dtype=torch.long) for column in opened.T.tolist()]
     return [torch.arange(len(opened)), *rows]
+
+
+def test_threads_forget_only_what_is_their_own():
+    """While one thread looks through what all threads have left, others add and take."""
+    passed, failures = PassedDecisions(), []
+    decisions = [torch.zeros(1, 1)] * 3
+
+    def work(_: int) -> None:
+        try:
+            for _ in range(3000):
+                passed.clear()
+                passed.put("votes", decisions)
+                assert all(passed.take("votes", stage) is not None for stage in range(3))
+        except Exception as error:
+            failures.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert not failures

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -50,3 +51,31 @@ def test_gathered_samples_keep_their_own_part():
     torch.testing.assert_close(selected.pool(feature[[0, 2]], global_average_pool), expected[[0, 2]])
     twice = area.select(torch.tensor([0, 2])).select(torch.tensor([1]))
     torch.testing.assert_close(twice.pool(feature[[2]], global_average_pool), expected[[2]])
+
+
+def test_the_pool_of_a_user_gets_the_whole_part_in_half_precision_too():
+    """bfloat16 holds whole numbers to 256 only."""
+    feature = torch.zeros(1, 2, 400, 400, dtype=torch.bfloat16)
+    shapes = []
+
+    def pool(part: Tensor) -> Tensor:
+        shapes.append(tuple(part.shape[2:]))
+        return part.amax((2, 3))
+
+    ValidArea([(301, 302)], (400, 400)).pool(feature, pool)
+    assert shapes == [(301, 302)]
+
+
+@pytest.mark.parametrize("weighting", ["routed", "signed", "linear", "softmax"])
+@torch.no_grad()
+def test_routing_with_the_pool_of_a_user_stays_in_float32_under_autocast(tiny, weighting):
+    network = tiny(weighting=weighting, router_pool=lambda feature: feature.amax((2, 3))).eval()
+    alphas = []
+    stage = network.stages[0]
+    feature = torch.randn(2, 4, 8, 8)
+    for is_mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            alphas.append(stage.weighting.predict(0, feature.bfloat16()))
+            network(torch.randn(2, 3, 8, 8))
+    assert alphas[1].dtype == torch.float32
+    assert torch.equal(*alphas)

@@ -93,3 +93,19 @@ def test_two_records_at_once(tiny):
         with record_connectivity(network) as inner:
             network(torch.randn(2, 3, 8, 8))
     assert (len(outer.adjacency[0]), len(inner.adjacency[0])) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"), [({}, 1), ({"weight_groups": 2}, 2), ({"two_way": True, "shortcut": "node"}, 2)]
+)
+def test_imposed_weights_of_groups_have_the_groups_of_the_stage(tiny, options, groups):
+    network = tiny(**options).eval()
+    with record_connectivity(network) as record:
+        logits = network(torch.ones(1, 3, 8, 8))
+    with use_connectivity(network, record.edge_weights):
+        torch.testing.assert_close(network(torch.ones(1, 3, 8, 8)), logits)
+    for wrong in (3, 4):
+        weights = torch.ones(5, 5).tril(-1)[None, :, :, None].expand(1, 5, 5, wrong)
+        with pytest.raises(UsageError, match=rf"stage 1: an adjacency is .*, got \(1, 5, 5, {wrong}\)"):
+            use_connectivity(network, [weights] * 3).__enter__()
+    assert groups == network.stages[0].weighting.edge_weights

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dgnet.errors import UsageError
 from dgnet.graph import (
@@ -12,6 +13,7 @@ from dgnet.graph import (
     RoutedWeighting,
     Topology,
     build_topology,
+    record_connectivity,
 )
 from dgnet.graph._topology import chain, complete, residual
 
@@ -48,6 +50,9 @@ def test_senders_and_receivers_are_the_rows_and_columns_of_the_mask():
         (torch.tensor([[0, 0, 0], [1, 0, 1], [1, 1, 0]]), "acyclic: node 1 has an in-edge from node 2"),
         (torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]), "node 1 lies on no path"),
         (torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]), "node 2 lies on no path"),
+        ([[0, 0, 0], [1, 0]], "square matrix of 0 and 1, got"),
+        ([["a", "b"], ["c", "d"]], "square matrix of 0 and 1, got"),
+        (None, "square matrix of 0 and 1, got None"),
     ],
 )
 def test_a_bad_mask_is_refused(mask, message):
@@ -81,14 +86,20 @@ def test_pinned_nodes_keep_their_constant(weighting):
         topology, weighting(topology, 2), torch.nn.Identity(), [torch.nn.Identity()] * 3, torch.nn.Identity()
     ).eval()
     x = torch.rand(2, 2, 3, 3)
-    from dgnet.graph import record_connectivity
-
     with record_connectivity(stage) as record:
         output = stage(x)
     free = record.adjacency[0][:, 3, [1, 2]]
     third = x * free.sum(1)[:, None, None, None]
     torch.testing.assert_close(output, 0.5 * x + 0.5 * third)
     assert torch.equal(record.adjacency[0][:, 1, 0], torch.ones(2))
+
+
+def test_the_constant_of_a_pinned_node_is_not_rounded_to_the_precision_of_the_images():
+    topology = Topology(torch.ones(3, 3).tril(-1), pinned={2: 1 / 3})
+    stage = DynamicGraph(topology, FixedWeighting(topology, 2), nn.Identity(), [nn.Identity()], nn.Identity()).eval()
+    with record_connectivity(stage) as record:
+        stage(torch.rand(1, 2, 3, 3, dtype=torch.bfloat16))
+    assert record.adjacency[0][0, 2, :2].tolist() == pytest.approx([1 / 3] * 2, rel=1e-6)
 
 
 def find_cut_by_closing(topology: Topology) -> int | None:

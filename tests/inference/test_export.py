@@ -133,3 +133,20 @@ def test_in_a_compiled_graph_the_sparse_mode_branches(tiny):
         torch.testing.assert_close(compiled(images[index : index + 1]), expected[index : index + 1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(compiled(images), expected, rtol=1e-3, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_a_graph_that_inference_mode_compiled_serves_ordinary_calls_too(monkeypatch):
+    """In inference mode the compiler treats no weights as constants."""
+    seen = []
+
+    def note(images: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.is_inference_mode_enabled(), images.is_inference()))
+        return images
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: note)
+    run, images = compile_graph(nn.Identity(), "dense"), torch.ones(1, 3, 4, 4)
+    with torch.inference_mode():
+        run(images)
+        run(images * 1)
+    run(images)
+    assert seen == [(False, False)] * 3

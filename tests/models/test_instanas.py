@@ -59,6 +59,7 @@ def test_each_image_runs_its_own_modules_in_every_mode():
     network, images = build_choosing(), torch.randn(6, 3, 8, 8)
     chosen = draw(6, 3)
     expected = torch.cat([run_by_modules(network, images[i : i + 1], chosen[i]) for i in range(6)])
+    alphas = []
     for change in (lambda net: set_mode(net, "dense"), lambda net: set_mode(net, "sparse"), set_sparse):
         change(network)
         with dgnet.record_connectivity(network) as record:
@@ -67,6 +68,9 @@ def test_each_image_runs_its_own_modules_in_every_mode():
             assert torch.equal(ran[:, 1 : 1 + len(MODULES)], modules)
             if cell.keeps_shape:
                 assert torch.equal(ran[:, -2], ~modules.any(1))  # the identity
+        alphas.append(record.alpha)
+    for alpha in alphas[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(alpha, alphas[0], strict=True))
 
 
 @torch.no_grad()

@@ -153,3 +153,23 @@ def test_the_exact_rule_ends_at_the_budget_where_the_penalty_ends_above_it(tiny,
     expected = 0.5 + 1 / 20 if rule == "penalty" else 0.5  # where the slope of the penalty is that of the task
     assert share == pytest.approx(expected, abs=2e-3)
     assert float(budget.multiplier) == pytest.approx(0.0 if rule == "penalty" else 1.0, abs=0.05)
+
+
+def test_the_multiplier_grows_with_steps_not_with_the_batches_that_they_accumulate(tiny):
+    multipliers = []
+    for accumulate in (1, 4):
+        budget = Budget(tiny(node_gate="hard"), 12, 0.5, warmup=0.0, rule="exact")
+        for batch in range(100 * accumulate):
+            budget.adapt(torch.tensor(0.6), batch / (100 * accumulate), 100 * accumulate)
+        multipliers.append(float(budget.multiplier))
+    assert multipliers[0] > 0
+    assert multipliers[1] == pytest.approx(multipliers[0], rel=1e-4)
+
+
+def test_a_batch_of_bad_images_only_changes_nothing(tiny):
+    budget = Budget(tiny(node_gate="hard"), 12, 0.5, warmup=0.0, rule="exact")
+    budget.adapt(torch.tensor(0.6), 0.5, 100)
+    before = float(budget.multiplier)
+    assert float(budget.penalty(torch.empty(0))) == 0
+    budget.adapt(torch.tensor(torch.nan), 0.5, 100)
+    assert float(budget.multiplier) == before > 0

@@ -141,7 +141,7 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
     sides: list[Side] = []
     failed: dict[str, str] = {}
     for run in runs:
-        label, _, place = str(run).rpartition("=")
+        label, place = _split_label(str(run))
         try:
             side = load_side(label, place)
         except UsageError as error:
@@ -158,6 +158,15 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
         if counts[side.name] > 1:
             sides[index] = side.named(f"{side.name} ({seen[side.name]})")
     return sides, failed
+
+
+def _split_label(run: str) -> tuple[str, str]:
+    """Label, "" for none, and place of "LABEL=RUN" or "RUN". Both may have "=" in them: the longest existing place counts."""
+    for start in [0, *(index + 1 for index, letter in enumerate(run) if letter == "=")]:
+        if run[start:] and Path(run[start:]).exists():
+            return run[: max(start - 1, 0)], run[start:]
+    label, _, place = run.rpartition("=")  # a published network
+    return label, place
 
 
 def find_trade_off(checkpoint: Described) -> str:

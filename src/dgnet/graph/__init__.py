@@ -34,6 +34,7 @@ from dgnet.graph._pooling import current_area as current_area
 from dgnet.graph._pooling import global_average_pool as global_average_pool
 from dgnet.graph._pooling import select_samples as select_samples
 from dgnet.graph._pooling import use_area as use_area
+from dgnet.graph._pooling import without_autocast as without_autocast
 from dgnet.graph._record import Record as Record
 from dgnet.graph._record import record_connectivity as record_connectivity
 from dgnet.graph._record import use_connectivity as use_connectivity

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._context import ContextStack
 from dgnet.graph._edge_weights import of_whole_edges
-from dgnet.graph._pooling import pool_feature
+from dgnet.graph._pooling import pool_feature, without_autocast
 from dgnet.graph._router import PooledLinear, RouterOptions
 from dgnet.graph._topology import Topology
 from dgnet.options import option
@@ -214,7 +214,7 @@ class NodeGates(nn.Module):
 
     def predict(self, node: int, feature: Tensor) -> Tensor:
         """v_ij · φ(x_i) for the blocks `receivers(node)`, (B, E), from the node's feature, (B, C, H, W)."""
-        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
+        with without_autocast(feature):
             votes: Tensor = self.columns[str(node)](pool_feature(feature))
             return votes
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dgnet.errors import UsageError
 from dgnet.graph._gating import GateOptions, NodeGates, least_logit
-from dgnet.graph._pooling import pool_feature
+from dgnet.graph._pooling import pool_feature, without_autocast
 from dgnet.graph._router import PooledLinear
 from dgnet.graph._topology import Topology
 
@@ -53,7 +53,7 @@ class GatePolicy(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         # Float32 under autocast too, as in all routing.
-        with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
+        with without_autocast(feature):
             votes: Tensor = self.head(pool_feature(self.trunk(feature.to(self.head.weight.dtype))))
             return votes
 
@@ -84,8 +84,9 @@ class PassedDecisions:
     def clear(self) -> None:
         """Forget what another pass of this thread has left, if it stopped before the last stage."""
         thread = _thread()
-        for key in [key for key in self._held if key[0] == thread]:
-            del self._held[key]
+        for key in list(self._held):  # a copy: other threads change the dictionary meanwhile
+            if key[0] == thread:
+                self._held.pop(key, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PassedDecisions, ()  # also for copies

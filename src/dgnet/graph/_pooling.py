@@ -68,8 +68,9 @@ class ValidArea:
         mask = self.mask(feature)
         if pool is global_average_pool:
             return pool(feature * mask) / self.share(feature)[:, None]
-        ends = zip(mask[:, 0, :, 0].sum(1).tolist(), mask[:, 0, 0].sum(1).tolist(), strict=True)
-        parts = [pool(sample[None, :, : int(h), : int(w)]) for sample, (h, w) in zip(feature, ends, strict=True)]
+        valid = mask[:, 0] > 0  # counted as bool: half precision holds whole numbers to 256 or 2048 only
+        ends = zip(valid[:, :, 0].sum(1).tolist(), valid[:, 0].sum(1).tolist(), strict=True)
+        parts = [pool(sample[None, :, :h, :w]) for sample, (h, w) in zip(feature, ends, strict=True)]
         return torch.cat(parts)
 
 
@@ -92,7 +93,13 @@ def select_samples(area: ValidArea | None, rows: Tensor | None) -> AbstractConte
     return nullcontext() if area is None else use_area(area.select(rows))
 
 
+def without_autocast(feature: Tensor) -> torch.autocast:
+    """Inside the `with` block routing computes in the precision of what it gets. (The meta device has no autocast.)"""
+    return torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False)
+
+
 def pool_feature(feature: Tensor, pool: Callable[[Tensor], Tensor] = global_average_pool) -> Tensor:
-    """φ(x) of Eq. (4), over the valid area if there is one: (n, C, H, W) -> (n, C)."""
+    """φ(x) of Eq. (4), over the valid area if there is one: (n, C, H, W) -> (n, C), in float32 at least."""
     area = current_area()
-    return pool(feature) if area is None else area.pool(feature, pool)
+    pooled = pool(feature) if area is None else area.pool(feature, pool)
+    return pooled.to(torch.promote_types(pooled.dtype, torch.float32))

@@ -119,7 +119,7 @@ def use_connectivity(model: nn.Module, adjacency: Sequence[Tensor | None]) -> It
     if len(adjacency) != len(stages):
         raise UsageError(f"the model has {len(stages)} dynamic stages, got {len(adjacency)} adjacency matrices")
     matrices = [
-        (stage, check_matrix(f"stage {index}", stage.topology, matrix))
+        (stage, check_matrix(f"stage {index}", stage, matrix))
         for index, (stage, matrix) in enumerate(zip(stages, adjacency, strict=True), start=1)
         if matrix is not None
     ]
@@ -136,12 +136,17 @@ def _stages_of(model: nn.Module) -> list[DynamicGraph]:
     return require_stages(model)
 
 
-def check_matrix(name: str, topology: Topology, matrix: Tensor) -> Tensor:
-    """`matrix` as (1 or B, N, N[, g]). Raises UsageError if it does not fit the topology."""
+def check_matrix(name: str, stage: DynamicGraph, matrix: Tensor) -> Tensor:
+    """`matrix` as (1 or B, N, N[, g]). Raises UsageError if it does not fit the topology, or g the weights of each edge."""
+    topology, groups = stage.topology, stage.weighting.edge_weights
     num_nodes = topology.num_nodes
-    sizes = matrix.shape[1:3] if isinstance(matrix, Tensor) and matrix.ndim == 4 else getattr(matrix, "shape", ())[-2:]
-    if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3, 4) or sizes != (num_nodes, num_nodes):
+    square = (num_nodes, num_nodes)
+    fitting = {2: square, 3: square, 4: (*square, groups)}  # the sizes without B
+    sizes = tuple(matrix.shape) if isinstance(matrix, Tensor) else ()
+    if not isinstance(matrix, Tensor) or (sizes[1:] if len(sizes) > 2 else sizes) != fitting.get(len(sizes)):
         allowed = f"({num_nodes}, {num_nodes}) or (B, {num_nodes}, {num_nodes})"
+        if groups > 1:
+            allowed += f" or, with weights for each group of channels, (B, {num_nodes}, {num_nodes}, {groups})"
         found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise UsageError(f"{name}: an adjacency is {allowed}, got {found}")
     if matrix.layout != torch.strided or matrix.is_meta:

@@ -37,7 +37,7 @@ class RouterOptions(GroupOptions):
 
 
 class PooledLinear(nn.Linear):
-    """A linear layer on pooled features in their precision, (B, C) -> (B, E).
+    """A linear layer on pooled features in their precision, which is float32 at least, (B, C) -> (B, E).
 
     Parameters in half precision are cast up: the result is compared with a hard threshold and must not be rounded.
     `norm`: "layer" for layer normalisation without parameters, for features that are not of unit scale; "unit": the same,

@@ -43,7 +43,10 @@ class Topology:
     _receivers: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        mask = self.mask if isinstance(self.mask, Tensor) else torch.as_tensor(self.mask, device="cpu")
+        try:
+            mask = self.mask if isinstance(self.mask, Tensor) else torch.as_tensor(self.mask, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"a topology is a square matrix of 0 and 1, got {self.mask!r}") from error
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
             raise UsageError(f"a topology is a square matrix, got shape {tuple(mask.shape)}")
         if len(mask) < 3:

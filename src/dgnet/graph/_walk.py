@@ -176,7 +176,8 @@ class DenseWalk(Walk):
             weights = weights.expand(batch, *weights.shape[1:])
             return weights, weights, weights != 0 if weights.ndim == 2 else (weights != 0).any(2)
         if node in self.topology.pinned:
-            weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node])
+            dtype = torch.promote_types(self.x.dtype, torch.float32)  # as of other weights
+            weights = self.x.new_full((batch, len(senders)), self.topology.pinned[node], dtype=dtype)
             return weights, weights, None
         # Shared α is not collected edge by edge: the compiler would index into the row for every element of the sum.
         alpha = self.row(self.alpha, node, senders) if self.needs.alpha else self.share(weighting.shared_alpha(node))

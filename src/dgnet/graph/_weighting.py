@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dgnet.errors import UsageError, check_choice, check_range
 from dgnet.graph._edge_weights import count_edge_weights, mean_of_edge, of_whole_edges, split_edges
 from dgnet.graph._gating import is_above_threshold, psi
-from dgnet.graph._pooling import global_average_pool, pool_feature
+from dgnet.graph._pooling import global_average_pool, pool_feature, without_autocast
 from dgnet.graph._router import CLOSED_BIAS, Router, RouterOptions
 from dgnet.graph._static import EdgeOrder, StaticOptions, find_start
 from dgnet.graph._topology import TOPOLOGY_NAMES, Topology
@@ -201,8 +201,8 @@ def predict_edges(
     """What the router of `node` says of its free out-edges, (B, E) or (B, E, k), from its feature, (B, C, H, W)."""
     if str(node) not in routers:  # every out-edge is pinned
         return feature.new_ones(feature.shape[0], 0)
-    # Float32 under autocast too: rounding α near τ could open or close the edge. (The meta device has no autocast.)
-    with torch.autocast("cpu" if feature.is_meta else feature.device.type, enabled=False):
+    # Float32 under autocast too: rounding α near τ could open or close the edge.
+    with without_autocast(feature):
         return split_edges(routers[str(node)](pool_feature(feature, pool)), edge_weights)
 
 

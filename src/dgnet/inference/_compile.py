@@ -93,9 +93,11 @@ def compile_graph(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
         is_mixed = torch.is_autocast_enabled(images.device.type)
         key = (images.shape, images.stride(), images.dtype, images.device, is_mixed, torch.get_num_threads())
         is_new = key not in seen
-        # under inference_mode the compiler would not treat weights as constants
         with ExitStack() as contexts:
+            # In inference mode the compiler would not treat weights as constants, and compile again for calls outside of it.
+            contexts.enter_context(torch.inference_mode(False))
             contexts.enter_context(torch.no_grad())
+            images = images.clone() if images.is_inference() else images
             if is_new:
                 contexts.enter_context(allow_many_graphs())
                 contexts.enter_context(freeze_weights())
@@ -118,7 +120,9 @@ class CudaGraphs:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        key = (images.shape, images.dtype, images.device)
+        kind = images.device.type
+        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (images.shape, images.dtype, images.device, mixed)
         # A graph is captured and replayed on the current device. Its buffers are used in and outside of inference mode.
         with torch.cuda.device(images.device), torch.inference_mode(False):
             if key not in self.graphs:

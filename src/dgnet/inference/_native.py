@@ -93,10 +93,10 @@ def _warn_once(line: str) -> None:
 def use_native(network: nn.Module) -> nn.Module:
     """Set `network` to the sparse mode, in place, with the compiled extension for the stages that it supports.
 
-    It supports routed weights (`Router`, average pooling), learned and fixed ones, with or without block gates, in float32. A
-    stage runs in plain PyTorch if it has a weighting, router or pool of the user's own, hooks on these, or routers that read
-    activations. So does a pass with a padded batch, autocast or another precision. A stage is one call if its blocks can be
-    lowered (`dgnet.inference._lower`).
+    It supports all weightings of dgnet (`Router`, average pooling), with or without block gates, in float32. A stage runs in
+    plain PyTorch if it has several weights for each edge, `keep_edges`, a weighting, router or pool of the user's own, hooks on
+    these, or routers that read activations. So does a pass with a padded batch, autocast or another precision. A stage is one
+    call if its blocks can be lowered (`dgnet.inference._lower`).
 
     Weights are copied, hooks and modes of single modules are looked up, now: call it again after changing one of them.
 
@@ -165,6 +165,8 @@ class NativeWalk(Walk):
         super().__init__(stage, x, gates)
         if gates is not None and self.imposed is None:
             self.imposed = gate_weights(stage, gates)
+        else:
+            self.gates = None  # imposed weights count instead
         self.runs_blocks = plan.runs_blocks
         self.applies_relu = stage.shortcut == "edge" and type(stage.activation) is nn.ReLU
         offset = stage.threshold_offset
@@ -224,6 +226,8 @@ class NativeWalk(Walk):
     def _report(self) -> None:
         alpha, weights, ran = self.native.alpha(), self.native.weights(), self.native.ran()
         rows = [(node, list(self.topology.senders(node))) for node in range(1, self.topology.num_nodes)]
+        if self.gates is not None:  # they are imposed as weights, but α is the stage's own
+            alpha = _shared_alpha(self.stage, self.gates)
         self.report(
             Wiring(
                 self.topology,
@@ -232,6 +236,21 @@ class NativeWalk(Walk):
                 list(ran[:, :-1].unbind(1)),
             )
         )
+
+
+def _shared_alpha(stage: StageNodes, gates: Tensor) -> Tensor:
+    """α of a stage whose gates are given, (B, N, N): the same for all samples, 0 for a dead sender."""
+    topology, weighting = stage.topology, stage.weighting
+    alpha = gates.new_zeros(len(gates), topology.num_nodes, topology.num_nodes, dtype=torch.float32)
+    alive = torch.ones(len(gates), topology.num_nodes, dtype=torch.bool)
+    for node in range(1, topology.num_nodes):
+        senders = list(topology.senders(node))
+        pinned = topology.pinned.get(node)
+        shared = weighting.shared_alpha(node).detach() if pinned is None else torch.tensor(pinned)
+        alpha[:, node, senders] = alive[:, senders] * shared
+        if node != topology.output:
+            alive[:, node] = (gates[:, node - 1] > 0.5) & alive[:, senders].any(1)
+    return alpha
 
 
 def gate_weights(stage: StageNodes, gates: Tensor) -> Tensor:

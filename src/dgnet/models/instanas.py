@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dgnet.compat.timm import InvertedResidual
 from dgnet.errors import UsageError, check_range
-from dgnet.graph import DynamicGraph, FixedWeighting, least_logit, parallel
+from dgnet.graph import DynamicGraph, FixedWeighting, least_logit, parallel, without_autocast
 from dgnet.models._dynamic import Transform
 from dgnet.models._factory import build_model, imagenet_cfg
 from dgnet.models._protocol import TimmNetwork
@@ -124,7 +124,7 @@ class Controller(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.pool(self.blocks(self.stem(images))).flatten(1)
-        with torch.autocast("cpu" if images.is_meta else images.device.type, enabled=False):
+        with without_autocast(images):
             logits: Tensor = self.fc(pooled.to(self.fc.weight.dtype))
             return logits.view(-1, self.cells, len(MODULES))
 

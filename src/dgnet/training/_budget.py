@@ -77,7 +77,11 @@ class Budget:
         return self.costs.executed([self._ran[index] for index in range(len(self.stages))]) / self.costs.dense
 
     def penalty(self, executed: Tensor, progress: float = 1.0) -> Tensor:
-        """The loss. `executed`: for each sample a share of the dense cost, (B,); `progress`: the share of training done."""
+        """The loss; 0 without samples. `executed`: for each a share of the dense cost, (B,); `progress`: the share of training
+        that is done.
+        """
+        if len(executed) == 0:
+            return executed.sum()
         target = self.target(progress)
         distance = executed.mean() - target if self.per == "batch" else executed - target
         penalty = self.strength * distance.square().mean()
@@ -89,10 +93,12 @@ class Budget:
         return 1 - ramp * (1 - self.share)
 
     def adapt(self, executed: Tensor, progress: float, steps: int) -> None:
-        """Change the multiplier after a step. `executed`: the mean of the step's images; `steps`: of the whole training."""
+        """Change the multiplier after a batch. `executed`: the mean of its images, NaN without any; `steps`: how often the
+        whole training calls this.
+        """
         if self.rule == "exact" and progress >= self.warmup:
             rate = 2 * self.strength / max(_SETTLES * steps, 1)
-            self.multiplier = self.multiplier.to(executed.device) + rate * (executed.detach() - self.share)
+            self.multiplier = self.multiplier.to(executed.device) + rate * (executed.detach() - self.share).nan_to_num(0.0)
 
 
 def _least_in_training(cost: StageCost, stage: DynamicGraph) -> int:

@@ -237,8 +237,16 @@ class Classifier(RunModule):
             if self.config.on_bad_image == "skip":
                 executed = executed[labels != IGNORED]
             loss = loss + self.budget.penalty(executed, progress)
-            self.budget.adapt(self.trainer.strategy.reduce(executed.detach().mean(), reduce_op="mean"), progress, steps)
+            if self.budget.rule == "exact":
+                self.budget.adapt(self._mean_of_all(executed.detach()), progress, steps * self.config.accumulate)
         return self.finish_step(loss, **{"top-1": (logits.detach().argmax(1) == labels).sum()})
+
+    def _mean_of_all(self, values: Tensor) -> Tensor:
+        """The mean of `values`, (n,), over the images of all processes; NaN if there are none."""
+        sum_and_count = torch.stack([values.sum(), values.new_tensor(len(values))])
+        total, count = self.trainer.strategy.reduce(sum_and_count, reduce_op="sum").unbind()
+        mean: Tensor = total / count
+        return mean
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
