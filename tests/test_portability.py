@@ -121,7 +121,7 @@ def run_without(names, arguments, log, start="fork"):
     sys.exit(main([str(argument) for argument in arguments]))
 
 
-def finish(process, log, seconds=120):
+def finish(process, log, seconds=600):
     """Wait for a process, which must succeed."""
     process.start()
     process.join(seconds)
@@ -220,7 +220,7 @@ def test_a_current_folder_that_was_removed(tmp_path):
     (tmp_path / "gone").mkdir()
     process = FORK.Process(target=run_in, args=(tmp_path / "gone", ["models"], tmp_path / "log"))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 2
     line = "dgnet: the current folder cannot be used: No such file or directory; change to another with cd\n"
     assert (tmp_path / "log").read_text() == line

@@ -248,7 +248,7 @@ def run_server(checkpoint, tmp_path, *options):
 
 def request(port, method, path, body=None, headers=None):
     """The status and the text of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
@@ -298,7 +298,7 @@ def test_the_server_refuses_in_a_line_and_leaves_nothing(checkpoint, photo, tmp_
         assert request(port, "POST", "/gradio_api/run/look", "{", {"Content-Type": "application/json"})[0] == 422
         assert any((tmp_path / "tmp").rglob("*.png"))
         server.send_signal(signum)
-        _, errors = server.communicate(timeout=60)
+        _, errors = server.communicate(timeout=300)
         assert server.returncode == (130 if signum == signal.SIGINT else 143)
         assert not list((tmp_path / "tmp").iterdir())
         lines = [line for line in errors.splitlines() if not line.startswith("compiling the ")]
@@ -341,7 +341,7 @@ def test_the_page_in_a_browser(checkpoint, photo, tmp_path):
             assert not [text for text in wrong if "://" in text and address not in text]
     finally:
         server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=60)
+        _, errors = server.communicate(timeout=300)
     assert server.returncode == 130
     assert errors.endswith("dgnet: interrupted\n")
     assert "Traceback" not in errors

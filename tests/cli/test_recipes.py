@@ -44,7 +44,7 @@ def test_a_recipe_takes_a_step_on_a_tiny_fake_imagenet(recipe, tmp_path, capsys)
     data = ["--data", tmp_path / "data", "--val-data", tmp_path / "data"]
     small = ["--image-size", 64, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0]
     if "search_epochs" in recipe.read_text(encoding="utf-8"):
-        small += ["--search-epochs", 0, "--tune-epochs", 0]
+        small += ["--search-epochs", 0, "--tune-epochs", 0, "--latency-target", 10]  # whatever this processor's latencies are
     options = [*data, *small, "--compile", "false", "--precision", 32, "--output", tmp_path / "run"]
     ask(capsys, "train", "--config", recipe, *options, "--weights", "null")  # a recipe for fine-tuning names a file
     trained = load_checkpoint(tmp_path / "run")

@@ -303,7 +303,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(module, signum, tmp_pat
                 lines.append(line)
             elif line.rpartition("|")[2].strip() == module:
                 process.send_signal(signum)
-    assert process.wait(60) == 128 + signum
+    assert process.wait(300) == 128 + signum
     assert lines == [f"dgnet: {'interrupted' if signum == signal.SIGINT else 'terminated'}\n"]
 
 

@@ -160,7 +160,7 @@ def answer(folder: Path, monkeypatch, script: str) -> None:
 )
 def test_a_stream_is_tried_before_a_run_starts(shards, monkeypatch, script, message):
     answer(shards, monkeypatch, script)
-    monkeypatch.setattr("dgnet.data._open_stream.FIRST_PATIENCE", 1.0)
+    monkeypatch.setattr("dgnet.data._open_stream.FIRST_PATIENCE", 1.0 if script.startswith("sleep") else 60.0)
     with pytest.raises(UsageError, match=message):
         open_train_and_evaluation("https://nowhere.invalid/a.tar", f"{shards}/0.tar", epoch_images=4)
 

@@ -252,7 +252,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     results = noisy_results(annotations)
     for rank in range(2):

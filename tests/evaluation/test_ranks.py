@@ -44,7 +44,7 @@ def test_two_processes_have_the_figures_of_one(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     expected = evaluate_seven(), evaluate_one()
     assert expected[0]["closed_edges"] > 0

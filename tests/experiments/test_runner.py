@@ -80,9 +80,9 @@ def test_a_weighting_of_ones_own_on_class_folders_is_interrupted_and_goes_on(fol
     command = [sys.executable, "-m", "dgnet", *map(str, words)]
     runner = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     begun = folder / "runs"
-    wait_for(lambda: runner.poll() is not None or any(begun.glob("*/checkpoints/last.ckpt")), 120)
+    wait_for(lambda: runner.poll() is not None or any(begun.glob("*/checkpoints/last.ckpt")), 300)
     runner.terminate()
-    assert runner.communicate(timeout=60)[1].endswith("dgnet: interrupted; type the same command again to continue\n")
+    assert runner.communicate(timeout=300)[1].endswith("dgnet: interrupted; type the same command again to continue\n")
     assert runner.returncode == 143
     (run,) = begun.glob("*/")
     with lock(run, f"{run} is trained in still"):

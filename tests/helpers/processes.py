@@ -80,7 +80,7 @@ class Run:
             process.start()
         return self
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 600) -> list[int | None]:
         """The exit statuses of the processes; None for one that is still running after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -99,7 +99,7 @@ class Run:
         return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Wait until `condition()` is true. Raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

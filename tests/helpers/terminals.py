@@ -52,7 +52,7 @@ def run_command(words: list[str], kind: Kind, folder: Path) -> Done:
         path.write_bytes(b"")
     process = FORK.Process(target=_run, args=(words, kind, [str(path) for path in paths], os.getcwd()))
     process.start()
-    process.join(120)
+    process.join(600)
     return Done(process.exitcode, *(path.read_bytes() for path in paths))
 
 

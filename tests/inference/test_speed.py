@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,17 +27,19 @@ def test_steps_take_turns_and_each_round_is_a_figure():
     assert "".join(calls) == "aabb" + "ba" + "ab" + "ba"  # to warm up, then the rounds
 
 
-def test_a_short_step_repeats_until_its_round_is_long_enough():
+def test_a_short_step_repeats_until_its_round_is_long_enough(monkeypatch):
     calls: list[str] = []
+    now = [0.0]
 
     def step() -> None:
         calls.append("step")
-        time.sleep(0.01)
+        now[0] += 0.01
 
+    monkeypatch.setattr("dgnet.inference._timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
     seconds = time_alternating({"a": step}, rounds=2, round_seconds=0.05, after_round=lambda: calls.append("round"))
     turns = "".join(call[0] for call in calls[2:]).split("r")
-    assert [len(turn) for turn in turns] == [pytest.approx(5, abs=2)] * 2 + [0]
-    assert all(0.01 <= value < 0.05 for value in seconds["a"])  # of one call
+    assert [len(turn) for turn in turns] == [pytest.approx(5, abs=1)] * 2 + [0]
+    assert seconds["a"] == pytest.approx([0.01] * 2)  # of one call
 
 
 def test_all_modes_are_measured_and_the_network_stays_as_it_is(tiny):

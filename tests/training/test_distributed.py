@@ -74,7 +74,7 @@ def test_two_processes_give_the_mean_of_the_half_batches_gradients(mode, kind, t
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0]
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     images, labels = batch()
@@ -110,14 +110,14 @@ def test_two_nodes_train_are_stopped_and_go_on(data, tmp_path):
         return [torchrun(2, 1, node, port, arguments, log) for node in range(2)]
 
     nodes = start(words(given))
-    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 120)
+    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 300)
     nodes[1].send_signal(signal.SIGTERM)
-    statuses = [node.wait(120) for node in nodes]
+    statuses = [node.wait(300) for node in nodes]
     assert all(statuses), log.read_text()
     rows = read_table(tmp_path / "run" / "metrics.csv")
     assert 2 <= len(rows) < 30
     nodes = start([f"--resume={tmp_path / 'run'}"])
-    assert [node.wait(240) for node in nodes] == [0, 0], log.read_text()
+    assert [node.wait(600) for node in nodes] == [0, 0], log.read_text()
     resumed = re.findall(r"30 epochs from step ([\d,]+) on", log.read_text())
     assert len(resumed) == 1
     assert int(resumed[0].replace(",", "")) > 0  # saved because of the signal
@@ -129,14 +129,14 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(data, tmp_path):
     more = {"epochs": 16, "checkpoint_every": "7 steps"}
     log = tmp_path / "log"
     whole = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "whole", **more)), log)
-    assert whole.wait(240) == 0, log.read_text()
+    assert whole.wait(600) == 0, log.read_text()
     job = torchrun(1, 2, 0, free_port(), words(options(data, tmp_path / "run", **more)), log)
-    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 120)
+    wait_for(lambda: len(read_table(tmp_path / "run" / "metrics.csv")) >= 2, 300)
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     begin = time.monotonic()
-    assert job.wait(120) != 0
-    assert time.monotonic() - begin < 60
+    assert job.wait(300) != 0
+    assert time.monotonic() - begin < 150
     job = torchrun(1, 2, 0, free_port(), [f"--resume={tmp_path / 'run'}"], log)
-    assert job.wait(240) == 0, log.read_text()
+    assert job.wait(600) == 0, log.read_text()
     assert_same(tmp_path / "run", tmp_path / "whole", exact=False)
