@@ -52,7 +52,7 @@ def test_hooks_of_blocks_still_act_and_none_is_called_by_the_conversion(name):
     converted = dgnet.convert(static)
     assert seen == []
     images = draw_images(name)
-    assert largest_difference(converted(images), static(images)) < 2e-6
+    assert largest_difference(converted(images), static(images)) < 1e-5
     assert seen == ["cpu", "cpu"]
 
 
@@ -63,7 +63,7 @@ def test_a_block_with_its_own_forward_is_called_whole():
     own = type(block).forward
     block.forward = MethodType(lambda self, x, *a, **k: own(self, x, *a, **k) + 0.5 * x, block)
     converted, images = dgnet.convert(static), draw_images("vit")
-    assert largest_difference(converted(images), static(images)) < 2e-6
+    assert largest_difference(converted(images), static(images)) < 1e-5
 
 
 class Skipping(Block):
@@ -141,7 +141,7 @@ def test_the_layout_follows_from_the_layers_whatever_the_size(name, size):
     assert {run.layout for run in converted.conversion.stages} == {"NCHW"}
     assert {run.name: run.channels for run in converted.conversion.stages} == channels
     images = draw_images(name)
-    assert largest_difference(converted(images), static(images)) < 2e-6
+    assert largest_difference(converted(images), static(images)) < 1e-5
 
 
 def test_a_map_as_high_as_it_has_channels():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +12,10 @@ import torchvision
 from torch import nn
 
 import dgnet
+from dgnet.checkpoint import Checkpoint
+from dgnet.data import Preprocessing
 from dgnet.errors import UsageError
+from dgnet.experiments._similarity import draw_start
 from dgnet.graph import Topology, Weighting, find_stages
 from dgnet.models._dynamic import DynamicNetwork
 from tests.helpers.networks import build_meta, shake_norms
@@ -201,6 +205,42 @@ def test_a_network_comes_back_from_its_options_and_state(name, monkeypatch):
     assert torch.equal(again(images), model(images))
 
 
+def _checkpoint_of(name: str, options: dict[str, object], **config: object) -> Checkpoint:
+    """That of a run, whose network is as it was built."""
+    network = dgnet.create_model(name, num_classes=2, **options)
+    preprocessing = Preprocessing.of(network.pretrained_cfg)
+    return Checkpoint(Path("last.ckpt"), network.state_dict(), name, options, ["cat", "dog"], config, preprocessing)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*FAMILIES.items(), ("test_convnext", {"depths": (1, 2, 3, 1), "dynamic": True})],
+    ids=[*FAMILIES, "converted"],
+)
+def test_the_start_of_a_run_is_drawn_anew(name, options):
+    torch.manual_seed(1)
+    checkpoint = _checkpoint_of(name, options)
+    start = draw_start(Path("run"), checkpoint)
+    convolutions = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.Conv2d)}
+    assert len(convolutions) > 10
+    state = start.state_dict()
+    assert not [name for name in convolutions if torch.equal(state[name], checkpoint.state_dict[name])]
+
+
+def test_the_start_of_a_run_is_the_same_each_time():
+    checkpoint = _checkpoint_of("dg_resnet20", {"weighting": "signed", "static_start": "normal"})
+    first, second = (draw_start(Path("run"), checkpoint).state_dict() for _ in range(2))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(("option", "value"), [("weights", "static.safetensors"), ("pretrained", True)])
+def test_the_start_of_a_run_that_began_with_trained_weights_is_refused(option, value):
+    checkpoint = _checkpoint_of("dg_resnet20", {}, **{option: value})
+    line = rf"^RUN began with trained weights \(--{option}\), so its start cannot be drawn"
+    with pytest.raises(UsageError, match=line):
+        draw_start(Path("RUN"), checkpoint)
+
+
 @torch.no_grad()
 def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
     """§6.2: a router on the out-edges, and one on each in-edge that has its column of W."""
@@ -291,6 +331,11 @@ def test_a_router_on_each_in_edge_is_the_same_function(monkeypatch):
         ("dg_resnet20", {"topology": {"edges": [[0, 1]]}}, r"stage 1: a topology is \{num_nodes, edges"),
         ("dg_resnet20", {"topology": torch.ones(5, 5)}, "stage 1: node 0 is the input node and has no in-edges"),
         ("dg_resnet20", {"topology": torch.eye(4).roll(1, 0).tril(-1)}, "the stage has 5 nodes"),
+        (
+            "mrla_resnet20",
+            {"channels": (16, 32, 48)},
+            "channels must be at most 32 or a multiple of 32, the channels of a head",
+        ),
         ("randwire_small_er", {"num_block": 3}, "randwire_small_er has no option 'num_block'; did you mean 'num_blocks'"),
     ],
 )

@@ -12,6 +12,8 @@ import dgnet
 from dgnet.errors import UnknownOptionError, UsageError
 from dgnet.graph import Router, find_stages
 from dgnet.models import needed_packages, packaged_names
+from dgnet.training import TrainConfig
+from dgnet.training._parameter_groups import build_parameter_groups
 from tests.helpers.networks import build_meta
 
 DYNAMIC = [name for name in dgnet.list_models() if name.startswith("dg_")]
@@ -104,6 +106,45 @@ def test_reset_classifier(name):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, model.num_features)
 
 
+@torch.no_grad()
+def test_a_new_classifier_leaves_the_neck_as_trained():
+    model = dgnet.create_model("resnetv2_20").eval()
+    model.norm.running_mean.fill_(5)
+    model.norm.weight.fill_(3)
+    keys, features = list(model.state_dict()), model.forward_features(images := torch.randn(2, 3, 32, 32))
+    model.reset_classifier(5)
+    assert torch.equal(model.forward_features(images), features)
+    assert not model.norm.training
+    assert list(model.state_dict()) == keys
+    assert model(images).shape == (2, 5)
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(0, "")
+    assert isinstance(model.norm, nn.Identity)
+    assert not any(name.startswith("norm") for name in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnetv2_20", "dg_resnet20"])
+@torch.no_grad()
+def test_a_new_classifier_has_the_device_and_precision_of_the_network(name):
+    model = dgnet.create_model(name).double()
+    model.reset_classifier(5)
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+    model.to("meta").reset_classifier(7)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnetv2_20"])
+def test_gradient_checkpointing_after_pruning(name):
+    model, images = dgnet.create_model(name).eval(), torch.randn(2, 3, 32, 32, requires_grad=True)
+    model.prune_intermediate_layers([1])
+    expected = model(images)
+    model.set_grad_checkpointing()
+    features = model(images)
+    assert torch.equal(features, expected)
+    features.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.layer1.parameters())
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_parameter_groups(name):
     model = build_meta(name)
@@ -123,6 +164,18 @@ def test_parameter_groups(name):
 def test_learned_weights_are_exempt_from_decay():
     model = dgnet.create_model("dg_resnet20", weighting="learned")
     assert model.no_weight_decay() == {f"layer{i}.weighting.alpha" for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("weighting", ["learned", "signed", "linear", "softmax"])
+def test_with_groups_too_only_the_matrices_of_routers_decay(weighting):
+    model = dgnet.create_model("dg_resnet20", weighting=weighting, weight_groups=2)
+    groups = build_parameter_groups(model, TrainConfig(weight_decay=0.5))
+    decaying = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if ".weighting." in name:
+            assert (id(parameter) in decaying) is name.endswith(".weight"), name
+    if weighting == "linear":
+        assert {f"layer1.weighting.{name}" for name in ("tau", "static", "scale")} <= model.no_weight_decay()
 
 
 @pytest.mark.parametrize("name", [name for name in DYNAMIC if name not in {n.partition(".")[0] for n in packaged_names()}])

@@ -22,6 +22,7 @@ from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import announce
 from dgnet.graph import find_stages
 from dgnet.inference import time_alternating, time_step
+from dgnet.paths import find_kind
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
     sides: list[Side] = []
     failed: dict[str, str] = {}
     for run in runs:
-        label, place = _split_label(str(run))
         try:
+            label, place = _split_label(str(run))
             side = load_side(label, place)
         except UsageError as error:
             failed[str(run)] = str(error)
@@ -163,7 +164,7 @@ def _load(runs: Sequence[str | Path]) -> tuple[list[Side], dict[str, str]]:
 def _split_label(run: str) -> tuple[str, str]:
     """Label, "" for none, and place of "LABEL=RUN" or "RUN". Both may have "=" in them: the longest existing place counts."""
     for start in [0, *(index + 1 for index, letter in enumerate(run) if letter == "=")]:
-        if run[start:] and Path(run[start:]).exists():
+        if run[start:] and find_kind(run[start:]) is not None:
             return run[: max(start - 1, 0)], run[start:]
     label, _, place = run.rpartition("=")  # a published network
     return label, place

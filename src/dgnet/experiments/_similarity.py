@@ -7,7 +7,6 @@ If all nodes read nearly the same sum, the stage acts like one wide layer; if th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgnet.checkpoint import load_checkpoint
+from dgnet.checkpoint import Checkpoint, load_checkpoint
 from dgnet.errors import UsageError, check_range
 from dgnet.evaluation import open_evaluation_data
 from dgnet.experiments._edges import compare_edges, format_edges
 from dgnet.experiments._report import format_table
 from dgnet.experiments._signal import compare_signal, format_signal
 from dgnet.graph import find_stages
+from dgnet.options import flag
 
 
 def format_similarity(rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +51,7 @@ def compare_with_start(run: Path, source: str | None, images: int) -> Comparison
     """Compare a run's network before training with that after it.
 
     `source`: by default the images that the run was evaluated on. `images`: how many, the first ones. The start is drawn anew.
-    Raises UsageError for a static network, and for fewer than two images.
+    Raises UsageError for a static network, for a run that began with trained weights, and for fewer than two images.
     """
     check_range("--images", images, 2)
     checkpoint = load_checkpoint(run)
@@ -61,9 +61,7 @@ def compare_with_start(run: Path, source: str | None, images: int) -> Comparison
     data = open_evaluation_data(checkpoint, source)
     items = [data[index] for index in range(min(images, len(data)))]
     batch, labels = torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items])
-    start = deepcopy(network)
-    torch.manual_seed(0)
-    start.init_weights()
+    start = draw_start(run, checkpoint)
     set_statistics(start, batch)
     network.eval()
     return Comparison(
@@ -71,6 +69,20 @@ def compare_with_start(run: Path, source: str | None, images: int) -> Comparison
         compare_edges(run.name, start, network, batch, labels),
         compare_signal(run.name, start, network, batch, labels),
     )
+
+
+def draw_start(run: Path, checkpoint: Checkpoint) -> nn.Module:
+    """The network of a run as before training, under the seed 0: built anew, as not every class can initialise its weights.
+
+    Raises UsageError if the run began with trained weights: a start that is drawn would not be its own.
+    """
+    given = [flag(name) for name in ("weights", "pretrained") if checkpoint.config.get(name)]
+    if given:
+        raise UsageError(
+            f"{run} began with trained weights ({given[0]}), so its start cannot be drawn; name runs that began untrained"
+        )
+    torch.manual_seed(0)
+    return checkpoint.create_network(num_classes=len(checkpoint.class_names), **checkpoint.preprocessing.network_options)
 
 
 def compare_inputs(name: str, start: nn.Module, trained: nn.Module, images: Tensor) -> list[list[str]]:

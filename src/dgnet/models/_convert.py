@@ -59,11 +59,11 @@ def convert(
     stages; with gates also single blocks. All blocks of a run get the same further arguments, or none. The rest stays static.
     The copy's class is a subclass of the network's own.
 
-    `topology`: by default "complete". `weighting`: "routed" (the default), "learned" or "fixed". `node_gate`: "hard" or
-    "gumbel" for a gate on each block. `preset`: a name of `dgnet.presets` in place of these three, for connectivity in the form
-    of another network. `stages`: "auto", or the names of modules whose blocks become stages, also blocks without a residual
-    shortcut. `image_size`: pixels, side or height and width; by default the network's own. `check`: images, (B, C, H, W), on
-    which both networks must agree. `options`: further ones of `dgnet.Connectivity`.
+    `topology`: by default "complete". `weighting`: "routed" (the default), "signed", "linear", "softmax", "learned" or "fixed".
+    `node_gate`: "hard" or "gumbel" for a gate on each block. `preset`: a name of `dgnet.presets` in place of these three, for
+    connectivity in the form of another network. `stages`: "auto", or the names of modules whose blocks become stages, also
+    blocks without a residual shortcut. `image_size`: pixels, side or height and width; by default the network's own. `check`:
+    images, (B, C, H, W), on which both networks must agree. `options`: further ones of `dgnet.Connectivity`.
 
     The network and the copy run once on two random images, to see that they compute the same; not on the meta device. In
     training mode the network must call the blocks in the same way.
@@ -244,11 +244,11 @@ def find_change(stage: StageNodes) -> str:
     return ""
 
 
-def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tolerance: float | None = None) -> Agreement:
+def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor) -> Agreement:
     """Compare the outputs of both networks on `images`, (B, C, H, W), in evaluation mode.
 
-    Raises UsageError if they differ by more than `tolerance` of the largest logit (None: rounding in the network's precision),
-    and if the static network does not take the images.
+    Raises UsageError if they differ by more than rounding in the network's precision, and if the static network does not take
+    the images.
     """
     try:
         agreement = compare(static, converted, images)
@@ -259,7 +259,7 @@ def check_agreement(static: nn.Module, converted: nn.Module, images: Tensor, tol
         raise UsageError(
             f"{type(static).__name__} does not run on the images of the check, {given} ({reason(error)})"
         ) from error
-    agreement.require(type(static).__name__, tolerance or find_tolerance(static))
+    agreement.require(type(static).__name__, find_tolerance(static))
     return agreement
 
 
@@ -288,7 +288,7 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
     """The blocks of `run` as a stage. Raises UsageError if it would compute another function."""
     num_nodes = topology.num_nodes
     if topology.num_edges < num_nodes * (num_nodes - 1) // 2:
-        change = "it lacks edges"
+        change, advice = "it lacks edges", "only topology='complete' keeps it"
     else:
         stage = ConvertedStage(
             topology,
@@ -300,12 +300,8 @@ def _build_stage(network: nn.Module, run: Run, connectivity: Connectivity, topol
             node_gates=connectivity.build_node_gates(topology, run.channels, number),
             layout=run.layout,
         )
-        change = find_change(stage)
+        change, advice = find_change(stage), "leave out the options that change the start of weights or gates"
     if change:
-        is_cut = topology.num_edges < num_nodes * (num_nodes - 1) // 2
-        advice = (
-            "only topology='complete' keeps it" if is_cut else "leave out the options that change the start of weights or gates"
-        )
         raise UsageError(
             f"with these options the network would compute another function: in stage {number}, {run.names[0]}, {change};"
             f" {advice}"

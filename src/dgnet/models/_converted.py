@@ -214,12 +214,15 @@ class ConvertedNetwork(DynamicNetwork):
         groups: dict[str, int] = group_parameters(static, matcher(coarse=coarse), reverse=True)  # type: ignore[arg-type]
         return lambda name: groups.get(rename(name, names), float("inf"))
 
-    def _taps_stages(self) -> bool:
-        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass."""
+    def _taps_stages(self, prefix: str = "") -> bool:
+        """Whether features between the blocks of a stage may be asked for. To keep them takes a dense pass.
+
+        `prefix`: before the names of modules, where `feature_info` names them without.
+        """
         infos: Any = getattr(self, "feature_info", None)
         infos = infos.get_dicts() if hasattr(infos, "get_dicts") else infos
         inside = {name for run in self.conversion.stages for name in run.blocks[:-1]}
-        return not infos or any(info["module"] in inside for info in infos)
+        return not infos or any(f"{prefix}{info['module']}" in inside for info in infos)
 
     @staticmethod
     def _is_added(name: str, stages: Sequence[str]) -> bool:
@@ -236,7 +239,7 @@ class ConvertedFeatures(ConvertedNetwork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the static network's: a feature between two blocks of a stage is the sum so far."""
-        with keep_steps():
+        with keep_steps() if self._taps_stages("model.") else nullcontext():
             return super().forward(*args, **kwargs)
 
 

@@ -147,6 +147,10 @@ def stored_options(network: nn.Module, options: Mapping[str, Any]) -> dict[str, 
     return {**{name: value for name, value in options.items() if name not in given}, **network.stored_options()}
 
 
+_WITHOUT_DECAY = tuple(f"weighting.{name}" for name in ("tau", "alpha", "static", "scale"))
+"""Ends of the names of parameters that do not decay."""
+
+
 class DynamicNetwork(LoadsWrapped):
     """Mixin before the static class of a network with dynamic stages: what timm's interface says of their parameters."""
 
@@ -178,7 +182,11 @@ class DynamicNetwork(LoadsWrapped):
         return options
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """The static network's initialisation, except for weightings and gates, which have their own."""
+        """The static network's initialisation, except for weightings and gates, which have their own.
+
+        timm's class may have none, as RegNet and MobileNetV2, or one that leaves some layers as they are: weights that are new
+        for certain are those of a network that `create_model` builds.
+        """
         static = getattr(super(), "init_weights", None)
         deciders = [part for stage in find_stages(self) for part in (stage.weighting, stage.node_gates) if part is not None]
         # A router of the user's own may initialise its layers differently, and have no `reset_parameters`.
@@ -195,8 +203,8 @@ class DynamicNetwork(LoadsWrapped):
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """The names of thresholds and learned edge weights: decay would pull them towards 0."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("weighting.tau", "weighting.alpha"))}
+        """The names of thresholds, and of what edges weigh whatever the image is: decay would pull them towards 0."""
+        return {name for name, _ in self.named_parameters() if name.endswith(_WITHOUT_DECAY)}
 
 
 class DynamicFamily(DynamicNetwork):

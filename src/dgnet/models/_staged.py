@@ -95,8 +95,9 @@ class StagedNetwork(LoadsWrapped, TimmNetwork):
         """Build a new last layer for `num_classes`; with 0 the network returns pooled features."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.build_head(num_classes, pool, self.drop_rate)
-        self.global_pool.to(next(self.parameters()).device)
-        self.fc.to(next(self.parameters()).device)
+        first = next(self.parameters())
+        self.global_pool.to(first.device, first.dtype)
+        self.fc.to(first.device, first.dtype)
 
     def forward_intermediates(
         self,
@@ -121,7 +122,8 @@ class StagedNetwork(LoadsWrapped, TimmNetwork):
 
         def run(name: str, x: Tensor) -> Tensor:
             stage = getattr(self, name)
-            feature: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            has_blocks = isinstance(stage, nn.Sequential)  # not if `prune_intermediate_layers` has removed it
+            feature: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing and has_blocks else stage(x)
             return feature
 
         return run

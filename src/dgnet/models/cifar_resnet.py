@@ -65,6 +65,7 @@ class CifarResNet(StagedNetwork):
             reduction *= stage_stride
             self.feature_info.append({"num_chs": planes, "reduction": reduction, "module": name})
         self.num_features = width
+        self.build_neck()
         self.build_head(num_classes, global_pool, drop_rate)
         self.init_weights(zero_init_last=zero_init_last)
 
@@ -80,6 +81,9 @@ class CifarResNet(StagedNetwork):
         projection = None if keeps_shape else downsample_conv(in_channels, channels, 1, stride, norm_layer=nn.BatchNorm2d)
         drop = DropPath(drop_path) if drop_path else None
         return self.block(in_channels, channels, stride, projection, drop_path=drop, **self.block_kwargs)
+
+    def build_neck(self) -> None:
+        """The layers after the last stage, under the names `neck_names`, for `num_features` channels. Here there are none."""
 
     def init_weights(self, zero_init_last: bool = False) -> None:
         super().init_weights()
@@ -123,9 +127,8 @@ class CifarResNetV2(CifarResNet):
     def build_stem(self, in_chans: int, channels: int) -> None:
         self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
 
-    def build_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+    def build_neck(self) -> None:
         self.norm, self.act = nn.BatchNorm2d(self.num_features), nn.ReLU(inplace=True)
-        super().build_head(num_classes, global_pool, drop_rate)
 
 
 class DynamicCifarResNet(DynamicFamily, CifarResNet):

@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from dgnet.errors import UsageError
 from dgnet.models._protocol import TimmNetwork
 from dgnet.models.cifar_resnet import CifarResNet, cifar_cfg, create_cifar
 
@@ -30,11 +31,18 @@ class LayerAttention(nn.Module):
 
     q and k: 1D convolutions over the channels of the pooled x_t; v: a depthwise 3×3 convolution of x_t. As in the authors'
     code, the identity path of the block stands for o_(t-1).
+
+    Raises UsageError if the channels are no whole number of heads.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.head_channels = min(_HEAD_CHANNELS, channels)
+        if channels % self.head_channels:
+            raise UsageError(
+                f"channels must be at most {_HEAD_CHANNELS} or a multiple of {_HEAD_CHANNELS}, the channels of a head of MRLA,"
+                f" got {channels}"
+            )
         size = int(abs((log2(channels) + 1) / 2))
         size += 1 - size % 2
         self.query, self.key = (nn.Conv1d(1, 1, size, padding=size // 2, bias=False) for _ in range(2))
