@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from dgnet.errors import UsageError
-from dgnet.experiments import Places, collect, missing_runs, read_grid
+from dgnet.experiments import Grid, Places, collect, missing_runs, read_grid
 from dgnet.experiments._figures import read_curves
 from dgnet.files import write_table
 from dgnet.training import TrainConfig
 from tests.helpers.command import ask, refuse
-from tests.helpers.grids import ONE_TRAINING, one_group, write_grid, write_yaml
+from tests.helpers.grids import CHAIN, ONE_TRAINING, one_group, write_grid, write_yaml
 from tests.helpers.networks import build_meta
 
 ROOT = Path(__file__).parents[2]
+ARM = {"model": "resnet20"}
 
 
 def test_another_recipe_is_another_run(folder):
@@ -41,6 +42,65 @@ def test_the_digests_of_finished_runs_stay():
     found = {(run.arm, run.seed): run.digest for run in read_grid(ROOT / "experiments" / "cifar10.yaml").runs}
     assert found["resnet20", 10] == "2684d0f9e671"
     assert found["DG-Net, starting at ER's graphs", 12] == "63cfff8ac48e"
+    grid = read_grid(ROOT / "experiments" / "convert.yaml")
+    run = grid.find("routed, budget 0.65, distilled", 10)
+    assert (run.digest, run.old_digest) == ("827e118ec979", "fd1a7acb0694")
+    assert grid.read_finished()[run.arm, run.digest]["top1"] == "84.81"
+
+
+def test_a_run_that_begins_with_another_one_changes_with_it(folder):
+    """With the other run's training, through all runs between; not with its name or with how it is evaluated."""
+
+    def digests(arms: dict[str, dict[str, object]]) -> list[str]:
+        return [run.digest for run in read_grid(write_grid(folder, **one_group(arms))).runs]
+
+    before = digests(CHAIN)
+    assert not {*before} & {*digests({**CHAIN, "base": {**ARM, "epochs": 3}})}
+    base, *later = digests({**CHAIN, "tuned": {**CHAIN["tuned"], "epochs": 3}})
+    assert base == before[0]
+    assert not {*later} & {*before}
+    assert digests({**CHAIN, "base": {**ARM, "evaluate": {"batch_size": 2}}})[1:] == before[1:]
+    assert digests({"first": ARM, "second": {**ARM, "weights": "$run:first"}}) == before[:2]
+    assert digests({"base": ARM, "tuned": {**ARM, "teacher": "$run:base"}})[1] != before[1]
+
+
+def test_rows_of_older_versions_count_while_what_they_began_with_stays(folder):
+    """Their digest does not change with the options of the arm that a run begins with."""
+    grid = read_grid(write_grid(folder, **one_group(CHAIN)))
+    rows = [{"arm": run.arm, "seed": 3, "digest": run.old_digest, "epochs": 2, "top1": 50} for run in grid.runs]
+    assert [row["digest"] for row in rows] != [run.digest for run in grid.runs]
+    write_table(grid.table, rows)
+    write_table(grid.curves, [{**row, "epoch": 1, "train_loss": 2.5} for row in rows])
+    assert missing_runs(grid) == []
+    assert list(collect(grid)) == list(CHAIN)
+    assert read_curves(grid, collect(grid))["student"] == {1: [2.5]}
+
+    changed = read_grid(write_grid(folder, **one_group({**CHAIN, "base": {**ARM, "epochs": 3}})))
+    assert [run.old_digest for run in changed.runs[1:]] == [row["digest"] for row in rows[1:]]
+    assert missing_runs(changed) == changed.runs
+    write_table(grid.table, [*rows, {**rows[0], "digest": changed.runs[0].digest}])
+    assert missing_runs(changed) == changed.runs[1:]  # the others began with what was run before
+
+
+def test_run_folders_of_older_versions_are_kept_if_they_began_with_the_same(folder):
+    places = Places(folder / "runs", folder / "data")
+
+    def find(grid: Grid) -> list[str]:
+        return [places.folder(run).name for run in grid.runs]
+
+    grid = read_grid(write_grid(folder, **one_group(CHAIN)))
+    assert find(grid) == [run.name for run in grid.runs]
+    for run in grid.runs:
+        (folder / "runs" / run.old_name).mkdir(parents=True)
+        needed = {name: f"elsewhere/{one.old_name}" for name, one in run.begins.items()}  # where it was trained
+        write_yaml(folder / "runs" / run.old_name / "config.yaml", {**run.options, **needed})
+    assert find(grid) == [run.old_name for run in grid.runs] != [run.name for run in grid.runs]
+    assert places.options(grid, grid.runs[2])["teacher"] == str(folder / "runs" / grid.runs[1].old_name)
+    changed = read_grid(write_grid(folder, "changed.yaml", **one_group({**CHAIN, "base": {**ARM, "epochs": 3}})))
+    assert [run.old_name for run in changed.runs[1:]] == find(grid)[1:]
+    assert find(changed) == [run.name for run in changed.runs]
+    (folder / "runs" / grid.runs[1].name).mkdir()
+    assert find(grid)[1] == grid.runs[1].name
 
 
 def test_arms_that_differ_in_their_evaluation_share_a_training(folder):
@@ -88,7 +148,7 @@ def test_finished_runs_of_another_grid_count(folder, capsys):
 
 
 def test_runs_that_begin_with_a_result_need_its_folder(folder):
-    """A finished run is run again if its folder is not there; one that begins with another result is not reused."""
+    """A run is run again if its folder is not there; one that begins with another result is reused if that is the same."""
     arms = {"static": {"model": "resnet20"}, "student": {"model": "dg_resnet20", "teacher": "$run:static"}}
     grid = read_grid(write_grid(folder, **one_group(arms)))
     write_table(grid.table, [{"arm": run.arm, "seed": run.seed, "digest": run.digest} for run in grid.runs[:1]])
@@ -96,10 +156,26 @@ def test_runs_that_begin_with_a_result_need_its_folder(folder):
     assert [run.arm for run in missing_runs(grid, is_there=lambda run: False)] == ["static", "student"]
     write_table(grid.table, [{"arm": run.arm, "seed": run.seed, "digest": run.digest} for run in grid.runs])
     assert missing_runs(grid, is_there=lambda run: False) == []
+    assert missing_runs(read_grid(write_grid(folder, "again.yaml", **one_group(arms), reuse=["grid.yaml"]))) == []
     changed = one_group({**arms, "static": {"model": "resnet20", "epochs": 1}})
     again = read_grid(write_grid(folder, "again.yaml", **changed, reuse=["grid.yaml"]))
-    assert again.runs[1].digest == grid.runs[1].digest
     assert [run.arm for run in missing_runs(again)] == ["static", "student"]
+
+
+def test_what_was_begun_but_is_not_finished_is_run_before_what_begins_with_it(folder):
+    groups = {arm: {"seeds": [3], "arms": {arm: options}} for arm, options in CHAIN.items()}
+    grid = read_grid(write_grid(folder, groups=groups, compare=[]))
+    assert [run.arm for run in missing_runs(grid, ["student"], is_there=lambda run: True)] == ["base", "tuned", "student"]
+
+
+def test_runs_come_after_those_that_they_begin_with(folder):
+    """Otherwise in the order of the file."""
+    arms = {"first": ARM, "student": CHAIN["student"], "other": ARM, "base": ARM, "tuned": CHAIN["tuned"]}
+    grid = read_grid(write_grid(folder, **one_group(arms, (3, 4))))
+    order = ["first", "base", "tuned", "student", "other"]
+    assert [(run.arm, run.seed) for run in grid.runs] == [(arm, seed) for seed in (3, 4) for arm in order]
+    assert {run.seed for one in grid.runs[5:] for run in one.begins.values()} == {4}
+    assert missing_runs(grid) == grid.runs
 
 
 @pytest.mark.parametrize(
@@ -140,9 +216,6 @@ def test_a_grid_takes_every_kind_of_source(data, test, expected, folder):
         assert Places(folder / "runs").options(grid, grid.runs[0])["data"] == "digits"
 
 
-ARM = {"model": "resnet20"}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -175,6 +248,11 @@ ARM = {"model": "resnet20"}
         (one_group({"x": 5}), "arm 'x' must be a dict, got 5"),
         (one_group({20: ARM}), "names must be text, got 20"),
         (one_group({"x": {**ARM, "weights": "$run:y"}}), "has no arm 'y' with seed 3, which another arm names"),
+        (one_group({"x": {**ARM, "weights": "$run:x"}}), "an arm begins with its own result: 'x' → 'x'; change one of"),
+        (
+            one_group({"a": ARM, **{x: {**ARM, "teacher": f"$run:{y}"} for x, y in ("zx", "xy", "yx")}}),
+            "an arm begins with its own result: 'x' → 'y' → 'x'; change one of these $run:",
+        ),
         (one_group({"x": ARM}, ["a"]), "seeds[0] must be a whole number, got 'a'"),
         (one_group({"x": ARM}, [1.5]), "seeds[0] must be a whole number, got 1.5"),
         (one_group({"x": ARM}, [True]), "seeds[0] must be a whole number, got true"),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dgnet
 from dgnet.cli import main
-from dgnet.experiments import read_grid
-from dgnet.experiments._runner import list_gpus
+from dgnet.experiments import GridRun, Places, read_grid, run_grid
+from dgnet.experiments._runner import _Workers, list_gpus
 from dgnet.files import lock, read_table, write_table
 from tests.helpers.command import ask, refuse
 from tests.helpers.data import write_folder
-from tests.helpers.grids import MODELS, ONE_TRAINING, one_group, write_grid
+from tests.helpers.grids import CHAIN, MODELS, ONE_TRAINING, one_group, write_grid
 from tests.helpers.own_code import HALVES
 from tests.helpers.processes import wait_for
 
@@ -110,6 +113,80 @@ def test_one_training_is_evaluated_for_each_of_its_arms_on_images_that_it_holds_
     assert rows["usual"]["weight_std"] != rows["raw"]["weight_std"]
     assert {row["images"] for row in rows.values()} == {"4"}
     assert "held-out top-1 %" in ask(capsys, "experiment", "report", folder / "grid.yaml")
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_result_of_an_arm_that_is_named_after_it(folder, capsys):
+    arms = {"tuned": {"model": "resnet20", "weights": "$run:static"}, "static": {"model": "resnet20"}}
+    write_grid(folder, options={"epochs": 1}, **one_group(arms))
+    ask(capsys, "experiment", "run", folder / "grid.yaml", "--data", folder / "data", "--output", folder / "runs", "--jobs", 2)
+    assert sorted(rows_of(folder)) == [("static", "3"), ("tuned", "3")]
+    static, tuned = (folder / "runs" / run.name for run in read_grid(folder / "grid.yaml").runs)
+    assert f"{static}: " in tuned.with_name(f"{tuned.name}.log").read_text()
+
+
+@pytest.fixture
+def run_by(folder, monkeypatch):
+    """A function that runs arms with seed 3 without training them. It returns what happened, in order, and how many failed."""
+
+    def run_all(
+        arms: dict[str, dict[str, Any]], *, jobs: int = 3, failing: str = "", together: str = "", is_reversed: bool = False
+    ) -> tuple[list[str], int]:
+        """`failing`: the arm that fails. `together`: the first arm does not end before this one starts."""
+        events: list[str] = []
+
+        def run_one(workers: _Workers, run: GridRun, slot: Mapping[str, str]) -> dict[str, Any] | None:
+            events.append(f"{run.arm} starts")
+            if together and run.arm == next(iter(arms)):
+                wait_for(lambda: f"{together} starts" in events, 60)
+            else:
+                time.sleep(0.1)  # another one could start now
+            events.append(f"{run.arm} ends")
+            if run.arm == failing:
+                workers._report(f"{run.arm} fails")
+                return None
+            return {"top1": 50}
+
+        monkeypatch.setattr(_Workers, "_run_one", run_one)
+        grid = read_grid(write_grid(folder, **one_group(arms)))
+        runs = grid.runs[::-1] if is_reversed else grid.runs
+        return events, run_grid(grid, runs, Places(folder / "runs", folder / "data"), jobs=jobs)
+
+    return run_all
+
+
+OTHER = {"model": "resnet20", "lr": 0.1}
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_run_waits_for_the_one_that_it_begins_with(run_by, jobs, is_reversed):
+    events, failed = run_by(CHAIN, jobs=jobs, is_reversed=is_reversed)
+    assert events == [f"{arm} {what}" for arm in CHAIN for what in ("starts", "ends")]
+    assert failed == 0
+
+
+def test_other_runs_do_not_wait(run_by):
+    events, failed = run_by({**CHAIN, "other": OTHER}, jobs=2, together="other")
+    assert len(events) == 8
+    assert failed == 0
+
+
+def test_arms_with_one_training_are_not_trained_at_the_same_time(run_by):
+    events, _ = run_by({**ONE_TRAINING, "tuned": {"weights": "$run:usual"}})
+    assert [event.split()[0] for event in events] == ["usual", "usual", "raw", "raw", "tuned", "tuned"]
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_what_begins_with_a_run_that_failed_fails_too(run_by, is_reversed, capsys):
+    events, failed = run_by({**CHAIN, "other": OTHER}, failing="base", is_reversed=is_reversed)
+    assert sorted(events) == ["base ends", "base starts", "other ends", "other starts"]
+    assert failed == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if "begins with" in line]
+    assert [line[line.index("dgnet: ") :] for line in lines] == [
+        "dgnet: tuned, seed 3 begins with base, whose run failed",
+        "dgnet: student, seed 3 begins with tuned, whose run failed",
+    ]
 
 
 @pytest.mark.slow

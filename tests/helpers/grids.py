@@ -10,6 +10,12 @@ import yaml
 MODELS = {"static": "resnet20", "dynamic": "dg_resnet20"}
 RECIPE = {"batch_size": 4, "image_size": 8, "lr": 0.05, "model_kwargs": {"channels": [4, 4, 4]}}
 ONE_TRAINING = {"usual": {"model": "dg_resnet20"}, "raw": {"model": "dg_resnet20", "evaluate": {"inference_weight": "raw"}}}
+CHAIN = {
+    "base": {"model": "resnet20"},
+    "tuned": {"model": "resnet20", "weights": "$run:base"},
+    "student": {"model": "resnet20", "teacher": "$run:tuned"},
+}
+"""Arms of which each begins with the result of the one before."""
 GRID: dict[str, Any] = {
     "recipe": "recipe.yaml",
     "data": "train-{000000..000000}.tar",

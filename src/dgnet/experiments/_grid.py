@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +39,58 @@ class GridRun:
     options: dict[str, Any]  # options of `dgnet train`, including those of the recipe
     evaluation: dict[str, Any]  # additional options of `dgnet evaluate`
     images: tuple[str | None, ...]  # the grid's `data` and `test`
+    begins: Mapping[str, GridRun] = field(default_factory=dict)  # by option: the runs of the same seed that `$run:` names
 
     @property
     def digest(self) -> str:
         """A hash of the options that change the result; a run with other options is another run."""
-        return _digest(self.training | ({"evaluate": self.evaluation} if self.evaluation else {}))
+        return self._hash(self.training)
 
     @property
     def name(self) -> str:
         """The name of the training and of its run folder. Arms that differ only in their evaluation share it."""
-        return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
+        return self._name(self.training)
+
+    @property
+    def old_digest(self) -> str:
+        """The digest that dgnet 0.2.0 and older versions gave the run: the same if it begins with no other run."""
+        return self._hash(self._own)
+
+    @property
+    def old_name(self) -> str:
+        """The name of its run folder in dgnet 0.2.0 and older versions."""
+        return self._name(self._own)
 
     @property
     def needs(self) -> list[str]:
         """The arms whose runs of the same seed must be finished before this one."""
-        values = (value for value in self.options.values() if isinstance(value, str))
-        return [value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)]
+        return list(_find_needs(self.options).values())
 
     @property
     def training(self) -> dict[str, Any]:
-        """The options that change the result of training."""
+        """The options that change the result of training, with a hash of the trainings that it begins with."""
+        return self._own | {name: f"{RUN_OF}{_digest(run.training)}" for name, run in self.begins.items()}
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """`training`, but with the arms' names for the runs that it begins with: other options of theirs do not change it."""
         return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
+
+    def _hash(self, training: dict[str, Any]) -> str:
+        return _digest(training | ({"evaluate": self.evaluation} if self.evaluation else {}))
+
+    def _name(self, training: dict[str, Any]) -> str:
+        return f"{_digest(training)}-{self.options['model']}-seed{self.seed}"
 
 
 def _digest(options: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _find_needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """The options that name another arm's run, with the arm."""
+    words = {name: value for name, value in options.items() if isinstance(value, str) and value.startswith(RUN_OF)}
+    return {name: value.removeprefix(RUN_OF) for name, value in words.items()}
 
 
 _Rows = dict[tuple[str, str], list[dict[str, str]]]
@@ -75,7 +102,7 @@ class Grid:
     """The contents of a grid's YAML file."""
 
     path: Path
-    runs: list[GridRun]
+    runs: list[GridRun]  # each after those that it begins with, otherwise in the order of the file
     compare: list[tuple[str, str]]
     data: str
     test: str | None  # None: runs are evaluated on held-out training images, or on those that `data` has for it
@@ -127,10 +154,17 @@ class Grid:
                 others.setdefault(digest, rows)
         found: _Rows = {}
         for run in self.runs:
-            key = run.arm, run.digest
+            key, old = (run.arm, run.digest), (run.arm, run.old_digest)
             if key in own:
                 found[key] = own[key]
-            elif run.digest in others and not run.needs:  # in another grid, an arm that it begins with may be something else
+            # Rows that dgnet 0.2.0 and older versions wrote: their digest does not say which options the arms had that the run
+            # began with. They count if these arms are finished, and their rows here have always had the present options.
+            elif old in own and all(
+                (one.arm, one.digest) in found and _digests_of(one, own) <= {one.digest, one.old_digest}
+                for one in run.begins.values()
+            ):
+                found[key] = [{**row, "digest": run.digest} for row in own[old]]
+            elif run.digest in others:
                 found[key] = others[run.digest]
         return found
 
@@ -148,6 +182,11 @@ def _read_rows(path: Path, columns: Sequence[str]) -> _Rows:
     for row in read_table(path, ("arm", "digest", *columns)):
         found.setdefault((row["arm"], row["digest"]), []).append(row)
     return found
+
+
+def _digests_of(run: GridRun, rows: _Rows) -> set[str]:
+    """The digests of all rows of a run's arm and seed: more than one if its options have changed."""
+    return {digest for (arm, digest), (row, *_) in rows.items() if (arm, row.get("seed")) == (run.arm, str(run.seed))}
 
 
 def read_grid(path: Path) -> Grid:
@@ -176,10 +215,31 @@ def read_grid(path: Path) -> Grid:
             raise UsageError(f"{where}: reuse names the grid itself")
     grid = Grid(path, runs, compare, data, test, reuse)
     _check_runs(grid, where)
-    for run in runs:
-        for needed in run.needs:
-            grid.find(needed, run.seed)
-    return grid
+    return replace(grid, runs=_link_runs(grid, where))
+
+
+def _link_runs(grid: Grid, where: str) -> list[GridRun]:
+    """The runs of a grid, each with those that it begins with, and after them.
+
+    Raises UsageError if one begins with itself, or with an arm that is not there.
+    """
+    linked: dict[tuple[str, int], GridRun] = {}
+
+    def link(run: GridRun, above: tuple[str, ...]) -> GridRun:
+        """`above`: the arms that need this one, from the first to the last."""
+        key = run.arm, run.seed
+        if run.arm in above:
+            circle = " → ".join(map(repr, (*above[above.index(run.arm) :], run.arm)))
+            raise UsageError(f"{where}: an arm begins with its own result: {circle}; change one of these {RUN_OF}")
+        if key not in linked:
+            needed = {name: grid.find(arm, run.seed) for name, arm in _find_needs(run.options).items()}
+            begins = {name: link(one, (*above, run.arm)) for name, one in needed.items()}
+            linked[key] = replace(run, begins=begins)
+        return linked[key]
+
+    for run in grid.runs:
+        link(run, ())
+    return list(linked.values())
 
 
 def _read_values(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -314,8 +374,8 @@ def missing_runs(
     wanted = [run for run in grid.runs if (run.arm, run.digest) not in done and (not groups or run.group in groups)]
     names = {run.name for run in wanted}
     for run in wanted:  # those that are appended are visited too
-        needed = [grid.find(arm, run.seed) for arm in run.needs]
-        absent = [one for one in needed if one.name not in names and not is_there(one)]
+        needed = [one for one in run.begins.values() if one.name not in names]
+        absent = [one for one in needed if (one.arm, one.digest) not in done or not is_there(one)]
         wanted += absent
         names |= {one.name for one in absent}
     return [run for run in grid.runs if run in wanted]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dgnet.data import source_below
+from dgnet.documents import read_yaml
 from dgnet.errors import UsageError
 from dgnet.experiments._grid import RUN_OF, Grid, GridRun
 from dgnet.models import is_published
-from dgnet.paths import expand
+from dgnet.paths import expand, is_file, is_folder
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,17 @@ class Places:
     weights: Path | None = None  # by default that of `data`
 
     def folder(self, run: GridRun) -> Path:
-        """The run folder."""
-        return self.output / run.name
+        """The run folder. dgnet 0.2.0 and older versions gave a run that begins with another one another name: it is kept."""
+        folder, old = self.output / run.name, self.output / run.old_name
+        return old if old != folder and not is_folder(folder) and self._began_alike(old, run) else folder
+
+    def _began_alike(self, folder: Path, run: GridRun) -> bool:
+        """Whether what is in `folder` began with the same runs as `run`: the names of their folders say with which options."""
+        path = folder / "config.yaml"
+        config = read_yaml(path) if is_file(path) else None
+        return isinstance(config, dict) and all(
+            Path(str(config.get(name))).name == self.folder(one).name for name, one in run.begins.items()
+        )
 
     def options(self, grid: Grid, run: GridRun) -> dict[str, Any]:
         """The options of `dgnet train` for a run. Raises UsageError for a path whose folder is not given."""
@@ -34,10 +44,7 @@ class Places:
             options["data_root"] = str(self.data)
         if isinstance(options.get("weights"), str) and not options["weights"].startswith(RUN_OF):
             options["weights"] = self._find_weights(options["weights"])
-        for arm in run.needs:
-            needed = str(self.folder(grid.find(arm, run.seed)))
-            options = {name: needed if value == f"{RUN_OF}{arm}" else value for name, value in options.items()}
-        return options
+        return options | {name: str(self.folder(one)) for name, one in run.begins.items()}
 
     def _find_weights(self, weights: str) -> str:
         folder = self.weights or self.data

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextvars
 import math
 import os
-import queue
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from dgnet.errors import UsageError, shorten
 from dgnet.experiments._check import check_images, check_runs
 from dgnet.experiments._grid import Grid, GridRun
 from dgnet.experiments._places import Places
+from dgnet.experiments._queue import Queue
 from dgnet.files import lock, make_writable, read_table, write_table
 from dgnet.graph import find_stages
 from dgnet.options import as_word, flag
@@ -81,15 +80,14 @@ class _Workers:
     def __init__(self, grid: Grid, places: Places, device: str, gpus: Sequence[str], jobs: int, imports: str | None) -> None:
         self.grid, self.places, self.device, self.jobs, self.imports = grid, places, device, jobs, imports
         self.lock = threading.Lock()
-        self.folders: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
         self.failed = 0
         self.threads = max(count_cores() // jobs, 1)
-        self.slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # the environment of each job
+        self.slots: list[dict[str, str]] = []  # the environment of each job that has no run
         for job in range(jobs):
             gpu = {"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}
-            self.slots.put({"OMP_NUM_THREADS": str(self.threads), **gpu})
+            self.slots.append({"OMP_NUM_THREADS": str(self.threads), **gpu})
 
     def __enter__(self) -> _Workers:
         return self
@@ -101,49 +99,53 @@ class _Workers:
                 process.terminate()
 
     def run(self, runs: Sequence[GridRun], minutes: float) -> int:
-        """Run all; returns how many failed."""
+        """Run all, each after those that it begins with; returns how many failed."""
         begun = time.monotonic()
+        queue = Queue(runs)
+        running: dict[Future[dict[str, Any] | None], tuple[GridRun, dict[str, str]]] = {}
         with (
             tqdm(total=len(runs), desc=f"{self.jobs} at a time", unit="run", file=sys.stderr) as bar,
             ThreadPoolExecutor(self.jobs) as pool,
         ):
-
-            def work(run: GridRun) -> None:
-                if self.stopped or time.monotonic() - begun > 60 * minutes:
-                    return
-                with self._lock_of(run.name):  # arms that differ only in their evaluation share a training
-                    slot = self.slots.get()
-                    try:
-                        row = self._run_one(run, slot)
-                    finally:
-                        self.slots.put(slot)
-                if row is None:
-                    bar.set_postfix(failed=self.failed)
-                    return
-                bar.write(f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %", sys.stderr)
-                bar.update()
-
             try:
-                # A thread has a context of its own: it would not know which code is trusted.
-                for future in [pool.submit(contextvars.copy_context().run, work, run) for run in runs]:
-                    future.result()
+                while True:
+                    while self.slots and time.monotonic() - begun <= 60 * minutes and (run := queue.take()):
+                        if failed := queue.find_failed(run):
+                            self._report(f"{run.arm}, seed {run.seed} begins with {failed.arm}, whose run failed")
+                            queue.end(run, is_finished=False)
+                            bar.set_postfix(failed=self.failed)
+                            continue
+                        slot = self.slots.pop(0)
+                        # A thread has a context of its own: it would not know which code is trusted.
+                        future = pool.submit(contextvars.copy_context().run, self._run_one, run, slot)
+                        running[future] = run, slot
+                    if not running:
+                        return self.failed
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        run, slot = running.pop(future)
+                        self.slots.append(slot)
+                        row = future.result()
+                        queue.end(run, is_finished=row is not None)
+                        if row is None:
+                            bar.set_postfix(failed=self.failed)
+                            continue
+                        bar.write(f"{run.arm}, seed {run.seed}: {self.grid.evaluated} top-1 {row['top1']} %", sys.stderr)
+                        bar.update()
             except BaseException:
                 self.__exit__()
                 raise
-        return self.failed
 
-    def _lock_of(self, name: str) -> threading.Lock:
+    def _report(self, line: str) -> None:
+        """Say why a run failed, and count it."""
         with self.lock:
-            return self.folders[name]
+            self.failed += 1
+        tqdm.write(f"dgnet: {line}", sys.stderr)
 
     def _run_one(self, run: GridRun, slot: Mapping[str, str]) -> dict[str, Any] | None:
         """Train, evaluate, and add a row to the table; returns the row, or None if the run failed."""
         folder = self.places.folder(run)
-        log = self.places.output / f"{run.name}.log"
+        log = folder.with_name(f"{folder.name}.log")
         options = self.places.options(self.grid, run)
-        for arm in run.needs:
-            with self._lock_of(self.grid.find(arm, run.seed).name):  # it comes first in the grid: its thread holds the lock
-                pass
         if self.device == "cpu":
             options["threads"] = self.threads
         if self.imports:
@@ -204,9 +206,7 @@ class _Workers:
                 self.processes.discard(process)
         if process.returncode:
             if not self.stopped:
-                self.failed += 1
-                said = f"dgnet {words[0]} exited with status {process.returncode}: {_last_line(log)}; see {log}"
-                tqdm.write(f"dgnet: {said}", sys.stderr)
+                self._report(f"dgnet {words[0]} exited with status {process.returncode}: {_last_line(log)}; see {log}")
             return None
         return out
 
