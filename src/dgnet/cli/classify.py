@@ -263,7 +263,7 @@ def _predict_parser() -> Parser:
 def run_predict(args: Namespace) -> None:
     """`dgnet predict`."""
     from dgnet.data import escape
-    from dgnet.training import predict
+    from dgnet.evaluation import predict
 
     check_range("--top-k", args.top_k, 1)
     apply_max_pixels(args)

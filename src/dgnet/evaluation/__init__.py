@@ -23,6 +23,7 @@ from dgnet.evaluation._pass import Variant as Variant
 from dgnet.evaluation._pass import find_image_size as find_image_size
 from dgnet.evaluation._pass import observe_batch as observe_batch
 from dgnet.evaluation._pass import run_pass as run_pass
+from dgnet.evaluation._predict import predict as predict
 from dgnet.evaluation._ranks import find_ranks as find_ranks
 from dgnet.evaluation._ranks import gather as gather
 from dgnet.evaluation._ranks import is_distributed as is_distributed

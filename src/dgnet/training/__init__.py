@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dgnet.training._loading import TrainingOrder as TrainingOrder
     from dgnet.training._module import RunModule as RunModule
     from dgnet.training._module import take_figures as take_figures
-    from dgnet.training._predict import predict as predict
     from dgnet.training._processes import is_main_process as is_main_process
     from dgnet.training._processes import join_processes as join_processes
     from dgnet.training._run import Run as Run
