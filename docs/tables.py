@@ -86,6 +86,7 @@ def share(name: str, digits: int) -> Callable[[Rows], str]:
 SEEDS = ("seeds", lambda rows: str(len(rows)))
 COST = [("parameters", mean("parameters", 0)), ("multiply-adds M", mean("multiply_adds", 2, 1e-6))]
 TRAINED = ("train top-1 %", mean("train_top1", 2))
+SKIPPED = ("blocks skipped %", share("skippable_nodes", 1))
 CONTROLS = [
     ("top-1, mean adjacency", mean("top1_mean_adjacency", 2)),
     ("top-1, another image's", mean("top1_other_adjacency", 2)),
@@ -279,10 +280,16 @@ FURTHER_CONVERT_PAIRS = {
 
 def convert_table(grid: str) -> str:
     """The finished runs of a grid of converted networks, such as experiments/convert.yaml."""
-    executed = [("executed of dense %", executed_share), ("blocks skipped %", share("skippable_nodes", 1))]
+    executed = [("executed of dense %", executed_share), SKIPPED]
     dense = ("dense multiply-adds M", mean("dense_multiply_adds", 2, 1e-6))  # also of products, as transformers have
     columns = [SEEDS, COST[0], dense, ("test top-1 %", mean("top1", 2)), TRAINED, *executed, *CONTROLS]
     return arms_table(grid, None, columns)
+
+
+def executed(rows: Rows) -> str:
+    """A cell: executed multiply-adds in millions. Rows of older versions lack them for static networks, which execute all."""
+    counts = [float(row["executed_multiply_adds"] or row["multiply_adds"]) for row in rows.values()]
+    return format_mean([statistics.fmean(counts) / 1e6], 2)
 
 
 def executed_share(rows: Rows) -> str:
@@ -363,6 +370,8 @@ def pretrained_table() -> str:
     return format_table(head, rows)
 
 
+PEERS = [("test top-1 %", mean("top1", 2)), TRAINED, SKIPPED, *CONTROLS]
+
 TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained_table,
     "cifar10": partial(arms_table, "cifar10", GRID, [SEEDS, *COST, *MEASURED]),
@@ -376,6 +385,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "weightings-objects-differences": partial(comparisons_table, "weightings_objects"),
     "weightings-randwire": partial(arms_table, "weightings_randwire", None, [SEEDS, COST[0], *MEASURED]),
     "weightings-randwire-differences": partial(comparisons_table, "weightings_randwire"),
+    "peers": partial(arms_table, "peers", None, [SEEDS, COST[0], ("executed multiply-adds M", executed), *PEERS]),
+    "peers-differences": partial(comparisons_table, "peers"),
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),
     "convert": partial(convert_table, "convert"),
