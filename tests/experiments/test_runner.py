@@ -54,6 +54,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(folder, capsys):
     assert ask(capsys, *command, "--dry-run") == "a: dynamic, seed 3\n"
     ask(capsys, *command)
     assert rows_of(folder)["dynamic", "3"]["loss"] == rows["dynamic", "3"]["loss"]
+    assert len(read_table(folder / "results" / "grid_curves.csv")) == 2 * 2  # its old curve is gone
 
     assert "| dynamic − static | 1 |" in ask(capsys, "experiment", "report", folder / "grid.yaml")
     drawn = [folder / "results" / f"grid_{name}.{ending}" for name in ("accuracy", "curves") for ending in ("png", "svg")]
