@@ -91,7 +91,8 @@ CONTROLS = [
     ("top-1, mean adjacency", mean("top1_mean_adjacency", 2)),
     ("top-1, another image's", mean("top1_other_adjacency", 2)),
 ]
-MEASURED = [("test top-1 %", mean("top1", 2)), TRAINED, ("spread of a weight", spread_of_weights), *CONTROLS]
+ACCURACY = [("test top-1 %", mean("top1", 2)), TRAINED]
+MEASURED = [*ACCURACY, ("spread of a weight", spread_of_weights), *CONTROLS]
 
 
 def signed(value: float, half: float = float("nan")) -> tuple[str, str]:
@@ -174,7 +175,7 @@ RANDWIRE_PAIRS = {
 def randwire_table() -> str:
     """DG-Net and RandWire on CIFAR-10, and the paper's Table 4."""
     paper = {id(read_arms("cifar10")[arm]): printed for arm, printed in RANDWIRE.items()}
-    columns = [SEEDS, *COST, ("test top-1 %", mean("top1", 2)), TRAINED, *CONTROLS]
+    columns = [SEEDS, *COST, *ACCURACY, *CONTROLS]
     columns.append(("paper, ImageNet: top-1 %, M", lambda rows: paper[id(rows)]))
     return arms_table("cifar10", {arm: arm for arm in RANDWIRE}, columns)
 
@@ -282,7 +283,7 @@ def convert_table(grid: str) -> str:
     """The finished runs of a grid of converted networks, such as experiments/convert.yaml."""
     executed = [("executed of dense %", executed_share), SKIPPED]
     dense = ("dense multiply-adds M", mean("dense_multiply_adds", 2, 1e-6))  # also of products, as transformers have
-    columns = [SEEDS, COST[0], dense, ("test top-1 %", mean("top1", 2)), TRAINED, *executed, *CONTROLS]
+    columns = [SEEDS, COST[0], dense, *ACCURACY, *executed, *CONTROLS]
     return arms_table(grid, None, columns)
 
 
@@ -370,7 +371,7 @@ def pretrained_table() -> str:
     return format_table(head, rows)
 
 
-PEERS = [("test top-1 %", mean("top1", 2)), TRAINED, SKIPPED, *CONTROLS]
+PEERS = [SEEDS, COST[0], ("executed multiply-adds M", executed), *ACCURACY, SKIPPED, *CONTROLS]
 
 TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained_table,
@@ -385,7 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weightings-objects-differences": partial(comparisons_table, "weightings_objects"),
     "weightings-randwire": partial(arms_table, "weightings_randwire", None, [SEEDS, COST[0], *MEASURED]),
     "weightings-randwire-differences": partial(comparisons_table, "weightings_randwire"),
-    "peers": partial(arms_table, "peers", None, [SEEDS, COST[0], ("executed multiply-adds M", executed), *PEERS]),
+    "peers": partial(arms_table, "peers", None, PEERS),
     "peers-differences": partial(comparisons_table, "peers"),
     "budget": budget_table,
     "budget-speed": partial(speed_table, "budget_cpu"),

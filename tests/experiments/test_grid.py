@@ -44,7 +44,7 @@ def test_the_digests_of_finished_runs_stay():
     assert found["DG-Net, starting at ER's graphs", 12] == "63cfff8ac48e"
     grid = read_grid(ROOT / "experiments" / "convert.yaml")
     run = grid.find("routed, budget 0.65, distilled", 10)
-    assert (run.digest, run.old_digest) == ("827e118ec979", "fd1a7acb0694")
+    assert (run.digest, run.unlinked.digest) == ("827e118ec979", "fd1a7acb0694")
     assert grid.read_finished()[run.arm, run.digest]["top1"] == "84.81"
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_begins_with_another_one_changes_with_it(folder):
 def test_rows_of_older_versions_count_while_what_they_began_with_stays(folder):
     """Their digest does not change with the options of the arm that a run begins with."""
     grid = read_grid(write_grid(folder, **one_group(CHAIN)))
-    rows = [{"arm": run.arm, "seed": 3, "digest": run.old_digest, "epochs": 2, "top1": 50} for run in grid.runs]
+    rows = [{"arm": run.arm, "seed": 3, "digest": run.unlinked.digest, "epochs": 2, "top1": 50} for run in grid.runs]
     assert [row["digest"] for row in rows] != [run.digest for run in grid.runs]
     write_table(grid.table, rows)
     write_table(grid.curves, [{**row, "epoch": 1, "train_loss": 2.5} for row in rows])
@@ -76,7 +76,7 @@ def test_rows_of_older_versions_count_while_what_they_began_with_stays(folder):
     assert read_curves(grid, collect(grid))["student"] == {1: [2.5]}
 
     changed = read_grid(write_grid(folder, **one_group({**CHAIN, "base": {**ARM, "epochs": 3}})))
-    assert [run.old_digest for run in changed.runs[1:]] == [row["digest"] for row in rows[1:]]
+    assert [run.unlinked.digest for run in changed.runs[1:]] == [row["digest"] for row in rows[1:]]
     assert missing_runs(changed) == changed.runs
     write_table(grid.table, [*rows, {**rows[0], "digest": changed.runs[0].digest}])
     assert missing_runs(changed) == changed.runs[1:]  # the others began with what was run before
@@ -91,13 +91,13 @@ def test_run_folders_of_older_versions_are_kept_if_they_began_with_the_same(fold
     grid = read_grid(write_grid(folder, **one_group(CHAIN)))
     assert find(grid) == [run.name for run in grid.runs]
     for run in grid.runs:
-        (folder / "runs" / run.old_name).mkdir(parents=True)
-        needed = {name: f"elsewhere/{one.old_name}" for name, one in run.begins.items()}  # where it was trained
-        write_yaml(folder / "runs" / run.old_name / "config.yaml", {**run.options, **needed})
-    assert find(grid) == [run.old_name for run in grid.runs] != [run.name for run in grid.runs]
-    assert places.options(grid, grid.runs[2])["teacher"] == str(folder / "runs" / grid.runs[1].old_name)
+        (folder / "runs" / run.unlinked.name).mkdir(parents=True)
+        needed = {name: f"elsewhere/{one.unlinked.name}" for name, one in run.begins.items()}  # where it was trained
+        write_yaml(folder / "runs" / run.unlinked.name / "config.yaml", {**run.options, **needed})
+    assert find(grid) == [run.unlinked.name for run in grid.runs] != [run.name for run in grid.runs]
+    assert places.options(grid, grid.runs[2])["teacher"] == str(folder / "runs" / grid.runs[1].unlinked.name)
     changed = read_grid(write_grid(folder, "changed.yaml", **one_group({**CHAIN, "base": {**ARM, "epochs": 3}})))
-    assert [run.old_name for run in changed.runs[1:]] == find(grid)[1:]
+    assert [run.unlinked.name for run in changed.runs[1:]] == find(grid)[1:]
     assert find(changed) == [run.name for run in changed.runs]
     (folder / "runs" / grid.runs[1].name).mkdir()
     assert find(grid)[1] == grid.runs[1].name

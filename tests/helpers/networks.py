@@ -12,6 +12,15 @@ import dgnet
 from dgnet.graph import DynamicGraph, RoutedWeighting, find_stages, record_connectivity
 from dgnet.inference import export_network
 
+FAMILIES: dict[str, dict[str, object]] = {
+    "dg_resnet18": {},
+    "dg_resnet20": {},
+    "dg_mobilenetv2_100": {},
+    "dg_regnety_006": {},
+    "dg_randwire_small": {"num_blocks": 7, "channels": 8, "head_channels": 16},
+}
+"""A network of each family, with the options that make it small."""
+
 
 def build(name: str, **options: object) -> nn.Module:
     """`dgnet.create_model`, always with the same weights. The network is built once; this returns a copy."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,25 +11,15 @@ import torchvision
 from torch import nn
 
 import dgnet
-from dgnet.checkpoint import Checkpoint
-from dgnet.data import Preprocessing
 from dgnet.errors import UsageError
-from dgnet.experiments._similarity import draw_start
 from dgnet.graph import Topology, Weighting, find_stages
 from dgnet.models._dynamic import DynamicNetwork
-from tests.helpers.networks import build_meta, shake_norms
+from tests.helpers.networks import FAMILIES, build_meta, shake_norms
 from tests.helpers.pairs import pairwise
 
 DYNAMIC = [name for name in dgnet.list_models() if isinstance(build_meta(name), DynamicNetwork)]
 WITH_STATIC = [name for name in DYNAMIC if "randwire" not in name]
 # One a family, as small as it comes, with the least size of image that its strides allow.
-FAMILIES: dict[str, dict[str, object]] = {
-    "dg_resnet18": {},
-    "dg_resnet20": {},
-    "dg_mobilenetv2_100": {},
-    "dg_regnety_006": {},
-    "dg_randwire_small": {"num_blocks": 7, "channels": 8, "head_channels": 16},
-}
 STRIDED = ("dg_resnet18", "dg_resnet50", "dg_resnet101", "dg_resnext50_32x4d")
 
 
@@ -203,42 +192,6 @@ def test_a_network_comes_back_from_its_options_and_state(name, monkeypatch):
     again.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(again(images), model(images))
-
-
-def _checkpoint_of(name: str, options: dict[str, object], **config: object) -> Checkpoint:
-    """That of a run, whose network is as it was built."""
-    network = dgnet.create_model(name, num_classes=2, **options)
-    preprocessing = Preprocessing.of(network.pretrained_cfg)
-    return Checkpoint(Path("last.ckpt"), network.state_dict(), name, options, ["cat", "dog"], config, preprocessing)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [*FAMILIES.items(), ("test_convnext", {"depths": (1, 2, 3, 1), "dynamic": True})],
-    ids=[*FAMILIES, "converted"],
-)
-def test_the_start_of_a_run_is_drawn_anew(name, options):
-    torch.manual_seed(1)
-    checkpoint = _checkpoint_of(name, options)
-    start = draw_start(Path("run"), checkpoint)
-    convolutions = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.Conv2d)}
-    assert len(convolutions) > 10
-    state = start.state_dict()
-    assert not [name for name in convolutions if torch.equal(state[name], checkpoint.state_dict[name])]
-
-
-def test_the_start_of_a_run_is_the_same_each_time():
-    checkpoint = _checkpoint_of("dg_resnet20", {"weighting": "signed", "static_start": "normal"})
-    first, second = (draw_start(Path("run"), checkpoint).state_dict() for _ in range(2))
-    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-
-
-@pytest.mark.parametrize(("option", "value"), [("weights", "static.safetensors"), ("pretrained", True)])
-def test_the_start_of_a_run_that_began_with_trained_weights_is_refused(option, value):
-    checkpoint = _checkpoint_of("dg_resnet20", {}, **{option: value})
-    line = rf"^RUN began with trained weights \(--{option}\), so its start cannot be drawn"
-    with pytest.raises(UsageError, match=line):
-        draw_start(Path("RUN"), checkpoint)
 
 
 @torch.no_grad()

@@ -44,43 +44,26 @@ class GridRun:
     @property
     def digest(self) -> str:
         """A hash of the options that change the result; a run with other options is another run."""
-        return self._hash(self.training)
+        return _digest(self.training | ({"evaluate": self.evaluation} if self.evaluation else {}))
 
     @property
     def name(self) -> str:
         """The name of the training and of its run folder. Arms that differ only in their evaluation share it."""
-        return self._name(self.training)
+        return f"{_digest(self.training)}-{self.options['model']}-seed{self.seed}"
 
     @property
-    def old_digest(self) -> str:
-        """The digest that dgnet 0.2.0 and older versions gave the run: the same if it begins with no other run."""
-        return self._hash(self._own)
+    def unlinked(self) -> GridRun:
+        """The run as dgnet 0.2.0 and older versions knew it: other options of the runs that it begins with do not change it.
 
-    @property
-    def old_name(self) -> str:
-        """The name of its run folder in dgnet 0.2.0 and older versions."""
-        return self._name(self._own)
-
-    @property
-    def needs(self) -> list[str]:
-        """The arms whose runs of the same seed must be finished before this one."""
-        return list(_find_needs(self.options).values())
+        Its digest and name are those of their tables and folders. They are the run's own if it begins with no other run.
+        """
+        return replace(self, begins={})
 
     @property
     def training(self) -> dict[str, Any]:
         """The options that change the result of training, with a hash of the trainings that it begins with."""
-        return self._own | {name: f"{RUN_OF}{_digest(run.training)}" for name, run in self.begins.items()}
-
-    @property
-    def _own(self) -> dict[str, Any]:
-        """`training`, but with the arms' names for the runs that it begins with: other options of theirs do not change it."""
-        return {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
-
-    def _hash(self, training: dict[str, Any]) -> str:
-        return _digest(training | ({"evaluate": self.evaluation} if self.evaluation else {}))
-
-    def _name(self, training: dict[str, Any]) -> str:
-        return f"{_digest(training)}-{self.options['model']}-seed{self.seed}"
+        own = {name: value for name, value in self.options.items() if name not in PLACES} | {"images": self.images}
+        return own | {name: f"{RUN_OF}{_digest(run.training)}" for name, run in self.begins.items()}
 
 
 def _digest(options: dict[str, Any]) -> str:
@@ -154,13 +137,13 @@ class Grid:
                 others.setdefault(digest, rows)
         found: _Rows = {}
         for run in self.runs:
-            key, old = (run.arm, run.digest), (run.arm, run.old_digest)
+            key, old = (run.arm, run.digest), (run.arm, run.unlinked.digest)
             if key in own:
                 found[key] = own[key]
             # Rows that dgnet 0.2.0 and older versions wrote: their digest does not say which options the arms had that the run
             # began with. They count if these arms are finished, and their rows here have always had the present options.
             elif old in own and all(
-                (one.arm, one.digest) in found and _digests_of(one, own) <= {one.digest, one.old_digest}
+                (one.arm, one.digest) in found and _digests_of(one, own) <= {one.digest, one.unlinked.digest}
                 for one in run.begins.values()
             ):
                 found[key] = [{**row, "digest": run.digest} for row in own[old]]

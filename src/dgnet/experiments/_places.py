@@ -24,7 +24,7 @@ class Places:
 
     def folder(self, run: GridRun) -> Path:
         """The run folder. dgnet 0.2.0 and older versions gave a run that begins with another one another name: it is kept."""
-        folder, old = self.output / run.name, self.output / run.old_name
+        folder, old = self.output / run.name, self.output / run.unlinked.name
         return old if old != folder and not is_folder(folder) and self._began_alike(old, run) else folder
 
     def _began_alike(self, folder: Path, run: GridRun) -> bool:

@@ -18,6 +18,7 @@ from dgnet.graph._gating import GateOptions as GateOptions
 from dgnet.graph._gating import NodeGates as NodeGates
 from dgnet.graph._gating import accept_cuts as accept_cuts
 from dgnet.graph._gating import close_edges as close_edges
+from dgnet.graph._gating import find_alive as find_alive
 from dgnet.graph._gating import least_logit as least_logit
 from dgnet.graph._gating import stack_alive as stack_alive
 from dgnet.graph._layout import LAYOUTS as LAYOUTS

@@ -75,6 +75,14 @@ def close_edges(
     return torch.where(of_whole_edges(is_open, weights), weights, 0), is_open, is_open.any(1)
 
 
+def find_alive(topology: Topology, is_open: Tensor) -> Tensor:
+    """For which samples each node is alive if only gates close blocks, (B, N). `is_open`: which gates are open, (B, blocks)."""
+    alive = torch.ones(len(is_open), topology.num_nodes, dtype=torch.bool, device=is_open.device)
+    for node in topology.blocks:
+        alive[:, node] = is_open[:, node - 1] & alive[:, list(topology.senders(node))].any(1)
+    return alive
+
+
 def find_needed(topology: Topology, is_open: Mapping[int, Tensor]) -> Tensor | None:
     """For which samples each node has an open path to the output node, (B, N); None if no edge is closed.
 

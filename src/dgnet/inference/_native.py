@@ -30,6 +30,7 @@ from dgnet.graph import (
     Weighting,
     Wiring,
     current_area,
+    find_alive,
     find_stages,
     from_map,
     global_average_pool,
@@ -227,7 +228,7 @@ class NativeWalk(Walk):
         alpha, weights, ran = self.native.alpha(), self.native.weights(), self.native.ran()
         rows = [(node, list(self.topology.senders(node))) for node in range(1, self.topology.num_nodes)]
         if self.gates is not None:  # they are imposed as weights, but α is the stage's own
-            alpha = _shared_alpha(self.stage, self.gates)
+            alpha = known_weights(self.stage) * find_alive(self.topology, self.gates > 0.5)[:, None]  # 0 for dead senders
         self.report(
             Wiring(
                 self.topology,
@@ -238,34 +239,24 @@ class NativeWalk(Walk):
         )
 
 
-def _shared_alpha(stage: StageNodes, gates: Tensor) -> Tensor:
-    """α of a stage whose gates are given, (B, N, N): the same for all samples, 0 for a dead sender."""
+def known_weights(stage: StageNodes) -> Tensor:
+    """The weights of a stage whose edges weigh the same for all samples, (N, N). In evaluation they are α."""
     topology, weighting = stage.topology, stage.weighting
-    alpha = gates.new_zeros(len(gates), topology.num_nodes, topology.num_nodes, dtype=torch.float32)
-    alive = torch.ones(len(gates), topology.num_nodes, dtype=torch.bool)
-    for node in range(1, topology.num_nodes):
-        senders = list(topology.senders(node))
-        pinned = topology.pinned.get(node)
-        shared = weighting.shared_alpha(node).detach() if pinned is None else torch.tensor(pinned)
-        alpha[:, node, senders] = alive[:, senders] * shared
-        if node != topology.output:
-            alive[:, node] = (gates[:, node - 1] > 0.5) & alive[:, senders].any(1)
-    return alpha
-
-
-def gate_weights(stage: StageNodes, gates: Tensor) -> Tensor:
-    """Given gates as weights to impose, (B, N, N): the stage's own, which are known; 0 on the in-edges of closed blocks."""
-    topology, weighting = stage.topology, stage.weighting
-    weights = gates.new_zeros(topology.num_nodes, topology.num_nodes, dtype=torch.float32)
+    weights = torch.zeros(topology.num_nodes, topology.num_nodes)
     for node in range(1, topology.num_nodes):
         senders = list(topology.senders(node))
         if node in topology.pinned:
             weights[node, senders] = topology.pinned[node]
         else:
             weights[node, senders] = weighting.weigh(node, weighting.shared_alpha(node)[None])[0].detach()
-    runs = gates.new_ones(len(gates), topology.num_nodes, dtype=torch.float32)
+    return weights
+
+
+def gate_weights(stage: StageNodes, gates: Tensor) -> Tensor:
+    """Given gates as weights to impose, (B, N, N): the stage's own, which are known; 0 on the in-edges of closed blocks."""
+    runs = gates.new_ones(len(gates), stage.topology.num_nodes, dtype=torch.float32)
     runs[:, 1:-1] = (gates > 0.5).float()
-    return weights * runs[:, :, None]
+    return known_weights(stage) * runs[:, :, None]
 
 
 class NativePlan:

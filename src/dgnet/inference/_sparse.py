@@ -19,6 +19,7 @@ from dgnet.graph import (
     StageNodes,
     Walk,
     aggregate_rows,
+    find_alive,
     find_stages,
     require_stages,
     select_samples,
@@ -128,9 +129,7 @@ class SparseWalk(DenseWalk):
 
     def _plan(self, is_open: Tensor) -> list[Tensor | None]:
         """For each node but the output node the samples for which it runs. `is_open`: gates, (B, blocks), on the CPU."""
-        alive = torch.ones(len(is_open), self.topology.num_nodes, dtype=torch.bool, device=is_open.device)
-        for node in self.topology.blocks:
-            alive[:, node] = is_open[:, node - 1] & alive[:, list(self.topology.senders(node))].any(1)
+        alive = find_alive(self.topology, is_open)
         found = [alive[:, node].nonzero().flatten() for node in (0, *self.topology.blocks)]
         on_device = torch.cat(found).to(self.x.device).split([len(rows) for rows in found])  # one transfer
         return [None if len(rows) == len(alive) else rows for rows in on_device]
